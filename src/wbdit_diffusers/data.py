@@ -1,0 +1,89 @@
+"""Cells in: reading them, holding some out, and batching them for training."""
+
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .processing_scrna import ScRNAProcessor
+
+
+def read_cells(path: str | Path) -> ad.AnnData:
+    """
+    Reads an .h5ad file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it can't be read as an AnnData.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path}: give the path of an .h5ad file.")
+    try:
+        return ad.read_h5ad(path)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as an .h5ad file: {error}") from error
+
+
+def split_cells(
+    adata: ad.AnnData, test_fraction: float = 0.2, label_key: str | None = None, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Splits cells once into train and test, stratified by label. A label's single cell goes to train.
+
+    Args:
+        adata (`AnnData`): Cells.
+        test_fraction (`float`, defaults to 0.2): Share of the test cells.
+        label_key (`str`, *optional*): The `obs` column to stratify by.
+        seed (`int`, defaults to 0): Seed of the shuffle.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: sorted positions of the train and of the test cells.
+    """
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"`test_fraction` is between 0 and 1, not {test_fraction}.")
+    if label_key is not None and label_key not in adata.obs:
+        raise ValueError(f"`adata.obs` has no column {label_key!r}; it has {list(adata.obs)}.")
+    labels = np.zeros(adata.n_obs) if label_key is None else adata.obs[label_key].astype(str).to_numpy()
+    # Each label's cells are spread evenly over [0, 1) in random order: the last ones are the test cells.
+    rank = np.empty(adata.n_obs)
+    shuffled = np.random.default_rng(seed).permutation(adata.n_obs)
+    for label in np.unique(labels):
+        cells = shuffled[labels[shuffled] == label]
+        rank[cells] = (np.arange(len(cells)) + 0.5) / len(cells)
+    is_test = rank > 1 - test_fraction
+    if is_test.all() or not is_test.any():
+        raise ValueError(f"{adata.n_obs} cells are too few to hold out a share of {test_fraction}.")
+    return np.flatnonzero(~is_test), np.flatnonzero(is_test)
+
+
+class CellDataset(Dataset):
+    """
+    Cells as the denoiser's training examples. The modelled genes stay sparse in memory; each batch is made dense as it
+    is read: give the DataLoader `collate_fn=CellDataset.collate`.
+
+    Args:
+        adata (`AnnData`): Cells.
+        processor ([`ScRNAProcessor`]): Fitted on the training cells.
+    """
+
+    def __init__(self, adata: ad.AnnData, processor: ScRNAProcessor):
+        self.processor = processor
+        self.matrix, self.library_size = processor.select(adata)
+        self.class_labels = processor.encode_labels(adata)
+
+    def __len__(self) -> int:
+        return self.matrix.shape[0]
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """A whole batch at once: `latents` (batch, num_features) and `class_labels` (batch, num_label_keys)."""
+        return {
+            "latents": self.processor.transform(self.matrix[indices], self.library_size[indices]),
+            "class_labels": self.class_labels[indices],
+        }
+
+    @staticmethod
+    def collate(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`__getitems__` has made the batch already."""
+        return batch

@@ -1,0 +1,427 @@
+"""White-Box Diffusion Transformer (arXiv 2411.06785) and, as its baseline, the plain DiT block (arXiv 2212.09748).
+
+A cell is cut into patches of consecutive genes; every patch is a token. Each block does two steps of one objective,
+the sparse rate reduction of CRATE (arXiv 2306.01129): MSSA compresses the tokens against learned subspaces `U`, ISTA
+sparsifies them in a learned dictionary `D`. Timestep and conditions enter through adaLN-Zero.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_sincos_pos_embed_from_grid
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+
+class MSSAProcessor:
+    """One projection `w = U x` is query, key and value at once: `softmax(w wᵀ / sqrt(head_dim)) w` per head."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "MSSA", hidden_states: torch.Tensor) -> torch.Tensor:
+        w = attn.to_w(hidden_states).unflatten(-1, (attn.heads, -1))  # (batch, tokens, heads, head_dim)
+        hidden_states = dispatch_attention_fn(
+            w, w, w, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out(hidden_states.flatten(2))  # (batch, tokens, hidden)
+
+
+class MSSA(nn.Module, AttentionModuleMixin):
+    """Multi-head subspace self-attention (CRATE, arXiv 2306.01129, section 2.3; arXiv 2411.06785, "MSSA").
+
+    The rows of `to_w.weight` are the bases `U_h` of `heads` subspaces. A step of MSSA moves the tokens down the
+    gradient of their coding rate in those subspaces. `to_out` is learned freely, as in the authors' code: the theory
+    would tie it to `U`.
+    """
+
+    _default_processor_cls = MSSAProcessor
+    _available_processors = [MSSAProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_w = nn.Linear(dim, dim, bias=False)
+        self.to_out = nn.Linear(dim, dim)
+        self.set_processor(MSSAProcessor())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)
+
+
+class SelfAttentionProcessor:
+    """Scaled dot-product attention with separate query, key and value, from one matrix product."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "SelfAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv = attn.qkv(hidden_states).unflatten(-1, (3, attn.heads, -1))  # (batch, tokens, 3, heads, head_dim)
+        query, key, value = qkv.unbind(2)
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out(hidden_states.flatten(2))  # (batch, tokens, hidden)
+
+
+class SelfAttention(nn.Module, AttentionModuleMixin):
+    """The DiT block's attention."""
+
+    _default_processor_cls = SelfAttentionProcessor
+    _available_processors = [SelfAttentionProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.to_out = nn.Linear(dim, dim)
+        self.set_processor(SelfAttentionProcessor())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)
+
+
+class ISTA(nn.Module):
+    """One step of the iterative shrinkage-thresholding algorithm for a non-negative LASSO in the dictionary `D`.
+
+    `relu(x + η(Dᵀx - DᵀDx) - ηλ)` (CRATE, arXiv 2306.01129, section 2.4). Written as `Dᵀ(x - Dx)`
+    it needs two matrix products instead of three.
+    """
+
+    def __init__(self, dim: int, step_size: float, lambd: float):
+        super().__init__()
+        self.step_size = step_size
+        self.lambd = lambd
+        self.dictionary = nn.Parameter(torch.empty(dim, dim))  # D
+        nn.init.kaiming_uniform_(self.dictionary)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = hidden_states - F.linear(hidden_states, self.dictionary)  # x - Dx
+        gradient = F.linear(residual, self.dictionary.t())  # Dᵀ(x - Dx)
+        return F.relu(hidden_states + self.step_size * gradient - self.step_size * self.lambd)
+
+
+class MLP(nn.Module):
+    """The DiT block's second half: Linear, tanh-approximated GELU, Linear, four times as wide inside."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(hidden_states), approximate="tanh"))
+
+
+class AdaLNZeroBlock(nn.Module):
+    """`x + gate₁·attn(mod(LN x))`, then `x + gate₂·ff(mod(LN x))`, every shift, scale and gate from `silu(temb)`.
+
+    The residual around the second half is not in CRATE: the token stream itself is not sparse, only the branch is.
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, ff: nn.Module):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(dim, 6 * dim)
+        self.attn = attn
+        self.ff = ff
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        modulation = self.modulation(F.silu(temb))[:, None]  # (batch or 1, 1, 6 * hidden)
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
+
+        attn_output = self.attn(self.norm(hidden_states) * (1 + scale_attn) + shift_attn)
+        hidden_states = hidden_states + gate_attn * attn_output
+
+        ff_output = self.ff(self.norm(hidden_states) * (1 + scale_ff) + shift_ff)
+        return hidden_states + gate_ff * ff_output  # (batch, tokens, hidden)
+
+
+class WhiteBoxDiTBlock(AdaLNZeroBlock):
+    """MSSA compresses, ISTA sparsifies (arXiv 2411.06785)."""
+
+    def __init__(self, dim: int, heads: int, ista_step_size: float, ista_lambda: float):
+        super().__init__(dim, attn=MSSA(dim, heads), ff=ISTA(dim, ista_step_size, ista_lambda))
+
+
+class DiTBlock(AdaLNZeroBlock):
+    """Self-attention and MLP (arXiv 2212.09748): the baseline of every comparison."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__(dim, attn=SelfAttention(dim, heads), ff=MLP(dim))
+
+
+class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
+    r"""
+    Predicts the noise (or the velocity, as the scheduler's `prediction_type` says) in a batch of noisy cells.
+
+    The defaults are the shape of arXiv 2411.06785: 17,926,666 parameters at 2,000 genes and depth 3, against
+    33,870,346 with `block_type="dit"`.
+
+    Args:
+        num_genes (`int`):
+            Values per cell: genes in expression space (plus one for the library size where it is modelled), programs
+            plus one in program space. Need not be a multiple of `patch_size`.
+        patch_size (`int`, defaults to 10): Consecutive values that make one token.
+        num_layers (`int`, defaults to 3): Number of blocks.
+        num_attention_heads (`int`, defaults to 8): Number of heads, i.e. of subspaces.
+        attention_head_dim (`int`, defaults to 96):
+            Dimension of a subspace. The hidden size is `num_attention_heads * attention_head_dim`, and must be a
+            multiple of 4.
+        ista_step_size (`float`, defaults to 0.1): η of the ISTA step.
+        ista_lambda (`float`, defaults to 0.1): λ, the weight of the ISTA step's sparsity.
+        block_type (`str`, defaults to `"white_box"`): `"white_box"` (MSSA, ISTA) or `"dit"` (self-attention, MLP).
+        condition_sizes (`tuple[int]`, defaults to `()`):
+            Number of categories of each categorical attribute that conditions the cells. Empty: unconditional.
+        condition_dropout (`float`, defaults to 0.1):
+            Probability, while training, that a cell's labels are all replaced by the null label: what
+            classifier-free guidance needs.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["WhiteBoxDiTBlock", "DiTBlock"]
+    _repeated_blocks = ["WhiteBoxDiTBlock", "DiTBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "proj_in", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_genes: int,
+        patch_size: int = 10,
+        num_layers: int = 3,
+        num_attention_heads: int = 8,
+        attention_head_dim: int = 96,
+        ista_step_size: float = 0.1,
+        ista_lambda: float = 0.1,
+        block_type: str = "white_box",
+        condition_sizes: tuple[int, ...] = (),
+        condition_dropout: float = 0.1,
+    ):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        if dim % 4:
+            raise ValueError(
+                f"The hidden size num_attention_heads * attention_head_dim = {dim} must be a multiple of 4, because"
+                " the position embedding is made of pairs of sines and cosines."
+            )
+        if block_type not in ("white_box", "dit"):
+            raise ValueError(f"`block_type` is 'white_box' or 'dit', not {block_type!r}.")
+
+        num_patches = math.ceil(num_genes / patch_size)
+        self.proj_in = nn.Linear(patch_size, dim)
+        self.register_buffer("pos_embed", self._position_embedding(num_patches, dim))
+
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedder = TimestepEmbedding(256, dim)
+        # One category more than given: the last is the null label.
+        self.condition_embedders = nn.ModuleList(nn.Embedding(size + 1, dim) for size in condition_sizes)
+
+        self.blocks = nn.ModuleList(
+            WhiteBoxDiTBlock(dim, num_attention_heads, ista_step_size, ista_lambda)
+            if block_type == "white_box"
+            else DiTBlock(dim, num_attention_heads)
+            for _ in range(num_layers)
+        )
+
+        self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.modulation_out = nn.Linear(dim, 2 * dim)
+        self.proj_out = nn.Linear(dim, patch_size)
+
+        self.gradient_checkpointing = False
+        self._init_weights()
+
+    @staticmethod
+    def _position_embedding(num_patches: int, dim: int) -> torch.Tensor:
+        # The authors use a 2-D table of width 1, so the half for the column is constant: sin 0 and cos 0.
+        row = get_1d_sincos_pos_embed_from_grid(dim // 2, torch.arange(num_patches), output_type="pt")
+        column = get_1d_sincos_pos_embed_from_grid(dim // 2, torch.zeros(num_patches), output_type="pt")
+        return torch.cat([column, row], dim=1).float()[None]  # (1, patches, hidden)
+
+    def _init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        # adaLN-Zero: every block starts as the identity, and the network's output as zero.
+        for linear in [block.modulation for block in self.blocks] + [self.modulation_out, self.proj_out]:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def _embed_conditions(self, class_labels: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+        """The sum of the label embeddings, (batch, hidden)."""
+        sizes = self.config.condition_sizes
+        null_labels = torch.tensor(sizes, device=self.device)  # (num_conditions,)
+        if class_labels is None:
+            class_labels = null_labels.expand(batch_size, -1)
+        class_labels = class_labels.reshape(batch_size, -1)
+        if class_labels.shape[1] != len(sizes):
+            raise ValueError(
+                f"`class_labels` has {class_labels.shape[1]} labels per cell, but the model is conditioned on"
+                f" {len(sizes)} attributes (condition_sizes={tuple(sizes)})."
+            )
+        if self.training and self.config.condition_dropout > 0:
+            drop = torch.rand(batch_size, 1, device=class_labels.device) < self.config.condition_dropout
+            class_labels = torch.where(drop, null_labels, class_labels)
+        return sum(embedder(labels) for embedder, labels in zip(self.condition_embedders, class_labels.unbind(1)))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, num_genes)`): The noisy cells.
+            timestep (`torch.Tensor` of shape `(batch,)`, or one number for the whole batch): Diffusion time.
+            class_labels (`torch.LongTensor` of shape `(batch, num_conditions)` or `(batch,)`, *optional*):
+                Category of each cell in each attribute. The index one past the last category, and `None`, mean "not
+                given".
+            return_dict (`bool`, defaults to `True`): Return a [`Transformer2DModelOutput`] instead of a tuple.
+
+        Returns:
+            [`Transformer2DModelOutput`], or a tuple: its `sample`, of the shape of `hidden_states`.
+        """
+        batch_size, num_genes = hidden_states.shape
+        if num_genes != self.config.num_genes:
+            raise ValueError(
+                f"`hidden_states` has {num_genes} values per cell; the model has {self.config.num_genes}."
+            )
+        if class_labels is not None and not self.config.condition_sizes:
+            raise ValueError("`class_labels` were given to an unconditional model (condition_sizes=()).")
+
+        # 1. Tokens: patches of consecutive genes
+        patch_size, num_patches = self.config.patch_size, self.pos_embed.shape[1]
+        hidden_states = F.pad(hidden_states, (0, num_patches * patch_size - num_genes))
+        hidden_states = hidden_states.unflatten(1, (num_patches, patch_size))  # (batch, patches, patch_size)
+        hidden_states = self.proj_in(hidden_states) + self.pos_embed.to(
+            hidden_states.dtype
+        )  # (batch, patches, hidden)
+
+        # 2. Timestep and conditions; one timestep for all cells is embedded once
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1)  # (batch or 1,)
+        temb = self.time_embedder(self.time_proj(timestep).to(hidden_states.dtype))  # (batch or 1, hidden)
+        if self.config.condition_sizes:
+            temb = temb + self._embed_conditions(class_labels, batch_size)  # (batch, hidden)
+
+        # 3. Blocks
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb)
+            else:
+                hidden_states = block(hidden_states, temb)
+
+        # 4. Back to genes
+        shift, scale = self.modulation_out(F.silu(temb))[:, None].chunk(2, dim=-1)
+        hidden_states = self.proj_out(self.norm_out(hidden_states) * (1 + scale) + shift)
+        sample = hidden_states.flatten(1)[:, :num_genes]  # (batch, num_genes)
+
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
+
+    @classmethod
+    def from_original_checkpoint(cls, path: str | Path, num_attention_heads: int = 8) -> "WhiteBoxDiTModel":
+        """
+        Converts a checkpoint of the authors' code, White-Box or DiT, of any depth and width.
+
+        Args:
+            path (`str` or `Path`):
+                A `state_dict` saved by `torch.save`. It is read with `weights_only=True`: a file that holds anything
+                but tensors is refused.
+            num_attention_heads (`int`, defaults to 8): Cannot be read off the file; 8 in all the authors' models.
+
+        Returns:
+            [`WhiteBoxDiTModel`]: in float32, in eval mode, unconditional.
+
+        Raises:
+            ValueError: If the file is no tensor checkpoint, or not one of the authors' two networks.
+        """
+        try:
+            original = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{path} cannot be read as a checkpoint of tensors (torch.load with weights_only=True refused it). If"
+                " you trust its origin, load it yourself and save its state_dict alone with"
+                " `torch.save(model.state_dict(), path)`."
+            ) from error
+        if not isinstance(original, dict) or not all(torch.is_tensor(value) for value in original.values()):
+            raise ValueError(f"{path} does not hold a state_dict (a flat dict of tensors): save `model.state_dict()`.")
+
+        block_type = "dit" if "blocks.0.mlp.fc1.weight" in original else "white_box"
+        try:
+            dim, _, patch_size, _ = original["x_embedder.proj.weight"].shape
+            num_patches = original["pos_embed"].shape[1]
+            num_layers = 1 + max(int(key.split(".")[1]) for key in original if key.startswith("blocks."))
+            converted = _convert_original_state_dict(original, block_type, num_layers)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a White-Box DiT or DiT checkpoint of the authors' code: {error} is missing or has"
+                f" another form. Its first keys are {list(original)[:3]}."
+            ) from error
+
+        model = cls(
+            num_genes=num_patches * patch_size,
+            patch_size=patch_size,
+            num_layers=num_layers,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=dim // num_attention_heads,
+            block_type=block_type,
+        )
+        try:
+            model.load_state_dict({key: value.float() for key, value in converted.items()})
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit the {block_type} network: {error}") from error
+        return model.eval()
+
+
+def _convert_original_state_dict(
+    original: dict[str, torch.Tensor], block_type: str, num_layers: int
+) -> dict[str, torch.Tensor]:
+    """The authors' keys to ours. Every key must be used: a leftover means a network that we do not have."""
+    original = dict(original)
+    converted = {
+        "proj_in.weight": original.pop("x_embedder.proj.weight").flatten(1),  # (hidden, 1, patch, 1) convolution
+        "pos_embed": original.pop("pos_embed"),
+    }
+    names = {
+        "proj_in.bias": "x_embedder.proj.bias",
+        "time_embedder.linear_1": "t_embedder.mlp.0",
+        "time_embedder.linear_2": "t_embedder.mlp.2",
+        "modulation_out": "final_layer.adaLN_modulation.1",
+        "proj_out": "final_layer.linear",
+    }
+    for i in range(num_layers):
+        names[f"blocks.{i}.modulation"] = f"blocks.{i}.adaLN_modulation.1"
+        if block_type == "white_box":
+            names[f"blocks.{i}.attn.to_w.weight"] = f"blocks.{i}.attn.qkv.weight"
+            names[f"blocks.{i}.attn.to_out"] = f"blocks.{i}.attn.to_out.0"
+            names[f"blocks.{i}.ff.dictionary"] = f"blocks.{i}.mlp.weight"
+        else:
+            names[f"blocks.{i}.attn.qkv"] = f"blocks.{i}.attn.qkv"
+            names[f"blocks.{i}.attn.to_out"] = f"blocks.{i}.attn.proj"
+            names[f"blocks.{i}.ff.fc1"] = f"blocks.{i}.mlp.fc1"
+            names[f"blocks.{i}.ff.fc2"] = f"blocks.{i}.mlp.fc2"
+    for ours, theirs in names.items():
+        if theirs in original:
+            converted[ours] = original.pop(theirs)
+        else:
+            converted[f"{ours}.weight"] = original.pop(f"{theirs}.weight")
+            converted[f"{ours}.bias"] = original.pop(f"{theirs}.bias")
+    if original:
+        raise ValueError(f"unknown key {next(iter(original))!r}")
+    return converted

@@ -1,0 +1,454 @@
+"""`ScRNAGenerationPipeline`: noise in, an AnnData of cells out."""
+
+import inspect
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput, logging
+from diffusers.utils.torch_utils import randn_tensor
+from safetensors import SafetensorError, safe_open
+from scipy import sparse
+
+from ..model_card import push_model_card
+from ..models.transformer_white_box_dit import WhiteBoxDiTModel
+from ..processing_scrna import ScRNAProcessor
+from ..version import __version__
+
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("anndata", "np", "pt", "latent")
+TOKENS_PER_BATCH = 32_768  # what the default batch size aims at
+
+
+@dataclass
+class ScRNAPipelineOutput(BaseOutput):
+    """
+    Output of [`ScRNAGenerationPipeline`].
+
+    Args:
+        cells (`AnnData`, `np.ndarray` or `torch.Tensor`):
+            The generated cells. With `output_type="anndata"`: integer counts (CSR) when the training data were counts,
+            else expression, with gene names, conditions and `library_size`.
+    """
+
+    cells: ad.AnnData | np.ndarray | torch.Tensor
+
+
+class CellNoise:
+    """
+    Random numbers that depend on the seed and on the cell's number alone, so that the batch size never changes a cell.
+
+    Cells are drawn in fixed blocks, each with a generator of its own. A batch works on every block that it touches:
+    its latents have the shape `(blocks, CELLS_PER_BLOCK, features)`, for which `randn_tensor`, and so the `step` of
+    every scheduler, takes one generator per block. `rows` are the batch's own cells in it. With a list of generators,
+    one per cell, each cell is the first of its block.
+    """
+
+    CELLS_PER_BLOCK = 64
+
+    def __init__(self, generator: torch.Generator | list[torch.Generator] | None, device: torch.device):
+        self.one_per_cell = isinstance(generator, list)
+        generators = generator if self.one_per_cell else [generator]
+        self.device = device if generators[0] is None else generators[0].device
+        self.seeds = [
+            torch.randint(2**62, (1,), generator=generator, device=self.device).item() for generator in generators
+        ]
+
+    def batch(self, start: int, stop: int) -> tuple[list[torch.Generator], torch.Tensor]:
+        """Generators of the blocks that hold the cells from `start` to `stop`, and the places of those cells."""
+        if self.one_per_cell:
+            seeds = self.seeds[start:stop]
+            rows = torch.arange(stop - start) * self.CELLS_PER_BLOCK
+        else:
+            first_block = start // self.CELLS_PER_BLOCK
+            seeds = [self.seeds[0] + block for block in range(first_block, math.ceil(stop / self.CELLS_PER_BLOCK))]
+            rows = torch.arange(start, stop) - first_block * self.CELLS_PER_BLOCK
+        return [torch.Generator(self.device).manual_seed(seed) for seed in seeds], rows
+
+    def uniform(self, generators: list[torch.Generator], rows: torch.Tensor) -> torch.Tensor:
+        """One number in [0, 1) per cell."""
+        shape = (self.CELLS_PER_BLOCK,)
+        draws = torch.cat([torch.rand(shape, generator=generator, device=self.device) for generator in generators])
+        return draws.cpu()[rows]
+
+
+class ScRNAGenerationPipeline(DiffusionPipeline):
+    r"""
+    Generates single cells by denoising.
+
+    Args:
+        denoiser ([`WhiteBoxDiTModel`]): Predicts the noise in a batch of cells.
+        scheduler ([`SchedulerMixin`]):
+            The reverse process: [`DDPMScheduler`], or any other through `from_config`, e.g.
+            `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
+        processor ([`ScRNAProcessor`]): Genes, normalisation, library sizes and label names.
+        num_inference_steps (`int`, defaults to 50): Steps taken when the call does not say.
+    """
+
+    model_cpu_offload_seq = "denoiser"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        denoiser: WhiteBoxDiTModel,
+        scheduler: SchedulerMixin,
+        processor: ScRNAProcessor,
+        num_inference_steps: int = 50,
+    ):
+        super().__init__()
+        self.register_modules(denoiser=denoiser, scheduler=scheduler, processor=processor)
+        self.register_to_config(num_inference_steps=num_inference_steps)
+        if denoiser is None or processor is None:  # components may be left out of `from_pretrained`
+            return
+        needed = (processor.num_features, tuple(processor.condition_sizes))
+        got = (denoiser.config.num_genes, tuple(denoiser.config.condition_sizes))
+        if needed != got:
+            raise ValueError(
+                "`denoiser` and `processor` are not of one model: the processor has num_features={} and"
+                " condition_sizes={}, the denoiser num_genes={} and condition_sizes={}.".format(*needed, *got)
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "ScRNAGenerationPipeline":
+        """
+        Loads a pipeline from a folder or a Hub id; see [`DiffusionPipeline.from_pretrained`] for the arguments.
+
+        Raises:
+            OSError: If the folder holds no pipeline of this class, or a damaged one.
+        """
+        if Path(pretrained_model_name_or_path).is_dir():
+            _check_folder(Path(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale != 1.0 and len(self.denoiser.config.condition_sizes) > 0
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    def check_inputs(
+        self,
+        num_cells: int,
+        names: dict[str, str | list[str]],
+        library_size: float | list[float] | None,
+        batch_size: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> int:
+        """Raises on arguments that don't fit each other. Returns the number of cells."""
+        if not isinstance(num_cells, int) or num_cells < 1:
+            raise ValueError(f"`num_cells` is a positive integer, not {num_cells!r}.")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` is a positive integer, not {batch_size!r}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` is one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` knows {self._callback_tensor_inputs}, not {sorted(unknown)}."
+            )
+        lengths = {key: len(value) for key, value in names.items() if not isinstance(value, str)}
+        if isinstance(generator, list):
+            lengths["generator"] = len(generator)
+        if library_size is not None:
+            if self.processor.config.values != "counts":
+                raise ValueError("`library_size` was given, but this model was trained on log values, not on counts.")
+            if not np.all(np.isfinite(library_size)) or np.min(library_size) <= 0:
+                raise ValueError("`library_size` is a positive number of counts, or one per cell.")
+            if np.ndim(library_size):
+                lengths["library_size"] = len(library_size)
+        if latents is not None:
+            if latents.ndim != 2 or latents.shape[1] != self.denoiser.config.num_genes:
+                expected = (num_cells, self.denoiser.config.num_genes)
+                raise ValueError(f"`latents` has shape {tuple(latents.shape)}, expected {expected}.")
+            lengths["latents"] = len(latents)
+        if num_cells == 1 and lengths:  # a list makes as many cells as it is long
+            num_cells = max(lengths.values())
+        for argument, length in lengths.items():
+            if length != num_cells:
+                raise ValueError(f"{argument} has {length} entries for {num_cells} cells: give one per cell.")
+        return num_cells
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_cells: int = 1,
+        cell_types: str | list[str] | None = None,
+        conditions: dict[str, str | list[str]] | None = None,
+        library_size: float | list[float] | None = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int | None = None,
+        batch_size: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "anndata",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ScRNAPipelineOutput | tuple:
+        r"""
+        Generates cells.
+
+        Args:
+            num_cells (`int`, defaults to 1): Number of cells. A list in another argument may say it instead.
+            cell_types (`str` or `list[str]`, *optional*):
+                One cell type for all cells, or one per cell: the first label key of the model. Drawn from the training
+                frequencies when not given.
+            conditions (`dict`, *optional*):
+                For any label key of the model, one name for all cells or one per cell. Those not given are drawn from
+                the training frequencies among cells of the given labels.
+            library_size (`float` or `list[float]`, *optional*):
+                Total counts of the cells, instead of the generated ones.
+            guidance_scale (`float`, defaults to 1.0):
+                Classifier-free guidance (arXiv 2207.12598): `unconditional + guidance_scale * (conditional -
+                unconditional)`. 1.0 is none, and costs half.
+            num_inference_steps (`int`, *optional*): Denoising steps; the pipeline's configured number when not given.
+            batch_size (`int`, *optional*):
+                Cells denoised at once. It bounds the memory and does not change the cells.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Makes the cells reproducible: the same seed gives the same cells, whatever the batch size. A list has
+                one generator per cell, which is slow for many cells.
+            latents (`torch.Tensor` of shape `(num_cells, num_features)`, *optional*): The initial Gaussian noise.
+            output_type (`str`, defaults to `"anndata"`):
+                `"anndata"`; `"np"` or `"pt"` for an array or tensor (cells × genes) on the scale of log expression;
+                `"latent"` for what the denoiser makes (cells × features).
+            return_dict (`bool`, defaults to `True`): Return a [`ScRNAPipelineOutput`] instead of a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipe, step, timestep, callback_kwargs)` after each denoising step of each batch;
+                returns the dict of tensors to go on with.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                Tensors to pass to the callback.
+
+        Examples:
+
+        ```py
+        >>> import torch
+        >>> from wbdit_diffusers import ScRNAGenerationPipeline
+
+        >>> pipe = ScRNAGenerationPipeline.from_pretrained("me/wbdit-pbmc")
+        >>> pipe(num_cells=5000, cell_types="B cell", generator=torch.Generator().manual_seed(0)).cells
+        ```
+
+        Returns:
+            [`ScRNAPipelineOutput`], or a tuple whose first element is the cells.
+
+        Raises:
+            ValueError: If a name is unknown to the model, or arguments don't fit each other.
+        """
+        # 1. Check the arguments
+        label_keys = list(self.processor.config.label_keys)
+        names = dict(conditions or {})
+        if cell_types is not None:
+            if not label_keys:
+                raise ValueError("`cell_types` was given, but this model is unconditional (it has no label keys).")
+            if label_keys[0] in names:
+                raise ValueError(
+                    f"`cell_types` and conditions[{label_keys[0]!r}] say the same thing: give one of them."
+                )
+            names[label_keys[0]] = cell_types
+        num_cells = self.check_inputs(
+            num_cells,
+            names,
+            library_size,
+            batch_size,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        given_labels = self.processor.encode_names(names, num_cells)  # (num_cells, num_label_keys), -1 where free
+        if library_size is not None:
+            library_size = torch.as_tensor(np.broadcast_to(library_size, num_cells).copy(), dtype=torch.float32)
+        if guidance_scale != 1.0 and not label_keys:
+            logger.warning("`guidance_scale` has no effect on an unconditional model.")
+
+        # 2. Batches, timesteps and noise
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
+        if batch_size is None:
+            tokens_per_cell = self.denoiser.pos_embed.shape[1]
+            batch_size = max(64, TOKENS_PER_BATCH // tokens_per_cell)
+        num_batches = math.ceil(num_cells / batch_size)
+        device, dtype = self._execution_device, self.denoiser.dtype
+        self._guidance_scale = guidance_scale
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._num_timesteps = len(self.scheduler.timesteps)
+        noise = CellNoise(generator, device)
+
+        # 3. Denoise batch by batch
+        outputs, all_labels, all_library_sizes = [], [], []
+        with self.progress_bar(total=num_batches * self._num_timesteps) as progress_bar:
+            for start in range(0, num_cells, batch_size):
+                stop = min(start + batch_size, num_cells)
+                block_generators, rows = noise.batch(start, stop)
+                class_labels = self.processor.complete_labels(
+                    given_labels[start:stop], noise.uniform(block_generators, rows)
+                )
+                library_size_draw = noise.uniform(block_generators, rows)
+                batch_latents = self.denoise(
+                    block_generators,
+                    rows.to(device),
+                    class_labels,
+                    None if latents is None else latents[start:stop].to(device=device, dtype=dtype),
+                    num_inference_steps,
+                    progress_bar,
+                    callback_on_step_end,
+                    callback_on_step_end_tensor_inputs,
+                )  # (batch, num_features)
+                if output_type == "latent":
+                    outputs.append(batch_latents)
+                    continue
+
+                # 4. Back to expression or counts
+                expression, batch_library_size = self.processor.decode(batch_latents)  # (batch, genes), (batch,)
+                if output_type != "anndata":
+                    outputs.append(expression)
+                    continue
+                if library_size is not None:
+                    batch_library_size = library_size[start:stop]
+                elif batch_library_size is None and self.processor.config.values == "counts":
+                    batch_library_size = self.processor.sample_library_size(class_labels, library_size_draw)
+                outputs.append(self.processor.to_matrix(expression, batch_library_size))
+                all_labels.append(class_labels)
+                all_library_sizes.append(batch_library_size)
+
+        # 5. Put the batches together
+        if output_type == "anndata":
+            cells = self.processor.to_anndata(
+                sparse.vstack(outputs, format="csr"),
+                torch.cat(all_labels),
+                None if all_library_sizes[0] is None else torch.cat(all_library_sizes),
+            )
+            cells.uns["wbdit"] = self._provenance(num_inference_steps, guidance_scale, generator)
+        else:
+            cells = torch.cat(outputs)
+            cells = cells.cpu().numpy() if output_type == "np" else cells
+
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (cells,)
+        return ScRNAPipelineOutput(cells=cells)
+
+    def denoise(
+        self,
+        block_generators: list[torch.Generator],
+        rows: torch.Tensor,
+        class_labels: torch.Tensor,
+        latents: torch.Tensor | None,
+        num_inference_steps: int,
+        progress_bar: Any,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> torch.Tensor:
+        """One batch through the reverse process, from noise to `(batch, num_features)`. See [`CellNoise`]."""
+        device, dtype = self._execution_device, self.denoiser.dtype
+        num_features = self.denoiser.config.num_genes
+        self.scheduler.set_timesteps(num_inference_steps, device=device)  # multistep solvers remember the last batch
+        step_accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra_step_kwargs = {"generator": block_generators} if step_accepts_generator else {}
+
+        # The scheduler works on whole blocks, the denoiser on the batch's own cells.
+        block_shape = (len(block_generators), CellNoise.CELLS_PER_BLOCK, num_features)
+        blocks = randn_tensor(block_shape, generator=block_generators, device=device, dtype=dtype)
+        if latents is not None:
+            blocks = blocks.flatten(0, 1).index_copy(0, rows, latents).view(block_shape)
+        blocks = blocks * self.scheduler.init_noise_sigma
+
+        if not self.denoiser.config.condition_sizes:
+            class_labels = None
+        else:
+            class_labels = class_labels.to(device)
+            null_labels = torch.tensor(self.denoiser.config.condition_sizes, device=device).expand_as(class_labels)
+            guided_labels = torch.cat([null_labels, class_labels])
+
+        for i, t in enumerate(self.scheduler.timesteps):
+            model_input = self.scheduler.scale_model_input(blocks, t).flatten(0, 1)[rows]  # (batch, num_features)
+            if self.do_classifier_free_guidance:
+                both = self.denoiser(torch.cat([model_input] * 2), t, class_labels=guided_labels, return_dict=False)[0]
+                unconditional, conditional = both.chunk(2)
+                model_output = unconditional + self.guidance_scale * (conditional - unconditional)
+            else:
+                model_output = self.denoiser(model_input, t, class_labels=class_labels, return_dict=False)[0]
+
+            model_output = torch.zeros_like(blocks).flatten(0, 1).index_copy(0, rows, model_output).view(block_shape)
+            blocks = self.scheduler.step(model_output, t, blocks, **extra_step_kwargs, return_dict=False)[0].to(dtype)
+
+            if callback_on_step_end is not None:
+                callback_kwargs = {"latents": blocks.flatten(0, 1)[rows]}
+                callback_kwargs = {key: callback_kwargs[key] for key in callback_on_step_end_tensor_inputs}
+                callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                if "latents" in callback_outputs:
+                    new_latents = callback_outputs["latents"].to(dtype)
+                    blocks = blocks.flatten(0, 1).index_copy(0, rows, new_latents).view(block_shape)
+            progress_bar.update()
+        return blocks.flatten(0, 1)[rows]
+
+    def _provenance(
+        self,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> dict[str, Any]:
+        """How the cells were made, for `uns["wbdit"]`: plain values that an .h5ad can hold."""
+        provenance = {
+            "model_id": str(self.config.get("_name_or_path") or ""),
+            "scheduler": type(self.scheduler).__name__,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "version": __version__,
+            "X": "counts" if self.processor.config.values == "counts" else "log expression",
+        }
+        if isinstance(generator, list):
+            provenance["seed"] = np.array([one.initial_seed() for one in generator], dtype=np.uint64)
+        elif generator is not None:
+            provenance["seed"] = generator.initial_seed()
+        return provenance
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """
+        Uploads the pipeline with a model card rendered from its own configuration, unless the repository has a card.
+
+        Args:
+            repo_id (`str`): The repository, e.g. `"me/wbdit-pbmc"`.
+            kwargs: `private`, `token`, `commit_message`, … of [`DiffusionPipeline.push_to_hub`].
+        """
+        push_model_card(self, repo_id, private=kwargs.get("private"), token=kwargs.get("token"))
+        return super().push_to_hub(repo_id, **kwargs)
+
+
+def _check_folder(folder: Path):
+    """Raises, before anything is loaded, if the folder is no pipeline of ours or a weight file is cut off."""
+    index = folder / ScRNAGenerationPipeline.config_name
+    if not index.is_file():
+        raise OSError(
+            f"{folder} is no pipeline: it has no {index.name}. Give the --output_dir of training/train.py, a folder"
+            " written by `save_pretrained`, or a Hub id."
+        )
+    class_name = json.loads(index.read_text()).get("_class_name")
+    if class_name != ScRNAGenerationPipeline.__name__:
+        raise OSError(f"{folder} holds a {class_name}: load it with that class.")
+    for path in sorted(folder.glob("*/*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise OSError(f"{path} is truncated or damaged ({error}): copy or download it again.") from error

@@ -1,0 +1,96 @@
+import os
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import scanpy as sc
+import torch
+from diffusers import DDPMScheduler
+from hub_server import HubServer
+from scipy import sparse
+
+from wbdit_diffusers import ScRNAGenerationPipeline, ScRNAProcessor, WhiteBoxDiTModel
+
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def pbmc() -> ad.AnnData:
+    """700 real PBMCs × 765 genes with integer counts, from Scanpy's own wheel."""
+    reduced = sc.datasets.pbmc68k_reduced()
+    counts = np.rint(np.expm1(reduced.raw.X.toarray()) * reduced.obs["n_counts"].to_numpy()[:, None] / 1e4)
+    return ad.AnnData(
+        sparse.csr_matrix(counts.astype(np.float32)),
+        obs=reduced.obs[["bulk_labels", "phase"]].rename(columns={"bulk_labels": "cell_type"}),
+        var=reduced.raw.var[[]],
+    )
+
+
+@pytest.fixture(scope="session")
+def pbmc_path(pbmc, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pbmc") / "pbmc.h5ad"
+    pbmc.write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """A function from a dataset's name to its path; skips where the reproduction datasets are absent."""
+
+    def path(name: str) -> Path:
+        file = SHARED_DATA / f"{name}.h5ad"
+        if not file.is_file():
+            pytest.skip(f"the reproduction dataset {file.name} is not on this machine")
+        return file
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def hub_environment(hub, tmp_path) -> dict[str, str]:
+    """The environment of a process that takes the local server for the Hub, with an empty cache."""
+    return {**os.environ, **hub.environment(tmp_path / "hf-home")}
+
+
+def randomize(model: torch.nn.Module, std: float = 0.05, seed: int = 0) -> torch.nn.Module:
+    """Weights as of a trained model: adaLN-Zero starts with an output of zero, in which every mistake is invisible."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=std, generator=generator)
+    return model
+
+
+def make_pipeline(adata: ad.AnnData, **processor_kwargs) -> ScRNAGenerationPipeline:
+    """A tiny pipeline with random weights for the given cells."""
+    processor = ScRNAProcessor(**processor_kwargs).fit(adata)
+    denoiser = WhiteBoxDiTModel(
+        num_genes=processor.num_features,
+        patch_size=100,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        condition_sizes=processor.condition_sizes,
+    )
+    pipe = ScRNAGenerationPipeline(
+        denoiser=randomize(denoiser).eval(),
+        scheduler=DDPMScheduler(prediction_type="v_prediction", clip_sample=False),
+        processor=processor,
+        num_inference_steps=4,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe(pbmc) -> ScRNAGenerationPipeline:
+    return make_pipeline(pbmc, label_keys=["cell_type", "phase"])

@@ -1,0 +1,341 @@
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomize
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.training_utils import EMAModel
+
+from wbdit_diffusers import WhiteBoxDiTModel
+
+
+BLOCK_TYPES = ["white_box", "dit"]
+
+
+def make_model(block_type="white_box", **kwargs) -> WhiteBoxDiTModel:
+    config = {
+        "num_genes": 45,
+        "patch_size": 10,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "block_type": block_type,
+        "condition_sizes": (3, 2),
+        **kwargs,
+    }
+    return randomize(WhiteBoxDiTModel(**config), std=0.2)
+
+
+def make_inputs(batch_size=5, num_genes=45) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(batch_size, num_genes, generator=generator),
+        "timestep": torch.randint(1, 1000, (batch_size,), generator=generator),
+        "class_labels": torch.stack([torch.arange(batch_size) % 3, torch.arange(batch_size) % 2], dim=1),
+    }
+
+
+# ==================== The paper's definition, written out ====================
+
+
+def original_state_dict(block_type: str, depth: int, dim: int, patch_size: int, num_patches: int):
+    """A checkpoint in the authors' layout, with random weights."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator) / math.sqrt(shape[-1])
+
+    row = torch.arange(num_patches)[:, None] / 10_000 ** (torch.arange(dim // 4) / (dim // 4))
+    constant = torch.cat([torch.zeros(num_patches, dim // 4), torch.ones(num_patches, dim // 4)], dim=1)
+    state_dict = {
+        "x_embedder.proj.weight": random(dim, 1, patch_size, 1),
+        "x_embedder.proj.bias": random(dim),
+        "pos_embed": torch.cat([constant, row.sin(), row.cos()], dim=1)[None],
+        "t_embedder.mlp.0.weight": random(dim, 256),
+        "t_embedder.mlp.0.bias": random(dim),
+        "t_embedder.mlp.2.weight": random(dim, dim),
+        "t_embedder.mlp.2.bias": random(dim),
+        "final_layer.linear.weight": random(patch_size, dim),
+        "final_layer.linear.bias": random(patch_size),
+        "final_layer.adaLN_modulation.1.weight": random(2 * dim, dim),
+        "final_layer.adaLN_modulation.1.bias": random(2 * dim),
+    }
+    for i in range(depth):
+        state_dict[f"blocks.{i}.adaLN_modulation.1.weight"] = random(6 * dim, dim)
+        state_dict[f"blocks.{i}.adaLN_modulation.1.bias"] = random(6 * dim)
+        if block_type == "white_box":
+            state_dict[f"blocks.{i}.attn.qkv.weight"] = random(dim, dim)
+            state_dict[f"blocks.{i}.attn.to_out.0.weight"] = random(dim, dim)
+            state_dict[f"blocks.{i}.attn.to_out.0.bias"] = random(dim)
+            state_dict[f"blocks.{i}.mlp.weight"] = random(dim, dim)
+        else:
+            for name, shape in {
+                "attn.qkv": (3 * dim, dim),
+                "attn.proj": (dim, dim),
+                "mlp.fc1": (4 * dim, dim),
+                "mlp.fc2": (dim, 4 * dim),
+            }.items():
+                state_dict[f"blocks.{i}.{name}.weight"] = random(*shape)
+                state_dict[f"blocks.{i}.{name}.bias"] = random(shape[0])
+    return state_dict
+
+
+def definition(sd: dict, x: torch.Tensor, t: torch.Tensor, block_type: str, heads: int) -> torch.Tensor:
+    """The network's formulas, one by one: explicit softmax, three-product ISTA."""
+
+    def linear(name, value):
+        return value @ sd[f"{name}.weight"].T + sd[f"{name}.bias"]
+
+    def norm(value):
+        value = value - value.mean(-1, keepdim=True)
+        return value / torch.sqrt((value**2).mean(-1, keepdim=True) + 1e-6)
+
+    def modulate(value, shift, scale):
+        return value * (1 + scale[:, None]) + shift[:, None]
+
+    def split_heads(value):
+        return value.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def silu(value):
+        return value / (1 + torch.exp(-value))
+
+    dim, _, patch_size, _ = sd["x_embedder.proj.weight"].shape
+    depth = 1 + max(int(key.split(".")[1]) for key in sd if key.startswith("blocks."))
+    patches = x.unflatten(1, (-1, patch_size))
+    tokens = patches @ sd["x_embedder.proj.weight"][:, 0, :, 0].T + sd["x_embedder.proj.bias"] + sd["pos_embed"]
+
+    angles = t[:, None] * 10_000 ** (-torch.arange(128) / 128)
+    c = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))))
+    for i in range(depth):
+        block = f"blocks.{i}"
+        modulation = linear(f"{block}.adaLN_modulation.1", silu(c))
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+        h = modulate(norm(tokens), shift1, scale1)
+        if block_type == "white_box":
+            w = split_heads(h @ sd[f"{block}.attn.qkv.weight"].T)
+            attention = torch.softmax(w @ w.transpose(-1, -2) / math.sqrt(dim // heads), dim=-1) @ w
+            out = linear(f"{block}.attn.to_out.0", attention.transpose(1, 2).flatten(2))
+        else:
+            q, k, v = (split_heads(part) for part in linear(f"{block}.attn.qkv", h).chunk(3, dim=-1))
+            attention = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(dim // heads), dim=-1) @ v
+            out = linear(f"{block}.attn.proj", attention.transpose(1, 2).flatten(2))
+        tokens = tokens + gate1[:, None] * out
+        h = modulate(norm(tokens), shift2, scale2)
+        if block_type == "white_box":
+            D = sd[f"{block}.mlp.weight"]
+            out = torch.relu(h + 0.1 * (h @ D - h @ D.T @ D) - 0.1 * 0.1)
+        else:
+            out = linear(f"{block}.mlp.fc2", F.gelu(linear(f"{block}.mlp.fc1", h), approximate="tanh"))
+        tokens = tokens + gate2[:, None] * out
+    shift, scale = linear("final_layer.adaLN_modulation.1", silu(c)).chunk(2, dim=1)
+    return linear("final_layer.linear", modulate(norm(tokens), shift, scale)).flatten(1)
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+@pytest.mark.parametrize("depth", [1, 3, 5])
+@torch.no_grad()
+def test_converted_checkpoint_equals_the_definition(block_type, depth, tmp_path):
+    dim, heads, patch_size, num_patches = 96, 8, 10, 20
+    state_dict = original_state_dict(block_type, depth, dim, patch_size, num_patches)
+    torch.save(state_dict, tmp_path / "model.pth")
+    model = WhiteBoxDiTModel.from_original_checkpoint(tmp_path / "model.pth")
+    assert model.config.block_type == block_type
+    assert model.config.num_layers == depth
+
+    x = torch.randn(4, patch_size * num_patches, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([1, 10, 500, 999])
+    double = {key: value.double() for key, value in state_dict.items()}
+    expected = definition(double, x.double(), t.double(), block_type, heads)
+    output = model(x, t).sample.double()
+    assert (output - expected).norm() / expected.norm() < 1e-5
+
+
+@torch.no_grad()
+def test_converted_checkpoint_at_the_published_shape(tmp_path):
+    state_dict = original_state_dict("white_box", depth=3, dim=768, patch_size=10, num_patches=200)
+    torch.save(state_dict, tmp_path / "model.pth")
+    model = WhiteBoxDiTModel.from_original_checkpoint(tmp_path / "model.pth")
+    # The file's position table is the one that the model makes itself.
+    own_table = WhiteBoxDiTModel(num_genes=2000, num_layers=1).pos_embed
+    torch.testing.assert_close(model.pos_embed, own_table, atol=1e-4, rtol=0)
+    x, t = torch.randn(1, 2000, generator=torch.Generator().manual_seed(1)), torch.tensor([300])
+    expected = definition(state_dict, x, t, "white_box", heads=8)
+    assert (model(x, t).sample - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("block_type, num_parameters", [("white_box", 17_926_666), ("dit", 33_870_346)])
+def test_number_of_parameters_at_the_published_shape(block_type, num_parameters):
+    assert WhiteBoxDiTModel(num_genes=2000, block_type=block_type).num_parameters() == num_parameters
+
+
+class Namespace:
+    """Any class of one's own in a checkpoint makes it a pickle that could run code."""
+
+
+def test_original_checkpoint_refuses_pickles_and_foreign_files(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": {}, "args": Namespace()}, path)
+    with pytest.raises(ValueError, match=r"weights_only=True.*state_dict"):
+        WhiteBoxDiTModel.from_original_checkpoint(path)
+
+    path.write_bytes(pickle.dumps(Namespace()))
+    with pytest.raises(ValueError, match="weights_only=True"):
+        WhiteBoxDiTModel.from_original_checkpoint(path)
+
+    torch.save({"layer.weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"is not a White-Box DiT.*x_embedder.proj.weight.*layer.weight"):
+        WhiteBoxDiTModel.from_original_checkpoint(path)
+
+    state_dict = original_state_dict("white_box", depth=1, dim=32, patch_size=10, num_patches=2)
+    torch.save({**state_dict, "y_embedder.weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"unknown key 'y_embedder.weight'"):
+        WhiteBoxDiTModel.from_original_checkpoint(path)
+
+    torch.save({**state_dict, "blocks.0.mlp.weight": torch.ones(3, 3)}, path)
+    with pytest.raises(ValueError, match="does not fit"):
+        WhiteBoxDiTModel.from_original_checkpoint(path)
+
+
+# ==================== What Diffusers asks of a model ====================
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+@torch.no_grad()
+def test_save_and_load(block_type, tmp_path):
+    model = make_model(block_type).eval()
+    model.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "variant", variant="fp16")
+    expected = model(**make_inputs(), return_dict=False)[0]
+    for loaded in (
+        WhiteBoxDiTModel.from_pretrained(tmp_path / "plain"),
+        WhiteBoxDiTModel.from_pretrained(tmp_path / "variant", variant="fp16"),
+    ):
+        torch.testing.assert_close(loaded(**make_inputs()).sample, expected)
+    assert WhiteBoxDiTModel.from_pretrained(tmp_path / "plain", torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_starts_as_zero():
+    model = WhiteBoxDiTModel(num_genes=45, num_attention_heads=2, attention_head_dim=8)
+    assert model(torch.randn(2, 45), 1).sample.abs().max() == 0
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_gradient_checkpointing_gives_the_same_gradients(block_type):
+    gradients = []
+    for enable in (False, True):
+        model = make_model(block_type, condition_dropout=0.0).train()
+        if enable:
+            model.enable_gradient_checkpointing()
+        assert model.is_gradient_checkpointing == enable
+        model(**make_inputs()).sample.square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(gradient is not None for gradient in gradients[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_trains_with_ema_and_bfloat16_autocast(block_type):
+    model = make_model(block_type).train()
+    ema = EMAModel(model.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**make_inputs()).sample.float().square().mean()
+    loss.backward()
+    ema.step(model.parameters())
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+@torch.no_grad()
+def test_attention_processors(block_type):
+    model = make_model(block_type).eval()
+    assert set(model.attn_processors) == {"blocks.0.attn.processor", "blocks.1.attn.processor"}
+    expected = model(**make_inputs()).sample
+
+    class Doubled(type(next(iter(model.attn_processors.values())))):
+        def __call__(self, attn, hidden_states):
+            return 2 * super().__call__(attn, hidden_states)
+
+    original = dict(model.attn_processors)
+    model.set_attn_processor(Doubled())
+    assert not torch.allclose(model(**make_inputs()).sample, expected)
+    model.set_attn_processor(original)
+    torch.testing.assert_close(model(**make_inputs()).sample, expected)
+    with pytest.raises(ValueError, match="number of processors"):
+        model.set_attn_processor({"blocks.0.attn.processor": AttnProcessor()})
+
+    attention = [module for module in model.modules() if isinstance(module, AttentionModuleMixin)]
+    assert len(attention) == 2
+    model.fuse_qkv_projections()  # nothing to fuse, nothing may change
+    torch.testing.assert_close(model(**make_inputs()).sample, expected)
+    model.set_attention_backend("native")
+    torch.testing.assert_close(model(**make_inputs()).sample, expected)
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_regional_compilation_finds_the_blocks(block_type):
+    model = make_model(block_type)
+    model.compile_repeated_blocks(backend="eager")
+    assert all(block._compiled_call_impl is not None for block in model.blocks)
+    torch.testing.assert_close(
+        model.eval()(**make_inputs()).sample, make_model(block_type).eval()(**make_inputs()).sample
+    )
+
+
+# ==================== Inputs ====================
+
+
+@torch.no_grad()
+def test_any_number_of_genes():
+    for num_genes in (1, 9, 10, 11):
+        model = make_model(num_genes=num_genes, condition_sizes=()).eval()
+        assert model(torch.randn(2, num_genes), 5).sample.shape == (2, num_genes)
+
+
+@torch.no_grad()
+def test_one_timestep_for_all_cells_equals_one_per_cell():
+    model, inputs = make_model().eval(), make_inputs()
+    inputs["timestep"] = 7
+    expected = model(**inputs).sample
+    for timestep in (torch.tensor(7), torch.full((5,), 7)):
+        inputs["timestep"] = timestep
+        torch.testing.assert_close(model(**inputs).sample, expected)
+
+
+@torch.no_grad()
+def test_conditions_change_the_output_and_null_labels_are_no_labels():
+    model, inputs = make_model().eval(), make_inputs()
+    labelled = model(**inputs).sample
+    for attribute in range(2):
+        changed = copy.deepcopy(inputs)
+        changed["class_labels"][:, attribute] = (changed["class_labels"][:, attribute] + 1) % 2
+        assert not torch.allclose(model(**changed).sample, labelled)
+    unlabelled = model(**{**inputs, "class_labels": None}).sample
+    assert not torch.allclose(unlabelled, labelled)
+    null_labels = torch.tensor([3, 2]).expand(5, 2)
+    torch.testing.assert_close(model(**{**inputs, "class_labels": null_labels}).sample, unlabelled)
+
+
+@torch.no_grad()
+def test_labels_are_dropped_in_training_only():
+    model, inputs = make_model(condition_dropout=1.0), make_inputs()
+    unlabelled = model.eval()(**{**inputs, "class_labels": None}).sample
+    assert not torch.allclose(model.eval()(**inputs).sample, unlabelled)
+    torch.testing.assert_close(model.train()(**inputs).sample, unlabelled)
+
+
+def test_wrong_inputs_are_named():
+    model, inputs = make_model(), make_inputs()
+    with pytest.raises(ValueError, match="44 values per cell; the model has 45"):
+        model(torch.randn(2, 44), 1)
+    with pytest.raises(ValueError, match="1 labels per cell.*2 attributes"):
+        model(**{**inputs, "class_labels": torch.zeros(5, dtype=torch.long)})
+    with pytest.raises(ValueError, match="unconditional"):
+        make_model(condition_sizes=())(**inputs)
+    with pytest.raises(ValueError, match="'white_box' or 'dit'"):
+        make_model(block_type="unet")
+    with pytest.raises(ValueError, match="multiple of 4"):
+        make_model(num_attention_heads=1, attention_head_dim=6)

@@ -1,0 +1,199 @@
+"""training/train.py, run as a user runs it."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from wbdit_diffusers import ScRNAGenerationPipeline
+
+
+TINY = [
+    *("--num_genes", "100", "--patch_size", "20", "--num_layers", "1"),
+    *("--num_attention_heads", "2", "--attention_head_dim", "8"),
+    *("--train_batch_size", "64", "--lr_warmup_steps", "2", "--num_inference_steps", "3"),
+]
+
+
+def launch(*args, env: dict[str, str] | None = None, num_processes: int = 1, check: bool = True):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes), "--cpu"]
+    command += ["--mixed_precision", "no", str(ROOT / "training" / "train.py"), *map(str, args)]
+    result = subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True)
+    if check:
+        assert result.returncode == 0, result.stderr[-4000:]
+    return result
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "denoiser" / "diffusion_pytorch_model.safetensors")
+
+
+def read_log(folder: Path) -> list[dict[str, str]]:
+    with (folder / "training_log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def trained(pbmc_path, tmp_path_factory) -> Path:
+    """24 steps without interruption: 8 per epoch, a checkpoint in the middle of the second."""
+    folder = tmp_path_factory.mktemp("trained")
+    launch(
+        *("--dataset", pbmc_path, "--label_keys", "cell_type", "phase", "--output_dir", folder, *TINY),
+        *("--max_train_steps", 24, "--checkpointing_steps", 12, "--validation_steps", 4),
+    )
+    return folder
+
+
+def test_output_is_a_complete_pipeline(trained, pbmc):
+    pipe = ScRNAGenerationPipeline.from_pretrained(trained)
+    pipe.set_progress_bar_config(disable=True)
+    cells = pipe(num_cells=20).cells
+    assert cells.shape == (20, 100)
+    assert list(cells.obs) == ["cell_type", "phase", "library_size"]
+    assert pipe.config.num_inference_steps == 3
+    assert pipe.scheduler.config.prediction_type == "v_prediction" and not pipe.scheduler.config.clip_sample
+
+    split = json.loads((trained / "split.json").read_text())
+    assert sorted(split["train"] + split["test"]) == sorted(pbmc.obs_names)
+    assert len(split["test"]) == pytest.approx(140, abs=5)
+    card = (trained / "README.md").read_text()
+    assert "library_name: diffusers" in card and "training cells" in card
+
+
+def test_only_training_cells_are_fitted(trained, pbmc):
+    """What the processor knows follows from the training cells of split.json alone."""
+    pipe = ScRNAGenerationPipeline.from_pretrained(trained)
+    train = pbmc[json.loads((trained / "split.json").read_text())["train"]]
+    features = pipe.processor.preprocess(train)
+    torch.testing.assert_close(features.mean(0), torch.zeros(101), atol=1e-4, rtol=0)
+
+
+def test_losses_are_logged_and_fall(trained):
+    rows = read_log(trained)
+    assert [int(row["step"]) for row in rows] == [4, 8, 12, 16, 20, 24]
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 1, 2, 2, 3]
+    assert all(np.isfinite(float(row["loss"])) and np.isfinite(float(row["validation_loss"])) for row in rows)
+    assert float(rows[-1]["validation_loss"]) < float(rows[0]["validation_loss"])
+
+
+@pytest.mark.parametrize("resume_from", ["latest", "path"])
+def test_a_resumed_training_gives_the_same_weights(trained, pbmc_path, tmp_path, resume_from):
+    arguments = ["--dataset", pbmc_path, "--label_keys", "cell_type", "phase", "--output_dir", tmp_path, *TINY]
+    arguments += ["--checkpointing_steps", 12, "--validation_steps", 4]
+    launch(*arguments, "--max_train_steps", 14)
+    resume_from = "latest" if resume_from == "latest" else tmp_path / "checkpoint-12"
+    launch(*arguments, "--max_train_steps", 24, "--resume_from_checkpoint", resume_from)
+    resumed, expected = weights(tmp_path), weights(trained)
+    assert resumed.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(resumed[name], expected[name]), name
+    columns = ("step", "epoch", "loss", "validation_loss")
+    # The row of step 16 averages the losses since the checkpoint, as it does in the uninterrupted run.
+    assert [[row[c] for c in columns] for row in read_log(tmp_path)] == [
+        [row[c] for c in columns] for row in read_log(trained)
+    ]
+
+
+def test_two_processes_train_together_on_different_cells(pbmc_path, tmp_path):
+    spy = tmp_path / "spy"
+    spy.mkdir()
+    # Every process notes the cells that it is given.
+    (spy / "sitecustomize.py").write_text(
+        "import os\n"
+        "if 'RANK' in os.environ:\n"
+        "    import wbdit_diffusers.data as data\n"
+        "    original = data.CellDataset.__getitems__\n"
+        "    def noted(self, indices):\n"
+        "        with open(os.path.join(os.environ['SPY'], os.environ['RANK']), 'a') as file:\n"
+        "            file.write(' '.join(map(str, indices)) + '\\n')\n"
+        "        return original(self, indices)\n"
+        "    data.CellDataset.__getitems__ = noted\n"
+    )
+    launch(
+        *("--dataset", pbmc_path, "--output_dir", tmp_path / "out", *TINY),
+        *("--max_train_steps", 4, "--checkpointing_steps", 4, "--validation_steps", 4),
+        env={"PYTHONPATH": os.pathsep.join([str(spy), os.environ.get("PYTHONPATH", "")]), "SPY": str(spy)},
+        num_processes=2,
+    )
+    # The first line is the validation batch, which both build; then the steps of one epoch (4 × 2 × 64 of 560 cells).
+    batches = [[set(line.split()) for line in (spy / rank).read_text().splitlines()] for rank in "01"]
+    cells = [set.union(*one[1:5]) for one in batches]
+    assert all(len(one) == 4 * 64 for one in cells)
+    assert not cells[0] & cells[1]
+    assert read_log(tmp_path / "out")[-1]["step"] == "4"
+    ScRNAGenerationPipeline.from_pretrained(tmp_path / "out")
+
+
+def test_push_to_hub(pbmc_path, hub, hub_environment, tmp_path):
+    launch(
+        *("--dataset", pbmc_path, "--output_dir", tmp_path / "out", *TINY, "--max_train_steps", 2),
+        *("--checkpointing_steps", 1, "--push_to_hub", "--hub_model_id", "me/trained"),
+        env=hub_environment,
+    )
+    files = set(hub.repos["me/trained"])
+    assert {"model_index.json", "README.md", "split.json", "training_log.csv", "processor/config.json"} <= files
+    assert not [name for name in files if name.startswith("checkpoint")]
+    assert 'from_pretrained("me/trained")' in hub.repos["me/trained"]["README.md"].decode()
+
+
+def test_the_paper_s_config_and_flags_over_it(pbmc, tmp_path):
+    log_values = ad.AnnData(np.log2(pbmc.X.toarray() / 3 + 1), obs=pbmc.obs, var=pbmc.var)
+    log_values.write_h5ad(tmp_path / "log.h5ad")
+    launch(
+        *("--config", ROOT / "training" / "configs" / "paper.yaml", "--dataset", tmp_path / "log.h5ad"),
+        *("--output_dir", tmp_path / "out", "--max_train_steps", 2, "--num_layers", 1, "--num_attention_heads", 2),
+    )
+    pipe = ScRNAGenerationPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.denoiser.config.num_layers == 1 and pipe.denoiser.config.attention_head_dim == 96
+    assert pipe.scheduler.config.prediction_type == "epsilon" and pipe.config.num_inference_steps == 1000
+    assert pipe.processor.config.values == "log" and not pipe.processor.config.standardize
+    cells = pipe(num_cells=3, num_inference_steps=2).cells
+    assert cells.X.min() >= 0 and cells.uns["wbdit"]["X"] == "log expression"
+
+
+def test_checkpoints_are_limited_and_time_is_bounded(pbmc_path, tmp_path):
+    launch(
+        *("--dataset", pbmc_path, "--output_dir", tmp_path, *TINY, "--max_train_steps", 1_000_000),
+        *("--max_train_minutes", 0.05, "--checkpointing_steps", 5, "--checkpoints_total_limit", 2),
+    )
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    last = read_log(tmp_path)[-1]
+    assert 3 <= float(last["seconds"]) < 30 and int(last["step"]) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--dataset", "absent.h5ad"], "no file absent.h5ad"),
+        (["--label_keys", "celltype"], "has no column 'celltype'"),
+        (["--layer", "raw"], "has no layer 'raw'"),
+        (["--test_fraction", "0"], "between 0 and 1"),
+        (["--resume_from_checkpoint", "absent"], "absent is no checkpoint of train.py"),
+        (["--config", "CONFIG"], "sets learning_rates, which is no flag of train.py"),
+    ],
+)
+def test_bad_arguments_end_at_once_with_their_name(arguments, message, pbmc_path, tmp_path):
+    (tmp_path / "config.yaml").write_text("learning_rates: 1")
+    arguments = [str(tmp_path / "config.yaml") if one == "CONFIG" else one for one in arguments]
+    command = [
+        sys.executable,
+        ROOT / "training" / "train.py",
+        "--dataset",
+        pbmc_path,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    result = subprocess.run([*command, *TINY, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode != 0
+    assert message in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,382 @@
+"""Trains a White-Box DiT on single cells and writes a complete pipeline.
+
+    accelerate launch training/train.py --dataset cells.h5ad --label_keys cell_type --output_dir wbdit-cells
+
+Every flag can stand in a YAML file instead (`--config training/configs/paper.yaml`); a flag on the command line wins.
+`--output_dir` then holds what `ScRNAGenerationPipeline.from_pretrained` needs, and besides it: `split.json` (the names
+of the training and of the held-out cells), `training_log.csv` (the losses), `checkpoint-N/` (to resume from).
+"""
+
+import argparse
+import csv
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from diffusers import DDPMScheduler
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
+from huggingface_hub import create_repo, upload_folder
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from wbdit_diffusers import ScRNAGenerationPipeline, ScRNAProcessor, WhiteBoxDiTModel
+from wbdit_diffusers.data import CellDataset, read_cells, split_cells
+from wbdit_diffusers.model_card import render_model_card
+
+
+logger = get_logger(__name__)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", type=Path, help="YAML file of flags; those on the command line win.")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", help="An .h5ad file.")
+    data.add_argument("--layer", help="Layer that holds the matrix; X by default.")
+    data.add_argument("--values", choices=["counts", "log"], default="counts", help="What the matrix holds.")
+    data.add_argument("--label_keys", nargs="*", default=[], help="obs keys to condition on, the cell type first.")
+    data.add_argument("--num_genes", type=int, default=2000, help="Highly variable genes to model; 0 for all.")
+    data.add_argument(
+        "--standardize",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Give each modelled value mean 0 and variance 1.",
+    )
+    data.add_argument(
+        "--model_library_size",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Generate the log library size together with the expression.",
+    )
+    data.add_argument("--test_fraction", type=float, default=0.2, help="Share of the cells to hold out.")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--block_type", choices=["white_box", "dit"], default="white_box")
+    model.add_argument("--patch_size", type=int, default=10, help="Genes per token.")
+    model.add_argument("--num_layers", type=int, default=3)
+    model.add_argument("--num_attention_heads", type=int, default=8)
+    model.add_argument("--attention_head_dim", type=int, default=96)
+    model.add_argument("--condition_dropout", type=float, default=0.1, help="Share of cells trained without labels.")
+    model.add_argument("--prediction_type", choices=["epsilon", "v_prediction", "sample"], default="v_prediction")
+    model.add_argument("--num_inference_steps", type=int, default=50, help="The pipeline's default; not for training.")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--output_dir", type=Path)
+    training.add_argument("--train_batch_size", type=int, default=128, help="Per process.")
+    training.add_argument("--max_train_steps", type=int, default=10_000)
+    training.add_argument("--max_train_minutes", type=float, help="Stop after this time, if it comes first.")
+    training.add_argument("--learning_rate", type=float, default=1e-3)
+    training.add_argument(
+        "--lr_scheduler", choices=[one.value for one in SchedulerType], default="constant_with_warmup"
+    )
+    training.add_argument("--lr_warmup_steps", type=int, default=100)
+    training.add_argument("--weight_decay", type=float, default=0.01)
+    training.add_argument("--max_grad_norm", type=float, default=1.0)
+    training.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="accelerate's setting by default.")
+    training.add_argument("--use_ema", action=argparse.BooleanOptionalAction, default=True)
+    training.add_argument("--ema_decay", type=float, default=0.999)
+    training.add_argument("--validation_steps", type=int, default=200, help="Steps between two lines of the log.")
+    training.add_argument("--checkpointing_steps", type=int, default=1000)
+    training.add_argument("--checkpoints_total_limit", type=int, help="Keep only the newest checkpoints.")
+    training.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest'.")
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--report_to", help="A tracker of accelerate, e.g. 'tensorboard' or 'wandb'.")
+
+    hub = parser.add_argument_group("hub")
+    hub.add_argument("--push_to_hub", action="store_true")
+    hub.add_argument("--hub_model_id", help="Repository; the name of --output_dir in your namespace by default.")
+
+    config_path = parser.parse_known_args(argv)[0].config
+    if config_path is not None:
+        config = yaml.safe_load(config_path.read_text()) or {}
+        unknown = sorted(set(config) - {action.dest for action in parser._actions})
+        if unknown:
+            parser.error(f"{config_path} sets {', '.join(unknown)}, which is no flag of train.py (see --help).")
+        parser.set_defaults(**config)
+    args = parser.parse_args(argv)
+    for required in ("dataset", "output_dir"):
+        if getattr(args, required) is None:
+            parser.error(f"--{required} is required.")
+    args.output_dir = Path(args.output_dir)
+    return args
+
+
+def diffusion_loss(
+    model: torch.nn.Module, noise_scheduler: DDPMScheduler, batch: dict[str, torch.Tensor], generator: torch.Generator
+) -> torch.Tensor:
+    """Mean squared error of the prediction at one random timestep per cell."""
+    latents = batch["latents"]  # (batch, num_features)
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+    # Timestep 0 is left out, as in the paper.
+    timesteps = torch.randint(
+        1, noise_scheduler.config.num_train_timesteps, (len(latents),), generator=generator, device=latents.device
+    )
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    class_labels = batch["class_labels"] if batch["class_labels"].shape[1] else None
+    prediction = model(noisy_latents, timesteps, class_labels=class_labels, return_dict=False)[0]
+
+    if noise_scheduler.config.prediction_type == "epsilon":
+        target = noise
+    elif noise_scheduler.config.prediction_type == "v_prediction":
+        target = noise_scheduler.get_velocity(latents, noise, timesteps)
+    else:
+        target = latents
+    return F.mse_loss(prediction.float(), target)
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def resolve_checkpoint(resume_from_checkpoint: str, output_dir: Path) -> Path | None:
+    """The folder to resume from; `None` when there is nothing yet to resume."""
+    if resume_from_checkpoint == "latest":
+        checkpoints = find_checkpoints(output_dir)
+        return checkpoints[-1] if checkpoints else None
+    path = Path(resume_from_checkpoint)
+    if not (path / "model.safetensors").is_file():
+        raise ValueError(f"{path} is no checkpoint of train.py: give a checkpoint-N folder, or 'latest'.")
+    return path
+
+
+def main(args: argparse.Namespace):
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
+        ),
+        # The order of the cells depends on the seed and the epoch alone, so that a resumed run goes on with it.
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_seed(args.seed)
+
+    # 1. Cells: split once, fit everything on the training cells
+    label_keys = list(args.label_keys)
+    adata = read_cells(args.dataset)
+    processor = ScRNAProcessor(
+        values=args.values,
+        layer=args.layer,
+        label_keys=label_keys,
+        num_genes=args.num_genes or None,
+        standardize=args.standardize,
+        model_library_size=args.model_library_size,
+    )
+    train_cells, test_cells = split_cells(
+        adata, args.test_fraction, label_key=label_keys[0] if label_keys else None, seed=args.seed
+    )
+    processor.fit(adata[train_cells])
+    train_dataset = CellDataset(adata[train_cells], processor)
+    # Labels that only held-out cells have are unknown to the model.
+    known = torch.ones(len(test_cells), dtype=torch.bool)
+    for key, names in zip(label_keys, processor.config.categories):
+        known &= torch.from_numpy(adata.obs[key].iloc[test_cells].astype(str).isin(names).to_numpy())
+    test_dataset = CellDataset(adata[test_cells[known.numpy()]], processor)
+    train_batch_size = min(args.train_batch_size, max(1, len(train_dataset) // accelerator.num_processes))
+    train_dataloader = DataLoader(
+        train_dataset, batch_size=train_batch_size, shuffle=True, drop_last=True, collate_fn=CellDataset.collate
+    )
+
+    # 2. Model, noise and optimizer
+    model = WhiteBoxDiTModel(
+        num_genes=processor.num_features,
+        patch_size=args.patch_size,
+        num_layers=args.num_layers,
+        num_attention_heads=args.num_attention_heads,
+        attention_head_dim=args.attention_head_dim,
+        block_type=args.block_type,
+        condition_sizes=processor.condition_sizes,
+        condition_dropout=args.condition_dropout,
+    )
+    # The paper's schedule: 1,000 steps, β linear from 1e-4 to 0.02. Expression is no image in [-1, 1]: never clip.
+    noise_scheduler = DDPMScheduler(prediction_type=args.prediction_type, clip_sample=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        # accelerate steps the schedule once per process
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
+    )
+    # Without EMA the average has decay 0: it is the model itself.
+    ema_kwargs = {"decay": args.ema_decay if args.use_ema else 0.0, "use_ema_warmup": True, "power": 2 / 3}
+    ema = EMAModel(model.parameters(), **ema_kwargs, model_cls=WhiteBoxDiTModel, model_config=model.config)
+    ema.to(accelerator.device)
+    model, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
+        model, optimizer, train_dataloader, lr_scheduler
+    )
+    if args.report_to is not None:
+        accelerator.init_trackers("wbdit_diffusers", config={key: str(value) for key, value in vars(args).items()})
+
+    # 3. Resume
+    global_step = 0
+    checkpoint = (
+        resolve_checkpoint(args.resume_from_checkpoint, args.output_dir) if args.resume_from_checkpoint else None
+    )
+    if checkpoint is not None:
+        accelerator.load_state(checkpoint)
+        ema = EMAModel.from_pretrained(checkpoint / "ema", WhiteBoxDiTModel)
+        ema.to(accelerator.device)
+        global_step = int(checkpoint.name.split("-")[1])
+        logger.info(f"Resuming from {checkpoint}.")
+    steps_per_epoch = len(train_dataloader)
+    log_path = args.output_dir / "training_log.csv"
+    if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        split = {
+            "seed": args.seed,
+            "train": adata.obs_names[train_cells].tolist(),
+            "test": adata.obs_names[test_cells].tolist(),
+        }
+        (args.output_dir / "split.json").write_text(json.dumps(split))
+        # A resumed log forgets what came after the checkpoint.
+        rows = list(csv.DictReader(log_path.open())) if checkpoint is not None and log_path.exists() else []
+        with log_path.open("w", newline="") as file:
+            log = csv.DictWriter(file, ["step", "epoch", "seconds", "learning_rate", "loss", "validation_loss"])
+            log.writeheader()
+            log.writerows(row for row in rows if int(row["step"]) <= global_step)
+
+    def step_generator(step: int) -> torch.Generator:
+        """All randomness of a step comes from the step's number and the process's, so that resuming is exact."""
+        seed = args.seed * 1_000_003 + step * accelerator.num_processes + accelerator.process_index
+        torch.manual_seed(seed)  # the label dropout inside the model
+        return torch.Generator(accelerator.device).manual_seed(seed)
+
+    validation_model = (
+        WhiteBoxDiTModel.from_config(accelerator.unwrap_model(model).config).to(accelerator.device).eval()
+    )
+    validation_batch = test_dataset.__getitems__(list(range(min(len(test_dataset), 512))))
+    validation_batch = {key: value.to(accelerator.device) for key, value in validation_batch.items()}
+
+    @torch.no_grad()
+    def validation_loss() -> float:
+        """Loss of the averaged weights on held-out cells, always at the same noise and timesteps."""
+        ema.copy_to(validation_model.parameters())
+        generator = torch.Generator(accelerator.device).manual_seed(0)
+        losses = [diffusion_loss(validation_model, noise_scheduler, validation_batch, generator) for _ in range(4)]
+        return torch.stack(losses).mean().item()
+
+    logger.info(
+        f"{len(train_dataset)} training cells, {len(test_cells)} held out; {processor.num_features} values per cell,"
+        f" {validation_model.num_parameters():,} parameters; {steps_per_epoch} steps of"
+        f" {train_batch_size} × {accelerator.num_processes} cells per epoch."
+    )
+
+    # 4. Train
+    progress_bar = tqdm(
+        total=args.max_train_steps, initial=global_step, desc="Training", disable=not accelerator.is_local_main_process
+    )
+    start_time = time.monotonic()
+    logged_losses = torch.zeros((), device=accelerator.device)
+    last_logged_step = global_step
+    stop = global_step >= args.max_train_steps
+    model.train()
+    while not stop:
+        epoch, batches_done = divmod(global_step, steps_per_epoch)
+        train_dataloader.set_epoch(epoch)
+        for batch in accelerator.skip_first_batches(train_dataloader, batches_done):
+            loss = diffusion_loss(model, noise_scheduler, batch, step_generator(global_step))
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            ema.step(accelerator.unwrap_model(model).parameters())
+            global_step += 1
+            logged_losses += loss.detach()
+            progress_bar.update()
+
+            seconds = time.monotonic() - start_time
+            if args.max_train_minutes is not None and seconds > args.max_train_minutes * 60:
+                accelerator.set_trigger()  # one process's clock stops all of them
+            stop = global_step >= args.max_train_steps or (
+                args.max_train_minutes is not None and accelerator.check_trigger()
+            )
+
+            if global_step % args.validation_steps == 0 or stop:
+                # Every process joins the reduction; the main one writes.
+                mean_loss = accelerator.reduce(logged_losses, "mean").item() / (global_step - last_logged_step)
+                logged_losses.zero_()
+                last_logged_step = global_step
+                if accelerator.is_main_process:
+                    row = {
+                        "step": global_step,
+                        "epoch": global_step // steps_per_epoch,
+                        "seconds": round(seconds, 1),
+                        "learning_rate": lr_scheduler.get_last_lr()[0],
+                        "loss": round(mean_loss, 6),
+                        "validation_loss": round(validation_loss(), 6),
+                    }
+                    with log_path.open("a", newline="") as file:
+                        csv.DictWriter(file, list(row)).writerow(row)
+                    progress_bar.set_postfix(loss=row["loss"], validation_loss=row["validation_loss"])
+                    accelerator.log({key: row[key] for key in ("loss", "validation_loss")}, step=global_step)
+
+            if global_step % args.checkpointing_steps == 0:
+                checkpoint = args.output_dir / f"checkpoint-{global_step}"
+                accelerator.save_state(checkpoint)
+                if accelerator.is_main_process:
+                    ema.save_pretrained(checkpoint / "ema")
+                    if args.checkpoints_total_limit is not None:
+                        for old in find_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                            shutil.rmtree(old)
+            if stop:
+                break
+    progress_bar.close()
+    accelerator.wait_for_everyone()
+
+    # 5. The pipeline, complete
+    if accelerator.is_main_process:
+        denoiser = accelerator.unwrap_model(model)
+        ema.copy_to(denoiser.parameters())
+        pipeline = ScRNAGenerationPipeline(
+            denoiser=denoiser.eval().cpu(),
+            scheduler=noise_scheduler,
+            processor=processor,
+            num_inference_steps=args.num_inference_steps,
+        )
+        pipeline.save_pretrained(args.output_dir)
+        repo_id = args.hub_model_id or args.output_dir.name
+        if args.push_to_hub:
+            repo_id = create_repo(repo_id, exist_ok=True).repo_id
+        last_row = list(csv.DictReader(log_path.open()))[-1]
+        training = {
+            "training cells": len(train_dataset),
+            "held-out cells": len(test_cells),
+            "steps": global_step,
+            "cells per step": train_batch_size * accelerator.num_processes,
+            "learning rate": args.learning_rate,
+            "EMA decay": args.ema_decay if args.use_ema else "none",
+            "precision": accelerator.mixed_precision,
+            "seed": args.seed,
+            "validation loss": last_row["validation_loss"],
+        }
+        render_model_card(pipeline, repo_id, training=training).save(args.output_dir / "README.md")
+        logger.info(f"Saved the pipeline to {args.output_dir}.")
+        if args.push_to_hub:
+            upload_folder(
+                repo_id=repo_id,
+                folder_path=args.output_dir,
+                commit_message="End of training",
+                ignore_patterns=["checkpoint-*", "logs*"],
+            )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
