@@ -11,11 +11,15 @@ import argparse
 import csv
 import json
 import logging
+import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
+import torch.distributed.run
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
@@ -378,5 +382,28 @@ def main(args: argparse.Namespace):
     accelerator.end_training()
 
 
+def processes_that_accelerate_left_out() -> int:
+    """
+    Number of CPU processes that `accelerate launch --cpu --num_processes N` was asked for, if it started only one.
+
+    accelerate starts several processes on CPUs only through MPI. Without it, it sets the address where they should
+    meet, starts a single one, and says nothing; N stands nowhere but in its command line.
+    """
+    environment = os.environ
+    if environment.get("ACCELERATE_USE_CPU") != "True" or "MASTER_ADDR" not in environment:
+        return 1
+    if {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & set(environment):
+        return 1
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
+    return parser.parse_known_args(psutil.Process().parent().cmdline())[0].num_processes
+
+
 if __name__ == "__main__":
-    main(parse_args())
+    args = parse_args()
+    num_cpu_processes = processes_that_accelerate_left_out()
+    if num_cpu_processes > 1:
+        torchrun = ["--nproc_per_node", str(num_cpu_processes), "--master_addr", os.environ["MASTER_ADDR"]]
+        torch.distributed.run.main([*torchrun, "--master_port", os.environ["MASTER_PORT"], __file__, *sys.argv[1:]])
+    else:
+        main(args)

@@ -8,17 +8,17 @@ from wbdit_diffusers.evaluation.metrics import compare, gene_statistics, mmd2, r
 def samples():
     """Three independent samples of one distribution of correlated, zero-inflated expression."""
     rng = np.random.default_rng(0)
-    programs = rng.gamma(1.0, 1.0, (8, 60))
+    programs = rng.gamma(0.5, 2.0, (4, 60))
 
     def sample(cells):
-        return np.log1p(rng.poisson(rng.gamma(0.5, 1.0, (cells, 8)) @ programs * 0.3)).astype(np.float32)
+        return np.log1p(rng.poisson(rng.gamma(0.5, 1.0, (cells, 4)) @ programs)).astype(np.float32)
 
     return {"train": sample(400), "real": sample(150), "generated": sample(150)}
 
 
 def test_a_perfect_generator(samples):
     metrics = compare(**samples)
-    assert 0.4 < metrics["rf_auc"] < 0.6 and 0.4 < metrics["rf_auc_pca"] < 0.6
+    assert 0.35 < metrics["rf_auc"] < 0.65 and 0.35 < metrics["rf_auc_pca"] < 0.65
     assert abs(metrics["mmd2"]) < 0.01
     assert metrics["variance_ratio"] == pytest.approx(1, abs=0.15)
     assert metrics["mean_pearson"] > 0.9 and metrics["mean_spearman"] > 0.9
@@ -51,7 +51,7 @@ def test_shuffled_genes_are_found_out(samples):
     assert after["mean_pearson"] == pytest.approx(before["mean_pearson"], abs=1e-5)
     assert after["gene_correlation"] < 0.3 < before["gene_correlation"]
     assert random_forest_auc(samples["real"], shuffled) > 0.7
-    assert mmd2(samples["real"], shuffled) > 0.02
+    assert mmd2(samples["real"], shuffled) > 0.01 > mmd2(samples["real"], samples["generated"])
 
 
 def test_known_distances():
