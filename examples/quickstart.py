@@ -161,6 +161,8 @@ def main():
     table = metrics_table(results, test.n_obs)
     (args.output_dir / "metrics.md").write_text(table)
     print(table)
+    card = pipeline_path / "README.md"  # the model card says what was measured
+    card.write_text(card.read_text().replace("## Limits", f"## Evaluation\n\n{table}\n## Limits"))
 
     plot(real, cells[: 2 * real.n_obs], args.output_dir / "figure.png")
     print(f"Look at {args.output_dir / 'figure.png'}; the cells are in {args.output_dir / 'cells.h5ad'}.")

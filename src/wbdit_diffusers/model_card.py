@@ -1,22 +1,19 @@
 """The model card of a pipeline, rendered from its own configuration."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
 
 from .version import __version__
-
-
-if TYPE_CHECKING:
-    from .pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 
 
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
 
 
 def render_model_card(
-    pipeline: "ScRNAGenerationPipeline",
+    pipeline: DiffusionPipeline,
     repo_id: str,
     training: dict[str, Any] | None = None,
     evaluation: str | None = None,
@@ -62,9 +59,7 @@ def render_model_card(
     )
 
 
-def push_model_card(
-    pipeline: "ScRNAGenerationPipeline", repo_id: str, private: bool | None = None, token: str | None = None
-):
+def push_model_card(pipeline: DiffusionPipeline, repo_id: str, private: bool | None = None, token: str | None = None):
     """Gives a Hub repository that has no card yet the rendered one: Diffusers would write a stub."""
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if not file_exists(repo_id, "README.md", token=token):

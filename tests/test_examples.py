@@ -1,0 +1,31 @@
+"""The examples, run as a user runs them but shorter."""
+
+import json
+import subprocess
+import sys
+
+import anndata as ad
+import numpy as np
+from conftest import ROOT
+
+from wbdit_diffusers import ScRNAGenerationPipeline
+
+
+def test_quickstart(tmp_path):
+    command = [sys.executable, ROOT / "examples" / "quickstart.py", "--output_dir", tmp_path]
+    command += ["--max_train_minutes", "0.05", "--num_cells", "100"]
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+    cells = ad.read_h5ad(tmp_path / "cells.h5ad")
+    assert cells.shape == (100, 765)
+    assert (cells.X.data == np.rint(cells.X.data)).all()
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    results = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(results) == {"generated", "real (training cells)"}
+    assert all(len(values) == 3 for column in results.values() for values in column.values())
+    # After three seconds of training the cells are bad, and the metrics say so.
+    assert np.mean(results["generated"]["rf_auc"]) > 0.8 > np.mean(results["real (training cells)"]["rf_auc"])
+    assert "| random forest AUC, genes" in (tmp_path / "metrics.md").read_text()
+    assert "## Evaluation" in (tmp_path / "wbdit-pbmc" / "README.md").read_text()
+    ScRNAGenerationPipeline.from_pretrained(tmp_path / "wbdit-pbmc")
