@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler
 from hub_server import HubServer
 from scipy import sparse
 
-from wbdit_diffusers import ScRNAGenerationPipeline, ScRNAProcessor, WhiteBoxDiTModel
+from wbdit_diffusers import CountAutoencoder, ScRNAGenerationPipeline, ScRNAProcessor, WhiteBoxDiTModel
 
 
 ROOT = Path(__file__).parents[1]
@@ -70,12 +70,24 @@ def randomize(model: torch.nn.Module, std: float = 0.05, seed: int = 0) -> torch
     return model
 
 
-def make_pipeline(adata: ad.AnnData, **processor_kwargs) -> ScRNAGenerationPipeline:
+def make_autoencoder(processor: ScRNAProcessor, adata: ad.AnnData) -> CountAutoencoder:
+    """A tiny autoencoder with random weights that knows the cells' statistics."""
+    autoencoder = CountAutoencoder(num_genes=len(processor.var_names), num_programs=6, hidden_size=8)
+    matrix, library_size = processor.select(adata)
+    randomize(autoencoder, std=0.3)
+    autoencoder.log_theta.data.fill_(2.5)
+    autoencoder.fit_statistics(matrix, library_size)
+    autoencoder.eval().standardize_latents(autoencoder.encode(processor.counts(matrix, library_size)))
+    return autoencoder
+
+
+def make_pipeline(adata: ad.AnnData, space: str = "expression", **processor_kwargs) -> ScRNAGenerationPipeline:
     """A tiny pipeline with random weights for the given cells."""
     processor = ScRNAProcessor(**processor_kwargs).fit(adata)
+    autoencoder = make_autoencoder(processor, adata) if space == "program" else None
     denoiser = WhiteBoxDiTModel(
-        num_genes=processor.num_features,
-        patch_size=100,
+        num_genes=processor.num_features if autoencoder is None else autoencoder.num_features,
+        patch_size=100 if autoencoder is None else 3,
         num_layers=2,
         num_attention_heads=2,
         attention_head_dim=8,
@@ -85,6 +97,7 @@ def make_pipeline(adata: ad.AnnData, **processor_kwargs) -> ScRNAGenerationPipel
         denoiser=randomize(denoiser).eval(),
         scheduler=DDPMScheduler(prediction_type="v_prediction", clip_sample=False),
         processor=processor,
+        autoencoder=autoencoder,
         num_inference_steps=4,
     )
     pipe.set_progress_bar_config(disable=True)
@@ -93,4 +106,11 @@ def make_pipeline(adata: ad.AnnData, **processor_kwargs) -> ScRNAGenerationPipel
 
 @pytest.fixture
 def pipe(pbmc) -> ScRNAGenerationPipeline:
+    """In expression space."""
     return make_pipeline(pbmc, label_keys=["cell_type", "phase"])
+
+
+@pytest.fixture
+def program_pipe(pbmc) -> ScRNAGenerationPipeline:
+    """In program space."""
+    return make_pipeline(pbmc, space="program", label_keys=["cell_type", "phase"])

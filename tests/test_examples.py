@@ -13,7 +13,7 @@ from wbdit_diffusers import ScRNAGenerationPipeline
 
 def test_quickstart(tmp_path):
     command = [sys.executable, ROOT / "examples" / "quickstart.py", "--output_dir", tmp_path]
-    command += ["--max_train_minutes", "0.05", "--num_cells", "100"]
+    command += ["--max_train_minutes", "0.05", "--num_cells", "100", "--num_seeds", "1"]
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
 
@@ -23,9 +23,9 @@ def test_quickstart(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "metrics.json").read_text())
     assert set(results) == {"generated", "real (training cells)"}
-    assert all(len(values) == 3 for column in results.values() for values in column.values())
+    assert all(len(values) == 1 for column in results.values() for values in column.values())
     # After three seconds of training the cells are bad, and the metrics say so.
-    assert np.mean(results["generated"]["rf_auc"]) > 0.8 > np.mean(results["real (training cells)"]["rf_auc"])
+    assert results["generated"]["rf_auc"][0] > 0.8 > results["real (training cells)"]["rf_auc"][0]
     assert "| random forest AUC, genes" in (tmp_path / "metrics.md").read_text()
     assert "## Evaluation" in (tmp_path / "wbdit-pbmc" / "README.md").read_text()
     ScRNAGenerationPipeline.from_pretrained(tmp_path / "wbdit-pbmc")

@@ -38,11 +38,14 @@ PULL = """
 """
 
 
-def test_round_trip(pipe, hub, hub_environment, tmp_path):
+def test_round_trip(program_pipe, hub, hub_environment, tmp_path):
+    pipe = program_pipe
     pipe.save_pretrained(tmp_path / "pushed")
     run_python(PUSH, hub_environment, tmp_path / "pushed", "me/wbdit-test")
     assert sorted(hub.repos["me/wbdit-test"]) == [
         "README.md",
+        "autoencoder/config.json",
+        "autoencoder/diffusion_pytorch_model.safetensors",
         "denoiser/config.json",
         "denoiser/diffusion_pytorch_model.safetensors",
         "model_index.json",

@@ -32,12 +32,33 @@ from huggingface_hub import create_repo, upload_folder
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from wbdit_diffusers import ScRNAGenerationPipeline, ScRNAProcessor, WhiteBoxDiTModel
+from wbdit_diffusers import CountAutoencoder, ScRNAGenerationPipeline, ScRNAProcessor, WhiteBoxDiTModel
 from wbdit_diffusers.data import CellDataset, read_cells, split_cells
 from wbdit_diffusers.model_card import render_model_card
 
 
 logger = get_logger(__name__)
+
+
+# Flags whose default depends on --space. Expression space has the published shape.
+SPACE_DEFAULTS = {
+    "program": {
+        "num_genes": 0,
+        "patch_size": 4,
+        "num_layers": 4,
+        "num_attention_heads": 4,
+        "attention_head_dim": 48,
+        "train_batch_size": 256,
+    },
+    "expression": {
+        "num_genes": 2000,
+        "patch_size": 10,
+        "num_layers": 3,
+        "num_attention_heads": 8,
+        "attention_head_dim": 96,
+        "train_batch_size": 64,
+    },
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--layer", help="Layer that holds the matrix; X by default.")
     data.add_argument("--values", choices=["counts", "log"], default="counts", help="What the matrix holds.")
     data.add_argument("--label_keys", nargs="*", default=[], help="obs keys to condition on, the cell type first.")
-    data.add_argument("--num_genes", type=int, default=2000, help="Highly variable genes to model; 0 for all.")
+    data.add_argument("--num_genes", type=int, help="Highly variable genes to model; 0 for all.")
     data.add_argument(
         "--standardize",
         action=argparse.BooleanOptionalAction,
@@ -64,21 +85,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=True,
         help="Generate the log library size together with the expression.",
     )
+    data.add_argument(
+        "--space",
+        choices=["program", "expression"],
+        help="What is denoised: gene programs with a count likelihood (the default for counts), or log expression as"
+        " in the paper (the default for log values).",
+    )
     data.add_argument("--test_fraction", type=float, default=0.2, help="Share of the cells to hold out.")
+
+    autoencoder = parser.add_argument_group("count autoencoder, of program space")
+    autoencoder.add_argument("--num_programs", type=int, default=32)
+    autoencoder.add_argument("--autoencoder_hidden_size", type=int, default=256)
+    autoencoder.add_argument("--autoencoder_learning_rate", type=float, default=1e-3)
+    autoencoder.add_argument("--theta_learning_rate", type=float, default=1e-2)
+    autoencoder.add_argument("--autoencoder_weight_decay", type=float, default=0.01)
+    autoencoder.add_argument("--autoencoder_batch_size", type=int, default=128)
+    autoencoder.add_argument("--autoencoder_max_steps", type=int, default=20_000, help="It stops earlier by itself.")
+    autoencoder.add_argument("--code_noise", type=float, default=0.3, help="Noise on the code while training.")
+    autoencoder.add_argument("--input_dropout", type=float, default=0.2)
 
     model = parser.add_argument_group("model")
     model.add_argument("--block_type", choices=["white_box", "dit"], default="white_box")
-    model.add_argument("--patch_size", type=int, default=10, help="Genes per token.")
-    model.add_argument("--num_layers", type=int, default=3)
-    model.add_argument("--num_attention_heads", type=int, default=8)
-    model.add_argument("--attention_head_dim", type=int, default=96)
+    model.add_argument("--patch_size", type=int, help="Genes, or programs, per token.")
+    model.add_argument("--num_layers", type=int)
+    model.add_argument("--num_attention_heads", type=int)
+    model.add_argument("--attention_head_dim", type=int)
     model.add_argument("--condition_dropout", type=float, default=0.1, help="Share of cells trained without labels.")
     model.add_argument("--prediction_type", choices=["epsilon", "v_prediction", "sample"], default="v_prediction")
-    model.add_argument("--num_inference_steps", type=int, default=50, help="The pipeline's default; not for training.")
+    model.add_argument("--num_inference_steps", type=int, default=20, help="The pipeline's default; not for training.")
 
     training = parser.add_argument_group("training")
     training.add_argument("--output_dir", type=Path)
-    training.add_argument("--train_batch_size", type=int, default=128, help="Per process.")
+    training.add_argument("--train_batch_size", type=int, help="Per process.")
     training.add_argument("--max_train_steps", type=int, default=10_000)
     training.add_argument("--max_train_minutes", type=float, help="Stop after this time, if it comes first.")
     training.add_argument("--learning_rate", type=float, default=1e-3)
@@ -110,6 +148,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"{config_path} sets {', '.join(unknown)}, which is no flag of train.py (see --help).")
         parser.set_defaults(**config)
     args = parser.parse_args(argv)
+    if args.space is None:
+        args.space = "program" if args.values == "counts" else "expression"
+    if args.space == "program" and args.values != "counts":
+        parser.error("--space program is a likelihood of counts: log values need --space expression.")
+    for name, value in SPACE_DEFAULTS[args.space].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     for required in ("dataset", "output_dir"):
         if getattr(args, required) is None:
             parser.error(f"--{required} is required.")
@@ -138,6 +183,86 @@ def diffusion_loss(
     else:
         target = latents
     return F.mse_loss(prediction.float(), target)
+
+
+def train_autoencoder(args: argparse.Namespace, dataset: CellDataset, device: torch.device) -> CountAutoencoder:
+    """
+    First stage of program space: fits the count likelihood, and stops where cells set aside for it say so.
+
+    One cell in ten of the *training* cells is set aside; the held-out cells are never seen.
+    """
+    generator = torch.Generator().manual_seed(args.seed)
+    shuffled = torch.randperm(len(dataset), generator=generator).numpy()
+    num_validation = max(1, len(dataset) // 10)
+    validation_cells, train_cells = shuffled[:num_validation], shuffled[num_validation:]
+    autoencoder = CountAutoencoder(
+        num_genes=dataset.matrix.shape[1],
+        num_programs=args.num_programs,
+        hidden_size=args.autoencoder_hidden_size,
+        code_noise=args.code_noise,
+        input_dropout=args.input_dropout,
+    ).to(device)
+    autoencoder.fit_statistics(dataset.matrix, dataset.library_size)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [*autoencoder.encoder.parameters(), *autoencoder.decoder.parameters()]},
+            # Dispersions span orders of magnitude, and must get there before the programs overfit.
+            {"params": [autoencoder.log_theta], "lr": args.theta_learning_rate, "weight_decay": 0.0},
+        ],
+        lr=args.autoencoder_learning_rate,
+        weight_decay=args.autoencoder_weight_decay,
+    )
+
+    def validation_loss() -> float:
+        """Mean negative log-likelihood of the cells set aside, without noise on the code."""
+        autoencoder.eval()
+        with torch.no_grad():
+            losses = [
+                autoencoder(dataset.counts(validation_cells[start : start + 512]).to(device)).sum()
+                for start in range(0, num_validation, 512)
+            ]
+        autoencoder.train()
+        return torch.stack(losses).sum().item() / num_validation
+
+    # Evaluated once per 100 steps; given up when 8 evaluations in a row are no better.
+    best_loss, best_step, best_weights, step = float("inf"), 0, None, 0
+    progress_bar = tqdm(desc="Count autoencoder", unit=" steps", mininterval=1)
+    while step - best_step < 800 and step < args.autoencoder_max_steps:
+        cells = torch.randint(len(train_cells), (args.autoencoder_batch_size,), generator=generator).numpy()
+        loss = autoencoder(dataset.counts(train_cells[cells]).to(device)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        progress_bar.update()
+        if step % 100 == 0:
+            held_out_loss = validation_loss()
+            if held_out_loss < best_loss:
+                best_loss, best_step = held_out_loss, step
+                best_weights = {name: value.clone() for name, value in autoencoder.state_dict().items()}
+            progress_bar.set_postfix(loss=round(loss.item(), 2), held_out_loss=round(held_out_loss, 2))
+    progress_bar.close()
+    autoencoder.load_state_dict(best_weights)
+    logger.info(
+        f"Count autoencoder: held-out negative log-likelihood {best_loss:.2f} per cell after {best_step} steps."
+    )
+    return autoencoder.eval()
+
+
+def prepare_autoencoder(
+    args: argparse.Namespace, accelerator: Accelerator, dataset: CellDataset, checkpoint: Path | None
+) -> CountAutoencoder:
+    """Trains the autoencoder on the main process, or takes it from the run to resume; all processes get the same."""
+    if checkpoint is not None:
+        return CountAutoencoder.from_pretrained(checkpoint.parent / "autoencoder")
+    folder = args.output_dir / "autoencoder"
+    if accelerator.is_main_process:
+        autoencoder = train_autoencoder(args, dataset, accelerator.device).cpu()
+        dataset.encode(autoencoder)
+        autoencoder.standardize_latents(dataset.latents)
+        autoencoder.save_pretrained(folder)
+    accelerator.wait_for_everyone()
+    return CountAutoencoder.from_pretrained(folder)
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
@@ -169,6 +294,12 @@ def main(args: argparse.Namespace):
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     set_seed(args.seed)
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+        torch.set_num_threads(psutil.cpu_count(logical=False))  # accelerate launch allows one, unless given --cpu
+
+    checkpoint = (
+        resolve_checkpoint(args.resume_from_checkpoint, args.output_dir) if args.resume_from_checkpoint else None
+    )
 
     # 1. Cells: split once, fit everything on the training cells
     label_keys = list(args.label_keys)
@@ -191,14 +322,23 @@ def main(args: argparse.Namespace):
     for key, names in zip(label_keys, processor.config.categories):
         known &= torch.from_numpy(adata.obs[key].iloc[test_cells].astype(str).isin(names).to_numpy())
     test_dataset = CellDataset(adata[test_cells[known.numpy()]], processor)
+
+    # 2. Program space: the count autoencoder first; the denoiser then sees its latents
+    start_time = time.monotonic()
+    autoencoder = None
+    if args.space == "program":
+        autoencoder = prepare_autoencoder(args, accelerator, train_dataset, checkpoint)
+        train_dataset.encode(autoencoder)
+        test_dataset.encode(autoencoder)
     train_batch_size = min(args.train_batch_size, max(1, len(train_dataset) // accelerator.num_processes))
     train_dataloader = DataLoader(
         train_dataset, batch_size=train_batch_size, shuffle=True, drop_last=True, collate_fn=CellDataset.collate
     )
 
-    # 2. Model, noise and optimizer
+    # 3. Model, noise and optimizer
+    num_features = processor.num_features if autoencoder is None else autoencoder.num_features
     model = WhiteBoxDiTModel(
-        num_genes=processor.num_features,
+        num_genes=num_features,
         patch_size=args.patch_size,
         num_layers=args.num_layers,
         num_attention_heads=args.num_attention_heads,
@@ -227,11 +367,8 @@ def main(args: argparse.Namespace):
     if args.report_to is not None:
         accelerator.init_trackers("wbdit_diffusers", config={key: str(value) for key, value in vars(args).items()})
 
-    # 3. Resume
+    # 4. Resume
     global_step = 0
-    checkpoint = (
-        resolve_checkpoint(args.resume_from_checkpoint, args.output_dir) if args.resume_from_checkpoint else None
-    )
     if checkpoint is not None:
         accelerator.load_state(checkpoint)
         ema = EMAModel.from_pretrained(checkpoint / "ema", WhiteBoxDiTModel)
@@ -276,16 +413,21 @@ def main(args: argparse.Namespace):
         return torch.stack(losses).mean().item()
 
     logger.info(
-        f"{len(train_dataset)} training cells, {len(test_cells)} held out; {processor.num_features} values per cell,"
+        f"{len(train_dataset)} training cells, {len(test_cells)} held out; {num_features} values per cell,"
         f" {validation_model.num_parameters():,} parameters; {steps_per_epoch} steps of"
         f" {train_batch_size} × {accelerator.num_processes} cells per epoch."
     )
 
-    # 4. Train
+    # 5. Train
     progress_bar = tqdm(
-        total=args.max_train_steps, initial=global_step, desc="Training", disable=not accelerator.is_local_main_process
+        # With a time limit nobody knows the number of steps.
+        total=args.max_train_steps if args.max_train_minutes is None else None,
+        initial=global_step,
+        desc="Training",
+        unit=" steps",
+        mininterval=1,
+        disable=not accelerator.is_local_main_process,
     )
-    start_time = time.monotonic()
     logged_losses = torch.zeros((), device=accelerator.device)
     last_logged_step = global_step
     stop = global_step >= args.max_train_steps
@@ -344,7 +486,7 @@ def main(args: argparse.Namespace):
     progress_bar.close()
     accelerator.wait_for_everyone()
 
-    # 5. The pipeline, complete
+    # 6. The pipeline, complete
     if accelerator.is_main_process:
         denoiser = accelerator.unwrap_model(model)
         ema.copy_to(denoiser.parameters())
@@ -352,6 +494,7 @@ def main(args: argparse.Namespace):
             denoiser=denoiser.eval().cpu(),
             scheduler=noise_scheduler,
             processor=processor,
+            autoencoder=autoencoder,
             num_inference_steps=args.num_inference_steps,
         )
         pipeline.save_pretrained(args.output_dir)

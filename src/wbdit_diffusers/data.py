@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .models.autoencoder_counts import CountAutoencoder
 from .processing_scrna import ScRNAProcessor
 
 
@@ -60,8 +61,8 @@ def split_cells(
 
 class CellDataset(Dataset):
     """
-    Cells as the denoiser's training examples. The modelled genes stay sparse in memory; each batch is made dense as it
-    is read: give the DataLoader `collate_fn=CellDataset.collate`.
+    Cells as training examples. The modelled genes stay sparse in memory; each batch is made dense as it is read: give
+    the DataLoader `collate_fn=CellDataset.collate`.
 
     Args:
         adata (`AnnData`): Cells.
@@ -72,14 +73,32 @@ class CellDataset(Dataset):
         self.processor = processor
         self.matrix, self.library_size = processor.select(adata)
         self.class_labels = processor.encode_labels(adata)
+        self.latents: torch.Tensor | None = None  # (cells, num_features), in program space
+
+    def encode(self, autoencoder: CountAutoencoder, batch_size: int = 1024):
+        """From now on, batches hold the latents of program space."""
+        self.latents = torch.cat(
+            [
+                autoencoder.encode(self.counts(np.arange(start, min(start + batch_size, len(self)))))
+                for start in range(0, len(self), batch_size)
+            ]
+        )
+
+    def counts(self, indices: np.ndarray | list[int]) -> torch.Tensor:
+        """Counts of some cells as the autoencoder sees them, (batch, num_genes + 1)."""
+        return self.processor.counts(self.matrix[indices], self.library_size[indices])
 
     def __len__(self) -> int:
         return self.matrix.shape[0]
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         """A whole batch at once: `latents` (batch, num_features) and `class_labels` (batch, num_label_keys)."""
+        if self.latents is not None:
+            latents = self.latents[indices]
+        else:
+            latents = self.processor.transform(self.matrix[indices], self.library_size[indices])
         return {
-            "latents": self.processor.transform(self.matrix[indices], self.library_size[indices]),
+            "latents": latents,
             "class_labels": self.class_labels[indices],
         }
 

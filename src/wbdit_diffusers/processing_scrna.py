@@ -40,7 +40,8 @@ class ScRNAProcessor(ConfigMixin):
         label_keys (`list[str]`, defaults to `()`):
             Columns of `obs` that condition the cells, the cell type first.
         num_genes (`int`, *optional*, defaults to 2000):
-            Number of highly variable genes to model; `None` for every gene that some training cell expresses.
+            Number of highly variable genes to model; `None` for all.
+        min_cells (`int`, defaults to 3): Training cells that must express a gene for it to be modelled.
         standardize (`bool`, defaults to `True`): Whether each value gets mean 0 and variance 1.
         model_library_size (`bool`, defaults to `True`):
             Whether the log library size is generated with the cell. If not, it is drawn from the training cells of the
@@ -58,6 +59,7 @@ class ScRNAProcessor(ConfigMixin):
         layer: str | None = None,
         label_keys: tuple[str, ...] = (),
         num_genes: int | None = 2000,
+        min_cells: int = 3,
         standardize: bool = True,
         model_library_size: bool = True,
         var_names: list[str] | None = None,
@@ -206,6 +208,17 @@ class ScRNAProcessor(ConfigMixin):
         features = torch.from_numpy(self._features(matrix, library_size).toarray())
         return (features - self.mean) / self.std  # (cells, num_features)
 
+    def counts(self, matrix: sparse.csr_matrix, library_size: np.ndarray) -> torch.Tensor:
+        """
+        What [`~ScRNAProcessor.select`] returns, or some rows of it, as the autoencoder's input.
+
+        Returns:
+            `torch.FloatTensor` of shape `(cells, num_genes + 1)`: counts, the last column those of all other genes.
+        """
+        genes = torch.from_numpy(matrix.toarray().astype(np.float32))
+        others = torch.from_numpy(library_size.astype(np.float32)) - genes.sum(1)
+        return torch.cat([genes, others[:, None]], dim=1)
+
     def preprocess(self, adata: ad.AnnData) -> torch.Tensor:
         """
         Cells as the denoiser sees them. See [`~ScRNAProcessor.select`] for how genes are aligned and what is raised.
@@ -245,7 +258,9 @@ class ScRNAProcessor(ConfigMixin):
 
     def _choose_genes(self, adata: ad.AnnData, cells_per_gene: np.ndarray, library_size: np.ndarray) -> np.ndarray:
         """Positions of the genes to model, in the order of `adata`."""
-        expressed = np.flatnonzero(cells_per_gene > 0)
+        expressed = np.flatnonzero(cells_per_gene >= min(self.config.min_cells, adata.n_obs))
+        if len(expressed) == 0:
+            raise ValueError(f"No gene is expressed in {self.config.min_cells} cells: lower `min_cells`.")
         num_genes = self.config.num_genes
         if num_genes is None or len(expressed) <= num_genes:
             return expressed

@@ -145,6 +145,54 @@ def test_counts_without_a_modelled_library_size(pbmc):
     assert cells.obs["library_size"].nunique() > 60
 
 
+# ==================== Program space ====================
+
+
+def test_program_space_gives_counts_at_the_generated_library_size(program_pipe, pbmc):
+    cells = program_pipe(num_cells=300, generator=seeded()).cells
+    assert cells.shape == (300, 765) and sparse.isspmatrix_csr(cells.X)
+    assert (cells.X.data > 0).all() and (cells.X.data == np.rint(cells.X.data)).all()
+    totals = np.asarray(cells.X.sum(1)).ravel()
+    np.testing.assert_allclose(np.mean(totals / cells.obs["library_size"]), 1, atol=0.05)
+    real = np.asarray(pbmc.X.sum(1)).ravel()
+    assert real.min() * 0.99 <= cells.obs["library_size"].min()
+    assert cells.obs["library_size"].max() <= real.max() * 1.01
+
+
+def test_program_space_output_types(program_pipe):
+    latents = program_pipe(num_cells=10, generator=seeded(), output_type="latent").cells
+    assert latents.shape == (10, 7)
+    proportions, library_size = program_pipe.autoencoder.decode(latents)
+    expression = program_pipe(num_cells=10, generator=seeded(), output_type="pt").cells
+    torch.testing.assert_close(expression, torch.log1p(proportions * 1e4))
+    cells = program_pipe(num_cells=10, generator=seeded()).cells
+    np.testing.assert_allclose(cells.obs["library_size"], library_size)
+    given = program_pipe(num_cells=10, generator=seeded(), library_size=5000).cells
+    np.testing.assert_allclose(np.asarray(given.X.sum(1)).ravel(), 5000, rtol=0.2)
+
+
+def test_program_space_batch_size_never_changes_the_cells(program_pipe):
+    expected = program_pipe(num_cells=150, generator=seeded(), guidance_scale=2.0).cells
+    for batch_size in (1, 37, 64, 100):
+        cells = program_pipe(num_cells=150, generator=seeded(), guidance_scale=2.0, batch_size=batch_size).cells
+        assert (cells.obs["cell_type"] == expected.obs["cell_type"]).all()
+        # A rate that differs in its last digit may, rarely, change a count.
+        assert (cells.X != expected.X).nnz <= 1e-3 * expected.X.nnz
+
+
+def test_program_space_saves_and_loads(program_pipe, tmp_path):
+    expected = program_pipe(num_cells=20, generator=seeded()).cells
+    program_pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["autoencoder"] == [
+        "wbdit_diffusers",
+        "CountAutoencoder",
+    ]
+    loaded = ScRNAGenerationPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    cells = loaded(num_cells=20, generator=seeded()).cells
+    np.testing.assert_array_equal(cells.X.toarray(), expected.X.toarray())
+
+
 # ==================== Same seed, same cells ====================
 
 
@@ -219,7 +267,9 @@ def test_reverse_process_is_the_scheduler_s_own(pbmc):
     cells = pipe(num_cells=64, generator=seeded(), output_type="latent").cells
     seed = torch.randint(2**62, (1,), generator=seeded()).item()
     generator = torch.Generator().manual_seed(seed)
-    torch.rand(128, generator=generator)  # labels and library sizes
+    torch.rand(64, generator=generator)  # labels
+    torch.rand(64, generator=generator)  # library sizes
+    torch.randint(2**62, (64,), generator=generator)  # seeds of the counts
     latents = torch.randn(1, 64, 766, generator=generator)
     pipe.scheduler.set_timesteps(4)
     with torch.no_grad():
@@ -316,7 +366,8 @@ def test_save_and_load(pipe, tmp_path):
 
     loaded = ScRNAGenerationPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    assert set(loaded.components) == {"denoiser", "scheduler", "processor"}
+    assert set(loaded.components) == {"denoiser", "scheduler", "processor", "autoencoder"}
+    assert index["autoencoder"] == [None, None] and loaded.autoencoder is None
     cells = loaded(num_cells=20, generator=seeded()).cells
     np.testing.assert_array_equal(cells.X.toarray(), expected.X.toarray())
     assert loaded.config.num_inference_steps == 4

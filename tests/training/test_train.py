@@ -21,6 +21,7 @@ TINY = [
     *("--num_genes", "100", "--patch_size", "20", "--num_layers", "1"),
     *("--num_attention_heads", "2", "--attention_head_dim", "8"),
     *("--train_batch_size", "64", "--lr_warmup_steps", "2", "--num_inference_steps", "3"),
+    *("--autoencoder_max_steps", "100", "--num_programs", "8", "--autoencoder_hidden_size", "16"),
 ]
 
 
@@ -32,6 +33,9 @@ def launch(*args, script: Path = TRAIN_SCRIPT, env: dict[str, str] | None = None
     command += ["--mixed_precision", "no", str(script), *map(str, args)]
     result = subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
+
+
+EXPRESSION = ["--space", "expression"]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -71,11 +75,14 @@ def test_output_is_a_complete_pipeline(trained, pbmc):
 
 
 def test_only_training_cells_are_fitted(trained, pbmc):
-    """What the processor knows follows from the training cells of split.json alone."""
+    """What processor and autoencoder know follows from the training cells of split.json alone."""
     pipe = ScRNAGenerationPipeline.from_pretrained(trained)
     train = pbmc[json.loads((trained / "split.json").read_text())["train"]]
     features = pipe.processor.preprocess(train)
     torch.testing.assert_close(features.mean(0), torch.zeros(101), atol=1e-4, rtol=0)
+    latents = pipe.autoencoder.encode(pipe.processor.counts(*pipe.processor.select(train)))
+    torch.testing.assert_close(latents.mean(0), torch.zeros(9), atol=1e-3, rtol=0)
+    torch.testing.assert_close(latents.std(0), torch.ones(9), atol=1e-3, rtol=0)
 
 
 def test_losses_are_logged_and_fall(trained):
@@ -97,6 +104,10 @@ def test_a_resumed_training_gives_the_same_weights(trained, pbmc_path, tmp_path,
     assert resumed.keys() == expected.keys()
     for name in expected:
         assert torch.equal(resumed[name], expected[name]), name
+    autoencoders = [
+        load_file(folder / "autoencoder" / "diffusion_pytorch_model.safetensors") for folder in (tmp_path, trained)
+    ]
+    assert all(torch.equal(autoencoders[0][name], autoencoders[1][name]) for name in autoencoders[1])
     columns = ("step", "epoch", "loss", "validation_loss")
     # The row of step 16 averages the losses since the checkpoint, as it does in the uninterrupted run.
     assert [[row[c] for c in columns] for row in read_log(tmp_path)] == [
@@ -158,6 +169,17 @@ def test_the_paper_s_config_and_flags_over_it(pbmc, tmp_path):
     assert cells.X.min() >= 0 and cells.uns["wbdit"]["X"] == "log expression"
 
 
+def test_expression_space(pbmc_path, tmp_path):
+    launch(
+        *("--dataset", pbmc_path, "--label_keys", "cell_type", "--output_dir", tmp_path, *TINY, *EXPRESSION),
+        *("--max_train_steps", 2),
+    )
+    pipe = ScRNAGenerationPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.autoencoder is None and pipe.denoiser.config.num_genes == 101
+    assert pipe(num_cells=3).cells.shape == (3, 100)
+
+
 def test_checkpoints_are_limited_and_time_is_bounded(pbmc_path, tmp_path):
     launch(
         *("--dataset", pbmc_path, "--output_dir", tmp_path, *TINY, "--max_train_steps", 1_000_000),
@@ -174,6 +196,7 @@ def test_checkpoints_are_limited_and_time_is_bounded(pbmc_path, tmp_path):
         (["--dataset", "absent.h5ad"], "no file absent.h5ad"),
         (["--label_keys", "celltype"], "has no column 'celltype'"),
         (["--layer", "raw"], "has no layer 'raw'"),
+        (["--values", "log", "--space", "program"], "log values need --space expression"),
         (["--test_fraction", "0"], "between 0 and 1"),
         (["--resume_from_checkpoint", "absent"], "absent is no checkpoint of train.py"),
         (["--config", "CONFIG"], "sets learning_rates, which is no flag of train.py"),

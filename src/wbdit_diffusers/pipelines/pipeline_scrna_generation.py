@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from scipy import sparse
 
 from ..model_card import push_model_card
+from ..models.autoencoder_counts import CountAutoencoder
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
-from ..processing_scrna import ScRNAProcessor
+from ..processing_scrna import TARGET_SUM, ScRNAProcessor
 from ..version import __version__
 
 
@@ -77,9 +78,18 @@ class CellNoise:
 
     def uniform(self, generators: list[torch.Generator], rows: torch.Tensor) -> torch.Tensor:
         """One number in [0, 1) per cell."""
-        shape = (self.CELLS_PER_BLOCK,)
-        draws = torch.cat([torch.rand(shape, generator=generator, device=self.device) for generator in generators])
-        return draws.cpu()[rows]
+        size = self.CELLS_PER_BLOCK
+        draws = [torch.rand(size, generator=generator, device=self.device) for generator in generators]
+        return torch.cat(draws).cpu()[rows]
+
+    def cell_seeds(self, generators: list[torch.Generator], rows: torch.Tensor) -> list[int]:
+        """
+        One seed per cell, for sampling its counts: how many random numbers a Poisson takes depends on its rate, so
+        cells that shared a generator would depend on each other.
+        """
+        size = (self.CELLS_PER_BLOCK,)
+        draws = [torch.randint(2**62, size, generator=generator, device=self.device) for generator in generators]
+        return torch.cat(draws).cpu()[rows].tolist()
 
 
 class ScRNAGenerationPipeline(DiffusionPipeline):
@@ -92,10 +102,14 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
             The reverse process: [`DDPMScheduler`], or any other through `from_config`, e.g.
             `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
         processor ([`ScRNAProcessor`]): Genes, normalisation, library sizes and label names.
-        num_inference_steps (`int`, defaults to 50): Steps taken when the call does not say.
+        autoencoder ([`CountAutoencoder`], *optional*):
+            Turns what the denoiser makes, gene programs and a library size, into counts. Without one the denoiser
+            works on expression itself, as in arXiv 2411.06785.
+        num_inference_steps (`int`, defaults to 20): Steps taken when the call does not say.
     """
 
-    model_cpu_offload_seq = "denoiser"
+    model_cpu_offload_seq = "denoiser->autoencoder"
+    _optional_components = ["autoencoder"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -103,19 +117,27 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         denoiser: WhiteBoxDiTModel,
         scheduler: SchedulerMixin,
         processor: ScRNAProcessor,
-        num_inference_steps: int = 50,
+        autoencoder: CountAutoencoder | None = None,
+        num_inference_steps: int = 20,
     ):
         super().__init__()
-        self.register_modules(denoiser=denoiser, scheduler=scheduler, processor=processor)
+        self.register_modules(denoiser=denoiser, scheduler=scheduler, processor=processor, autoencoder=autoencoder)
         self.register_to_config(num_inference_steps=num_inference_steps)
         if denoiser is None or processor is None:  # components may be left out of `from_pretrained`
             return
-        needed = (processor.num_features, tuple(processor.condition_sizes))
+        maker, name = (processor, "processor") if autoencoder is None else (autoencoder, "autoencoder")
+        needed = (maker.num_features, tuple(processor.condition_sizes))
         got = (denoiser.config.num_genes, tuple(denoiser.config.condition_sizes))
         if needed != got:
             raise ValueError(
-                "`denoiser` and `processor` are not of one model: the processor has num_features={} and"
-                " condition_sizes={}, the denoiser num_genes={} and condition_sizes={}.".format(*needed, *got)
+                f"`denoiser` and `{name}` are not of one model: num_features={needed[0]} and"
+                f" condition_sizes={needed[1]} need a denoiser of the same sizes, not num_genes={got[0]} and"
+                f" condition_sizes={got[1]}."
+            )
+        if autoencoder is not None and autoencoder.config.num_genes != len(processor.var_names):
+            raise ValueError(
+                f"`autoencoder` and `processor` are not of one model: {autoencoder.config.num_genes} genes and"
+                f" {len(processor.var_names)} genes."
             )
 
     @classmethod
@@ -303,6 +325,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                     given_labels[start:stop], noise.uniform(block_generators, rows)
                 )
                 library_size_draw = noise.uniform(block_generators, rows)
+                cell_seeds = noise.cell_seeds(block_generators, rows)
                 batch_latents = self.denoise(
                     block_generators,
                     rows.to(device),
@@ -318,7 +341,11 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                     continue
 
                 # 4. Back to expression or counts
-                expression, batch_library_size = self.processor.decode(batch_latents)  # (batch, genes), (batch,)
+                if self.autoencoder is None:
+                    expression, batch_library_size = self.processor.decode(batch_latents)  # (batch, genes), (batch,)
+                else:
+                    proportions, batch_library_size = self.autoencoder.decode(batch_latents)
+                    expression = torch.log1p(proportions * TARGET_SUM)
                 if output_type != "anndata":
                     outputs.append(expression)
                     continue
@@ -326,7 +353,10 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                     batch_library_size = library_size[start:stop]
                 elif batch_library_size is None and self.processor.config.values == "counts":
                     batch_library_size = self.processor.sample_library_size(class_labels, library_size_draw)
-                outputs.append(self.processor.to_matrix(expression, batch_library_size))
+                if self.autoencoder is None:
+                    outputs.append(self.processor.to_matrix(expression, batch_library_size))
+                else:
+                    outputs.append(self.autoencoder.sample(proportions, batch_library_size, cell_seeds))
                 all_labels.append(class_labels)
                 all_library_sizes.append(batch_library_size)
 

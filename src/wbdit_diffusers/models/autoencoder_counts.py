@@ -1,0 +1,159 @@
+"""`CountAutoencoder`: cells as a few linear gene programs under a negative-binomial count likelihood."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from scipy import sparse
+from torch import nn
+
+
+class CountAutoencoder(ModelMixin, ConfigMixin):
+    r"""
+    Maps counts to gene programs and back: a small MLP encodes, a **linear** decoder with a negative-binomial
+    likelihood decodes. What the denoiser models is a cell's programs and its log library size, standardised.
+
+    `rates = library_size * softmax(W programs + b)` over the modelled genes and one bin for all others;
+    `counts ~ NB(mean=rates, inverse dispersion=θ)`, one θ per gene. Row `g` of `W` (`decoder.weight`) says how much
+    each program raises the log rate of gene `g`.
+
+    Args:
+        num_genes (`int`): Modelled genes; the bin of all other genes is not counted.
+        num_programs (`int`, defaults to 32): Gene programs.
+        hidden_size (`int`, defaults to 256): Width of the encoder.
+        code_noise (`float`, defaults to 0.3):
+            Standard deviation of the Gaussian noise on the code while training. The code itself has unit variance, so
+            the decoder learns rates that change little within this distance.
+        input_dropout (`float`, defaults to 0.2): Share of the encoder's inputs that are dropped while training.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_genes: int,
+        num_programs: int = 32,
+        hidden_size: int = 256,
+        code_noise: float = 0.3,
+        input_dropout: float = 0.2,
+    ):
+        super().__init__()
+        num_bins = num_genes + 1
+        self.encoder = nn.Sequential(
+            nn.Dropout(input_dropout),
+            nn.Linear(num_bins, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, num_programs),
+            nn.LayerNorm(num_programs, elementwise_affine=False),
+        )
+        self.decoder = nn.Linear(num_programs, num_bins)
+        # Near Poisson: from θ = 1 the cells come out over-dispersed.
+        self.log_theta = nn.Parameter(torch.full((num_bins,), 2.5))
+        # Of the training cells' programs and log library size; standardise the latents.
+        self.register_buffer("latents_mean", torch.zeros(num_programs + 1))
+        self.register_buffer("latents_std", torch.ones(num_programs + 1))
+        self.register_buffer("log_library_size_range", torch.tensor([0.0, math.inf]))
+
+    @torch.no_grad()
+    def fit_statistics(self, matrix: sparse.csr_matrix, library_size: np.ndarray):
+        """
+        Starts the decoder at the training cells' mean rates; with a bias of zero the fit is far worse.
+
+        Args:
+            matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts of the modelled genes.
+            library_size (`np.ndarray` of shape `(cells,)`): Total counts, all other genes included.
+        """
+        genes = np.asarray(matrix.sum(axis=0), dtype=np.float64).ravel()
+        totals = np.append(genes, library_size.sum() - genes.sum()) + 0.5
+        self.decoder.bias.copy_(torch.from_numpy(np.log(totals / totals.sum())).float())
+        log_library_size = torch.from_numpy(np.log(library_size)).float()
+        self.log_library_size_range.copy_(torch.stack([log_library_size.min(), log_library_size.max()]))
+
+    @torch.no_grad()
+    def standardize_latents(self, latents: torch.Tensor):
+        """Gives the latents of the training cells, as `encode` returns them, mean 0 and variance 1."""
+        self.latents_mean.add_(latents.mean(0) * self.latents_std)
+        self.latents_std.mul_(latents.std(0).clamp(min=1e-3))
+
+    @property
+    def num_features(self) -> int:
+        """Values per cell that the denoiser sees: the programs and the log library size."""
+        return self.config.num_programs + 1
+
+    def programs(self, counts: torch.Tensor) -> torch.Tensor:
+        """Code of counts `(cells, num_genes + 1)`, the last column all other genes: `(cells, num_programs)`."""
+        return self.encoder(torch.log1p(counts * (1e4 / counts.sum(1, keepdim=True))))
+
+    def log_proportions(self, programs: torch.Tensor) -> torch.Tensor:
+        """Log share of each gene, and of the other bin, in the library: `(cells, num_genes + 1)`."""
+        return F.log_softmax(self.decoder(programs), dim=1)
+
+    def forward(self, counts: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            counts (`torch.Tensor` of shape `(cells, num_genes + 1)`): Counts; the last column holds all other genes.
+
+        Returns:
+            `torch.Tensor` of shape `(cells,)`: negative log-likelihood of the genes given their own code, in nats.
+        """
+        programs = self.programs(counts)
+        if self.training:
+            programs = programs + self.config.code_noise * torch.randn_like(programs)
+        log_rates = (self.log_proportions(programs) + counts.sum(1, keepdim=True).log())[:, :-1]
+        counts, log_theta = counts[:, :-1], self.log_theta[:-1]
+        # log NB(count | mean=rate, θ) = θ log(θ / (θ + rate)), and where the count is not zero also
+        # log Γ(count + θ) / (Γ(θ) Γ(count + 1)) + count log(rate / (θ + rate)). Most counts are zero.
+        log_likelihood = -(log_theta.exp() * F.softplus(log_rates - log_theta)).sum(1)  # (cells,)
+        cells, genes = counts.nonzero(as_tuple=True)
+        count, log_rate, log_theta = counts[cells, genes], log_rates[cells, genes], log_theta[genes]
+        theta = log_theta.exp()
+        of_expressed = torch.lgamma(count + theta) - torch.lgamma(theta) - torch.lgamma(count + 1)
+        of_expressed = of_expressed - count * F.softplus(log_theta - log_rate)
+        return -log_likelihood.index_add(0, cells, of_expressed)
+
+    @torch.no_grad()
+    def encode(self, counts: torch.Tensor) -> torch.Tensor:
+        """Counts `(cells, num_genes + 1)` to standardised latents `(cells, num_features)`."""
+        latents = torch.cat([self.programs(counts), counts.sum(1, keepdim=True).log()], dim=1)
+        return (latents - self.latents_mean) / self.latents_std
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            latents (`torch.Tensor` of shape `(cells, num_features)`): Standardised programs and log library size.
+
+        Returns:
+            `tuple`: each gene's expected share of the library (cells × genes), and the library size (cells,), within
+            the range of the training cells'.
+        """
+        latents = latents.float() * self.latents_std + self.latents_mean
+        log_library_size = latents[:, -1].clamp(*self.log_library_size_range.tolist())
+        return self.log_proportions(latents[:, :-1]).exp()[:, :-1], log_library_size.exp()
+
+    @torch.no_grad()
+    def sample(self, proportions: torch.Tensor, library_size: torch.Tensor, seeds: list[int]) -> sparse.csr_matrix:
+        """
+        Draws counts: a Poisson distribution whose rate is spread by a gamma distribution is the negative binomial.
+
+        Args:
+            proportions (`torch.Tensor` of shape `(cells, genes)`): Expected share of each gene in the library.
+            library_size (`torch.Tensor` of shape `(cells,)`): Total counts.
+            seeds (`list[int]`): One seed per cell.
+
+        Returns:
+            `scipy.sparse.csr_matrix` of shape `(cells, genes)`, float32 with integer values.
+        """
+        theta = self.log_theta[:-1].exp()
+        rates = proportions * library_size.to(proportions.device)[:, None]
+        generator = torch.Generator(proportions.device)
+        rows = []
+        for rate, seed in zip(rates, seeds):
+            generator.manual_seed(seed)
+            spread = torch._standard_gamma(theta, generator) / theta
+            rows.append(sparse.csr_matrix(torch.poisson(rate * spread, generator).cpu().numpy()[None]))
+        return sparse.vstack(rows, format="csr")
