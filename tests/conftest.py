@@ -75,7 +75,7 @@ def make_autoencoder(processor: ScRNAProcessor, adata: ad.AnnData) -> CountAutoe
     autoencoder = CountAutoencoder(num_genes=len(processor.var_names), num_programs=6, hidden_size=8)
     matrix, library_size = processor.select(adata)
     randomize(autoencoder, std=0.3)
-    autoencoder.log_theta.data.fill_(2.5)
+    autoencoder.dispersion.bias.data.fill_(2.5)
     autoencoder.fit_statistics(matrix, library_size)
     autoencoder.eval().standardize_latents(autoencoder.encode(processor.counts(matrix, library_size)))
     return autoencoder

@@ -97,12 +97,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     autoencoder.add_argument("--num_programs", type=int, default=32)
     autoencoder.add_argument("--autoencoder_hidden_size", type=int, default=256)
     autoencoder.add_argument("--autoencoder_learning_rate", type=float, default=1e-3)
-    autoencoder.add_argument("--theta_learning_rate", type=float, default=1e-2)
+    autoencoder.add_argument("--dispersion_learning_rate", type=float, default=1e-2)
     autoencoder.add_argument("--autoencoder_weight_decay", type=float, default=0.01)
     autoencoder.add_argument("--autoencoder_batch_size", type=int, default=128)
     autoencoder.add_argument("--autoencoder_max_steps", type=int, default=20_000, help="It stops earlier by itself.")
     autoencoder.add_argument("--code_noise", type=float, default=0.3, help="Noise on the code while training.")
-    autoencoder.add_argument("--input_dropout", type=float, default=0.2)
 
     model = parser.add_argument_group("model")
     model.add_argument("--block_type", choices=["white_box", "dit"], default="white_box")
@@ -200,14 +199,14 @@ def train_autoencoder(args: argparse.Namespace, dataset: CellDataset, device: to
         num_programs=args.num_programs,
         hidden_size=args.autoencoder_hidden_size,
         code_noise=args.code_noise,
-        input_dropout=args.input_dropout,
     ).to(device)
     autoencoder.fit_statistics(dataset.matrix, dataset.library_size)
+    dispersion_bias = autoencoder.dispersion.bias
     optimizer = torch.optim.AdamW(
         [
-            {"params": [*autoencoder.encoder.parameters(), *autoencoder.decoder.parameters()]},
+            {"params": [parameter for parameter in autoencoder.parameters() if parameter is not dispersion_bias]},
             # Dispersions span orders of magnitude, and must get there before the programs overfit.
-            {"params": [autoencoder.log_theta], "lr": args.theta_learning_rate, "weight_decay": 0.0},
+            {"params": [dispersion_bias], "lr": args.dispersion_learning_rate, "weight_decay": 0.0},
         ],
         lr=args.autoencoder_learning_rate,
         weight_decay=args.autoencoder_weight_decay,
@@ -435,7 +434,10 @@ def main(args: argparse.Namespace):
     while not stop:
         epoch, batches_done = divmod(global_step, steps_per_epoch)
         train_dataloader.set_epoch(epoch)
-        for batch in accelerator.skip_first_batches(train_dataloader, batches_done):
+        remaining = (
+            accelerator.skip_first_batches(train_dataloader, batches_done) if batches_done else train_dataloader
+        )
+        for batch in remaining:
             loss = diffusion_loss(model, noise_scheduler, batch, step_generator(global_step))
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)

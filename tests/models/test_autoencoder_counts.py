@@ -29,11 +29,12 @@ def test_counts_hold_all_other_genes_in_one_bin(counts, pbmc):
 
 @torch.no_grad()
 def test_loss_is_the_negative_binomial_likelihood(autoencoder, counts):
-    autoencoder.log_theta.copy_(torch.linspace(-2, 5, 101))
+    autoencoder.dispersion.bias.copy_(torch.linspace(-2, 5, 101))
     counts = counts[:20]
-    proportions = torch.softmax(autoencoder.decoder(autoencoder.programs(counts)), dim=1)
+    programs = autoencoder.programs(counts)
+    proportions = torch.softmax(autoencoder.decoder(programs), dim=1)
     rates = (proportions * counts.sum(1, keepdim=True)).numpy()
-    theta = autoencoder.log_theta.exp().numpy()
+    theta = autoencoder.dispersion(programs).exp().numpy()
     log_likelihood = stats.nbinom.logpmf(counts.numpy(), theta, theta / (theta + rates))[:, :-1].sum(1)
     np.testing.assert_allclose(autoencoder(counts).numpy(), -log_likelihood, rtol=1e-4)
 
@@ -67,20 +68,21 @@ def test_latents_are_standardised_and_hold_the_library_size(autoencoder, counts)
     assert latents.shape == (700, 7) and autoencoder.num_features == 7
     torch.testing.assert_close(latents.mean(0), torch.zeros(7), atol=1e-4, rtol=0)
     torch.testing.assert_close(latents.std(0), torch.ones(7), atol=1e-3, rtol=0)
-    proportions, library_size = autoencoder.decode(latents)
+    proportions, theta, library_size = autoencoder.decode(latents)
+    assert theta.shape == proportions.shape == (700, 100) and (theta > 0).all()
     torch.testing.assert_close(library_size, counts.sum(1), rtol=1e-3, atol=0.1)
     expected = torch.softmax(autoencoder.decoder(autoencoder.programs(counts)), dim=1)[:, :-1]
     torch.testing.assert_close(proportions, expected, rtol=1e-3, atol=1e-6)
     extreme = latents[:2].clone()
     extreme[:, -1] = torch.tensor([-50.0, 50.0])
     low_high = torch.stack([counts.sum(1).min(), counts.sum(1).max()])
-    torch.testing.assert_close(autoencoder.decode(extreme)[1], low_high, rtol=1e-3, atol=0.1)
+    torch.testing.assert_close(autoencoder.decode(extreme)[2], low_high, rtol=1e-3, atol=0.1)
 
 
 def test_samples_have_the_moments_of_the_negative_binomial(autoencoder):
-    autoencoder.log_theta.data.fill_(0.7)
-    proportions, theta = torch.linspace(1e-3, 2e-2, 100).expand(4000, 100), np.exp(0.7)
-    counts = autoencoder.sample(proportions, torch.full((4000,), 500.0), list(range(4000))).toarray()
+    proportions, theta = torch.linspace(1e-3, 2e-2, 100).expand(4000, 100), 2.0
+    library_size = torch.full((4000,), 500.0)
+    counts = autoencoder.sample(proportions, torch.full((4000, 100), theta), library_size, list(range(4000))).toarray()
     mean = proportions[0].numpy() * 500
     np.testing.assert_allclose(counts.mean(0), mean, rtol=0.15)
     np.testing.assert_allclose(counts.var(0).sum(), (mean + mean**2 / theta).sum(), rtol=0.05)
@@ -88,11 +90,12 @@ def test_samples_have_the_moments_of_the_negative_binomial(autoencoder):
 
 
 def test_a_cell_s_counts_depend_on_its_own_seed_alone(autoencoder):
-    proportions, library_size = torch.rand(3, 100) / 50, torch.tensor([1000.0, 2000.0, 3000.0])
-    together = autoencoder.sample(proportions, library_size, [4, 5, 6]).toarray()
-    alone = autoencoder.sample(proportions[1:2], library_size[1:2], [5]).toarray()
+    proportions, theta = torch.rand(3, 100) / 50, torch.rand(3, 100) * 5 + 0.5
+    library_size = torch.tensor([1000.0, 2000.0, 3000.0])
+    together = autoencoder.sample(proportions, theta, library_size, [4, 5, 6]).toarray()
+    alone = autoencoder.sample(proportions[1:2], theta[1:2], library_size[1:2], [5]).toarray()
     np.testing.assert_array_equal(together[1:2], alone)
-    assert (autoencoder.sample(proportions, library_size, [7, 8, 9]).toarray() != together).any()
+    assert (autoencoder.sample(proportions, theta, library_size, [7, 8, 9]).toarray() != together).any()
 
 
 def test_save_and_load(autoencoder, counts, tmp_path):

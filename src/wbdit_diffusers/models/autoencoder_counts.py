@@ -17,8 +17,9 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
     likelihood decodes. What the denoiser models is a cell's programs and its log library size, standardised.
 
     `rates = library_size * softmax(W programs + b)` over the modelled genes and one bin for all others;
-    `counts ~ NB(mean=rates, inverse dispersion=θ)`, one θ per gene. Row `g` of `W` (`decoder.weight`) says how much
-    each program raises the log rate of gene `g`.
+    `counts ~ NB(mean=rates, inverse dispersion=θ)` with `log θ = V programs + c`: a gene that varies much in one cell
+    type need not in another. Row `g` of `W` (`decoder.weight`) says how much each program raises the log rate of gene
+    `g`.
 
     Args:
         num_genes (`int`): Modelled genes; the bin of all other genes is not counted.
@@ -27,7 +28,6 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
         code_noise (`float`, defaults to 0.3):
             Standard deviation of the Gaussian noise on the code while training. The code itself has unit variance, so
             the decoder learns rates that change little within this distance.
-        input_dropout (`float`, defaults to 0.2): Share of the encoder's inputs that are dropped while training.
     """
 
     @register_to_config
@@ -37,12 +37,10 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
         num_programs: int = 32,
         hidden_size: int = 256,
         code_noise: float = 0.3,
-        input_dropout: float = 0.2,
     ):
         super().__init__()
         num_bins = num_genes + 1
         self.encoder = nn.Sequential(
-            nn.Dropout(input_dropout),
             nn.Linear(num_bins, hidden_size),
             nn.SiLU(),
             nn.Linear(hidden_size, hidden_size),
@@ -51,8 +49,10 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
             nn.LayerNorm(num_programs, elementwise_affine=False),
         )
         self.decoder = nn.Linear(num_programs, num_bins)
-        # Near Poisson: from θ = 1 the cells come out over-dispersed.
-        self.log_theta = nn.Parameter(torch.full((num_bins,), 2.5))
+        self.dispersion = nn.Linear(num_programs, num_bins)
+        # Near Poisson, and alike in all cells: from θ = 1 the cells come out over-dispersed.
+        nn.init.zeros_(self.dispersion.weight)
+        nn.init.constant_(self.dispersion.bias, 2.5)
         # Of the training cells' programs and log library size; standardise the latents.
         self.register_buffer("latents_mean", torch.zeros(num_programs + 1))
         self.register_buffer("latents_std", torch.ones(num_programs + 1))
@@ -92,6 +92,10 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
         """Log share of each gene, and of the other bin, in the library: `(cells, num_genes + 1)`."""
         return F.log_softmax(self.decoder(programs), dim=1)
 
+    def log_theta(self, programs: torch.Tensor) -> torch.Tensor:
+        """Log inverse dispersion of each gene and of the other bin: `(cells, num_genes + 1)`."""
+        return self.dispersion(programs).clamp(-4, 8)  # beyond, the NB is all zeros or Poisson
+
     def forward(self, counts: torch.Tensor) -> torch.Tensor:
         """
         Args:
@@ -104,12 +108,12 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
         if self.training:
             programs = programs + self.config.code_noise * torch.randn_like(programs)
         log_rates = (self.log_proportions(programs) + counts.sum(1, keepdim=True).log())[:, :-1]
-        counts, log_theta = counts[:, :-1], self.log_theta[:-1]
+        counts, log_theta = counts[:, :-1], self.log_theta(programs)[:, :-1]
         # log NB(count | mean=rate, θ) = θ log(θ / (θ + rate)), and where the count is not zero also
         # log Γ(count + θ) / (Γ(θ) Γ(count + 1)) + count log(rate / (θ + rate)). Most counts are zero.
         log_likelihood = -(log_theta.exp() * F.softplus(log_rates - log_theta)).sum(1)  # (cells,)
         cells, genes = counts.nonzero(as_tuple=True)
-        count, log_rate, log_theta = counts[cells, genes], log_rates[cells, genes], log_theta[genes]
+        count, log_rate, log_theta = counts[cells, genes], log_rates[cells, genes], log_theta[cells, genes]
         theta = log_theta.exp()
         of_expressed = torch.lgamma(count + theta) - torch.lgamma(theta) - torch.lgamma(count + 1)
         of_expressed = of_expressed - count * F.softplus(log_theta - log_rate)
@@ -122,38 +126,42 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
         return (latents - self.latents_mean) / self.latents_std
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             latents (`torch.Tensor` of shape `(cells, num_features)`): Standardised programs and log library size.
 
         Returns:
-            `tuple`: each gene's expected share of the library (cells × genes), and the library size (cells,), within
-            the range of the training cells'.
+            `tuple`: each gene's expected share of the library and its inverse dispersion θ (cells × genes), and the
+            library size (cells,), within the range of the training cells'.
         """
         latents = latents.float() * self.latents_std + self.latents_mean
         log_library_size = latents[:, -1].clamp(*self.log_library_size_range.tolist())
-        return self.log_proportions(latents[:, :-1]).exp()[:, :-1], log_library_size.exp()
+        programs = latents[:, :-1]
+        proportions, theta = self.log_proportions(programs).exp(), self.log_theta(programs).exp()
+        return proportions[:, :-1], theta[:, :-1], log_library_size.exp()
 
     @torch.no_grad()
-    def sample(self, proportions: torch.Tensor, library_size: torch.Tensor, seeds: list[int]) -> sparse.csr_matrix:
+    def sample(
+        self, proportions: torch.Tensor, theta: torch.Tensor, library_size: torch.Tensor, seeds: list[int]
+    ) -> sparse.csr_matrix:
         """
         Draws counts: a Poisson distribution whose rate is spread by a gamma distribution is the negative binomial.
 
         Args:
             proportions (`torch.Tensor` of shape `(cells, genes)`): Expected share of each gene in the library.
+            theta (`torch.Tensor` of shape `(cells, genes)`): Inverse dispersions.
             library_size (`torch.Tensor` of shape `(cells,)`): Total counts.
             seeds (`list[int]`): One seed per cell.
 
         Returns:
             `scipy.sparse.csr_matrix` of shape `(cells, genes)`, float32 with integer values.
         """
-        theta = self.log_theta[:-1].exp()
         rates = proportions * library_size.to(proportions.device)[:, None]
         generator = torch.Generator(proportions.device)
         rows = []
-        for rate, seed in zip(rates, seeds):
+        for rate, cell_theta, seed in zip(rates, theta, seeds):
             generator.manual_seed(seed)
-            spread = torch._standard_gamma(theta, generator) / theta
+            spread = torch._standard_gamma(cell_theta, generator) / cell_theta
             rows.append(sparse.csr_matrix(torch.poisson(rate * spread, generator).cpu().numpy()[None]))
         return sparse.vstack(rows, format="csr")
