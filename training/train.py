@@ -43,7 +43,7 @@ logger = get_logger(__name__)
 # Flags whose default depends on --space. Expression space has the published shape.
 SPACE_DEFAULTS = {
     "program": {
-        "num_genes": 0,
+        "num_genes": 2000,
         "patch_size": 4,
         "num_layers": 4,
         "num_attention_heads": 4,
