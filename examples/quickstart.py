@@ -26,7 +26,7 @@ from scipy import sparse
 from sklearn.manifold import TSNE
 
 from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.evaluation.metrics import compare
+from wbdit_diffusers.evaluation.report import evaluate, log_normalise, to_markdown
 
 
 matplotlib.use("Agg")
@@ -46,68 +46,6 @@ def load_pbmc() -> ad.AnnData:
         obs=reduced.obs[["bulk_labels"]].rename(columns={"bulk_labels": "cell_type"}),
         var=reduced.raw.var[[]],
     )
-
-
-def log_normalise(cells: ad.AnnData) -> np.ndarray:
-    """log1p(CP10k), cells × genes."""
-    cells = cells.copy()
-    sc.pp.normalize_total(cells, target_sum=1e4)
-    sc.pp.log1p(cells)
-    return cells.X.toarray()
-
-
-def evaluate(
-    pipe: ScRNAGenerationPipeline, train: ad.AnnData, test: ad.AnnData, num_seeds: int
-) -> dict[str, dict[str, list[float]]]:
-    """
-    Metrics of generated cells, as many as test cells and with their cell types, and of two floors: as many training
-    cells, and two halves of the test cells. (The principal components are fitted on the training cells, which spreads
-    those a little more in them than cells that they have not seen.)
-    """
-    train_x, test_x = log_normalise(train), log_normalise(test)
-    cell_types = test.obs["cell_type"].astype(str).tolist()
-    results = {"generated": {}, "real: training cells": {}, "real: halves of the held-out": {}}
-    for seed in range(num_seeds):
-        cells = pipe(cell_types=cell_types, generator=torch.Generator().manual_seed(seed)).cells
-        rng = np.random.default_rng(seed)
-        some_train = rng.choice(len(train_x), len(test_x), replace=False)
-        half, other_half = rng.permutation(len(test_x) // 2 * 2).reshape(2, -1)
-        for name, real, x in (
-            ("generated", test_x, log_normalise(cells)),
-            ("real: training cells", test_x, train_x[some_train]),
-            ("real: halves of the held-out", test_x[half], test_x[other_half]),
-        ):
-            for metric, value in compare(train_x, real, x, seed=seed).items():
-                results[name].setdefault(metric, []).append(value)
-    return results
-
-
-METRICS = {
-    "rf_auc": "random forest AUC, genes (0.5 = can't tell)",
-    "rf_auc_pca": "random forest AUC, 50 PCs",
-    "w2": "2-Wasserstein distance, 30 PCs",
-    "mmd2": "MMD², 30 PCs",
-    "mean_pearson": "gene means, Pearson",
-    "mean_spearman": "gene means, Spearman",
-    "variance_pearson": "gene variances, Pearson",
-    "variance_ratio": "total variance ratio",
-    "zero_fraction_error": "zero fractions, mean absolute error",
-    "gene_correlation": "gene-gene correlations, Pearson",
-}
-
-
-def metrics_table(results: dict[str, dict[str, list[float]]], num_test: int, num_seeds: int) -> str:
-    """Markdown: mean ± standard deviation over samples."""
-    lines = [
-        f"Against {num_test} held-out cells; mean ± standard deviation of {num_seeds} samples of as many cells.",
-        "",
-        "| metric | " + " | ".join(results) + " |",
-        "|---|" + "---|" * len(results),
-    ]
-    for metric, title in METRICS.items():
-        cells = [f"{np.mean(column[metric]):.3f} ± {np.std(column[metric]):.3f}" for column in results.values()]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def plot(real: ad.AnnData, generated: ad.AnnData, path: Path):
@@ -169,7 +107,7 @@ def main():
     pipe.set_progress_bar_config(disable=True)
     results = evaluate(pipe, train, test, args.num_seeds)
     (args.output_dir / "metrics.json").write_text(json.dumps(results, indent=1))
-    table = metrics_table(results, test.n_obs, args.num_seeds)
+    table = to_markdown(results, test.n_obs)
     (args.output_dir / "metrics.md").write_text(table)
     print(table)
     card = pipeline_path / "README.md"  # the model card says what was measured
