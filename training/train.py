@@ -511,7 +511,7 @@ def main(args: argparse.Namespace):
             "cells per step": train_batch_size * accelerator.num_processes,
             "learning rate": args.learning_rate,
             "EMA decay": args.ema_decay if args.use_ema else "none",
-            "precision": accelerator.mixed_precision,
+            "mixed precision": accelerator.mixed_precision,
             "seed": args.seed,
             "validation loss": last_row["validation_loss"],
         }

@@ -29,13 +29,17 @@ def render_model_card(
         [`huggingface_hub.ModelCard`]
     """
     processor, denoiser, scheduler = pipeline.processor.config, pipeline.denoiser, pipeline.scheduler
+    space = "expression"
+    if pipeline.autoencoder is not None:
+        space = f"{pipeline.autoencoder.config.num_programs} gene programs, negative-binomial counts"
     network = [
+        ("space", space),
         ("block", {"white_box": "White-Box DiT (MSSA, ISTA)", "dit": "DiT"}[denoiser.config.block_type]),
         ("layers", denoiser.config.num_layers),
         ("heads × head dimension", f"{denoiser.config.num_attention_heads} × {denoiser.config.attention_head_dim}"),
         ("values per token", denoiser.config.patch_size),
         ("parameters", f"{denoiser.num_parameters():,}"),
-        ("scheduler", f"{type(scheduler).__name__}, {scheduler.config.get('prediction_type')} prediction"),
+        ("scheduler", f"{type(scheduler).__name__}, prediction_type {scheduler.config.get('prediction_type')}"),
         ("default steps", pipeline.config.num_inference_steps),
     ]
     return ModelCard.from_template(
@@ -51,7 +55,6 @@ def render_model_card(
         num_genes=len(processor.var_names),
         genes=list(processor.var_names[:3]),
         labels=list(zip(processor.label_keys, processor.categories)),
-        label_key=processor.label_keys[0] if processor.label_keys else None,
         label_names=processor.categories[0] if processor.categories else [],
         network=network,
         training=training,
