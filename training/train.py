@@ -234,7 +234,7 @@ def train_autoencoder(args: argparse.Namespace, dataset: CellDataset, device: to
         optimizer.step()
         step += 1
         progress_bar.update()
-        if step % 100 == 0:
+        if step % 100 == 0 or step == args.autoencoder_max_steps:
             held_out_loss = validation_loss()
             if held_out_loss < best_loss:
                 best_loss, best_step = held_out_loss, step
@@ -503,7 +503,7 @@ def main(args: argparse.Namespace):
         repo_id = args.hub_model_id or args.output_dir.name
         if args.push_to_hub:
             repo_id = create_repo(repo_id, exist_ok=True).repo_id
-        last_row = list(csv.DictReader(log_path.open()))[-1]
+        rows = list(csv.DictReader(log_path.open()))
         training = {
             "training cells": len(train_dataset),
             "held-out cells": len(test_cells),
@@ -513,7 +513,7 @@ def main(args: argparse.Namespace):
             "EMA decay": args.ema_decay if args.use_ema else "none",
             "mixed precision": accelerator.mixed_precision,
             "seed": args.seed,
-            "validation loss": last_row["validation_loss"],
+            "validation loss": rows[-1]["validation_loss"] if rows else "not measured",
         }
         render_model_card(pipeline, repo_id, training=training).save(args.output_dir / "README.md")
         logger.info(f"Saved the pipeline to {args.output_dir}.")
