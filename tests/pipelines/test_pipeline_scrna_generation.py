@@ -193,6 +193,12 @@ def test_program_space_saves_and_loads(program_pipe, tmp_path):
     np.testing.assert_array_equal(cells.X.toarray(), expected.X.toarray())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_program_space_in_half_precision(program_pipe, dtype):
+    cells = program_pipe.to(dtype=dtype)(num_cells=10, generator=seeded()).cells
+    assert (cells.X.data == np.rint(cells.X.data)).all() and (np.asarray(cells.X.sum(1)) > 0).all()
+
+
 # ==================== Same seed, same cells ====================
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from scipy import sparse
 from torch import nn
 
@@ -90,11 +91,11 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
 
     def log_proportions(self, programs: torch.Tensor) -> torch.Tensor:
         """Log share of each gene, and of the other bin, in the library: `(cells, num_genes + 1)`."""
-        return F.log_softmax(self.decoder(programs), dim=1)
+        return F.log_softmax(self.decoder(programs).float(), dim=1)
 
     def log_theta(self, programs: torch.Tensor) -> torch.Tensor:
         """Log inverse dispersion of each gene and of the other bin: `(cells, num_genes + 1)`."""
-        return self.dispersion(programs).clamp(-4, 8)  # beyond, the NB is all zeros or Poisson
+        return self.dispersion(programs).float().clamp(-4, 8)  # beyond, the NB is all zeros or Poisson
 
     def forward(self, counts: torch.Tensor) -> torch.Tensor:
         """
@@ -126,6 +127,7 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
         return (latents - self.latents_mean) / self.latents_std
 
     @torch.no_grad()
+    @apply_forward_hook
     def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -137,7 +139,7 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
         """
         latents = latents.float() * self.latents_std + self.latents_mean
         log_library_size = latents[:, -1].clamp(*self.log_library_size_range.tolist())
-        programs = latents[:, :-1]
+        programs = latents[:, :-1].to(self.decoder.weight.dtype)
         proportions, theta = self.log_proportions(programs).exp(), self.log_theta(programs).exp()
         return proportions[:, :-1], theta[:, :-1], log_library_size.exp()
 
