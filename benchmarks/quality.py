@@ -1,26 +1,41 @@
-"""Trains on datasets and judges the cells: the two spaces and the plain DiT, on one split, by one evaluator.
+"""Trains generators on datasets and judges their cells: one split, one evaluator, the same minutes on one machine.
 
     python benchmarks/quality.py --dataset ../shared/data/pbmc3k.h5ad --minutes 5 --output results.json
+    python benchmarks/quality.py --table results.json
 
-Each model is trained by training/train.py with its defaults (and the flags below), for the same time on the same
-machine. Prints a table per dataset, and writes every number as JSON.
+Ours, `program` (the default), `program-dit` (its plain DiT) and `expression` (the paper's space), are trained by
+training/train.py with its defaults. `scvi` and `scvi-by-type` need `pip install -e ".[benchmark]"`: scVI with its own
+defaults, on the same genes, early-stopped or stopped after the same minutes; its cells come from its prior, with
+library sizes of training cells (of the same type). Every table is of cells held out from all training;
+`--development` splits the training cells once more and judges on those, for choices to be made.
+
+Each model prints a table; JSON holds every number. `--table` renders all of a JSON as one table of the headline.
 """
 
 import argparse
+import datetime
 import json
+import platform
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.data import read_cells
-from wbdit_diffusers.evaluation.report import evaluate, to_markdown
+import anndata as ad
+import numpy as np
+import psutil
+import torch
+from scipy import sparse
+
+from wbdit_diffusers import ScRNAGenerationPipeline, ScRNAProcessor
+from wbdit_diffusers.data import read_cells, split_cells
+from wbdit_diffusers.evaluation.report import FLOORS, draw_samples, evaluate_cells, to_markdown
 
 
 TRAIN_SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
 # In expression space the published shape learns too little in minutes on a CPU: a smaller one.
-MODELS = {
+OURS = {
     "program": [],
     "program-dit": ["--block_type", "dit"],
     "expression": [
@@ -28,39 +43,162 @@ MODELS = {
         *("--learning_rate", "2e-3"),
     ],
 }
+HEADLINE = {
+    "rf_auc": "RF-AUC",
+    "rf_auc_pca": "RF-AUC, PCs",
+    "w2": "W2",
+    "mmd2": "MMD²",
+    "variance_ratio": "variance",
+    "zero_fraction_error": "zeros",
+    "gene_correlation": "gene-gene",
+    "precision": "precision",
+    "recall": "recall",
+    "nearest_training_cell": "nearest train",
+    "purity": "purity",
+    "lfc_slope": "LFC slope",
+    "f1": "F1",
+}
+
+
+def train_ours(adata_path: Path, folder: Path, flags: list[str], args: argparse.Namespace) -> ScRNAGenerationPipeline:
+    command = [sys.executable, TRAIN_SCRIPT, "--dataset", adata_path, "--output_dir", folder]
+    command += ["--label_keys", *args.label_keys, "--max_train_steps", 10**9, "--checkpointing_steps", 10**9]
+    command += ["--max_train_minutes", args.minutes, *flags, *args.train_flags]
+    subprocess.run([str(part) for part in command], check=True)
+    pipe = ScRNAGenerationPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample_scvi(
+    train: ad.AnnData, test: ad.AnnData, label_key: str | None, minutes: float, num_seeds: int
+) -> list[ad.AnnData]:
+    """Cells from the prior of an scVI trained on `train`, as many as test cells; with their labels, if conditional."""
+    import scvi
+    from lightning.pytorch.callbacks import Timer
+
+    train = train.copy()
+    scvi.settings.seed = 0
+    scvi.settings.verbosity = 30
+    scvi.model.SCVI.setup_anndata(train, batch_key=label_key)
+    model = scvi.model.SCVI(train)
+    model.train(
+        accelerator="cpu",
+        max_epochs=10_000,
+        early_stopping=True,
+        enable_progress_bar=False,
+        callbacks=[Timer(duration=datetime.timedelta(minutes=minutes))],
+    )
+    module = model.module.eval()
+    library_size = np.asarray(train.X.sum(axis=1)).ravel()
+    samples = []
+    for seed in range(num_seeds):
+        rng = np.random.default_rng(seed)
+        torch.manual_seed(seed)
+        if label_key is None:
+            codes, pools = np.zeros(test.n_obs, dtype=int), [library_size]
+        else:
+            names = list(model.adata_manager.get_state_registry("batch")["categorical_mapping"])
+            codes = np.array([names.index(name) for name in test.obs[label_key].astype(str)])
+            pools = [library_size[(train.obs[label_key].astype(str) == name).to_numpy()] for name in names]
+        library = torch.tensor([[np.log(rng.choice(pools[code]))] for code in codes], dtype=torch.float32)
+        with torch.no_grad():
+            generated = module.generative(
+                z=torch.randn(test.n_obs, module.n_latent), library=library, batch_index=torch.tensor(codes)[:, None]
+            )
+            counts = generated["px"].sample().numpy()
+        samples.append(ad.AnnData(sparse.csr_matrix(counts), var=train.var[[]], obs=test.obs))
+    return samples
+
+
+def machine() -> dict[str, str | int]:
+    return {
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "architecture": platform.machine(),
+        "cores": psutil.cpu_count(logical=False),
+        "torch": torch.__version__,
+    }
+
+
+def headline_table(results: dict) -> str:
+    """All datasets and models of a JSON file, and the floors."""
+
+    def row(dataset: str, name: str, minutes: str, values: dict[str, list[float]]) -> str:
+        cells = []
+        for metric in HEADLINE:
+            numbers = values.get(metric)
+            cells.append("–" if not numbers else f"{np.mean(numbers):.3f} ± {np.std(numbers):.3f}")
+        return f"| {dataset} | {name} | {minutes} | " + " | ".join(cells) + " |"
+
+    lines = ["| dataset | cells | minutes | " + " | ".join(HEADLINE.values()) + " |"]
+    lines.append("|---" * (3 + len(HEADLINE)) + "|")
+    for dataset, models in results.items():
+        for i, (model, entry) in enumerate(models.items()):
+            report = entry["report"]
+            if i == 0:
+                lines += [row(dataset, floor, "", report["metrics"][floor]) for floor in FLOORS]
+            lines.append(row(dataset, model, f"{entry['minutes']:.1f}", report["metrics"]["generated"]))
+    return "\n".join(lines) + "\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", nargs="+", type=Path, required=True, help=".h5ad files of counts.")
+    parser.add_argument("--dataset", nargs="+", type=Path, default=[], help=".h5ad files of counts.")
     parser.add_argument("--label_keys", nargs="*", default=["cell_type"])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["program"])
+    parser.add_argument("--models", nargs="+", choices=[*OURS, "scvi", "scvi-by-type"], default=["program"])
     parser.add_argument("--minutes", type=float, default=12.0, help="Training time of each model.")
     parser.add_argument("--num_seeds", type=int, default=3, help="Samples to judge.")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; datasets and models are added to it.")
+    parser.add_argument("--guidance_scales", nargs="+", type=float, default=[1.0], help="Judged one by one.")
+    parser.add_argument("--development", action="store_true", help="Judge on cells set aside from the training cells.")
+    parser.add_argument("--train_flags", nargs=argparse.REMAINDER, default=[], help="The rest goes to train.py.")
+    parser.add_argument("--output", type=Path, help="JSON file; datasets and models are added to it.")
+    parser.add_argument("--table", type=Path, help="Print the table of a JSON file, and nothing else.")
     args = parser.parse_args()
+    if args.table is not None:
+        print(headline_table(json.loads(args.table.read_text())))
+        return
+    if args.output is None:
+        parser.error("--output is required.")
 
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    for dataset in args.dataset:
-        for model in args.models:
-            with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, TRAIN_SCRIPT, "--dataset", dataset, "--output_dir", folder]
-                command += ["--label_keys", *args.label_keys, "--max_train_steps", 10**9]
-                command += ["--max_train_minutes", args.minutes, "--checkpointing_steps", 10**9, *MODELS[model]]
-                subprocess.run([str(part) for part in command], check=True)
-                pipe = ScRNAGenerationPipeline.from_pretrained(folder)
-                split = json.loads(Path(folder, "split.json").read_text())
-            pipe.set_progress_bar_config(disable=True)
-            adata = read_cells(dataset)
-            train, test = adata[split["train"]], adata[split["test"]]
-            metrics = evaluate(pipe, train, test, num_seeds=args.num_seeds)
-            results.setdefault(dataset.stem, {})[model] = {"minutes": args.minutes, "metrics": metrics}
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(results, indent=1))
-            print(
-                f"\n## {dataset.stem}, {model}, {args.minutes:g} minutes\n\n{to_markdown(metrics, test.n_obs)}",
-                flush=True,
-            )
+    for path in args.dataset:
+        adata = read_cells(path)
+        label_key = args.label_keys[0] if args.label_keys else None
+        with tempfile.TemporaryDirectory() as folder:
+            if args.development:
+                adata = adata[split_cells(adata, label_key=label_key, seed=0)[0]].copy()
+                path = Path(folder, path.name)
+                adata.write_h5ad(path)
+            # What train.py splits off by default, and the genes that it chooses
+            train, test = (adata[cells] for cells in split_cells(adata, label_key=label_key, seed=0))
+            for model in args.models:
+                start = time.monotonic()
+                if model in OURS:
+                    pipe = train_ours(path, Path(folder, model), OURS[model], args)
+                    minutes = (time.monotonic() - start) / 60
+                    split = json.loads(Path(folder, model, "split.json").read_text())
+                    assert split["test"] == test.obs_names.tolist()
+                    runs = {
+                        model if scale == 1.0 else f"{model}, guidance {scale:g}": draw_samples(
+                            pipe, test, args.num_seeds, guidance_scale=scale
+                        )
+                        for scale in args.guidance_scales
+                    }
+                else:
+                    genes = ScRNAProcessor().fit(train).var_names
+                    key = label_key if model == "scvi-by-type" else None
+                    samples = sample_scvi(train[:, genes], test, key, args.minutes, args.num_seeds)
+                    minutes = (time.monotonic() - start) / 60
+                    runs = {model: (samples, test)}
+                for name, (samples, judged) in runs.items():
+                    entries = results.setdefault(path.stem, {})
+                    report = evaluate_cells(
+                        samples, train, judged, None if model == "scvi" else label_key, floors=model in OURS
+                    )
+                    entries[name] = {"minutes": minutes, "machine": machine(), "report": report}
+                    args.output.parent.mkdir(parents=True, exist_ok=True)
+                    args.output.write_text(json.dumps(results, indent=1))
+                    print(f"\n## {path.stem}, {name}, {minutes:.1f} minutes\n\n{to_markdown(report)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 training/train.py; the pipeline is loaded back and generates 5,000 cells. The output folder then holds
 
     cells.h5ad      the generated cells: integer counts, gene names, cell types
-    figure.png      a t-SNE of generated cells beside real ones
+    figure.png      generated cells beside real ones
     metrics.md      how real they are, beside what real cells themselves reach
     wbdit-pbmc/     the pipeline, for `ScRNAGenerationPipeline.from_pretrained`
 """
@@ -17,61 +17,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import anndata as ad
 import matplotlib
-import numpy as np
-import scanpy as sc
 import torch
-from scipy import sparse
-from sklearn.manifold import TSNE
 
 from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.evaluation.report import evaluate, log_normalise, to_markdown
+from wbdit_diffusers.data import load_pbmc
+from wbdit_diffusers.evaluation.report import draw_samples, evaluate_cells, to_markdown
+from wbdit_diffusers.plotting import report_figure
 
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-
+matplotlib.use("Agg")  # no window
 TRAIN_SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
 CONFIG = TRAIN_SCRIPT.parent / "configs" / "quickstart.yaml"
-
-
-def load_pbmc() -> ad.AnnData:
-    """700 PBMCs × 765 genes with counts: `raw.X` is log1p(count / n_counts × 10,000)."""
-    reduced = sc.datasets.pbmc68k_reduced()
-    counts = np.rint(np.expm1(reduced.raw.X.toarray()) * reduced.obs["n_counts"].to_numpy()[:, None] / 1e4)
-    return ad.AnnData(
-        sparse.csr_matrix(counts.astype(np.float32)),
-        obs=reduced.obs[["bulk_labels"]].rename(columns={"bulk_labels": "cell_type"}),
-        var=reduced.raw.var[[]],
-    )
-
-
-def plot(real: ad.AnnData, generated: ad.AnnData, path: Path):
-    """A joint t-SNE: real and generated cells over each other, then each coloured by cell type."""
-    x = np.vstack([log_normalise(real), log_normalise(generated)])
-    joint = ad.AnnData(x)
-    sc.pp.pca(joint, n_comps=30)
-    points = TSNE(random_state=0).fit_transform(joint.obsm["X_pca"])
-    is_real = np.arange(len(points)) < real.n_obs
-
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5.2), layout="constrained")
-    for name, cells, colour in (("generated", ~is_real, "tab:orange"), ("real", is_real, "tab:blue")):
-        axes[0].scatter(*points[cells].T, s=6, color=colour, label=f"{name} ({cells.sum()})", linewidths=0)
-    axes[0].set_title("real and generated cells")
-    axes[0].legend(loc="lower left", markerscale=2, frameon=False)
-    cell_types = real.obs["cell_type"].value_counts().index
-    for axis, cells, adata, name in ((axes[1], is_real, real, "real"), (axes[2], ~is_real, generated, "generated")):
-        for i, cell_type in enumerate(cell_types):
-            of_type = (adata.obs["cell_type"] == cell_type).to_numpy()
-            axis.scatter(*points[cells][of_type].T, s=6, color=f"C{i}", label=cell_type, linewidths=0)
-        axis.set_title(f"{name} cells by type")
-    axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, frameon=False)
-    for axis in axes:
-        axis.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main():
@@ -105,15 +62,16 @@ def main():
     split = json.loads((pipeline_path / "split.json").read_text())
     train, test = real[split["train"]], real[split["test"]]
     pipe.set_progress_bar_config(disable=True)
-    results = evaluate(pipe, train, test, args.num_seeds)
-    (args.output_dir / "metrics.json").write_text(json.dumps(results, indent=1))
-    table = to_markdown(results, test.n_obs)
+    samples, test = draw_samples(pipe, test, args.num_seeds)
+    report = evaluate_cells(samples, train, test, label_key="cell_type")
+    (args.output_dir / "metrics.json").write_text(json.dumps(report, indent=1))
+    table = to_markdown(report)
     (args.output_dir / "metrics.md").write_text(table)
     print(table)
     card = pipeline_path / "README.md"  # the model card says what was measured
     card.write_text(card.read_text().replace("## Limits", f"## Evaluation\n\n{table}\n## Limits"))
 
-    plot(real, cells[: 2 * real.n_obs], args.output_dir / "figure.png")
+    report_figure(test, samples[0], "cell_type").savefig(args.output_dir / "figure.png", dpi=110)
     print(f"Look at {args.output_dir / 'figure.png'}; the cells are in {args.output_dir / 'cells.h5ad'}.")
 
 

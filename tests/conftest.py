@@ -2,15 +2,13 @@ import os
 from pathlib import Path
 
 import anndata as ad
-import numpy as np
 import pytest
-import scanpy as sc
 import torch
 from diffusers import DDPMScheduler
 from hub_server import HubServer
-from scipy import sparse
 
 from wbdit_diffusers import CountAutoencoder, ScRNAGenerationPipeline, ScRNAProcessor, WhiteBoxDiTModel
+from wbdit_diffusers.data import load_pbmc
 
 
 ROOT = Path(__file__).parents[1]
@@ -19,14 +17,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def pbmc() -> ad.AnnData:
-    """700 real PBMCs × 765 genes with integer counts, from Scanpy's own wheel."""
-    reduced = sc.datasets.pbmc68k_reduced()
-    counts = np.rint(np.expm1(reduced.raw.X.toarray()) * reduced.obs["n_counts"].to_numpy()[:, None] / 1e4)
-    return ad.AnnData(
-        sparse.csr_matrix(counts.astype(np.float32)),
-        obs=reduced.obs[["bulk_labels", "phase"]].rename(columns={"bulk_labels": "cell_type"}),
-        var=reduced.raw.var[[]],
-    )
+    return load_pbmc()
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +66,7 @@ def make_autoencoder(processor: ScRNAProcessor, adata: ad.AnnData) -> CountAutoe
     autoencoder = CountAutoencoder(num_genes=len(processor.var_names), num_programs=6, hidden_size=8)
     matrix, library_size = processor.select(adata)
     randomize(autoencoder, std=0.3)
+    autoencoder.to_mean.weight.data.mul_(0.1)  # programs of about unit variance
     autoencoder.dispersion.bias.data.fill_(2.5)
     autoencoder.fit_statistics(matrix, library_size)
     autoencoder.eval().standardize_latents(autoencoder.encode(processor.counts(matrix, library_size)))

@@ -21,11 +21,11 @@ def test_quickstart(tmp_path):
     assert cells.shape == (100, 765)
     assert (cells.X.data == np.rint(cells.X.data)).all()
     assert (tmp_path / "figure.png").stat().st_size > 10_000
-    results = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(results) == {"generated", "real: training cells", "real: halves of the held-out"}
-    assert all(len(values) == 1 for column in results.values() for values in column.values())
+    columns = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    assert set(columns) == {"generated", "real: training cells", "real: halves of the held-out"}
+    assert all(len(values) == 1 for column in columns.values() for values in column.values())
     # After three seconds of training the cells are bad, and the metrics say so.
-    assert results["generated"]["rf_auc"][0] > 0.8 > results["real: training cells"]["rf_auc"][0]
+    assert columns["generated"]["rf_auc"][0] > 0.8 > columns["real: training cells"]["rf_auc"][0]
     assert "| random forest AUC, genes" in (tmp_path / "metrics.md").read_text()
     assert "## Evaluation" in (tmp_path / "wbdit-pbmc" / "README.md").read_text()
     ScRNAGenerationPipeline.from_pretrained(tmp_path / "wbdit-pbmc")

@@ -11,12 +11,14 @@ import argparse
 import csv
 import json
 import logging
+import math
 import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed.run
@@ -26,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo, upload_folder
 from torch.utils.data import DataLoader
@@ -39,12 +41,13 @@ from wbdit_diffusers.model_card import render_model_card
 
 logger = get_logger(__name__)
 
+MIN_PROGRAMS, MAX_PROGRAMS = 16, 128
 
 # Flags whose default depends on --space. Expression space has the published shape.
 SPACE_DEFAULTS = {
     "program": {
         "num_genes": 2000,
-        "patch_size": 4,
+        "patch_size": 8,
         "num_layers": 4,
         "num_attention_heads": 4,
         "attention_head_dim": 48,
@@ -94,14 +97,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--test_fraction", type=float, default=0.2, help="Share of the cells to hold out.")
 
     autoencoder = parser.add_argument_group("count autoencoder, of program space")
-    autoencoder.add_argument("--num_programs", type=int, default=32)
+    autoencoder.add_argument("--num_programs", type=int, help="Chosen by held-out likelihood by default.")
     autoencoder.add_argument("--autoencoder_hidden_size", type=int, default=256)
     autoencoder.add_argument("--autoencoder_learning_rate", type=float, default=1e-3)
     autoencoder.add_argument("--dispersion_learning_rate", type=float, default=1e-2)
     autoencoder.add_argument("--autoencoder_weight_decay", type=float, default=0.01)
     autoencoder.add_argument("--autoencoder_batch_size", type=int, default=128)
     autoencoder.add_argument("--autoencoder_max_steps", type=int, default=20_000, help="It stops earlier by itself.")
-    autoencoder.add_argument("--code_noise", type=float, default=0.3, help="Noise on the code while training.")
+    autoencoder.add_argument(
+        "--kl_weight", type=float, default=0.3, help="Of the programs' divergence from a normal distribution."
+    )
+    autoencoder.add_argument(
+        "--decoder_steps", type=int, default=400, help="Steps of the decoder alone, on the encoder's final programs."
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument("--block_type", choices=["white_box", "dit"], default="white_box")
@@ -118,11 +126,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--train_batch_size", type=int, help="Per process.")
     training.add_argument("--max_train_steps", type=int, default=10_000)
     training.add_argument("--max_train_minutes", type=float, help="Stop after this time, if it comes first.")
-    training.add_argument("--learning_rate", type=float, default=1e-3)
-    training.add_argument(
-        "--lr_scheduler", choices=[one.value for one in SchedulerType], default="constant_with_warmup"
-    )
+    training.add_argument("--learning_rate", type=float, default=2e-3)
     training.add_argument("--lr_warmup_steps", type=int, default=100)
+    training.add_argument(
+        "--lr_decay_fraction",
+        type=float,
+        default=0.3,
+        help="Last part of the training, in steps or minutes, in which the learning rate falls to 0.",
+    )
     training.add_argument("--weight_decay", type=float, default=0.01)
     training.add_argument("--max_grad_norm", type=float, default=1.0)
     training.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="accelerate's setting by default.")
@@ -184,21 +195,32 @@ def diffusion_loss(
     return F.mse_loss(prediction.float(), target)
 
 
-def train_autoencoder(args: argparse.Namespace, dataset: CellDataset, device: torch.device) -> CountAutoencoder:
-    """
-    First stage of program space: fits the count likelihood, and stops where cells set aside for it say so.
+def learning_rate(args: argparse.Namespace, step: int, seconds: float) -> float:
+    """Warm-up, a plateau, and a linear decay that ends with the training, be that by steps or by time."""
+    progress = step / args.max_train_steps
+    if args.max_train_minutes is not None:
+        progress = max(progress, seconds / (args.max_train_minutes * 60))
+    warmup = min(1.0, (step + 1) / max(args.lr_warmup_steps, 1))
+    decay = min(1.0, (1 - progress) / args.lr_decay_fraction) if args.lr_decay_fraction > 0 else 1.0
+    return args.learning_rate * warmup * max(decay, 0.01)
 
-    One cell in ten of the *training* cells is set aside; the held-out cells are never seen.
+
+def train_autoencoder(
+    args: argparse.Namespace, dataset: CellDataset, num_programs: int, device: torch.device, deadline: float
+) -> tuple[CountAutoencoder, float]:
+    """
+    Fits the count likelihood, and stops where cells set aside for it say so, or when the clock reaches the deadline.
+
+    One in ten of the *training* cells, 2,000 at most, is set aside; held-out cells are never seen. Also returns the
+    loss on those set aside.
     """
     generator = torch.Generator().manual_seed(args.seed)
     shuffled = torch.randperm(len(dataset), generator=generator).numpy()
-    num_validation = max(1, len(dataset) // 10)
+    num_validation = min(max(1, len(dataset) // 10), 2000)
     validation_cells, train_cells = shuffled[:num_validation], shuffled[num_validation:]
+    torch.manual_seed(args.seed)
     autoencoder = CountAutoencoder(
-        num_genes=dataset.matrix.shape[1],
-        num_programs=args.num_programs,
-        hidden_size=args.autoencoder_hidden_size,
-        code_noise=args.code_noise,
+        num_genes=dataset.matrix.shape[1], num_programs=num_programs, hidden_size=args.autoencoder_hidden_size
     ).to(device)
     autoencoder.fit_statistics(dataset.matrix, dataset.library_size)
     dispersion_bias = autoencoder.dispersion.bias
@@ -212,39 +234,89 @@ def train_autoencoder(args: argparse.Namespace, dataset: CellDataset, device: to
         weight_decay=args.autoencoder_weight_decay,
     )
 
+    def loss_of(counts: torch.Tensor) -> torch.Tensor:
+        negative_log_likelihood, divergence = autoencoder(counts.to(device))
+        return negative_log_likelihood + args.kl_weight * divergence
+
+    @torch.no_grad()
     def validation_loss() -> float:
-        """Mean negative log-likelihood of the cells set aside, without noise on the code."""
-        autoencoder.eval()
-        with torch.no_grad():
+        """On the cells set aside, always with the same draws from the posterior."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
             losses = [
-                autoencoder(dataset.counts(validation_cells[start : start + 512]).to(device)).sum()
+                loss_of(dataset.counts(validation_cells[start : start + 512]))
                 for start in range(0, num_validation, 512)
             ]
-        autoencoder.train()
-        return torch.stack(losses).sum().item() / num_validation
+        return torch.cat(losses).mean().item()
 
-    # Evaluated once per 100 steps; given up when 8 evaluations in a row are no better.
-    best_loss, best_step, best_weights, step = float("inf"), 0, None, 0
-    progress_bar = tqdm(desc="Count autoencoder", unit=" steps", mininterval=1)
-    while step - best_step < 800 and step < args.autoencoder_max_steps:
+    # Evaluated once per 100 steps; given up when 5 evaluations in a row are no better.
+    best_loss, best_step, best_weights, step, stop = float("inf"), 0, None, 0, False
+    progress_bar = tqdm(desc=f"Count autoencoder, {num_programs} programs", unit=" steps", mininterval=1)
+    while not stop:
         cells = torch.randint(len(train_cells), (args.autoencoder_batch_size,), generator=generator).numpy()
-        loss = autoencoder(dataset.counts(train_cells[cells]).to(device)).mean()
+        loss = loss_of(dataset.counts(train_cells[cells])).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         step += 1
         progress_bar.update()
-        if step % 100 == 0 or step == args.autoencoder_max_steps:
+        stop = step == args.autoencoder_max_steps or time.monotonic() > deadline
+        if step % 100 == 0 or stop:
             held_out_loss = validation_loss()
             if held_out_loss < best_loss:
                 best_loss, best_step = held_out_loss, step
                 best_weights = {name: value.clone() for name, value in autoencoder.state_dict().items()}
+            stop = stop or step - best_step >= 500
             progress_bar.set_postfix(loss=round(loss.item(), 2), held_out_loss=round(held_out_loss, 2))
     progress_bar.close()
     autoencoder.load_state_dict(best_weights)
-    logger.info(
-        f"Count autoencoder: held-out negative log-likelihood {best_loss:.2f} per cell after {best_step} steps."
-    )
+    logger.info(f"{num_programs} programs: held-out loss {best_loss:.2f} nats per cell after {best_step} steps.")
+    return autoencoder, best_loss
+
+
+def refit_decoder(args: argparse.Namespace, dataset: CellDataset, autoencoder: CountAutoencoder, device: torch.device):
+    """
+    Fits the decoder once more, to all training cells and the encoder's final programs of them.
+
+    The denoiser will imitate these programs, without the noise under which the decoder was trained: what varies in the
+    cells and is not in the programs must be in the decoder's dispersions, no more and no less.
+    """
+    generator = torch.Generator().manual_seed(args.seed)
+    with torch.no_grad():
+        programs = torch.cat(
+            [
+                autoencoder.programs(dataset.counts(cells).to(device))
+                for cells in np.array_split(np.arange(len(dataset)), math.ceil(len(dataset) / 1024))
+            ]
+        )
+    parameters = [*autoencoder.decoder.parameters(), *autoencoder.dispersion.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=args.autoencoder_weight_decay)
+    lr_scheduler = get_scheduler("cosine", optimizer, num_training_steps=args.decoder_steps, num_warmup_steps=0)
+    for _ in tqdm(range(args.decoder_steps), desc="Decoder", unit=" steps", mininterval=1):
+        cells = torch.randint(len(dataset), (2 * args.autoencoder_batch_size,), generator=generator)
+        counts = dataset.counts(cells.numpy()).to(device)
+        loss = autoencoder.negative_log_likelihood(counts, programs[cells.to(device)]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        lr_scheduler.step()
+
+
+def choose_autoencoder(args: argparse.Namespace, dataset: CellDataset, device: torch.device) -> CountAutoencoder:
+    """
+    First stage of program space. Twice as many programs as long as they help the cells set aside, unless given.
+
+    It takes no more than a third of the time.
+    """
+    minutes = math.inf if args.max_train_minutes is None else args.max_train_minutes / 3
+    deadline = time.monotonic() + 60 * minutes
+    autoencoder, best_loss = train_autoencoder(args, dataset, args.num_programs or MIN_PROGRAMS, device, deadline)
+    while args.num_programs is None and 2 * autoencoder.config.num_programs <= MAX_PROGRAMS:
+        larger, loss = train_autoencoder(args, dataset, 2 * autoencoder.config.num_programs, device, deadline)
+        if loss >= best_loss:
+            break
+        autoencoder, best_loss = larger, loss
+    refit_decoder(args, dataset, autoencoder, device)
     return autoencoder.eval()
 
 
@@ -256,7 +328,7 @@ def prepare_autoencoder(
         return CountAutoencoder.from_pretrained(checkpoint.parent / "autoencoder")
     folder = args.output_dir / "autoencoder"
     if accelerator.is_main_process:
-        autoencoder = train_autoencoder(args, dataset, accelerator.device).cpu()
+        autoencoder = choose_autoencoder(args, dataset, accelerator.device).cpu()
         dataset.encode(autoencoder)
         autoencoder.standardize_latents(dataset.latents)
         autoencoder.save_pretrained(folder)
@@ -348,21 +420,14 @@ def main(args: argparse.Namespace):
     )
     # The paper's schedule: 1,000 steps, β linear from 1e-4 to 0.02. Expression is no image in [-1, 1]: never clip.
     noise_scheduler = DDPMScheduler(prediction_type=args.prediction_type, clip_sample=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        # accelerate steps the schedule once per process
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
     # Without EMA the average has decay 0: it is the model itself.
     ema_kwargs = {"decay": args.ema_decay if args.use_ema else 0.0, "use_ema_warmup": True, "power": 2 / 3}
     ema = EMAModel(model.parameters(), **ema_kwargs, model_cls=WhiteBoxDiTModel, model_config=model.config)
     ema.to(accelerator.device)
-    model, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
-        model, optimizer, train_dataloader, lr_scheduler
-    )
+    model, optimizer, train_dataloader = accelerator.prepare(model, optimizer, train_dataloader)
     if args.report_to is not None:
         accelerator.init_trackers("wbdit_diffusers", config={key: str(value) for key, value in vars(args).items()})
 
@@ -438,11 +503,12 @@ def main(args: argparse.Namespace):
             accelerator.skip_first_batches(train_dataloader, batches_done) if batches_done else train_dataloader
         )
         for batch in remaining:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args, global_step, time.monotonic() - start_time)
             loss = diffusion_loss(model, noise_scheduler, batch, step_generator(global_step))
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
-            lr_scheduler.step()
             optimizer.zero_grad()
             ema.step(accelerator.unwrap_model(model).parameters())
             global_step += 1
@@ -466,7 +532,7 @@ def main(args: argparse.Namespace):
                         "step": global_step,
                         "epoch": global_step // steps_per_epoch,
                         "seconds": round(seconds, 1),
-                        "learning_rate": lr_scheduler.get_last_lr()[0],
+                        "learning_rate": optimizer.param_groups[0]["lr"],
                         "loss": round(mean_loss, 6),
                         "validation_loss": round(validation_loss(), 6),
                     }

@@ -5,6 +5,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import torch
+from scipy import sparse
 from torch.utils.data import Dataset
 
 from .models.autoencoder_counts import CountAutoencoder
@@ -25,6 +26,23 @@ def read_cells(path: str | Path) -> ad.AnnData:
         return ad.read_h5ad(path)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as an .h5ad file: {error}") from error
+
+
+def load_pbmc() -> ad.AnnData:
+    """
+    700 PBMCs × 765 genes of 10x Genomics with integer counts, `cell_type` and `phase`; they come with Scanpy.
+
+    Its `pbmc68k_reduced` holds log1p(count / n_counts × 10,000) in `raw`, from which the counts follow.
+    """
+    import scanpy as sc
+
+    reduced = sc.datasets.pbmc68k_reduced()
+    counts = np.rint(np.expm1(reduced.raw.X.toarray()) * reduced.obs["n_counts"].to_numpy()[:, None] / 1e4)
+    return ad.AnnData(
+        sparse.csr_matrix(counts.astype(np.float32)),
+        obs=reduced.obs[["bulk_labels", "phase"]].rename(columns={"bulk_labels": "cell_type"}),
+        var=reduced.raw.var[[]],
+    )
 
 
 def split_cells(

@@ -1,7 +1,17 @@
 import numpy as np
 import pytest
 
-from wbdit_diffusers.evaluation.metrics import compare, gene_statistics, mmd2, random_forest_auc, wasserstein2
+from wbdit_diffusers.evaluation.metrics import (
+    compare,
+    compare_labels,
+    gene_statistics,
+    manifold_metrics,
+    mmd2,
+    nearest_training_cell_ratio,
+    paper_parity,
+    random_forest_auc,
+    wasserstein2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +91,83 @@ def test_random_forest_auc_is_reproducible(samples):
     assert random_forest_auc(samples["real"], samples["generated"]) == random_forest_auc(
         samples["real"], samples["generated"]
     )
+
+
+def test_precision_and_recall_tell_noise_from_collapse():
+    rng = np.random.default_rng(0)
+    real, perfect = rng.normal(size=(2, 300, 3))
+    same = manifold_metrics(real, perfect)
+    assert same["density"] == pytest.approx(1, abs=0.2)
+    assert min(same["precision"], same["recall"], same["coverage"]) > 0.85
+    # Half of the distribution only: every cell is believable, half of the real ones have none near them.
+    collapsed = manifold_metrics(real, perfect[perfect[:, 0] > 0])
+    assert collapsed["precision"] > 0.85 and collapsed["recall"] < 0.75 and collapsed["coverage"] < 0.75
+    # Too wide: the real cells are covered, the generated ones are not believable.
+    wide = manifold_metrics(real, 4 * perfect)
+    assert wide["precision"] < 0.4 and wide["recall"] > 0.8
+    far = manifold_metrics(real, perfect + 100)
+    assert far == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
+
+
+def test_copies_of_training_cells_are_found_out():
+    rng = np.random.default_rng(0)
+    train, real, generated = rng.normal(size=(3, 400, 5))
+    assert nearest_training_cell_ratio(train, real, generated) == pytest.approx(1, abs=0.1)
+    assert nearest_training_cell_ratio(train, real, train[:100]) == 0
+    assert nearest_training_cell_ratio(train, real, train + rng.normal(0, 1e-3, train.shape)) < 0.1
+
+
+def typed_cells(seed, cells=120, genes=80, strength=3.0):
+    """Three types; each has 20 genes of its own, `strength` times as much expressed as in the others."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(["a", "b", "c"], cells // 3)
+    rates = np.ones((cells, genes))
+    for i, label in enumerate("abc"):
+        rates[labels == label, 20 * i : 20 * (i + 1)] *= strength
+    counts = rng.poisson(2 * rates)
+    return np.log1p(counts / counts.sum(1, keepdims=True) * 1e4).astype(np.float32), labels
+
+
+def test_labels_of_a_perfect_generator():
+    train, real, generated = (typed_cells(seed, cells=300) for seed in range(3))
+    pooled, per_label = compare_labels(*train, *real, *generated)
+    assert set(per_label) == {"a", "b", "c"}
+    assert pooled["purity"] == pytest.approx(1, abs=0.05)
+    assert pooled["f1"] > 0.95
+    assert pooled["lfc_slope"] == pytest.approx(1, abs=0.1)
+    assert pooled["de_recovery"] > 0.5  # 20 of the 50 are markers, the other 30 are chance
+    assert all(set(row) == {"purity", "lfc_slope", "de_recovery", "w2", "mmd2"} for row in per_label.values())
+    assert all(abs(row["mmd2"]) < 0.02 for row in per_label.values())
+
+
+def test_weak_types_have_a_flat_slope():
+    train, real, weak = typed_cells(0, 300), typed_cells(1, 300), typed_cells(2, 300, strength=1.5)
+    pooled, _ = compare_labels(*train, *real, *weak)
+    assert pooled["lfc_slope"] < 0.6
+
+
+def test_wrong_labels_are_found_out():
+    train, real, (generated, labels) = (typed_cells(seed, cells=300) for seed in range(3))
+    swapped = np.array([{"a": "b", "b": "a", "c": "c"}[label] for label in labels])
+    pooled, per_label = compare_labels(*train, *real, generated, swapped)
+    assert per_label["a"]["purity"] < 0.1 and per_label["c"]["purity"] > 0.9
+    assert pooled["f1"] < 0.5
+    assert per_label["a"]["lfc_slope"] < 0.1
+
+
+def test_rare_types_are_left_out():
+    train, real, generated = (typed_cells(seed, cells=90) for seed in range(3))
+    assert set(compare_labels(*train, *real, *generated)[1]) == {"a", "b", "c"}
+    assert compare_labels(*train, *real, *generated, min_train_cells=31) == ({}, {})
+
+
+def test_parity_metrics_reward_collapse(samples):
+    """Why they are no headline."""
+    real = samples["real"]
+    assert paper_parity(real, real) == {
+        "paper_kl": pytest.approx(0, abs=1e-6),
+        "paper_wasserstein": pytest.approx(0, abs=1e-6),
+        "paper_mmd": pytest.approx(0, abs=0.02),
+    }
+    mean_cell = np.tile(real.mean(axis=0), (len(real), 1))
+    assert paper_parity(real, mean_cell)["paper_kl"] < paper_parity(real, samples["generated"])["paper_kl"]

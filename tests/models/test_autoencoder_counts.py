@@ -30,29 +30,47 @@ def test_counts_hold_all_other_genes_in_one_bin(counts, pbmc):
 @torch.no_grad()
 def test_loss_is_the_negative_binomial_likelihood(autoencoder, counts):
     autoencoder.dispersion.bias.copy_(torch.linspace(-2, 5, 101))
+    autoencoder.dispersion.weight.mul_(0.1)
     counts = counts[:20]
     programs = autoencoder.programs(counts)
     proportions = torch.softmax(autoencoder.decoder(programs), dim=1)
     rates = (proportions * counts.sum(1, keepdim=True)).numpy()
     theta = autoencoder.dispersion(programs).exp().numpy()
     log_likelihood = stats.nbinom.logpmf(counts.numpy(), theta, theta / (theta + rates))[:, :-1].sum(1)
-    np.testing.assert_allclose(autoencoder(counts).numpy(), -log_likelihood, rtol=1e-4)
+    loss = autoencoder.negative_log_likelihood(counts, programs)
+    np.testing.assert_allclose(loss.numpy(), -log_likelihood, rtol=1e-4)
 
 
-def test_training_noise_is_on_the_code_only_while_training(autoencoder, counts):
-    assert torch.equal(autoencoder(counts[:5]), autoencoder(counts[:5]))
-    autoencoder.train()
-    assert not torch.equal(autoencoder(counts[:5]), autoencoder(counts[:5]))
+@torch.no_grad()
+def test_divergence_is_that_of_the_posterior_from_the_normal_distribution(autoencoder, counts):
+    mean, log_variance = autoencoder.posterior(counts[:5])
+    posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0, 1)).sum(1)
+    torch.testing.assert_close(autoencoder(counts[:5])[1], expected)
+
+
+@torch.no_grad()
+def test_likelihood_is_of_programs_drawn_from_the_posterior(autoencoder, counts):
+    counts = counts[:5]
+    draws = torch.stack([autoencoder(counts)[0] for _ in range(20)])
+    assert (draws.std(0) > 0).all()
+    autoencoder.to_log_variance.weight.zero_()
+    autoencoder.to_log_variance.bias.fill_(-100)  # the smallest variance, e^-8
+    certain = autoencoder.negative_log_likelihood(counts, autoencoder.programs(counts))
+    assert (torch.stack([autoencoder(counts)[0] for _ in range(20)]).std(0) < draws.std(0)).all()
+    torch.testing.assert_close(autoencoder(counts)[0], certain, rtol=0.05, atol=1)
 
 
 def test_a_few_steps_raise_the_likelihood(autoencoder, counts):
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=3e-3)
-    before = autoencoder(counts).mean().item()
-    for _ in range(30):
+    losses = []
+    for _ in range(40):
         optimizer.zero_grad()
-        autoencoder(counts).mean().backward()
+        loss = sum(autoencoder(counts)).mean()
+        loss.backward()
         optimizer.step()
-    assert autoencoder(counts).mean().item() < before - 1
+        losses.append(loss.item())
+    assert np.mean(losses[-5:]) < losses[0] - 1
 
 
 def test_decoder_starts_at_the_mean_rates(processor, pbmc):

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ TINY = [
     *("--num_attention_heads", "2", "--attention_head_dim", "8"),
     *("--train_batch_size", "64", "--lr_warmup_steps", "2", "--num_inference_steps", "3"),
     *("--autoencoder_max_steps", "100", "--num_programs", "8", "--autoencoder_hidden_size", "16"),
+    *("--decoder_steps", "20"),
 ]
 
 
@@ -85,6 +88,12 @@ def test_only_training_cells_are_fitted(trained, pbmc):
     torch.testing.assert_close(latents.std(0), torch.ones(9), atol=1e-3, rtol=0)
 
 
+def test_learning_rate_warms_up_and_ends_at_zero(trained):
+    rates = [float(row["learning_rate"]) for row in read_log(trained)]
+    assert rates[0] == rates[3] == 2e-3  # step 16 of 24: before the last 30%
+    assert 0 < rates[-1] < rates[-2] < 2e-3
+
+
 def test_losses_are_logged_and_fall(trained):
     rows = read_log(trained)
     assert [int(row["step"]) for row in rows] == [4, 8, 12, 16, 20, 24]
@@ -95,19 +104,20 @@ def test_losses_are_logged_and_fall(trained):
 
 @pytest.mark.parametrize("resume_from", ["latest", "path"])
 def test_a_resumed_training_gives_the_same_weights(trained, pbmc_path, tmp_path, resume_from):
-    arguments = ["--dataset", pbmc_path, "--label_keys", "cell_type", "phase", "--output_dir", tmp_path, *TINY]
-    arguments += ["--checkpointing_steps", 12, "--validation_steps", 4]
-    launch(*arguments, "--max_train_steps", 14)
+    # What an interruption after step 12 leaves
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    for folder in ("checkpoint-24", "denoiser"):
+        shutil.rmtree(tmp_path / folder)
     resume_from = "latest" if resume_from == "latest" else tmp_path / "checkpoint-12"
-    launch(*arguments, "--max_train_steps", 24, "--resume_from_checkpoint", resume_from)
+    launch(
+        *("--dataset", pbmc_path, "--label_keys", "cell_type", "phase", "--output_dir", tmp_path, *TINY),
+        *("--max_train_steps", 24, "--checkpointing_steps", 12, "--validation_steps", 4),
+        *("--resume_from_checkpoint", resume_from),
+    )
     resumed, expected = weights(tmp_path), weights(trained)
     assert resumed.keys() == expected.keys()
     for name in expected:
         assert torch.equal(resumed[name], expected[name]), name
-    autoencoders = [
-        load_file(folder / "autoencoder" / "diffusion_pytorch_model.safetensors") for folder in (tmp_path, trained)
-    ]
-    assert all(torch.equal(autoencoders[0][name], autoencoders[1][name]) for name in autoencoders[1])
     columns = ("step", "epoch", "loss", "validation_loss")
     # The row of step 16 averages the losses since the checkpoint, as it does in the uninterrupted run.
     assert [[row[c] for c in columns] for row in read_log(tmp_path)] == [
@@ -217,3 +227,20 @@ def test_bad_arguments_end_at_once_with_their_name(arguments, message, pbmc_path
     assert result.returncode != 0
     assert message in result.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_the_number_of_programs_is_chosen(pbmc_path, tmp_path):
+    """Of few cells, 16 programs: more make the cells set aside less likely, and the log says so."""
+    at = TINY.index("--num_programs")
+    arguments = [*TINY[:at], *TINY[at + 2 :]]
+    command = [sys.executable, TRAIN_SCRIPT, "--dataset", pbmc_path, "--output_dir", tmp_path, *arguments]
+    command += ["--autoencoder_max_steps", 1000, "--autoencoder_hidden_size", 64, "--max_train_steps", 2]
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    losses = {
+        int(programs): float(loss)
+        for programs, loss in re.findall(r"(\d+) programs: held-out loss ([\d.]+)", result.stderr)
+    }
+    assert list(losses) == [16 * 2**i for i in range(len(losses))] and len(losses) > 1
+    chosen = ScRNAGenerationPipeline.from_pretrained(tmp_path).autoencoder.config.num_programs
+    assert losses[chosen] == min(losses.values())

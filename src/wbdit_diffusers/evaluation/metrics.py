@@ -1,18 +1,27 @@
 """How real generated cells are: arrays in, floats out.
 
-Every function takes log-normalised expression (cells × genes) of cells that were held out from training, and of
-generated ones. None of them means anything alone: print the same figure for real cells, the floor, beside it.
+The functions take log-normalised expression (cells × genes), or its principal components, of cells that were held out
+from training and of generated ones. None of them means anything alone: print the same figure for real cells, the
+floor, beside it.
 """
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
-from scipy.stats import spearmanr
+from scipy.special import softmax
+from scipy.stats import entropy, spearmanr, ttest_ind, wasserstein_distance
+from sklearn.base import ClassifierMixin
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
-from sklearn.metrics import roc_auc_score
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+
+MARKERS_PER_TYPE = 50
 
 
 def random_forest_auc(
@@ -120,9 +129,175 @@ def gene_statistics(real: np.ndarray, generated: np.ndarray) -> dict[str, float]
     }
 
 
+def manifold_metrics(real: np.ndarray, generated: np.ndarray, num_neighbors: int = 5) -> dict[str, float]:
+    """
+    Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797): is each generated cell among real
+    ones, and each real cell among generated ones?
+
+    Args:
+        real (`np.ndarray` of shape `(cells, dimensions)`): Held-out cells, e.g. in principal components.
+        generated (`np.ndarray` of shape `(cells, dimensions)`): Generated cells.
+        num_neighbors (`int`, defaults to 5): The ball around a cell reaches to this neighbour of its own kind.
+
+    Returns:
+        `dict[str, float]`: `precision`, `recall`, `density`, `coverage`. Equal distributions reach 1 in density, and
+        less than 1 in the other three: see the floor.
+    """
+    num_neighbors = min(num_neighbors, len(real) - 1, len(generated) - 1)
+
+    def radii(cells: np.ndarray) -> np.ndarray:
+        return NearestNeighbors(n_neighbors=num_neighbors).fit(cells).kneighbors()[0][:, -1]
+
+    distance = cdist(real, generated)  # (real cells, generated cells)
+    in_real_ball = distance < radii(real)[:, None]
+    in_generated_ball = distance < radii(generated)[None]
+    return {
+        "precision": float(in_real_ball.any(axis=0).mean()),
+        "recall": float(in_generated_ball.any(axis=1).mean()),
+        "density": float(in_real_ball.sum(axis=0).mean() / num_neighbors),
+        "coverage": float(in_real_ball.any(axis=1).mean()),
+    }
+
+
+def nearest_training_cell_ratio(train: np.ndarray, real: np.ndarray, generated: np.ndarray) -> float:
+    """
+    Median distance of generated cells to their nearest training cell, divided by that of held-out cells. Below about
+    0.9, training cells were memorised; copies of training cells have 0.
+
+    Args:
+        train (`np.ndarray` of shape `(train cells, dimensions)`): Training cells, e.g. in principal components.
+        real (`np.ndarray` of shape `(cells, dimensions)`): Held-out cells.
+        generated (`np.ndarray` of shape `(cells, dimensions)`): Generated cells.
+
+    Returns:
+        `float`
+    """
+    neighbors = NearestNeighbors(n_neighbors=1).fit(train)
+    return float(np.median(neighbors.kneighbors(generated)[0]) / np.median(neighbors.kneighbors(real)[0]))
+
+
+def cell_type_classifier(x: np.ndarray, labels: np.ndarray, seed: int = 0) -> ClassifierMixin:
+    """Logistic regression on 50 standardised principal components, fitted on cells `x` (cells × genes)."""
+    num_components = min(50, *x.shape)
+    classifier = make_pipeline(
+        PCA(num_components, random_state=seed), StandardScaler(), LogisticRegression(C=0.1, max_iter=2000)
+    )
+    return classifier.fit(x, labels)
+
+
+def log_fold_changes(x: np.ndarray, labels: np.ndarray, label: str) -> np.ndarray:
+    """
+    log2 fold change of each gene, cells of one label against all others, with a pseudocount of 1.
+
+    Args:
+        x (`np.ndarray` of shape `(cells, genes)`): log1p(CP10k).
+        labels (`np.ndarray` of shape `(cells,)`): Label of each cell.
+        label (`str`): The label.
+
+    Returns:
+        `np.ndarray` of shape `(genes,)`.
+    """
+    of_label = labels == label
+    mean, others = np.expm1(x[of_label]).mean(axis=0), np.expm1(x[~of_label]).mean(axis=0)
+    return np.log2((mean + 1) / (others + 1))
+
+
+def rank_markers(x: np.ndarray, labels: np.ndarray, label: str) -> np.ndarray:
+    """
+    Genes by how clearly cells of one label express more of them than the others do: Welch's t, highest first.
+
+    Args:
+        x (`np.ndarray` of shape `(cells, genes)`): Log-normalised expression.
+        labels (`np.ndarray` of shape `(cells,)`): Label of each cell.
+        label (`str`): The label.
+
+    Returns:
+        `np.ndarray` of shape `(genes,)`: positions of the genes.
+    """
+    of_label = labels == label
+    # A gene that no cell expresses has neither a difference nor a variance: t is 0, not NaN.
+    return np.argsort(-np.nan_to_num(ttest_ind(x[of_label], x[~of_label], equal_var=False).statistic), kind="stable")
+
+
+def marker_statistics(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    real: np.ndarray,
+    real_labels: np.ndarray,
+    generated: np.ndarray,
+    generated_labels: np.ndarray,
+    labels: list[str],
+) -> dict[str, dict[str, float]]:
+    """
+    Do generated cells of each label differ from the others in the same genes, and by as much?
+
+    The markers of a label are the 50 first of [`rank_markers`] in the training cells.
+
+    Args:
+        train (`np.ndarray` of shape `(train cells, genes)`): log1p(CP10k) of training cells.
+        train_labels (`np.ndarray` of shape `(train cells,)`): Their labels.
+        real (`np.ndarray` of shape `(cells, genes)`): Held-out cells.
+        real_labels (`np.ndarray` of shape `(cells,)`): Their labels.
+        generated (`np.ndarray` of shape `(cells, genes)`): Generated cells.
+        generated_labels (`np.ndarray` of shape `(cells,)`): Their labels.
+        labels (`list[str]`): The labels to look at; each must have cells in all three.
+
+    Returns:
+        `dict`: for each label, and for `"pooled"` over all their markers, `lfc_slope` (least squares through the
+        origin, generated on real log fold changes) and `de_recovery` (share of the 50 first genes of real cells that
+        are among the 50 first of generated ones; for `"pooled"` the mean).
+    """
+
+    def slope(x: np.ndarray, y: np.ndarray) -> float:
+        # Through the origin: of the few held-out cells of a type the changes are noisy, and a free intercept would
+        # take much of that noise for a flatter slope.
+        return float(x @ y / (x @ x))
+
+    statistics, real_changes, generated_changes = {}, [], []
+    for label in labels:
+        markers = rank_markers(train, train_labels, label)[:MARKERS_PER_TYPE]
+        real_changes.append(log_fold_changes(real, real_labels, label)[markers])
+        generated_changes.append(log_fold_changes(generated, generated_labels, label)[markers])
+        first, second = (
+            rank_markers(x, names, label)[:MARKERS_PER_TYPE]
+            for x, names in ((real, real_labels), (generated, generated_labels))
+        )
+        statistics[label] = {
+            "lfc_slope": slope(real_changes[-1], generated_changes[-1]),
+            "de_recovery": len(np.intersect1d(first, second)) / len(first),
+        }
+    statistics["pooled"] = {
+        "lfc_slope": slope(np.concatenate(real_changes), np.concatenate(generated_changes)),
+        "de_recovery": float(np.mean([one["de_recovery"] for one in statistics.values()])),
+    }
+    return statistics
+
+
+def paper_parity(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
+    """
+    The metrics of arXiv 2411.06785, to compare with its tables and for nothing else: they pair cells that have nothing
+    to do with each other, or forget which cell a value came from, and so reward a collapsed generator.
+
+    Args:
+        real (`np.ndarray` of shape `(cells, genes)`): Held-out cells.
+        generated (`np.ndarray` of shape `(cells, genes)`): Generated cells, as many as real ones.
+
+    Returns:
+        `dict[str, float]`: `paper_kl` (of softmaxed rows, paired in order), `paper_wasserstein` (Wasserstein-1 of the
+        flattened matrices) and `paper_mmd` ([`mmd2`] averaged over blocks of 20 genes).
+    """
+    blocks = range(0, real.shape[1], 20)
+    blocks = [slice(start, start + 20) for start in blocks if np.ptp(real[:, start : start + 20]) > 0]
+    return {
+        "paper_kl": float(entropy(softmax(real, axis=1), softmax(generated, axis=1), axis=1).mean()),
+        "paper_wasserstein": float(wasserstein_distance(real.ravel(), generated.ravel())),
+        "paper_mmd": float(np.mean([mmd2(real[:, block], generated[:, block]) for block in blocks])),
+    }
+
+
 def compare(train: np.ndarray, real: np.ndarray, generated: np.ndarray, seed: int = 0) -> dict[str, float]:
     """
-    The headline metrics.
+    Every metric that needs no labels.
 
     Args:
         train (`np.ndarray` of shape `(train cells, genes)`): Training cells; the 30 principal components are theirs.
@@ -132,14 +307,96 @@ def compare(train: np.ndarray, real: np.ndarray, generated: np.ndarray, seed: in
         seed (`int`, defaults to 0): Seed of the random forest.
 
     Returns:
-        `dict[str, float]`: `rf_auc` (genes), `rf_auc_pca` (50 components), `w2`, `mmd2` and [`gene_statistics`].
+        `dict[str, float]`: `rf_auc` (genes), `rf_auc_pca` (50 components), `w2`, `mmd2`, [`manifold_metrics`],
+        `nearest_training_cell` and [`gene_statistics`].
     """
     pca = PCA(min(30, *train.shape), random_state=seed).fit(train)
-    real_pcs, generated_pcs = pca.transform(real), pca.transform(generated)
+    train_pcs, real_pcs, generated_pcs = (pca.transform(x) for x in (train, real, generated))
     return {
         "rf_auc": random_forest_auc(real, generated, seed=seed),
         "rf_auc_pca": random_forest_auc(real, generated, num_components=50, seed=seed),
         "w2": wasserstein2(real_pcs, generated_pcs),
         "mmd2": mmd2(real_pcs, generated_pcs),
         **gene_statistics(real, generated),
+        **manifold_metrics(real_pcs, generated_pcs),
+        "nearest_training_cell": nearest_training_cell_ratio(train_pcs, real_pcs, generated_pcs),
     }
+
+
+def compare_labels(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    real: np.ndarray,
+    real_labels: np.ndarray,
+    generated: np.ndarray,
+    generated_labels: np.ndarray,
+    min_train_cells: int = 30,
+    seed: int = 0,
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """
+    Every metric that needs labels: is a generated cell of a type of that type, and are the types as different as real
+    ones?
+
+    Args:
+        train (`np.ndarray` of shape `(train cells, genes)`): log1p(CP10k) of training cells.
+        train_labels (`np.ndarray` of shape `(train cells,)`): Their labels.
+        real (`np.ndarray` of shape `(cells, genes)`): Held-out cells.
+        real_labels (`np.ndarray` of shape `(cells,)`): Their labels.
+        generated (`np.ndarray` of shape `(cells, genes)`): Generated cells, as many of each label as held-out ones.
+        generated_labels (`np.ndarray` of shape `(cells,)`): Their labels.
+        min_train_cells (`int`, defaults to 30): Training cells that a label must have to be looked at.
+        seed (`int`, defaults to 0): Seed of the principal components.
+
+    Returns:
+        `tuple`: over all such labels, `purity` (accuracy of [`cell_type_classifier`], fitted on training cells, on
+        generated cells, divided by its accuracy on held-out ones), `f1` (macro-averaged, of the classifier fitted on
+        the *generated* cells, on held-out ones: compare it with the floor, fitted on as many real cells), `lfc_slope`
+        and `de_recovery` of [`marker_statistics`]; and the same without `f1`, with `w2` and `mmd2`, for each label.
+    """
+    names, numbers = np.unique(train_labels, return_counts=True)
+    labels = [
+        label
+        for label, number in zip(names, numbers)
+        if number >= min_train_cells
+        and min((real_labels == label).sum(), (generated_labels == label).sum()) >= 2  # a variance needs two
+    ]
+    if len(labels) < 2:
+        return {}, {}
+    classifier = cell_type_classifier(train, train_labels, seed)
+    real_hits, generated_hits = (
+        classifier.predict(x) == names for x, names in ((real, real_labels), (generated, generated_labels))
+    )
+    pca = PCA(min(30, *train.shape), random_state=seed).fit(train)
+    real_pcs, generated_pcs = pca.transform(real), pca.transform(generated)
+    statistics = marker_statistics(train, train_labels, real, real_labels, generated, generated_labels, labels=labels)
+
+    def purity(label: list[str]) -> float:
+        """NaN if the classifier recognises no real cell of the label."""
+        accuracy = real_hits[np.isin(real_labels, label)].mean()
+        return float(generated_hits[np.isin(generated_labels, label)].mean() / accuracy) if accuracy else float("nan")
+
+    trained_on_generated = cell_type_classifier(generated, generated_labels, seed)
+    judged = np.isin(real_labels, labels)
+    pooled = {
+        "purity": purity(labels),
+        "f1": float(
+            f1_score(
+                real_labels[judged],
+                trained_on_generated.predict(real[judged]),
+                labels=labels,
+                average="macro",
+                zero_division=0,
+            )
+        ),
+        **statistics.pop("pooled"),
+    }
+    per_label = {}
+    for label in labels:
+        of_real, of_generated = real_pcs[real_labels == label], generated_pcs[generated_labels == label]
+        per_label[str(label)] = {
+            "purity": purity([label]),
+            **statistics[label],
+            "w2": wasserstein2(of_real, of_generated),
+            "mmd2": mmd2(of_real, of_generated),
+        }
+    return pooled, per_label

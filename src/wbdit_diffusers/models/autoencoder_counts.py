@@ -14,41 +14,33 @@ from torch import nn
 
 class CountAutoencoder(ModelMixin, ConfigMixin):
     r"""
-    Maps counts to gene programs and back: a small MLP encodes, a **linear** decoder with a negative-binomial
-    likelihood decodes. What the denoiser models is a cell's programs and its log library size, standardised.
+    Maps counts to gene programs and back: a small variational encoder (arXiv 1312.6114), and a **linear** decoder with
+    a negative-binomial likelihood. What the denoiser models is a cell's programs and its log library size,
+    standardised.
 
     `rates = library_size * softmax(W programs + b)` over the modelled genes and one bin for all others;
     `counts ~ NB(mean=rates, inverse dispersion=θ)` with `log θ = V programs + c`: a gene that varies much in one cell
     type need not in another. Row `g` of `W` (`decoder.weight`) says how much each program raises the log rate of gene
     `g`.
 
+    The prior of the programs is the denoiser, not the standard normal distribution: the divergence from that enters
+    the loss with a small weight, only to keep the encoder from fitting the noise of single counts.
+
     Args:
         num_genes (`int`): Modelled genes; the bin of all other genes is not counted.
         num_programs (`int`, defaults to 32): Gene programs.
         hidden_size (`int`, defaults to 256): Width of the encoder.
-        code_noise (`float`, defaults to 0.3):
-            Standard deviation of the Gaussian noise on the code while training. The code itself has unit variance, so
-            the decoder learns rates that change little within this distance.
     """
 
     @register_to_config
-    def __init__(
-        self,
-        num_genes: int,
-        num_programs: int = 32,
-        hidden_size: int = 256,
-        code_noise: float = 0.3,
-    ):
+    def __init__(self, num_genes: int, num_programs: int = 32, hidden_size: int = 256):
         super().__init__()
         num_bins = num_genes + 1
-        self.encoder = nn.Sequential(
-            nn.Linear(num_bins, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, num_programs),
-            nn.LayerNorm(num_programs, elementwise_affine=False),
-        )
+        self.encoder = nn.Sequential(nn.Linear(num_bins, hidden_size), nn.SiLU())
+        self.to_mean = nn.Linear(hidden_size, num_programs)
+        self.to_log_variance = nn.Linear(hidden_size, num_programs)
+        nn.init.zeros_(self.to_log_variance.weight)
+        nn.init.constant_(self.to_log_variance.bias, -2.0)
         self.decoder = nn.Linear(num_programs, num_bins)
         self.dispersion = nn.Linear(num_programs, num_bins)
         # Near Poisson, and alike in all cells: from θ = 1 the cells come out over-dispersed.
@@ -85,9 +77,20 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
         """Values per cell that the denoiser sees: the programs and the log library size."""
         return self.config.num_programs + 1
 
+    def posterior(self, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            counts (`torch.Tensor` of shape `(cells, num_genes + 1)`): Counts; the last column holds all other genes.
+
+        Returns:
+            `tuple`: mean and log variance of the programs given the counts, each `(cells, num_programs)`.
+        """
+        hidden_states = self.encoder(torch.log1p(counts * (1e4 / counts.sum(1, keepdim=True))))
+        return self.to_mean(hidden_states), self.to_log_variance(hidden_states).clamp(-8, 2)
+
     def programs(self, counts: torch.Tensor) -> torch.Tensor:
-        """Code of counts `(cells, num_genes + 1)`, the last column all other genes: `(cells, num_programs)`."""
-        return self.encoder(torch.log1p(counts * (1e4 / counts.sum(1, keepdim=True))))
+        """The programs of counts `(cells, num_genes + 1)`, their posterior mean: `(cells, num_programs)`."""
+        return self.posterior(counts)[0]
 
     def log_proportions(self, programs: torch.Tensor) -> torch.Tensor:
         """Log share of each gene, and of the other bin, in the library: `(cells, num_genes + 1)`."""
@@ -97,17 +100,29 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
         """Log inverse dispersion of each gene and of the other bin: `(cells, num_genes + 1)`."""
         return self.dispersion(programs).float().clamp(-4, 8)  # beyond, the NB is all zeros or Poisson
 
-    def forward(self, counts: torch.Tensor) -> torch.Tensor:
+    def forward(self, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             counts (`torch.Tensor` of shape `(cells, num_genes + 1)`): Counts; the last column holds all other genes.
 
         Returns:
-            `torch.Tensor` of shape `(cells,)`: negative log-likelihood of the genes given their own code, in nats.
+            `tuple`: for each cell, `(cells,)`, the negative log-likelihood of its genes given programs drawn from the
+            posterior, and the divergence of that from the standard normal distribution, both in nats.
         """
-        programs = self.programs(counts)
-        if self.training:
-            programs = programs + self.config.code_noise * torch.randn_like(programs)
+        mean, log_variance = self.posterior(counts)
+        programs = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+        divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1)
+        return self.negative_log_likelihood(counts, programs), divergence
+
+    def negative_log_likelihood(self, counts: torch.Tensor, programs: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            counts (`torch.Tensor` of shape `(cells, num_genes + 1)`): Counts; the last column holds all other genes.
+            programs (`torch.Tensor` of shape `(cells, num_programs)`): Programs.
+
+        Returns:
+            `torch.Tensor` of shape `(cells,)`: of the genes, without the last column, in nats.
+        """
         log_rates = (self.log_proportions(programs) + counts.sum(1, keepdim=True).log())[:, :-1]
         counts, log_theta = counts[:, :-1], self.log_theta(programs)[:, :-1]
         # log NB(count | mean=rate, θ) = θ log(θ / (θ + rate)), and where the count is not zero also

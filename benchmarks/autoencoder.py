@@ -1,0 +1,74 @@
+"""The count autoencoder alone: what the cells would be, if the denoiser were perfect.
+
+    python benchmarks/autoencoder.py --dataset ../shared/data/pbmc3k.h5ad --output results.json --kl_weight 1
+
+Fits the first stage of training/train.py to four fifths of the training cells, whose programs a perfect denoiser would
+imitate; draws counts from the programs of some of them, and judges those on the training cells that were set aside.
+The held-out cells play no part, so that choices can be made here. Flags that this script does not have go to train.py.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import torch
+
+from wbdit_diffusers import ScRNAProcessor
+from wbdit_diffusers.data import CellDataset, read_cells, split_cells
+from wbdit_diffusers.evaluation.report import evaluate_cells
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+import train as training  # noqa: E402
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", nargs="+", type=Path, required=True)
+    parser.add_argument("--label_key", default="cell_type")
+    parser.add_argument("--num_seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, required=True, help="JSON list; a result is appended to it.")
+    args, train_flags = parser.parse_known_args()
+
+    for path in args.dataset:
+        flags = training.parse_args([*train_flags, "--dataset", str(path), "--output_dir", "."])
+        adata = read_cells(path)
+        adata = adata[split_cells(adata, label_key=args.label_key)[0]].copy()
+        train, aside = (adata[cells] for cells in split_cells(adata, label_key=args.label_key, seed=1))
+        processor = ScRNAProcessor(label_keys=[args.label_key], num_genes=flags.num_genes or None).fit(train)
+        dataset = CellDataset(train, processor)
+        start = time.monotonic()
+        autoencoder = training.choose_autoencoder(flags, dataset, torch.device("cpu"))
+        seconds = time.monotonic() - start
+        dataset.encode(autoencoder)
+
+        samples = []
+        for seed in range(args.num_seeds):
+            cells = np.random.default_rng(seed).choice(len(dataset), aside.n_obs, replace=False)
+            seeds = [seed * len(dataset) + int(cell) for cell in cells]
+            counts = autoencoder.sample(*autoencoder.decode(dataset.latents[cells]), seeds)
+            samples.append(ad.AnnData(counts, var=processor.to_anndata(counts, None, None).var))
+        report = evaluate_cells(samples, train, aside, floors=False)["metrics"]["generated"]
+        result = {
+            "dataset": path.stem,
+            "flags": " ".join(train_flags),
+            "num_genes": len(processor.var_names),
+            "num_programs": autoencoder.config.num_programs,
+            "seconds": round(seconds),
+            "metrics": {name: [round(value, 4) for value in values] for name, values in report.items()},
+        }
+        results = json.loads(args.output.read_text()) if args.output.exists() else []
+        args.output.write_text(json.dumps([*results, result], indent=1))
+        summary = {name: round(float(np.mean(values)), 3) for name, values in report.items()}
+        print(
+            path.stem, *train_flags, result["num_programs"], "programs,", result["seconds"], "s:", summary, flush=True
+        )
+
+
+if __name__ == "__main__":
+    training.logger = training.logging.getLogger(__name__)  # accelerate's asks for an Accelerator
+    main()

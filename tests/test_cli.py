@@ -1,0 +1,75 @@
+"""The `wbdit` command, called as a user calls it."""
+
+import json
+
+import anndata as ad
+import numpy as np
+import pytest
+from conftest import make_pipeline
+
+from wbdit_diffusers.cli import main
+from wbdit_diffusers.data import split_cells
+
+
+@pytest.fixture(scope="module")
+def folder(pbmc, tmp_path_factory):
+    """A pipeline of random weights with the split.json that train.py leaves beside it."""
+    folder = tmp_path_factory.mktemp("model")
+    train, test = split_cells(pbmc, label_key="cell_type")
+    make_pipeline(pbmc[train], space="program", label_keys=["cell_type", "phase"], num_genes=60).save_pretrained(
+        folder
+    )
+    split = {"train": pbmc.obs_names[train].tolist(), "test": pbmc.obs_names[test].tolist()}
+    (folder / "split.json").write_text(json.dumps(split))
+    return folder
+
+
+def test_generate(folder, tmp_path):
+    arguments = ["generate", str(folder), "--num_cells", "30", "--num_inference_steps", "2"]
+    main([*arguments, "--cell_types", "Dendritic", "--conditions", "phase=S", "--output", str(tmp_path / "a.h5ad")])
+    cells = ad.read_h5ad(tmp_path / "a.h5ad")
+    assert cells.shape == (30, 60) and (cells.X.data == np.rint(cells.X.data)).all()
+    assert set(cells.obs["cell_type"]) == {"Dendritic"} and set(cells.obs["phase"]) == {"S"}
+    main([*arguments, "--seed", "1", "--output", str(tmp_path / "b.h5ad")])
+    main([*arguments, "--seed", "1", "--output", str(tmp_path / "c.h5ad")])
+    b, c = ad.read_h5ad(tmp_path / "b.h5ad"), ad.read_h5ad(tmp_path / "c.h5ad")
+    assert (b.X != c.X).nnz == 0 and (b.X != cells.X).nnz > 0
+
+
+def test_evaluate_a_model(folder, pbmc_path, tmp_path, capsys):
+    arguments = ["evaluate", str(folder), "--dataset", str(pbmc_path), "--output_dir", str(tmp_path / "report")]
+    main([*arguments, "--num_seeds", "1", "--num_inference_steps", "2", "--parity"])
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["label_key"] == "cell_type" and "paper_kl" in report["metrics"]["generated"]
+    assert (tmp_path / "report" / "report.md").read_text() in capsys.readouterr().out
+    assert (tmp_path / "report" / "report.png").stat().st_size > 50_000
+
+
+def test_evaluate_cells_of_any_generator(pbmc, tmp_path):
+    """Held-out cells judged on held-out cells, without labels."""
+    pbmc = pbmc[:, :100]
+    for name, cells in (("train", pbmc[:400]), ("test", pbmc[400:500]), ("generated", pbmc[500:600])):
+        cells.write_h5ad(tmp_path / f"{name}.h5ad")
+    files = [f"--{name}={tmp_path / name}.h5ad" for name in ("train", "test", "generated")]
+    main(["evaluate", *files, "--output_dir", str(tmp_path / "report")])
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["metrics"]["generated"]["rf_auc"][0] < 0.7 and report["per_type"] == {}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate", "MODEL", "--output", "OUT", "--cell_types", "Dendritik"], "Did you mean 'Dendritic'"),
+        (["generate", "MODEL", "--output", "OUT", "--conditions", "phase"], "not of the form KEY=NAME"),
+        (["generate", "OUT", "--output", "OUT"], "is no pipeline"),
+        (["evaluate", "MODEL"], "give --dataset"),
+        (["evaluate", "MODEL", "--dataset", "absent.h5ad"], "no file absent.h5ad"),
+        (["evaluate", "OUT", "--dataset", "absent.h5ad"], "split.json is missing"),
+        (["evaluate", "--generated", "absent.h5ad"], "all of --generated, --train and --test"),
+    ],
+)
+def test_bad_arguments_end_with_one_line(arguments, message, folder, tmp_path):
+    names = {"MODEL": str(folder), "OUT": str(tmp_path)}
+    with pytest.raises(SystemExit) as error:
+        main([names.get(argument, argument) for argument in arguments])
+    assert message in str(error.value)
