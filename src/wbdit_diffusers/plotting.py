@@ -14,6 +14,7 @@ from .evaluation.report import log_normalise
 
 REAL, GENERATED = "tab:blue", "tab:orange"
 MAX_DOT_PLOT_TYPES = 12
+MIN_CELLS = 5  # of a type, for its markers to be shown
 
 
 def report_figure(
@@ -55,18 +56,22 @@ def report_figure(
     if has_labels:
         x_labels, y_labels = (c.obs[label_key].astype(str).to_numpy() for c in (real, generated))
         names, numbers = np.unique(x_labels, return_counts=True)
-        common = [n for n in names[np.argsort(-numbers)] if (x_labels == n).sum() > 1 and (y_labels == n).sum() > 1]
-        _plot_fold_changes(axes[3], x, x_labels, y, y_labels, common)
-        shown = common[:MAX_DOT_PLOT_TYPES]
-        _plot_markers(rows[2], x, x_labels, y, y_labels, shown, generated.var_names.to_numpy())
+        order = names[np.argsort(-numbers)]
+        # Of fewer cells a fold change is noise.
+        common = [name for name in order if min((x_labels == name).sum(), (y_labels == name).sum()) >= MIN_CELLS]
+        if common:
+            _plot_fold_changes(axes[3], x, x_labels, y, y_labels, common)
+            shown = common[:MAX_DOT_PLOT_TYPES]
+            _plot_markers(rows[2], x, x_labels, y, y_labels, shown, generated.var_names.to_numpy())
     return figure
 
 
 def _plot_tsne(
-    axes: list[Axes], x: np.ndarray, y: np.ndarray, real: ad.AnnData, generated: ad.AnnData, label_key: str
+    axes: list[Axes], x: np.ndarray, y: np.ndarray, real: ad.AnnData, generated: ad.AnnData, label_key: str | None
 ):
-    pca = PCA(min(30, *x.shape), random_state=0).fit(x)
-    pcs = np.vstack([pca.transform(x), pca.transform(y)])
+    # Of both together: components of the few real cells alone would spread those, and draw the others inward.
+    both = np.vstack([x, y])
+    pcs = PCA(min(30, *both.shape), random_state=0).fit_transform(both)
     points = TSNE(random_state=0, perplexity=min(30, (len(pcs) - 1) / 3)).fit_transform(pcs)
     is_real = np.arange(len(points)) < len(x)
     size = np.clip(12_000 / len(points), 2, 12)
