@@ -18,7 +18,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 import torch.distributed.run
@@ -274,7 +273,9 @@ def train_autoencoder(
     return autoencoder, best_loss
 
 
-def refit_decoder(args: argparse.Namespace, dataset: CellDataset, autoencoder: CountAutoencoder, device: torch.device):
+def refit_decoder(
+    args: argparse.Namespace, dataset: CellDataset, autoencoder: CountAutoencoder, programs: torch.Tensor
+):
     """
     Fits the decoder once more, to all training cells and the encoder's final programs of them.
 
@@ -282,20 +283,13 @@ def refit_decoder(args: argparse.Namespace, dataset: CellDataset, autoencoder: C
     cells and is not in the programs must be in the decoder's dispersions, no more and no less.
     """
     generator = torch.Generator().manual_seed(args.seed)
-    with torch.no_grad():
-        programs = torch.cat(
-            [
-                autoencoder.programs(dataset.counts(cells).to(device))
-                for cells in np.array_split(np.arange(len(dataset)), math.ceil(len(dataset) / 1024))
-            ]
-        )
     parameters = [*autoencoder.decoder.parameters(), *autoencoder.dispersion.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=args.autoencoder_weight_decay)
     lr_scheduler = get_scheduler("cosine", optimizer, num_training_steps=args.decoder_steps, num_warmup_steps=0)
     for _ in tqdm(range(args.decoder_steps), desc="Decoder", unit=" steps", mininterval=1):
         cells = torch.randint(len(dataset), (2 * args.autoencoder_batch_size,), generator=generator)
-        counts = dataset.counts(cells.numpy()).to(device)
-        loss = autoencoder.negative_log_likelihood(counts, programs[cells.to(device)]).mean()
+        counts = dataset.counts(cells.numpy()).to(autoencoder.device)
+        loss = autoencoder.negative_log_likelihood(counts, programs[cells].to(autoencoder.device)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -308,7 +302,7 @@ def choose_autoencoder(args: argparse.Namespace, dataset: CellDataset, device: t
     the cells set aside at least 1% lower: each one is a dimension more for the denoiser to learn, and smaller gains
     cost more there than they bring here.
 
-    It takes no more than a third of the time.
+    It takes no more than a third of the time. The latents come out standardised.
     """
     minutes = math.inf if args.max_train_minutes is None else args.max_train_minutes / 3
     deadline = time.monotonic() + 60 * minutes
@@ -318,7 +312,9 @@ def choose_autoencoder(args: argparse.Namespace, dataset: CellDataset, device: t
         if loss > 0.99 * best_loss:
             break
         autoencoder, best_loss = larger, loss
-    refit_decoder(args, dataset, autoencoder, device)
+    dataset.encode(autoencoder)  # not yet standardised: the programs, and the log library size
+    refit_decoder(args, dataset, autoencoder, dataset.latents[:, :-1])
+    autoencoder.standardize_latents(dataset.latents)
     return autoencoder.eval()
 
 
@@ -330,10 +326,7 @@ def prepare_autoencoder(
         return CountAutoencoder.from_pretrained(checkpoint.parent / "autoencoder")
     folder = args.output_dir / "autoencoder"
     if accelerator.is_main_process:
-        autoencoder = choose_autoencoder(args, dataset, accelerator.device).cpu()
-        dataset.encode(autoencoder)
-        autoencoder.standardize_latents(dataset.latents)
-        autoencoder.save_pretrained(folder)
+        choose_autoencoder(args, dataset, accelerator.device).save_pretrained(folder)
     accelerator.wait_for_everyone()
     return CountAutoencoder.from_pretrained(folder)
 

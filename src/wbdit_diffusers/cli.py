@@ -91,11 +91,13 @@ def evaluate(args: argparse.Namespace):
                 f"{args.dataset} has no cell {unknown[0]!r}, nor {len(unknown) - 1} others of {split_path}: give the"
                 " file that the model was trained on."
             )
-        train, test = adata[split["train"]], adata[split["test"]]
         pipe = ScRNAGenerationPipeline.from_pretrained(args.model).to(args.device)
         pipe.set_progress_bar_config(disable=True)
         values, layer = pipe.processor.config.values, pipe.processor.config.layer
         label_key = next(iter(pipe.processor.config.label_keys), None)
+        if layer is not None:
+            adata.X = adata.layers[layer]
+        train, test = adata[split["train"]], adata[split["test"]]
         call_kwargs = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
         samples, test = report.draw_samples(pipe, test, args.num_seeds, seed=args.seed, **call_kwargs)
     else:
@@ -103,18 +105,14 @@ def evaluate(args: argparse.Namespace):
             raise ValueError("Give a model and --dataset, or all of --generated, --train and --test.")
         train, test = read_cells(args.train), read_cells(args.test)
         samples, label_key = [read_cells(path) for path in args.generated], args.label_key
-        values, layer = "counts", None
-    results = report.evaluate_cells(
-        samples, train, test, label_key=label_key, layer=layer, values=values, parity=args.parity
-    )
+        values = "counts"
+    results = report.evaluate_cells(samples, train, test, label_key=label_key, values=values, parity=args.parity)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "report.json").write_text(json.dumps(results, indent=1))
-    (args.output_dir / "report.md").write_text(report.to_markdown(results))
-    if layer is not None:
-        test = test.copy()
-        test.X = test.layers[layer]
+    table = report.to_markdown(results)
+    (args.output_dir / "report.md").write_text(table)
     report_figure(test, samples[0], label_key, values).savefig(args.output_dir / "report.png", dpi=110)
-    print(report.to_markdown(results))
+    print(table)
     print(f"Written to {args.output_dir}: report.json, report.md, report.png.")
 
 

@@ -97,7 +97,9 @@ class CellDataset(Dataset):
         """From now on, batches hold the latents of program space."""
         self.latents = torch.cat(
             [
-                autoencoder.encode(self.counts(np.arange(start, min(start + batch_size, len(self)))))
+                autoencoder.encode(
+                    self.counts(np.arange(start, min(start + batch_size, len(self)))).to(autoencoder.device)
+                ).cpu()
                 for start in range(0, len(self), batch_size)
             ]
         )

@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from .evaluation.metrics import log_fold_changes, rank_markers
-from .evaluation.report import log_normalise
+from .evaluation.report import expression
 
 
 REAL, GENERATED = "tab:blue", "tab:orange"
@@ -34,20 +34,20 @@ def report_figure(
         `matplotlib.figure.Figure`
     """
     real = real[:, generated.var_names]
-    x, y = (log_normalise(c) if values == "counts" else np.asarray(c.to_df()) for c in (real, generated))
+    x, y = expression(real, values), expression(generated, values)
     has_labels = label_key is not None
     figure = plt.figure(figsize=(17, 15.5 if has_labels else 10), layout="constrained")
     rows = figure.subfigures(3 if has_labels else 2, 1, height_ratios=[1, 0.9, 1.1] if has_labels else [1, 0.9])
 
     _plot_tsne(rows[0].subplots(1, 3 if has_labels else 1, squeeze=False)[0], x, y, real, generated, label_key)
     axes = rows[1].subplots(1, 4 if has_labels else 3)
-    for axis, title, statistic, scale in (
-        (axes[0], "mean of each gene", lambda m: m.mean(axis=0), "linear"),
-        (axes[1], "share of zeros of each gene", lambda m: (m == 0).mean(axis=0), "linear"),
+    for axis, title, statistic in (
+        (axes[0], "mean of each gene", lambda m: m.mean(axis=0)),
+        (axes[1], "share of zeros of each gene", lambda m: (m == 0).mean(axis=0)),
     ):
         axis.scatter(statistic(x), statistic(y), s=5, color=GENERATED, alpha=0.5, linewidths=0)
         axis.axline((0, 0), slope=1, color="black", linewidth=0.7)
-        axis.set(title=title, xlabel="real, held out", ylabel="generated", xscale=scale, yscale=scale)
+        axis.set(title=title, xlabel="real, held out", ylabel="generated")
     for matrix, colour, name in ((x, REAL, "real, held out"), (y, GENERATED, "generated")):
         axes[2].scatter(matrix.mean(0), matrix.var(0), s=5, color=colour, alpha=0.5, linewidths=0, label=name)
     axes[2].set(title="mean and variance of each gene", xlabel="mean", ylabel="variance")

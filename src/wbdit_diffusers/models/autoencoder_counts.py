@@ -69,6 +69,7 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def standardize_latents(self, latents: torch.Tensor):
         """Gives the latents of the training cells, as `encode` returns them, mean 0 and variance 1."""
+        latents = latents.to(self.latents_mean.device)
         self.latents_mean.add_(latents.mean(0) * self.latents_std)
         self.latents_std.mul_(latents.std(0).clamp(min=1e-3))
 
