@@ -3,8 +3,9 @@
     python benchmarks/autoencoder.py --dataset ../shared/data/pbmc3k.h5ad --output results.json --kl_weight 1
 
 Fits the first stage of training/train.py to four fifths of the training cells, whose programs a perfect denoiser would
-imitate; draws counts from the programs of some of them, and judges those on the training cells that were set aside.
-The held-out cells play no part, so that choices can be made here. Flags that this script does not have go to train.py.
+imitate; draws counts from the programs of some of them, and judges those on the training cells that were set aside, of
+the same cell types. The held-out cells play no part, so that choices can be made here. Flags that this script does not
+have go to train.py. `--floors` adds what real cells reach.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 
 from wbdit_diffusers import ScRNAProcessor
 from wbdit_diffusers.data import CellDataset, read_cells, split_cells
-from wbdit_diffusers.evaluation.report import evaluate_cells
+from wbdit_diffusers.evaluation.report import evaluate_cells, same_labels
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -31,6 +32,7 @@ def main():
     parser.add_argument("--dataset", nargs="+", type=Path, required=True)
     parser.add_argument("--label_key", default="cell_type")
     parser.add_argument("--num_seeds", type=int, default=3)
+    parser.add_argument("--floors", action="store_true", help="Judge real cells as well.")
     parser.add_argument("--output", type=Path, required=True, help="JSON list; a result is appended to it.")
     args, train_flags = parser.parse_known_args()
 
@@ -46,27 +48,31 @@ def main():
         seconds = time.monotonic() - start
         dataset.encode(autoencoder)
 
-        samples = []
+        samples, labels = [], train.obs[args.label_key].astype(str).to_numpy()
         for seed in range(args.num_seeds):
-            cells = np.random.default_rng(seed).choice(len(dataset), aside.n_obs, replace=False)
+            cells = same_labels(labels, aside.obs[args.label_key].astype(str).to_numpy(), np.random.default_rng(seed))
             seeds = [seed * len(dataset) + int(cell) for cell in cells]
             counts = autoencoder.sample(*autoencoder.decode(dataset.latents[cells]), seeds)
-            samples.append(ad.AnnData(counts, var=processor.to_anndata(counts, None, None).var))
-        report = evaluate_cells(samples, train, aside, floors=False)["metrics"]["generated"]
+            samples.append(
+                ad.AnnData(counts, obs=train.obs.iloc[cells], var=processor.to_anndata(counts, None, None).var)
+            )
+        reports = evaluate_cells(samples, train, aside, args.label_key, floors=args.floors)["metrics"]
         result = {
             "dataset": path.stem,
             "flags": " ".join(train_flags),
             "num_genes": len(processor.var_names),
             "num_programs": autoencoder.config.num_programs,
             "seconds": round(seconds),
-            "metrics": {name: [round(value, 4) for value in values] for name, values in report.items()},
+            "metrics": {
+                cells: {name: [round(value, 4) for value in values] for name, values in report.items()}
+                for cells, report in reports.items()
+            },
         }
         results = json.loads(args.output.read_text()) if args.output.exists() else []
         args.output.write_text(json.dumps([*results, result], indent=1))
-        summary = {name: round(float(np.mean(values)), 3) for name, values in report.items()}
-        print(
-            path.stem, *train_flags, result["num_programs"], "programs,", result["seconds"], "s:", summary, flush=True
-        )
+        print(path.stem, *train_flags, result["num_programs"], "programs,", result["seconds"], "s", flush=True)
+        for cells, report in reports.items():
+            print(cells, {name: round(float(np.mean(values)), 3) for name, values in report.items()}, flush=True)
 
 
 if __name__ == "__main__":

@@ -67,8 +67,9 @@ def make_autoencoder(processor: ScRNAProcessor, adata: ad.AnnData) -> CountAutoe
     matrix, library_size = processor.select(adata)
     randomize(autoencoder, std=0.3)
     autoencoder.to_mean.weight.data.mul_(0.1)  # programs of about unit variance
-    autoencoder.dispersion.bias.data.fill_(2.5)
     autoencoder.fit_statistics(matrix, library_size)
+    autoencoder.dispersion.bias.data.fill_(2.5)  # little noise: what a cell has is what was asked for
+    autoencoder.zero_inflation.bias.data.fill_(-6.0)
     autoencoder.eval().standardize_latents(autoencoder.encode(processor.counts(matrix, library_size)))
     return autoencoder
 

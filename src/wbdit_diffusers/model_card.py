@@ -31,7 +31,7 @@ def render_model_card(
     processor, denoiser, scheduler = pipeline.processor.config, pipeline.denoiser, pipeline.scheduler
     space = "expression"
     if pipeline.autoencoder is not None:
-        space = f"{pipeline.autoencoder.config.num_programs} gene programs, negative-binomial counts"
+        space = f"{pipeline.autoencoder.config.num_programs} gene programs, zero-inflated negative-binomial counts"
     network = [
         ("space", space),
         ("block", {"white_box": "White-Box DiT (MSSA, ISTA)", "dit": "DiT"}[denoiser.config.block_type]),

@@ -50,7 +50,8 @@ def test_real_cells_as_samples_reach_the_floor(split):
     """Cells of any generator: here other real ones."""
     train, test = split
     genes = train.var_names[:300]
-    sample = train[report_module._like(*(c.obs["cell_type"].to_numpy() for c in split), np.random.default_rng(0))]
+    labels = [cells.obs["cell_type"].to_numpy() for cells in split]
+    sample = train[report_module.same_labels(*labels, np.random.default_rng(0))]
     report = evaluate_cells([sample[:, genes]], train, test, label_key="cell_type", floors=False, parity=True)
     assert list(report["metrics"]) == ["generated"]
     assert set(report["metrics"]["generated"]) == set(TITLES)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_autoencoder
-from scipy import stats
+from scipy import sparse, stats
 
 from wbdit_diffusers import CountAutoencoder, ScRNAProcessor
 
@@ -28,15 +28,20 @@ def test_counts_hold_all_other_genes_in_one_bin(counts, pbmc):
 
 
 @torch.no_grad()
-def test_loss_is_the_negative_binomial_likelihood(autoencoder, counts):
+def test_loss_is_the_zero_inflated_negative_binomial_likelihood(autoencoder, counts):
     autoencoder.dispersion.bias.copy_(torch.linspace(-2, 5, 101))
     autoencoder.dispersion.weight.mul_(0.1)
+    autoencoder.zero_inflation.bias.copy_(torch.linspace(-4, 3, 101).flip(0))
+    autoencoder.zero_inflation.weight.normal_(std=0.1)
     counts = counts[:20]
     programs = autoencoder.programs(counts)
     proportions = torch.softmax(autoencoder.decoder(programs), dim=1)
     rates = (proportions * counts.sum(1, keepdim=True)).numpy()
     theta = autoencoder.dispersion(programs).exp().numpy()
-    log_likelihood = stats.nbinom.logpmf(counts.numpy(), theta, theta / (theta + rates))[:, :-1].sum(1)
+    missed = torch.sigmoid(autoencoder.zero_inflation(programs)).numpy()
+    probability = (1 - missed) * stats.nbinom.pmf(counts.numpy(), theta, theta / (theta + rates))
+    probability += missed * (counts.numpy() == 0)
+    log_likelihood = np.log(probability[:, :-1]).sum(1)
     loss = autoencoder.negative_log_likelihood(counts, programs)
     np.testing.assert_allclose(loss.numpy(), -log_likelihood, rtol=1e-4)
 
@@ -81,39 +86,56 @@ def test_decoder_starts_at_the_mean_rates(processor, pbmc):
     np.testing.assert_allclose(shares, np.asarray(matrix.sum(0)).ravel() / library_size.sum(), rtol=0.1)
 
 
+def test_dispersions_start_at_the_moments_of_each_gene():
+    rng = np.random.default_rng(0)
+    theta = np.array([0.3, 1.0, 5.0])
+    counts = rng.negative_binomial(theta, theta / (theta + 4.0), size=(20_000, 3)).astype(np.float32)
+    autoencoder = CountAutoencoder(num_genes=3)
+    autoencoder.fit_statistics(sparse.csr_matrix(counts), np.full(20_000, 100.0))
+    np.testing.assert_allclose(autoencoder.dispersion.bias.exp()[:-1].detach(), theta, rtol=0.15)
+
+
 def test_latents_are_standardised_and_hold_the_library_size(autoencoder, counts):
     latents = autoencoder.encode(counts)
     assert latents.shape == (700, 7) and autoencoder.num_features == 7
     torch.testing.assert_close(latents.mean(0), torch.zeros(7), atol=1e-4, rtol=0)
     torch.testing.assert_close(latents.std(0), torch.ones(7), atol=1e-3, rtol=0)
-    proportions, theta, library_size = autoencoder.decode(latents)
-    assert theta.shape == proportions.shape == (700, 100) and (theta > 0).all()
+    proportions, theta, detection, library_size = autoencoder.decode(latents)
+    assert detection.shape == theta.shape == proportions.shape == (700, 100) and (theta > 0).all()
+    assert ((detection > 0) & (detection <= 1)).all()
     torch.testing.assert_close(library_size, counts.sum(1), rtol=1e-3, atol=0.1)
     expected = torch.softmax(autoencoder.decoder(autoencoder.programs(counts)), dim=1)[:, :-1]
     torch.testing.assert_close(proportions, expected, rtol=1e-3, atol=1e-6)
     extreme = latents[:2].clone()
     extreme[:, -1] = torch.tensor([-50.0, 50.0])
     low_high = torch.stack([counts.sum(1).min(), counts.sum(1).max()])
-    torch.testing.assert_close(autoencoder.decode(extreme)[2], low_high, rtol=1e-3, atol=0.1)
+    torch.testing.assert_close(autoencoder.decode(extreme)[3], low_high, rtol=1e-3, atol=0.1)
 
 
-def test_samples_have_the_moments_of_the_negative_binomial(autoencoder):
-    proportions, theta = torch.linspace(1e-3, 2e-2, 100).expand(4000, 100), 2.0
-    library_size = torch.full((4000,), 500.0)
-    counts = autoencoder.sample(proportions, torch.full((4000, 100), theta), library_size, list(range(4000))).toarray()
-    mean = proportions[0].numpy() * 500
-    np.testing.assert_allclose(counts.mean(0), mean, rtol=0.15)
-    np.testing.assert_allclose(counts.var(0).sum(), (mean + mean**2 / theta).sum(), rtol=0.05)
+def test_samples_have_the_moments_of_the_zero_inflated_negative_binomial(autoencoder):
+    proportions, theta, detection = torch.linspace(1e-3, 2e-2, 100).expand(4000, 100), 2.0, 0.7
+    counts = autoencoder.sample(
+        proportions,
+        torch.full((4000, 100), theta),
+        torch.full((4000, 100), detection),
+        torch.full((4000,), 500.0),
+        list(range(4000)),
+    ).toarray()
+    rate = proportions[0].numpy() * 500
+    np.testing.assert_allclose(counts.mean(0), detection * rate, rtol=0.15)
+    variance = detection * (rate + rate**2 / theta + rate**2) - (detection * rate) ** 2
+    np.testing.assert_allclose(counts.var(0).sum(), variance.sum(), rtol=0.05)
     assert (counts == np.rint(counts)).all()
 
 
 def test_a_cell_s_counts_depend_on_its_own_seed_alone(autoencoder):
-    proportions, theta = torch.rand(3, 100) / 50, torch.rand(3, 100) * 5 + 0.5
+    proportions, theta, detection = torch.rand(3, 100) / 50, torch.rand(3, 100) * 5 + 0.5, torch.rand(3, 100)
     library_size = torch.tensor([1000.0, 2000.0, 3000.0])
-    together = autoencoder.sample(proportions, theta, library_size, [4, 5, 6]).toarray()
-    alone = autoencoder.sample(proportions[1:2], theta[1:2], library_size[1:2], [5]).toarray()
+    arguments = (proportions, theta, detection, library_size)
+    together = autoencoder.sample(*arguments, [4, 5, 6]).toarray()
+    alone = autoencoder.sample(*(argument[1:2] for argument in arguments), [5]).toarray()
     np.testing.assert_array_equal(together[1:2], alone)
-    assert (autoencoder.sample(proportions, theta, library_size, [7, 8, 9]).toarray() != together).any()
+    assert (autoencoder.sample(*arguments, [7, 8, 9]).toarray() != together).any()
 
 
 def test_save_and_load(autoencoder, counts, tmp_path):

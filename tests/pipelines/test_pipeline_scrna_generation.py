@@ -162,9 +162,9 @@ def test_program_space_gives_counts_at_the_generated_library_size(program_pipe, 
 def test_program_space_output_types(program_pipe):
     latents = program_pipe(num_cells=10, generator=seeded(), output_type="latent").cells
     assert latents.shape == (10, 7)
-    proportions, _, library_size = program_pipe.autoencoder.decode(latents)
+    proportions, _, detection, library_size = program_pipe.autoencoder.decode(latents)
     expression = program_pipe(num_cells=10, generator=seeded(), output_type="pt").cells
-    torch.testing.assert_close(expression, torch.log1p(proportions * 1e4))
+    torch.testing.assert_close(expression, torch.log1p(proportions * detection * 1e4))
     cells = program_pipe(num_cells=10, generator=seeded()).cells
     np.testing.assert_allclose(cells.obs["library_size"], library_size)
     given = program_pipe(num_cells=10, generator=seeded(), library_size=5000).cells

@@ -51,6 +51,11 @@ def log_normalise(cells: ad.AnnData) -> np.ndarray:
     return cells.X.toarray()
 
 
+def expression(cells: ad.AnnData, values: str = "counts") -> np.ndarray:
+    """What is judged and drawn, cells × genes: log1p(CP10k) of counts, log values as they are."""
+    return log_normalise(cells) if values == "counts" else np.asarray(cells.to_df())
+
+
 def evaluate(
     pipe: ScRNAGenerationPipeline,
     train: ad.AnnData,
@@ -164,7 +169,7 @@ def evaluate_cells(
     def matrix(cells: ad.AnnData, layer: str | None = None) -> np.ndarray:
         cells = cells[:, var_names]
         cells = ad.AnnData(cells.X if layer is None else cells.layers[layer])
-        return log_normalise(cells) if values == "counts" else np.asarray(cells.to_df())
+        return expression(cells, values)
 
     def labels_of(cells: ad.AnnData) -> np.ndarray:
         return np.zeros(cells.n_obs) if label_key is None else cells.obs[label_key].astype(str).to_numpy()
@@ -177,7 +182,7 @@ def evaluate_cells(
         columns = {"generated": (test_x, test_labels, matrix(sample), labels_of(sample))}
         if floors:
             rng = np.random.default_rng(seed)
-            some_train = _like(train_labels, test_labels, rng)
+            some_train = same_labels(train_labels, test_labels, rng)
             half, other_half = _halves(test_labels, rng)
             columns[FLOORS[0]] = (test_x, test_labels, train_x[some_train], train_labels[some_train])
             columns[FLOORS[1]] = (test_x[half], test_labels[half], test_x[other_half], test_labels[other_half])
@@ -210,7 +215,7 @@ def evaluate_cells(
     }
 
 
-def _like(train_labels: np.ndarray, test_labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def same_labels(train_labels: np.ndarray, test_labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Positions of as many training cells as test cells, with the same labels where there are enough."""
     shuffled = rng.permutation(len(train_labels))
     chosen = []

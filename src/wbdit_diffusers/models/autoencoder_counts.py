@@ -1,4 +1,4 @@
-"""`CountAutoencoder`: cells as a few linear gene programs under a negative-binomial count likelihood."""
+"""`CountAutoencoder`: cells as a few linear gene programs under a likelihood of their counts."""
 
 import math
 
@@ -12,16 +12,20 @@ from scipy import sparse
 from torch import nn
 
 
+NEAR_POISSON = 2.5  # log θ
+
+
 class CountAutoencoder(ModelMixin, ConfigMixin):
     r"""
     Maps counts to gene programs and back: a small variational encoder (arXiv 1312.6114), and a **linear** decoder with
-    a negative-binomial likelihood. What the denoiser models is a cell's programs and its log library size,
-    standardised.
+    a zero-inflated negative-binomial likelihood. What the denoiser models is a cell's programs and its log library
+    size, standardised.
 
     `rates = library_size * softmax(W programs + b)` over the modelled genes and one bin for all others;
     `counts ~ NB(mean=rates, inverse dispersion=θ)` with `log θ = V programs + c`: a gene that varies much in one cell
-    type need not in another. Row `g` of `W` (`decoder.weight`) says how much each program raises the log rate of gene
-    `g`.
+    type need not in another. Read counts have more zeros than that: a gene is missed altogether with probability
+    `sigmoid(U programs + d)`, which molecule counts (UMI) leave near zero. Row `g` of `W` (`decoder.weight`) says how
+    much each program raises the log rate of gene `g`.
 
     The prior of the programs is the denoiser, not the standard normal distribution: the divergence from that enters
     the loss with a small weight, only to keep the encoder from fitting the noise of single counts.
@@ -43,9 +47,12 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
         nn.init.constant_(self.to_log_variance.bias, -2.0)
         self.decoder = nn.Linear(num_programs, num_bins)
         self.dispersion = nn.Linear(num_programs, num_bins)
-        # Near Poisson, and alike in all cells: from θ = 1 the cells come out over-dispersed.
+        # Alike in all cells at the start
         nn.init.zeros_(self.dispersion.weight)
-        nn.init.constant_(self.dispersion.bias, 2.5)
+        nn.init.constant_(self.dispersion.bias, NEAR_POISSON)
+        self.zero_inflation = nn.Linear(num_programs, num_bins)
+        nn.init.zeros_(self.zero_inflation.weight)
+        nn.init.constant_(self.zero_inflation.bias, -3.0)
         # Of the training cells' programs and log library size; standardise the latents.
         self.register_buffer("latents_mean", torch.zeros(num_programs + 1))
         self.register_buffer("latents_std", torch.ones(num_programs + 1))
@@ -54,7 +61,8 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def fit_statistics(self, matrix: sparse.csr_matrix, library_size: np.ndarray):
         """
-        Starts the decoder at the training cells' mean rates; with a bias of zero the fit is far worse.
+        Starts the decoder at the training cells' mean rates, and each gene's θ where cells of equal proportions would
+        have its variance. From zeros, or from one θ for all genes, the fit is far worse.
 
         Args:
             matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts of the modelled genes.
@@ -63,6 +71,17 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
         genes = np.asarray(matrix.sum(axis=0), dtype=np.float64).ravel()
         totals = np.append(genes, library_size.sum() - genes.sum()) + 0.5
         self.decoder.bias.copy_(torch.from_numpy(np.log(totals / totals.sum())).float())
+        # Excess of the variance over a Poisson distribution's, (library_size * share)² / θ, summed over cells
+        share = genes / library_size.sum()
+        excess = (
+            np.asarray(matrix.power(2).sum(axis=0), dtype=np.float64).ravel()
+            - 2 * share * (matrix.T @ library_size)
+            + share**2 * (library_size**2).sum()
+            - share * library_size.sum()
+        )
+        theta = share**2 * (library_size**2).sum() / np.maximum(excess, 1e-9)
+        log_theta = np.log(np.maximum(theta, 1e-9)).clip(-2, NEAR_POISSON)
+        self.dispersion.bias[:-1] = torch.from_numpy(log_theta).float()
         log_library_size = torch.from_numpy(np.log(library_size)).float()
         self.log_library_size_range.copy_(torch.stack([log_library_size.min(), log_library_size.max()]))
 
@@ -126,14 +145,18 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
         """
         log_rates = (self.log_proportions(programs) + counts.sum(1, keepdim=True).log())[:, :-1]
         counts, log_theta = counts[:, :-1], self.log_theta(programs)[:, :-1]
+        missed = self.zero_inflation(programs).float()[:, :-1]  # logits
         # log NB(count | mean=rate, θ) = θ log(θ / (θ + rate)), and where the count is not zero also
         # log Γ(count + θ) / (Γ(θ) Γ(count + 1)) + count log(rate / (θ + rate)). Most counts are zero.
-        log_likelihood = -(log_theta.exp() * F.softplus(log_rates - log_theta)).sum(1)  # (cells,)
+        log_nb_zero = -(log_theta.exp() * F.softplus(log_rates - log_theta))  # (cells, genes)
+        log_zero = torch.logaddexp(missed, log_nb_zero)
+        log_likelihood = (log_zero - F.softplus(missed)).sum(1)  # (cells,)
         cells, genes = counts.nonzero(as_tuple=True)
         count, log_rate, log_theta = counts[cells, genes], log_rates[cells, genes], log_theta[cells, genes]
         theta = log_theta.exp()
         of_expressed = torch.lgamma(count + theta) - torch.lgamma(theta) - torch.lgamma(count + 1)
         of_expressed = of_expressed - count * F.softplus(log_theta - log_rate)
+        of_expressed = of_expressed + log_nb_zero[cells, genes] - log_zero[cells, genes]
         return -log_likelihood.index_add(0, cells, of_expressed)
 
     @torch.no_grad()
@@ -144,31 +167,40 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     @apply_forward_hook
-    def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             latents (`torch.Tensor` of shape `(cells, num_features)`): Standardised programs and log library size.
 
         Returns:
-            `tuple`: each gene's expected share of the library and its inverse dispersion θ (cells × genes), and the
-            library size (cells,), within the range of the training cells'.
+            `tuple`: each gene's expected share of the library unless it is missed, its inverse dispersion θ, and the
+            probability that it is not missed (each cells × genes); and the library size (cells,), within the range of
+            the training cells'.
         """
         latents = latents.float() * self.latents_std + self.latents_mean
         log_library_size = latents[:, -1].clamp(*self.log_library_size_range.tolist())
         programs = latents[:, :-1].to(self.decoder.weight.dtype)
         proportions, theta = self.log_proportions(programs).exp(), self.log_theta(programs).exp()
-        return proportions[:, :-1], theta[:, :-1], log_library_size.exp()
+        detection = torch.sigmoid(-self.zero_inflation(programs).float())
+        return proportions[:, :-1], theta[:, :-1], detection[:, :-1], log_library_size.exp()
 
     @torch.no_grad()
     def sample(
-        self, proportions: torch.Tensor, theta: torch.Tensor, library_size: torch.Tensor, seeds: list[int]
+        self,
+        proportions: torch.Tensor,
+        theta: torch.Tensor,
+        detection: torch.Tensor,
+        library_size: torch.Tensor,
+        seeds: list[int],
     ) -> sparse.csr_matrix:
         """
-        Draws counts: a Poisson distribution whose rate is spread by a gamma distribution is the negative binomial.
+        Draws counts: a Poisson distribution whose rate is spread by a gamma distribution is the negative binomial;
+        where a gene is missed, the rate is 0.
 
         Args:
-            proportions (`torch.Tensor` of shape `(cells, genes)`): Expected share of each gene in the library.
+            proportions (`torch.Tensor` of shape `(cells, genes)`): Expected share of each gene, unless it is missed.
             theta (`torch.Tensor` of shape `(cells, genes)`): Inverse dispersions.
+            detection (`torch.Tensor` of shape `(cells, genes)`): Probabilities that genes are not missed.
             library_size (`torch.Tensor` of shape `(cells,)`): Total counts.
             seeds (`list[int]`): One seed per cell.
 
@@ -178,8 +210,9 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
         rates = proportions * library_size.to(proportions.device)[:, None]
         generator = torch.Generator(proportions.device)
         rows = []
-        for rate, cell_theta, seed in zip(rates, theta, seeds):
+        for rate, cell_theta, cell_detection, seed in zip(rates, theta, detection, seeds):
             generator.manual_seed(seed)
             spread = torch._standard_gamma(cell_theta, generator) / cell_theta
+            spread = spread * torch.bernoulli(cell_detection, generator=generator)
             rows.append(sparse.csr_matrix(torch.poisson(rate * spread, generator).cpu().numpy()[None]))
         return sparse.vstack(rows, format="csr")

@@ -344,8 +344,8 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                 if self.autoencoder is None:
                     expression, batch_library_size = self.processor.decode(batch_latents)  # (batch, genes), (batch,)
                 else:
-                    proportions, theta, batch_library_size = self.autoencoder.decode(batch_latents)
-                    expression = torch.log1p(proportions * TARGET_SUM)
+                    proportions, theta, detection, batch_library_size = self.autoencoder.decode(batch_latents)
+                    expression = torch.log1p(proportions * detection * TARGET_SUM)
                 if output_type != "anndata":
                     outputs.append(expression)
                     continue
@@ -356,7 +356,9 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                 if self.autoencoder is None:
                     outputs.append(self.processor.to_matrix(expression, batch_library_size))
                 else:
-                    outputs.append(self.autoencoder.sample(proportions, theta, batch_library_size, cell_seeds))
+                    outputs.append(
+                        self.autoencoder.sample(proportions, theta, detection, batch_library_size, cell_seeds)
+                    )
                 all_labels.append(class_labels)
                 all_library_sizes.append(batch_library_size)
 
