@@ -158,6 +158,7 @@ def main():
     parser.add_argument("--num_seeds", type=int, default=3, help="Samples to judge.")
     parser.add_argument("--guidance_scales", nargs="+", type=float, default=[1.0], help="Judged one by one.")
     parser.add_argument("--development", action="store_true", help="Judge on cells set aside from the training cells.")
+    parser.add_argument("--num_cells", type=int, help="Take only so many cells of each dataset, at random.")
     parser.add_argument("--train_flags", nargs=argparse.REMAINDER, default=[], help="The rest goes to train.py.")
     parser.add_argument("--output", type=Path, help="JSON file; datasets and models are added to it.")
     parser.add_argument("--table", type=Path, help="Print the table of a JSON file, and nothing else.")
@@ -173,6 +174,11 @@ def main():
         adata = read_cells(path)
         label_key = args.label_keys[0] if args.label_keys else None
         with tempfile.TemporaryDirectory() as folder:
+            if args.num_cells is not None:
+                cells = np.random.default_rng(0).permutation(adata.n_obs)[: args.num_cells]
+                adata = adata[np.sort(cells)].copy()
+                path = Path(folder, f"{path.stem}, {args.num_cells} cells.h5ad")
+                adata.write_h5ad(path)
             if args.development:
                 adata = adata[split_cells(adata, label_key=label_key, seed=0)[0]].copy()
                 path = Path(folder, path.name)
