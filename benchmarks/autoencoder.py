@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from wbdit_diffusers import ScRNAProcessor
-from wbdit_diffusers.data import CellDataset, read_cells, split_cells
+from wbdit_diffusers.data import CellDataset, drop_empty_cells, read_cells, split_cells
 from wbdit_diffusers.evaluation.report import evaluate_cells, same_labels
 
 
@@ -38,7 +38,7 @@ def main():
 
     for path in args.dataset:
         flags = training.parse_args([*train_flags, "--dataset", str(path), "--output_dir", "."])
-        adata = read_cells(path)
+        adata = drop_empty_cells(read_cells(path))
         adata = adata[split_cells(adata, label_key=args.label_key)[0]].copy()
         train, aside = (adata[cells] for cells in split_cells(adata, label_key=args.label_key, seed=1))
         processor = ScRNAProcessor(label_keys=[args.label_key], num_genes=flags.num_genes or None).fit(train)

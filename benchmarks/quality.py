@@ -29,7 +29,7 @@ import torch
 from scipy import sparse
 
 from wbdit_diffusers import ScRNAGenerationPipeline, ScRNAProcessor
-from wbdit_diffusers.data import read_cells, split_cells
+from wbdit_diffusers.data import drop_empty_cells, read_cells, split_cells
 from wbdit_diffusers.evaluation.report import FLOORS, draw_samples, evaluate_cells, to_markdown
 
 
@@ -171,7 +171,7 @@ def main():
 
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     for path in args.dataset:
-        adata = read_cells(path)
+        adata = drop_empty_cells(read_cells(path))
         label_key = args.label_keys[0] if args.label_keys else None
         with tempfile.TemporaryDirectory() as folder:
             if args.num_cells is not None:

@@ -33,6 +33,9 @@ def test_generate(folder, tmp_path):
     main([*arguments, "--seed", "1", "--output", str(tmp_path / "b.h5ad")])
     main([*arguments, "--seed", "1", "--output", str(tmp_path / "c.h5ad")])
     b, c = ad.read_h5ad(tmp_path / "b.h5ad"), ad.read_h5ad(tmp_path / "c.h5ad")
+    main([*arguments, "--scheduler", "unipc", "--batch_size", "10", "--output", str(tmp_path / "d.h5ad")])
+    d = ad.read_h5ad(tmp_path / "d.h5ad")
+    assert d.n_obs == 30 and d.uns["wbdit"]["scheduler"] == "UniPCMultistepScheduler"
     assert (b.X != c.X).nnz == 0 and (b.X != cells.X).nnz > 0
 
 

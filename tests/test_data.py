@@ -1,10 +1,13 @@
+import logging
+
+import anndata as ad
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from wbdit_diffusers import ScRNAProcessor
-from wbdit_diffusers.data import CellDataset, read_cells, split_cells
+from wbdit_diffusers.data import CellDataset, drop_empty_cells, read_cells, split_cells, write_cells
 
 
 def test_split_is_stratified_and_reproducible(pbmc):
@@ -54,3 +57,43 @@ def test_read_cells_names_the_file(pbmc_path, tmp_path):
     (tmp_path / "text.h5ad").write_text("no cells")
     with pytest.raises(ValueError, match="text.h5ad cannot be read as an .h5ad file"):
         read_cells(tmp_path / "text.h5ad")
+
+
+def test_empty_cells_are_left_out_with_a_warning(pbmc, caplog):
+    assert drop_empty_cells(pbmc) is pbmc
+    adata = pbmc[:20].copy()
+    adata.X[3] = 0
+    logging.getLogger("wbdit_diffusers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        left = drop_empty_cells(adata)
+    assert left.obs_names.tolist() == np.delete(adata.obs_names, 3).tolist()
+    assert f"1 of 20 cells are empty and left out: {adata.obs_names[3]}" in caplog.text
+
+
+def test_written_batches_are_one_file(pbmc, tmp_path):
+    pbmc = pbmc.copy()
+    pbmc.obs["library_size"] = np.asarray(pbmc.X.sum(1)).ravel()
+    path = tmp_path / "cells.h5ad"
+    batches = [pbmc[start : start + 300].copy() for start in range(0, 700, 300)]
+    for batch in batches:
+        for key in ("cell_type", "phase"):
+            batch.obs[key] = batch.obs[key].cat.set_categories(pbmc.obs[key].cat.categories)
+        batch.uns["wbdit"] = {"seed": 1, "model_id": "me/model"}
+    assert write_cells(path, iter(batches)) == (700, 765)
+    cells = ad.read_h5ad(path)
+    assert (cells.X != pbmc.X).nnz == 0
+    assert cells.obs.equals(pbmc.obs) and cells.var_names.equals(pbmc.var_names)
+    assert cells.uns["wbdit"] == {"seed": 1, "model_id": "me/model"}
+    assert [file.name for file in tmp_path.iterdir()] == ["cells.h5ad"]
+
+
+def test_a_failure_leaves_the_file_that_was_there(pbmc, tmp_path):
+    def failing():
+        yield pbmc[:10].copy()
+        raise ValueError("no more")
+
+    path = tmp_path / "cells.h5ad"
+    pbmc[:5].write_h5ad(path)
+    with pytest.raises(ValueError, match="no more"):
+        write_cells(path, failing())
+    assert read_cells(path).n_obs == 5

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from wbdit_diffusers import CountAutoencoder, ScRNAGenerationPipeline, ScRNAProcessor, WhiteBoxDiTModel
-from wbdit_diffusers.data import CellDataset, read_cells, split_cells
+from wbdit_diffusers.data import CellDataset, drop_empty_cells, read_cells, split_cells
 from wbdit_diffusers.model_card import render_model_card
 
 
@@ -372,6 +372,8 @@ def main(args: argparse.Namespace):
     # 1. Cells: split once, fit everything on the training cells
     label_keys = list(args.label_keys)
     adata = read_cells(args.dataset)
+    if args.layer is None or args.layer in adata.layers:  # else the processor says which layers there are
+        adata = drop_empty_cells(adata, args.layer)
     processor = ScRNAProcessor(
         values=args.values,
         layer=args.layer,

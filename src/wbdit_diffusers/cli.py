@@ -7,9 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-from .data import read_cells
+from .data import read_cells, write_cells
 from .pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
+
+
+SCHEDULERS = {
+    "ddpm": DDPMScheduler,
+    "ddim": DDIMScheduler,
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,6 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--conditions", nargs="*", default=[], metavar="KEY=NAME", help="Further obs keys, e.g. condition=stim."
     )
+
+    generate.add_argument(
+        "--scheduler", choices=sorted(SCHEDULERS), help="Another solver than the pipeline's, e.g. with fewer steps."
+    )
+    generate.add_argument("--batch_size", type=int, help="Cells denoised at once: bounds the memory.")
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -54,17 +68,20 @@ def generate(args: argparse.Namespace):
     for condition in args.conditions:
         if "=" not in condition:
             raise ValueError(f"--conditions {condition!r} is not of the form KEY=NAME.")
-    cells = pipe(
+    if args.scheduler is not None:
+        pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
+    batches = pipe.stream(
         num_cells=args.num_cells,
         cell_types=args.cell_types,
         conditions=dict(condition.split("=", 1) for condition in args.conditions),
         guidance_scale=args.guidance_scale,
         num_inference_steps=args.num_inference_steps,
+        batch_size=args.batch_size,
         generator=torch.Generator().manual_seed(args.seed),
-    ).cells
+    )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    cells.write_h5ad(args.output)
-    print(f"{cells.n_obs} cells × {cells.n_vars} genes in {args.output}.")
+    num_cells, num_genes = write_cells(args.output, batches)
+    print(f"{num_cells} cells × {num_genes} genes in {args.output}.")
 
 
 def evaluate(args: argparse.Namespace):

@@ -461,21 +461,24 @@ class ScRNAProcessor(ConfigMixin):
         return sparse.csr_matrix(expression.numpy())
 
     def to_anndata(
-        self, matrix: sparse.csr_matrix, class_labels: torch.Tensor | None, library_size: torch.Tensor | None
+        self,
+        matrix: sparse.csr_matrix,
+        class_labels: torch.Tensor | None,
+        library_size: torch.Tensor | None,
+        first_cell: int = 0,
     ) -> ad.AnnData:
         """
-        A matrix of [`~ScRNAProcessor.to_matrix`] with its names: `var_names`, one `obs` column per label key, and
-        `obs["library_size"]` for counts.
+        A matrix of [`~ScRNAProcessor.to_matrix`] with its names: `var_names`, one `obs` column per label key (with all
+        categories of the model), `obs["library_size"]` for counts, and `cell_0`, `cell_1`, … from `first_cell` on.
         """
         cells = ad.AnnData(
             matrix,
-            obs=pd.DataFrame(index=[f"cell_{i}" for i in range(matrix.shape[0])]),
+            obs=pd.DataFrame(index=[f"cell_{first_cell + i}" for i in range(matrix.shape[0])]),
             var=pd.DataFrame(index=self.var_names.rename(None)),
         )
         if class_labels is not None:
             for key, names, codes in zip(self.config.label_keys, self.config.categories, class_labels.cpu().unbind(1)):
-                labels = pd.Categorical.from_codes(codes.numpy(), categories=names)
-                cells.obs[key] = labels.remove_unused_categories()
+                cells.obs[key] = pd.Categorical.from_codes(codes.numpy(), categories=names)
         if library_size is not None:
             cells.obs["library_size"] = library_size.cpu().numpy()
         return cells

@@ -112,30 +112,40 @@ def test_latents_are_standardised_and_hold_the_library_size(autoencoder, counts)
     torch.testing.assert_close(autoencoder.decode(extreme)[3], low_high, rtol=1e-3, atol=0.1)
 
 
-def test_samples_have_the_moments_of_the_zero_inflated_negative_binomial(autoencoder):
-    proportions, theta, detection = torch.linspace(1e-3, 2e-2, 100).expand(4000, 100), 2.0, 0.7
+@pytest.mark.parametrize("theta, detection", [(2.0, 0.7), (0.1, 1.0), (500.0, 0.99)])
+def test_samples_are_zero_inflated_negative_binomial(autoencoder, theta, detection):
+    """Against SciPy's distribution, at rates from far below one to the tens of thousands of read counts."""
+    rates = torch.tensor([1e-3, 0.05, 1.0, 20.0, 5e4])
+    uniform = torch.rand(20_000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shape = (20_000, 5)
     counts = autoencoder.sample(
-        proportions,
-        torch.full((4000, 100), theta),
-        torch.full((4000, 100), detection),
-        torch.full((4000,), 500.0),
-        list(range(4000)),
+        (rates / 1e6).expand(shape),
+        torch.full(shape, theta),
+        torch.full(shape, detection),
+        torch.full((20_000,), 1e6),
+        uniform,
     ).toarray()
-    rate = proportions[0].numpy() * 500
-    np.testing.assert_allclose(counts.mean(0), detection * rate, rtol=0.15)
-    variance = detection * (rate + rate**2 / theta + rate**2) - (detection * rate) ** 2
-    np.testing.assert_allclose(counts.var(0).sum(), variance.sum(), rtol=0.05)
-    assert (counts == np.rint(counts)).all()
+    assert (counts == np.rint(counts)).all() and (counts >= 0).all()
+    for gene, rate in enumerate(rates.tolist()):
+        p = theta / (theta + rate)
+        expected_mean = detection * rate
+        deviation = np.sqrt(detection * (rate + rate**2 / theta + rate**2) - expected_mean**2)
+        assert abs(counts[:, gene].mean() - expected_mean) < 5 * deviation / np.sqrt(20_000)
+        for k in (0, int(rate), int(3 * rate) + 1):
+            probability = 1 - detection + detection * stats.nbinom.cdf(k, theta, p)
+            share = (counts[:, gene] <= k).mean()
+            assert abs(share - probability) < 5 * np.sqrt(probability * (1 - probability) / 20_000) + 1e-9
 
 
-def test_a_cell_s_counts_depend_on_its_own_seed_alone(autoencoder):
+def test_a_cell_s_counts_depend_on_its_own_random_numbers_alone(autoencoder):
     proportions, theta, detection = torch.rand(3, 100) / 50, torch.rand(3, 100) * 5 + 0.5, torch.rand(3, 100)
-    library_size = torch.tensor([1000.0, 2000.0, 3000.0])
-    arguments = (proportions, theta, detection, library_size)
-    together = autoencoder.sample(*arguments, [4, 5, 6]).toarray()
-    alone = autoencoder.sample(*(argument[1:2] for argument in arguments), [5]).toarray()
+    library_size, uniform = torch.tensor([1000.0, 2000.0, 3000.0]), torch.rand(3, 100, dtype=torch.float64)
+    arguments = (proportions, theta, detection, library_size, uniform)
+    together = autoencoder.sample(*arguments).toarray()
+    alone = autoencoder.sample(*(argument[1:2] for argument in arguments)).toarray()
     np.testing.assert_array_equal(together[1:2], alone)
-    assert (autoencoder.sample(*arguments, [7, 8, 9]).toarray() != together).any()
+    others = autoencoder.sample(*arguments[:-1], torch.rand(3, 100, dtype=torch.float64)).toarray()
+    assert (others != together).any()
 
 
 def test_save_and_load(autoencoder, counts, tmp_path):

@@ -218,6 +218,15 @@ def test_save_and_load(block_type, tmp_path):
     assert WhiteBoxDiTModel.from_pretrained(tmp_path / "plain", torch_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+@torch.no_grad()
+def test_labels_by_index_are_labels_by_cell():
+    model, inputs = make_model().eval(), make_inputs()
+    combinations, label_index = inputs["class_labels"].unique(dim=0, return_inverse=True)
+    by_cell = model(inputs["hidden_states"], 300, inputs["class_labels"]).sample
+    by_index = model(inputs["hidden_states"], 300, combinations, label_index=label_index).sample
+    torch.testing.assert_close(by_index, by_cell)
+
+
 def test_starts_as_zero():
     model = WhiteBoxDiTModel(num_genes=45, num_attention_heads=2, attention_head_dim=8)
     assert model(torch.randn(2, 45), 1).sample.abs().max() == 0

@@ -224,6 +224,24 @@ def test_batch_sizes_64_and_2500_give_the_same_5000_cells(pipe):
     assert (cells[0].X != cells[1].X).nnz < 1e-5 * cells[0].X.nnz
 
 
+@pytest.mark.parametrize("space", ["expression", "program"])
+def test_a_stream_gives_the_cells_of_a_call(pbmc, space):
+    pipe = make_pipeline(pbmc, space=space, label_keys=["cell_type"])
+    batches = list(pipe.stream(num_cells=150, batch_size=60, generator=seeded()))
+    assert [batch.n_obs for batch in batches] == [60, 60, 30]
+    assert all(
+        batch.obs["cell_type"].cat.categories.tolist() == batches[0].obs["cell_type"].cat.categories.tolist()
+        for batch in batches
+    )
+    together = ad.concat(batches)
+    cells = pipe(num_cells=150, generator=seeded()).cells
+    assert together.obs_names.equals(cells.obs_names)
+    assert (together.obs["cell_type"].astype(str) == cells.obs["cell_type"].astype(str)).all()
+    assert (together.X != cells.X).nnz == 0
+    with pytest.raises(ValueError, match="Dendritik"):
+        next(pipe.stream(cell_types="Dendritik"))
+
+
 def test_one_cell_at_a_time_gives_the_same_cells(pipe):
     expected = pipe(num_cells=70, generator=seeded(), num_inference_steps=2, output_type="pt").cells
     cells = pipe(num_cells=70, generator=seeded(), num_inference_steps=2, output_type="pt", batch_size=1).cells
@@ -273,9 +291,7 @@ def test_reverse_process_is_the_scheduler_s_own(pbmc):
     cells = pipe(num_cells=64, generator=seeded(), output_type="latent").cells
     seed = torch.randint(2**62, (1,), generator=seeded()).item()
     generator = torch.Generator().manual_seed(seed)
-    torch.rand(64, generator=generator)  # labels
-    torch.rand(64, generator=generator)  # library sizes
-    torch.randint(2**62, (64,), generator=generator)  # seeds of the counts
+    torch.rand(64, 2, generator=generator)  # labels and library sizes
     latents = torch.randn(1, 64, 766, generator=generator)
     pipe.scheduler.set_timesteps(4)
     with torch.no_grad():

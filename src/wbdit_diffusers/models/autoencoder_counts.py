@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from scipy import sparse
+from scipy import sparse, stats
 from torch import nn
 
 
@@ -74,8 +74,8 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
         # Excess of the variance over a Poisson distribution's, (library_size * share)² / θ, summed over cells
         share = genes / library_size.sum()
         excess = (
-            np.asarray(matrix.power(2).sum(axis=0), dtype=np.float64).ravel()
-            - 2 * share * (matrix.T @ library_size)
+            np.asarray(matrix.power(2, dtype=np.float64).sum(axis=0)).ravel()
+            - 2 * share * (matrix.T @ library_size.astype(np.float64))
             + share**2 * (library_size**2).sum()
             - share * library_size.sum()
         )
@@ -191,28 +191,49 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
         theta: torch.Tensor,
         detection: torch.Tensor,
         library_size: torch.Tensor,
-        seeds: list[int],
+        uniform: torch.Tensor,
     ) -> sparse.csr_matrix:
         """
-        Draws counts: a Poisson distribution whose rate is spread by a gamma distribution is the negative binomial;
-        where a gene is missed, the rate is 0.
+        Draws counts by inverting their distribution at one random number per value: how many random numbers a
+        Poisson sampler takes depends on its rate, so that cells drawn together would depend on each other.
 
         Args:
             proportions (`torch.Tensor` of shape `(cells, genes)`): Expected share of each gene, unless it is missed.
             theta (`torch.Tensor` of shape `(cells, genes)`): Inverse dispersions.
             detection (`torch.Tensor` of shape `(cells, genes)`): Probabilities that genes are not missed.
             library_size (`torch.Tensor` of shape `(cells,)`): Total counts.
-            seeds (`list[int]`): One seed per cell.
+            uniform (`torch.DoubleTensor` of shape `(cells, genes)`): Random numbers in [0, 1).
 
         Returns:
             `scipy.sparse.csr_matrix` of shape `(cells, genes)`, float32 with integer values.
         """
-        rates = proportions * library_size.to(proportions.device)[:, None]
-        generator = torch.Generator(proportions.device)
-        rows = []
-        for rate, cell_theta, cell_detection, seed in zip(rates, theta, detection, seeds):
-            generator.manual_seed(seed)
-            spread = torch._standard_gamma(cell_theta, generator) / cell_theta
-            spread = spread * torch.bernoulli(cell_detection, generator=generator)
-            rows.append(sparse.csr_matrix(torch.poisson(rate * spread, generator).cpu().numpy()[None]))
-        return sparse.vstack(rows, format="csr")
+        rates = proportions * library_size.to(proportions.device)[:, None]  # (cells, genes)
+        probability_above_zero = -detection * torch.expm1(-theta * torch.log1p(rates / theta))
+        cells, genes = (uniform < probability_above_zero).nonzero(as_tuple=True)  # most counts are zero
+        uniform, detection, theta, rates = (
+            values[cells, genes].double().cpu().numpy() for values in (uniform, detection, theta, rates)
+        )
+        counts = _invert_negative_binomial(uniform / detection, theta, theta / (theta + rates))
+        row_starts = np.append(0, np.bincount(cells.cpu(), minlength=len(proportions)).cumsum())
+        matrix = (counts.astype(np.float32), genes.cpu().numpy(), row_starts)
+        return sparse.csr_matrix(matrix, shape=tuple(proportions.shape))
+
+
+def _invert_negative_binomial(tail: np.ndarray, theta: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """The smallest count k >= 1 with P(count > k) <= tail."""
+    counts = np.empty_like(tail)
+    unfinished, k = np.arange(len(tail)), 1
+    probability = p**theta  # of k - 1
+    above = 1 - probability  # P(count > k - 1)
+    # Nearly all counts are small, and summed up at once; SciPy takes a microsecond for each of the others.
+    while k <= 16 and len(unfinished):
+        probability = probability * (1 - p) * (theta + k - 1) / k
+        above = above - probability
+        counts[unfinished[above <= tail]] = k
+        left = above > tail
+        unfinished, probability, above, tail, theta, p = (
+            values[left] for values in (unfinished, probability, above, tail, theta, p)
+        )
+        k += 1
+    counts[unfinished] = np.maximum(stats.nbinom.isf(np.maximum(tail, 1e-16), theta, p), k)
+    return counts

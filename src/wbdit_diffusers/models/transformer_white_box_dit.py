@@ -122,7 +122,7 @@ class MLP(nn.Module):
 
 
 class AdaLNZeroBlock(nn.Module):
-    """`x + gate₁·attn(mod(LN x))`, then `x + gate₂·ff(mod(LN x))`, every shift, scale and gate from `silu(temb)`.
+    """`x + gate₁·attn(mod(LN x))`, then `x + gate₂·ff(mod(LN x))`, every shift, scale and gate from `temb`.
 
     The residual around the second half is not in CRATE: the token stream itself is not sparse, only the branch is.
     """
@@ -134,8 +134,13 @@ class AdaLNZeroBlock(nn.Module):
         self.attn = attn
         self.ff = ff
 
-    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        modulation = self.modulation(F.silu(temb))[:, None]  # (batch or 1, 1, 6 * hidden)
+    def forward(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, label_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        modulation = self.modulation(temb)  # (batch, 1 or combinations, 6 * hidden)
+        if label_index is not None:
+            modulation = modulation[label_index]
+        modulation = modulation[:, None]  # (batch or 1, 1, 6 * hidden)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
 
         attn_output = self.attn(self.norm(hidden_states) * (1 + scale_attn) + shift_attn)
@@ -281,6 +286,7 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
         timestep: torch.Tensor | float | int,
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
+        label_index: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
         Args:
@@ -290,6 +296,10 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
                 Category of each cell in each attribute. The index one past the last category, and `None`, mean "not
                 given".
             return_dict (`bool`, defaults to `True`): Return a [`Transformer2DModelOutput`] instead of a tuple.
+            label_index (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                The row of `class_labels` that each cell has; `timestep` is then one number. Cells that are sampled
+                together share timestep and a few combinations of labels: their modulations are computed once per
+                combination instead of once per cell.
 
         Returns:
             [`Transformer2DModelOutput`], or a tuple: its `sample`, of the shape of `hidden_states`.
@@ -314,17 +324,22 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
         timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1)  # (batch or 1,)
         temb = self.time_embedder(self.time_proj(timestep).to(hidden_states.dtype))  # (batch or 1, hidden)
         if self.config.condition_sizes:
-            temb = temb + self._embed_conditions(class_labels, batch_size)  # (batch, hidden)
+            num_labels = batch_size if label_index is None else len(class_labels)
+            temb = temb + self._embed_conditions(class_labels, num_labels)  # (batch or combinations, hidden)
+        temb = F.silu(temb)
 
         # 3. Blocks
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, label_index)
             else:
-                hidden_states = block(hidden_states, temb)
+                hidden_states = block(hidden_states, temb, label_index)
 
         # 4. Back to genes
-        shift, scale = self.modulation_out(F.silu(temb))[:, None].chunk(2, dim=-1)
+        modulation = self.modulation_out(temb)
+        if label_index is not None:
+            modulation = modulation[label_index]
+        shift, scale = modulation[:, None].chunk(2, dim=-1)
         hidden_states = self.proj_out(self.norm_out(hidden_states) * (1 + scale) + shift)
         sample = hidden_states.flatten(1)[:, :num_genes]  # (batch, num_genes)
 

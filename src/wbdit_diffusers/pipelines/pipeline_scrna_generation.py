@@ -3,7 +3,7 @@
 import inspect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("anndata", "np", "pt", "latent")
 TOKENS_PER_BATCH = 32_768  # what the default batch size aims at
+VALUES_AT_ONCE = 2**21  # cells × genes that are dense in memory while counts are drawn
 
 
 @dataclass
@@ -76,20 +77,17 @@ class CellNoise:
             rows = torch.arange(start, stop) - first_block * self.CELLS_PER_BLOCK
         return [torch.Generator(self.device).manual_seed(seed) for seed in seeds], rows
 
-    def uniform(self, generators: list[torch.Generator], rows: torch.Tensor) -> torch.Tensor:
-        """One number in [0, 1) per cell."""
-        size = self.CELLS_PER_BLOCK
-        draws = [torch.rand(size, generator=generator, device=self.device) for generator in generators]
-        return torch.cat(draws).cpu()[rows]
-
-    def cell_seeds(self, generators: list[torch.Generator], rows: torch.Tensor) -> list[int]:
-        """
-        One seed per cell, for sampling its counts: how many random numbers a Poisson takes depends on its rate, so
-        cells that shared a generator would depend on each other.
-        """
-        size = (self.CELLS_PER_BLOCK,)
-        draws = [torch.randint(2**62, size, generator=generator, device=self.device) for generator in generators]
-        return torch.cat(draws).cpu()[rows].tolist()
+    def uniform(
+        self,
+        generators: list[torch.Generator],
+        rows: torch.Tensor,
+        num_values: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Numbers in [0, 1): `(cells, num_values)`."""
+        size = (self.CELLS_PER_BLOCK, num_values)
+        draws = [torch.rand(size, generator=generator, device=self.device, dtype=dtype) for generator in generators]
+        return torch.cat(draws)[rows.to(self.device)]
 
 
 class ScRNAGenerationPipeline(DiffusionPipeline):
@@ -275,6 +273,86 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         Raises:
             ValueError: If a name is unknown to the model, or arguments don't fit each other.
         """
+        batches = self._batches(
+            num_cells,
+            cell_types,
+            conditions,
+            library_size,
+            guidance_scale,
+            num_inference_steps,
+            batch_size,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        outputs = list(batches)
+        if output_type == "anndata":
+            cells = ad.concat(outputs, merge="same", uns_merge="same")
+            for key in self.processor.config.label_keys:
+                cells.obs[key] = cells.obs[key].cat.remove_unused_categories()
+        else:
+            cells = torch.cat(outputs)
+            cells = cells.cpu().numpy() if output_type == "np" else cells
+
+        if not return_dict:
+            return (cells,)
+        return ScRNAPipelineOutput(cells=cells)
+
+    def stream(
+        self,
+        num_cells: int = 1,
+        cell_types: str | list[str] | None = None,
+        conditions: dict[str, str | list[str]] | None = None,
+        library_size: float | list[float] | None = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int | None = None,
+        batch_size: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Iterator[ad.AnnData]:
+        """
+        The cells of a call, batch by batch: the memory does not grow with `num_cells`. The arguments are those of a
+        call.
+
+        Example:
+
+        ```py
+        >>> from wbdit_diffusers.data import write_cells
+
+        >>> write_cells("cells.h5ad", pipe.stream(num_cells=1_000_000))
+        ```
+
+        Yields:
+            `AnnData`: the next cells; all batches have the same categories.
+        """
+        return self._batches(
+            num_cells,
+            cell_types,
+            conditions,
+            library_size,
+            guidance_scale,
+            num_inference_steps,
+            batch_size,
+            generator,
+        )
+
+    @torch.no_grad()
+    def _batches(
+        self,
+        num_cells: int,
+        cell_types: str | list[str] | None,
+        conditions: dict[str, str | list[str]] | None,
+        library_size: float | list[float] | None,
+        guidance_scale: float,
+        num_inference_steps: int | None,
+        batch_size: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "anndata",
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> Iterator[ad.AnnData | torch.Tensor]:
         # 1. Check the arguments
         label_keys = list(self.processor.config.label_keys)
         names = dict(conditions or {})
@@ -316,16 +394,12 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         noise = CellNoise(generator, device)
 
         # 3. Denoise batch by batch
-        outputs, all_labels, all_library_sizes = [], [], []
         with self.progress_bar(total=num_batches * self._num_timesteps) as progress_bar:
             for start in range(0, num_cells, batch_size):
                 stop = min(start + batch_size, num_cells)
                 block_generators, rows = noise.batch(start, stop)
-                class_labels = self.processor.complete_labels(
-                    given_labels[start:stop], noise.uniform(block_generators, rows)
-                )
-                library_size_draw = noise.uniform(block_generators, rows)
-                cell_seeds = noise.cell_seeds(block_generators, rows)
+                uniform = noise.uniform(block_generators, rows, num_values=2).cpu()  # (batch, 2)
+                class_labels = self.processor.complete_labels(given_labels[start:stop], uniform[:, 0])
                 batch_latents = self.denoise(
                     block_generators,
                     rows.to(device),
@@ -337,48 +411,76 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                     callback_on_step_end_tensor_inputs,
                 )  # (batch, num_features)
                 if output_type == "latent":
-                    outputs.append(batch_latents)
+                    yield batch_latents
                     continue
 
                 # 4. Back to expression or counts
-                if self.autoencoder is None:
-                    expression, batch_library_size = self.processor.decode(batch_latents)  # (batch, genes), (batch,)
-                else:
-                    proportions, theta, detection, batch_library_size = self.autoencoder.decode(batch_latents)
-                    expression = torch.log1p(proportions * detection * TARGET_SUM)
+                given_library_size = None if library_size is None else library_size[start:stop]
                 if output_type != "anndata":
-                    outputs.append(expression)
+                    yield self._decode_expression(batch_latents)
                     continue
-                if library_size is not None:
-                    batch_library_size = library_size[start:stop]
-                elif batch_library_size is None and self.processor.config.values == "counts":
-                    batch_library_size = self.processor.sample_library_size(class_labels, library_size_draw)
                 if self.autoencoder is None:
-                    outputs.append(self.processor.to_matrix(expression, batch_library_size))
-                else:
-                    outputs.append(
-                        self.autoencoder.sample(proportions, theta, detection, batch_library_size, cell_seeds)
+                    matrix, batch_library_size = self._decode_matrix(
+                        batch_latents, class_labels, given_library_size, uniform[:, 1]
                     )
-                all_labels.append(class_labels)
-                all_library_sizes.append(batch_library_size)
-
-        # 5. Put the batches together
-        if output_type == "anndata":
-            cells = self.processor.to_anndata(
-                sparse.vstack(outputs, format="csr"),
-                torch.cat(all_labels),
-                None if all_library_sizes[0] is None else torch.cat(all_library_sizes),
-            )
-            cells.uns["wbdit"] = self._provenance(num_inference_steps, guidance_scale, generator)
-        else:
-            cells = torch.cat(outputs)
-            cells = cells.cpu().numpy() if output_type == "np" else cells
-
+                else:
+                    matrix, batch_library_size = self._decode_counts(
+                        batch_latents, given_library_size, noise, block_generators, rows
+                    )
+                cells = self.processor.to_anndata(matrix, class_labels, batch_library_size, first_cell=start)
+                cells.uns["wbdit"] = self._provenance(num_inference_steps, guidance_scale, generator)
+                yield cells
         self.maybe_free_model_hooks()
 
-        if not return_dict:
-            return (cells,)
-        return ScRNAPipelineOutput(cells=cells)
+    def _decode_expression(self, latents: torch.Tensor) -> torch.Tensor:
+        """Denoised cells as expected log expression, `(batch, genes)`."""
+        if self.autoencoder is None:
+            return self.processor.decode(latents)[0]
+        proportions, _, detection, _ = self.autoencoder.decode(latents)
+        return torch.log1p(proportions * detection * TARGET_SUM)
+
+    def _decode_matrix(
+        self,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor,
+        library_size: torch.Tensor | None,
+        library_size_draw: torch.Tensor,
+    ) -> tuple[sparse.csr_matrix, torch.Tensor | None]:
+        """Denoised cells of expression space as the training data were, and their library sizes, if these have any."""
+        expression, generated_library_size = self.processor.decode(latents)  # (batch, genes), (batch,)
+        if library_size is None:
+            library_size = generated_library_size
+        if library_size is None and self.processor.config.values == "counts":
+            library_size = self.processor.sample_library_size(class_labels, library_size_draw)
+        return self.processor.to_matrix(expression, library_size), library_size
+
+    def _decode_counts(
+        self,
+        latents: torch.Tensor,
+        library_size: torch.Tensor | None,
+        noise: CellNoise,
+        block_generators: list[torch.Generator],
+        rows: torch.Tensor,
+    ) -> tuple[sparse.csr_matrix, torch.Tensor]:
+        """Denoised cells of program space as counts, and their library sizes, a few blocks at a time."""
+        matrices, library_sizes = [], []
+        num_genes = self.autoencoder.config.num_genes
+        blocks_at_once = max(1, VALUES_AT_ONCE // (num_genes * CellNoise.CELLS_PER_BLOCK))
+        first_cell = 0
+        for first_block in range(0, len(block_generators), blocks_at_once):
+            generators = block_generators[first_block : first_block + blocks_at_once]
+            first_row = first_block * CellNoise.CELLS_PER_BLOCK
+            last_row = first_row + len(generators) * CellNoise.CELLS_PER_BLOCK
+            cells = slice(first_cell, first_cell + int(((rows >= first_row) & (rows < last_row)).sum()))
+            first_cell = cells.stop
+            uniform = noise.uniform(generators, rows[cells] - first_row, num_genes, dtype=torch.float64)
+            proportions, theta, detection, sizes = self.autoencoder.decode(latents[cells])
+            if library_size is not None:
+                sizes = library_size[cells]
+            uniform = uniform.to(proportions.device)
+            matrices.append(self.autoencoder.sample(proportions, theta, detection, sizes, uniform))
+            library_sizes.append(sizes)
+        return sparse.vstack(matrices, format="csr"), torch.cat(library_sizes)
 
     def denoise(
         self,
@@ -406,20 +508,26 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         blocks = blocks * self.scheduler.init_noise_sigma
 
         if not self.denoiser.config.condition_sizes:
-            class_labels = None
+            class_labels = label_index = None
         else:
-            class_labels = class_labels.to(device)
-            null_labels = torch.tensor(self.denoiser.config.condition_sizes, device=device).expand_as(class_labels)
-            guided_labels = torch.cat([null_labels, class_labels])
+            # Few combinations of labels, many cells: the denoiser embeds each combination once.
+            class_labels, label_index = class_labels.to(device).unique(dim=0, return_inverse=True)
+            null_labels = torch.tensor([self.denoiser.config.condition_sizes], device=device)
+            guided_labels = torch.cat([class_labels, null_labels])
+            guided_index = torch.cat([torch.full_like(label_index, len(class_labels)), label_index])
 
         for i, t in enumerate(self.scheduler.timesteps):
             model_input = self.scheduler.scale_model_input(blocks, t).flatten(0, 1)[rows]  # (batch, num_features)
             if self.do_classifier_free_guidance:
-                both = self.denoiser(torch.cat([model_input] * 2), t, class_labels=guided_labels, return_dict=False)[0]
+                both = self.denoiser(
+                    torch.cat([model_input] * 2), t, guided_labels, return_dict=False, label_index=guided_index
+                )[0]
                 unconditional, conditional = both.chunk(2)
                 model_output = unconditional + self.guidance_scale * (conditional - unconditional)
             else:
-                model_output = self.denoiser(model_input, t, class_labels=class_labels, return_dict=False)[0]
+                model_output = self.denoiser(model_input, t, class_labels, return_dict=False, label_index=label_index)[
+                    0
+                ]
 
             model_output = torch.zeros_like(blocks).flatten(0, 1).index_copy(0, rows, model_output).view(block_shape)
             blocks = self.scheduler.step(model_output, t, blocks, **extra_step_kwargs, return_dict=False)[0].to(dtype)
