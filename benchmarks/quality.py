@@ -14,6 +14,7 @@ Each model prints a table; JSON holds every number. `--table` renders all of a J
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 import subprocess
@@ -29,6 +30,7 @@ import torch
 from scipy import sparse
 
 from wbdit_diffusers import ScRNAGenerationPipeline, ScRNAProcessor
+from wbdit_diffusers.cli import SCHEDULERS
 from wbdit_diffusers.data import drop_empty_cells, read_cells, split_cells
 from wbdit_diffusers.evaluation.report import FLOORS, draw_samples, evaluate_cells, to_markdown
 
@@ -68,6 +70,21 @@ def train_ours(adata_path: Path, folder: Path, flags: list[str], args: argparse.
     pipe = ScRNAGenerationPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def draw_runs(
+    pipe: ScRNAGenerationPipeline, model: str, test: ad.AnnData, args: argparse.Namespace
+) -> dict[str, tuple]:
+    """Samples with every guidance, solver and number of steps that was asked for, by name."""
+    scheduler_config, runs = pipe.scheduler.config, {}
+    for scale, scheduler, steps in itertools.product(args.guidance_scales, args.schedulers, args.steps):
+        pipe.scheduler = SCHEDULERS[scheduler].from_config(scheduler_config)
+        name = model
+        name += "" if scheduler == "ddpm" else f", {scheduler}"
+        name += "" if steps is None else f", {steps} steps"
+        name += "" if scale == 1.0 else f", guidance {scale:g}"
+        runs[name] = draw_samples(pipe, test, args.num_seeds, guidance_scale=scale, num_inference_steps=steps)
+    return runs
 
 
 def sample_scvi(
@@ -157,6 +174,8 @@ def main():
     parser.add_argument("--minutes", type=float, default=12.0, help="Training time of each model.")
     parser.add_argument("--num_seeds", type=int, default=3, help="Samples to judge.")
     parser.add_argument("--guidance_scales", nargs="+", type=float, default=[1.0], help="Judged one by one.")
+    parser.add_argument("--schedulers", nargs="+", choices=sorted(SCHEDULERS), default=["ddpm"])
+    parser.add_argument("--steps", nargs="+", type=int, default=[None], help="Numbers of steps, judged one by one.")
     parser.add_argument("--development", action="store_true", help="Judge on cells set aside from the training cells.")
     parser.add_argument("--num_cells", type=int, help="Take only so many cells of each dataset, at random.")
     parser.add_argument("--train_flags", nargs=argparse.REMAINDER, default=[], help="The rest goes to train.py.")
@@ -192,12 +211,7 @@ def main():
                     minutes = (time.monotonic() - start) / 60
                     split = json.loads(Path(folder, model, "split.json").read_text())
                     assert split["test"] == test.obs_names.tolist()
-                    runs = {
-                        model if scale == 1.0 else f"{model}, guidance {scale:g}": draw_samples(
-                            pipe, test, args.num_seeds, guidance_scale=scale
-                        )
-                        for scale in args.guidance_scales
-                    }
+                    runs = draw_runs(pipe, model, test, args)
                 else:
                     genes = ScRNAProcessor().fit(train).var_names
                     key = label_key if model == "scvi-by-type" else None

@@ -1,14 +1,13 @@
 import copy
-import math
 import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import randomize
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
+from reference import ReferenceDiT
 
 from wbdit_diffusers import WhiteBoxDiTModel
 
@@ -42,128 +41,44 @@ def make_inputs(batch_size=5, num_genes=45) -> dict[str, torch.Tensor]:
 # ==================== The paper's definition, written out ====================
 
 
-def original_state_dict(block_type: str, depth: int, dim: int, patch_size: int, num_patches: int):
-    """A checkpoint in the authors' layout, with random weights."""
+def make_reference(block_type: str, depth: int, dim: int, num_patches: int) -> ReferenceDiT:
+    """With random weights. Its state_dict is a checkpoint in the authors' layout."""
+    reference = ReferenceDiT(10 * num_patches, 10, depth, dim, heads=8, block_type=block_type)
     generator = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator) / math.sqrt(shape[-1])
-
-    row = torch.arange(num_patches)[:, None] / 10_000 ** (torch.arange(dim // 4) / (dim // 4))
-    constant = torch.cat([torch.zeros(num_patches, dim // 4), torch.ones(num_patches, dim // 4)], dim=1)
-    state_dict = {
-        "x_embedder.proj.weight": random(dim, 1, patch_size, 1),
-        "x_embedder.proj.bias": random(dim),
-        "pos_embed": torch.cat([constant, row.sin(), row.cos()], dim=1)[None],
-        "t_embedder.mlp.0.weight": random(dim, 256),
-        "t_embedder.mlp.0.bias": random(dim),
-        "t_embedder.mlp.2.weight": random(dim, dim),
-        "t_embedder.mlp.2.bias": random(dim),
-        "final_layer.linear.weight": random(patch_size, dim),
-        "final_layer.linear.bias": random(patch_size),
-        "final_layer.adaLN_modulation.1.weight": random(2 * dim, dim),
-        "final_layer.adaLN_modulation.1.bias": random(2 * dim),
-    }
-    for i in range(depth):
-        state_dict[f"blocks.{i}.adaLN_modulation.1.weight"] = random(6 * dim, dim)
-        state_dict[f"blocks.{i}.adaLN_modulation.1.bias"] = random(6 * dim)
-        if block_type == "white_box":
-            state_dict[f"blocks.{i}.attn.qkv.weight"] = random(dim, dim)
-            state_dict[f"blocks.{i}.attn.to_out.0.weight"] = random(dim, dim)
-            state_dict[f"blocks.{i}.attn.to_out.0.bias"] = random(dim)
-            state_dict[f"blocks.{i}.mlp.weight"] = random(dim, dim)
-        else:
-            for name, shape in {
-                "attn.qkv": (3 * dim, dim),
-                "attn.proj": (dim, dim),
-                "mlp.fc1": (4 * dim, dim),
-                "mlp.fc2": (dim, 4 * dim),
-            }.items():
-                state_dict[f"blocks.{i}.{name}.weight"] = random(*shape)
-                state_dict[f"blocks.{i}.{name}.bias"] = random(shape[0])
-    return state_dict
-
-
-def definition(sd: dict, x: torch.Tensor, t: torch.Tensor, block_type: str, heads: int) -> torch.Tensor:
-    """The network's formulas, one by one: explicit softmax, three-product ISTA."""
-
-    def linear(name, value):
-        return value @ sd[f"{name}.weight"].T + sd[f"{name}.bias"]
-
-    def norm(value):
-        value = value - value.mean(-1, keepdim=True)
-        return value / torch.sqrt((value**2).mean(-1, keepdim=True) + 1e-6)
-
-    def modulate(value, shift, scale):
-        return value * (1 + scale[:, None]) + shift[:, None]
-
-    def split_heads(value):
-        return value.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-    def silu(value):
-        return value / (1 + torch.exp(-value))
-
-    dim, _, patch_size, _ = sd["x_embedder.proj.weight"].shape
-    depth = 1 + max(int(key.split(".")[1]) for key in sd if key.startswith("blocks."))
-    patches = x.unflatten(1, (-1, patch_size))
-    tokens = patches @ sd["x_embedder.proj.weight"][:, 0, :, 0].T + sd["x_embedder.proj.bias"] + sd["pos_embed"]
-
-    angles = t[:, None] * 10_000 ** (-torch.arange(128) / 128)
-    c = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))))
-    for i in range(depth):
-        block = f"blocks.{i}"
-        modulation = linear(f"{block}.adaLN_modulation.1", silu(c))
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
-        h = modulate(norm(tokens), shift1, scale1)
-        if block_type == "white_box":
-            w = split_heads(h @ sd[f"{block}.attn.qkv.weight"].T)
-            attention = torch.softmax(w @ w.transpose(-1, -2) / math.sqrt(dim // heads), dim=-1) @ w
-            out = linear(f"{block}.attn.to_out.0", attention.transpose(1, 2).flatten(2))
-        else:
-            q, k, v = (split_heads(part) for part in linear(f"{block}.attn.qkv", h).chunk(3, dim=-1))
-            attention = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(dim // heads), dim=-1) @ v
-            out = linear(f"{block}.attn.proj", attention.transpose(1, 2).flatten(2))
-        tokens = tokens + gate1[:, None] * out
-        h = modulate(norm(tokens), shift2, scale2)
-        if block_type == "white_box":
-            D = sd[f"{block}.mlp.weight"]
-            out = torch.relu(h + 0.1 * (h @ D - h @ D.T @ D) - 0.1 * 0.1)
-        else:
-            out = linear(f"{block}.mlp.fc2", F.gelu(linear(f"{block}.mlp.fc1", h), approximate="tanh"))
-        tokens = tokens + gate2[:, None] * out
-    shift, scale = linear("final_layer.adaLN_modulation.1", silu(c)).chunk(2, dim=1)
-    return linear("final_layer.linear", modulate(norm(tokens), shift, scale)).flatten(1)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if name != "pos_embed":
+                parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+    return reference
 
 
 @pytest.mark.parametrize("block_type", BLOCK_TYPES)
 @pytest.mark.parametrize("depth", [1, 3, 5])
 @torch.no_grad()
 def test_converted_checkpoint_equals_the_definition(block_type, depth, tmp_path):
-    dim, heads, patch_size, num_patches = 96, 8, 10, 20
-    state_dict = original_state_dict(block_type, depth, dim, patch_size, num_patches)
-    torch.save(state_dict, tmp_path / "model.pth")
+    reference = make_reference(block_type, depth, dim=96, num_patches=20)
+    torch.save(reference.state_dict(), tmp_path / "model.pth")
     model = WhiteBoxDiTModel.from_original_checkpoint(tmp_path / "model.pth")
     assert model.config.block_type == block_type
     assert model.config.num_layers == depth
 
-    x = torch.randn(4, patch_size * num_patches, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(4, 200, generator=torch.Generator().manual_seed(1))
     t = torch.tensor([1, 10, 500, 999])
-    double = {key: value.double() for key, value in state_dict.items()}
-    expected = definition(double, x.double(), t.double(), block_type, heads)
+    expected = reference.double()(x.double(), t.double())
     output = model(x, t).sample.double()
     assert (output - expected).norm() / expected.norm() < 1e-5
 
 
 @torch.no_grad()
 def test_converted_checkpoint_at_the_published_shape(tmp_path):
-    state_dict = original_state_dict("white_box", depth=3, dim=768, patch_size=10, num_patches=200)
-    torch.save(state_dict, tmp_path / "model.pth")
+    reference = make_reference("white_box", depth=3, dim=768, num_patches=200)
+    torch.save(reference.state_dict(), tmp_path / "model.pth")
     model = WhiteBoxDiTModel.from_original_checkpoint(tmp_path / "model.pth")
     # The file's position table is the one that the model makes itself.
     own_table = WhiteBoxDiTModel(num_genes=2000, num_layers=1).pos_embed
     torch.testing.assert_close(model.pos_embed, own_table, atol=1e-4, rtol=0)
     x, t = torch.randn(1, 2000, generator=torch.Generator().manual_seed(1)), torch.tensor([300])
-    expected = definition(state_dict, x, t, "white_box", heads=8)
+    expected = reference(x, t)
     assert (model(x, t).sample - expected).norm() / expected.norm() < 1e-5
 
 
@@ -190,7 +105,7 @@ def test_original_checkpoint_refuses_pickles_and_foreign_files(tmp_path):
     with pytest.raises(ValueError, match=r"is not a White-Box DiT.*x_embedder.proj.weight.*layer.weight"):
         WhiteBoxDiTModel.from_original_checkpoint(path)
 
-    state_dict = original_state_dict("white_box", depth=1, dim=32, patch_size=10, num_patches=2)
+    state_dict = make_reference("white_box", depth=1, dim=32, num_patches=2).state_dict()
     torch.save({**state_dict, "y_embedder.weight": torch.ones(2)}, path)
     with pytest.raises(ValueError, match=r"unknown key 'y_embedder.weight'"):
         WhiteBoxDiTModel.from_original_checkpoint(path)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from scipy import sparse, stats
+from scipy import sparse
 from torch import nn
 
 
@@ -221,6 +221,8 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
 
 def _invert_negative_binomial(tail: np.ndarray, theta: np.ndarray, p: np.ndarray) -> np.ndarray:
     """The smallest count k >= 1 with P(count > k) <= tail."""
+    from scipy import stats  # slow to import
+
     counts = np.empty_like(tail)
     unfinished, k = np.arange(len(tail)), 1
     probability = p**theta  # of k - 1

@@ -1,0 +1,346 @@
+"""Times our network and pipeline against the network as it is written in the paper, side by side in one run.
+
+    python benchmarks/speed.py --dataset ../shared/data/pbmc3k.h5ad --output benchmarks/results/speed_cpu.json
+    python benchmarks/speed.py --dataset ../shared/data/pbmc3k.h5ad --device cuda --batch_size 16 256 1024 --output ...
+    python benchmarks/speed.py --table benchmarks/results/speed_cpu.json
+
+Parts (`--parts`), all by default:
+
+- `network`: training steps and forward passes at the paper's shape. `reference` is benchmarks/reference.py in eager
+  float32, as the authors run it. The variants take turns, and medians are compared. FLOP are those of the matrix
+  products; their rate stands beside that of the fastest large matrix product of the same machine and dtype.
+- `pipeline`: cells per second of whole pipelines, which training/train.py makes on `--dataset` in a few steps (the
+  time does not depend on the weights), against the reference's ancestral sampling: 1,000 forward passes per batch.
+- `memory`: peak memory of processes that generate many and few cells to disk.
+- `start`: time to import the package and to load a pipeline.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from reference import ReferenceDiT
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from wbdit_diffusers import ScRNAGenerationPipeline, WhiteBoxDiTModel
+
+
+TRAIN_SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
+NUM_GENES, DEPTH = 2000, 3  # the paper's shape; the others are WhiteBoxDiTModel's defaults
+
+
+def synchronize(device: str):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(function: Callable, device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def take_turns(functions: dict[str, Callable], device: str, repeats: int, warmup: int = 3) -> dict[str, float]:
+    """Median seconds of each function; they alternate, so that a change of the machine's pace reaches all of them."""
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    seconds = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            seconds[name].append(seconds_of(function, device))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def matmul_peak(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of a few large matrix products."""
+    rates = []
+    for size in (1024, 2048, 4096):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        best = min(seconds_of(lambda a=a, b=b: a @ b, device) for _ in range(5))
+        rates.append(2 * size**3 / best)
+    return max(rates)
+
+
+def forward_flop(model: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> int:
+    """Of all matrix products, those of the attention included."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return counter.get_total_flops()
+
+
+def closest_depth(target: float, measure: Callable[[torch.nn.Module], float]) -> int:
+    """The depth at which the White-Box network comes closest to the plain DiT's size by some measure."""
+    with torch.device("meta"):
+        sizes = {depth: measure(WhiteBoxDiTModel(NUM_GENES, num_layers=depth)) for depth in range(1, 13)}
+    return min(sizes, key=lambda depth: abs(sizes[depth] - target))
+
+
+def time_network(device: str, batch_size: int, repeats: int) -> dict:
+    """Training steps and forward passes of one batch size."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch_size, NUM_GENES, generator=generator).to(device)
+    t = torch.randint(1, 1000, (batch_size,), generator=generator).to(device)
+    noise = torch.randn(batch_size, NUM_GENES, generator=generator).to(device)
+    plain = WhiteBoxDiTModel(NUM_GENES, num_layers=DEPTH, block_type="dit")
+    cpu_inputs = (x.cpu(), t.cpu())
+    equal_parameters = closest_depth(plain.num_parameters(), lambda model: model.num_parameters())
+    per_block = forward_flop(WhiteBoxDiTModel(NUM_GENES, num_layers=1), cpu_inputs)
+    per_block = forward_flop(WhiteBoxDiTModel(NUM_GENES, num_layers=2), cpu_inputs) - per_block
+    plain_flop = forward_flop(plain, cpu_inputs)
+    white_box_flop = forward_flop(WhiteBoxDiTModel(NUM_GENES, num_layers=DEPTH), cpu_inputs)
+    equal_flop = round(DEPTH + (plain_flop - white_box_flop) / per_block)
+
+    def ours(block_type: str = "white_box", depth: int = DEPTH, compiled: bool = True) -> torch.nn.Module:
+        model = WhiteBoxDiTModel(NUM_GENES, num_layers=depth, block_type=block_type).to(device)
+        if compiled:
+            model.compile_repeated_blocks(fullgraph=True)
+        return model
+
+    # name: (network, dtype of autocast)
+    bf16 = torch.bfloat16
+    variants = {
+        "reference": (ReferenceDiT().to(device), None),
+        "ours, float32": (ours(compiled=False), None),
+        "ours, bfloat16": (ours(compiled=False), bf16),
+        "ours, bfloat16, compiled": (ours(), bf16),
+        "DiT reference": (ReferenceDiT(block_type="dit").to(device), None),
+        "DiT, bfloat16, compiled": (ours("dit"), bf16),
+        f"ours, depth {equal_parameters}: the DiT's parameters": (ours(depth=equal_parameters), bf16),
+        f"ours, depth {equal_flop}: the DiT's FLOP": (ours(depth=equal_flop), bf16),
+    }
+    peaks = {None: matmul_peak(device, torch.float32), bf16: matmul_peak(device, bf16)}
+
+    steps, forwards, parameters, flop = {}, {}, {}, {}
+    for name, (model, dtype) in variants.items():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=None if "reference" in name else True)
+        autocast = torch.autocast(device, dtype) if dtype is not None else contextlib.nullcontext()
+        parameters[name] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+        def predict(model=model, autocast=autocast) -> torch.Tensor:
+            with autocast:
+                output = model(x, t)
+            return output if torch.is_tensor(output) else output.sample
+
+        def step(predict=predict, optimizer=optimizer):
+            loss = F.mse_loss(predict().float(), noise)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        steps[name], forwards[name] = step, torch.inference_mode()(predict)
+    for name, (model, _) in variants.items():
+        eager = model if "reference" in name else WhiteBoxDiTModel.from_config(model.config)
+        flop[name] = forward_flop(eager.cpu(), cpu_inputs)
+        model.to(device)
+
+    times = {"training step": take_turns(steps, device, repeats), "forward": take_turns(forwards, device, repeats)}
+    rows = {}
+    for name, (_, dtype) in variants.items():
+        rows[name] = {"parameters": parameters[name], "forward FLOP": flop[name]}
+        for what, seconds in times.items():
+            rate = flop[name] * (3 if what == "training step" else 1) / seconds[name]
+            rows[name][what] = {
+                "seconds": seconds[name],
+                "speed-up over reference": seconds["reference"] / seconds[name],
+                "FLOP/s": rate,
+                "share of matmul peak": rate / peaks[dtype],
+            }
+    rows["matmul peak, FLOP/s"] = {"float32": peaks[None], "bfloat16": peaks[bf16]}
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        steps["ours, bfloat16, compiled"]()
+        rows["peak memory of a training step, bytes"] = torch.cuda.max_memory_allocated()
+    return rows
+
+
+def train_pipeline(folder: Path, dataset: Path, label_keys: list[str], *flags: str) -> Path:
+    command = [sys.executable, TRAIN_SCRIPT, "--dataset", dataset, "--output_dir", folder, *flags]
+    command += ["--label_keys", *label_keys, "--autoencoder_max_steps", 300, "--num_programs", 16]
+    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def time_pipelines(program: Path, expression: Path, device: str, num_cells: int, repeats: int) -> dict:
+    """Seconds per cell of whole pipelines, `num_cells` in program space and 64 in expression space."""
+    reference = ReferenceDiT().to(device).eval()
+    batch = 16  # larger ones are no faster per cell on a CPU
+    x, t = torch.randn(batch, NUM_GENES, device=device), torch.randint(1, 1000, (batch,), device=device)
+
+    def load(folder: Path, dtype: torch.dtype = torch.float32, compiled: bool = False) -> ScRNAGenerationPipeline:
+        pipe = ScRNAGenerationPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        if compiled:
+            pipe.denoiser.compile_repeated_blocks(fullgraph=True)
+        return pipe
+
+    guided = {"guidance_scale": 1.25}
+    runs = {
+        "program space": (load(program), num_cells, {}),
+        "program space, guidance 1.25": (load(program), num_cells, guided),
+        "program space, bfloat16": (load(program, torch.bfloat16), num_cells, {}),
+        "program space, compiled": (load(program, compiled=True), num_cells, {}),
+        "expression space": (load(expression), 64, {}),
+        "expression space, bfloat16": (load(expression, torch.bfloat16), 64, {}),
+    }
+    functions = {"reference": torch.inference_mode()(lambda: reference(x, t))}
+    for name, (pipe, cells, arguments) in runs.items():
+        functions[name] = lambda pipe=pipe, cells=cells, arguments=arguments: pipe(num_cells=cells, **arguments)
+    seconds = take_turns(functions, device, repeats, warmup=1)
+    ancestral = 1000 * seconds["reference"] / batch
+    rows = {
+        "reference, 1,000 steps": {"seconds per cell": ancestral},
+        "reference, 100 steps": {"seconds per cell": ancestral / 10},
+    }
+    for name, (pipe, cells, _) in runs.items():
+        per_cell = seconds[name] / cells
+        rows[name] = {
+            "steps": pipe.config.num_inference_steps,
+            "cells": cells,
+            "seconds": seconds[name],
+            "seconds per cell": per_cell,
+            "speed-up over 1,000 steps": ancestral / per_cell,
+            "speed-up over 100 steps": ancestral / 10 / per_cell,
+        }
+    return rows
+
+
+def run_child(code: str, *arguments: object) -> str:
+    """Last line that a fresh Python process prints."""
+    command = [sys.executable, "-c", code, *(str(argument) for argument in arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1]
+
+
+def measure_memory(program: Path, folder: Path, sizes: list[int]) -> dict:
+    """Peak resident memory of `wbdit generate`, by number of cells."""
+    code = (
+        "import resource, sys; from wbdit_diffusers.cli import main;"
+        " main(['generate', sys.argv[1], '--num_cells', sys.argv[2], '--output', sys.argv[3], '--device', 'cpu']);"
+        " print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    rows = {}
+    for size in sizes:
+        start = time.perf_counter()
+        path = folder / "cells.h5ad"
+        kibibytes = int(run_child(code, program, size, path))
+        seconds = time.perf_counter() - start
+        rows[f"{size:,} cells"] = {
+            "peak memory, MiB": kibibytes / 1024,
+            "seconds": seconds,
+            "file, MiB": path.stat().st_size / 2**20,
+        }
+    return rows
+
+
+def time_start(program: Path, repeats: int) -> dict:
+    """Seconds to import and to load, each in fresh processes that take turns."""
+    timed = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+    base = (
+        "import torch; from diffusers.models.modeling_utils import ModelMixin;"
+        " from diffusers.pipelines.pipeline_utils import DiffusionPipeline"
+    )
+    load = (
+        "import sys, time; from wbdit_diffusers import ScRNAGenerationPipeline; start = time.perf_counter();"
+        " ScRNAGenerationPipeline.from_pretrained(sys.argv[1]); print(time.perf_counter() - start)"
+    )
+    codes = {
+        "import torch and Diffusers' bases": timed.format(base),
+        "import wbdit_diffusers": timed.format("import wbdit_diffusers"),
+        "load a pipeline": load,
+    }
+    seconds = {name: [] for name in codes}
+    for _ in range(repeats):
+        for name, code in codes.items():
+            seconds[name].append(float(run_child(code, program)))
+    return {name: {"seconds": statistics.median(values)} for name, values in seconds.items()}
+
+
+def table(results: dict) -> str:
+    """All parts as Markdown."""
+
+    def show(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return f"{value:,}" if isinstance(value, int) else str(value)
+
+    lines = [f"{results['device']}, torch {results['torch']}, {results['threads']} threads.", ""]
+    for part, rows in results["parts"].items():
+        flat = {}
+        for name, values in rows.items():
+            row = flat[name] = {}
+            for key, value in (values if isinstance(values, dict) else {"": values}).items():
+                for inner, number in value.items() if isinstance(value, dict) else [("", value)]:
+                    row[f"{key}: {inner}" if inner else key] = show(number)
+        columns = list(dict.fromkeys(key for row in flat.values() for key in row))
+        lines += [f"### {part}", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        lines += [
+            f"| {name} | " + " | ".join(row.get(key, "") for key in columns) + " |" for name, row in flat.items()
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", type=Path, help=".h5ad file of counts with at least 2,000 genes.")
+    parser.add_argument("--label_keys", nargs="*", default=["cell_type"])
+    parser.add_argument("--parts", nargs="+", default=["network", "pipeline", "memory", "start"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--batch_size", nargs="+", type=int, default=[16], help="Of the network's steps.")
+    parser.add_argument("--num_cells", type=int, default=5000, help="Of the default pipeline.")
+    parser.add_argument("--memory_cells", nargs="+", type=int, default=[10_000, 100_000])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="JSON file; parts are added to it.")
+    parser.add_argument("--table", type=Path, help="Print the tables of a JSON file, and nothing else.")
+    args = parser.parse_args()
+    if args.table is not None:
+        print(table(json.loads(args.table.read_text())))
+        return
+    if args.output is None or args.dataset is None and set(args.parts) != {"network"}:
+        parser.error("--output and, unless the network alone is timed, --dataset are required.")
+
+    results = json.loads(args.output.read_text()) if args.output.exists() else {"parts": {}}
+    results["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    results["torch"], results["threads"] = torch.__version__, torch.get_num_threads()
+
+    def keep(part: str, rows: dict):
+        results["parts"][part] = rows
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1))
+        print(table({**results, "parts": {part: rows}}), flush=True)
+
+    if "network" in args.parts:
+        for batch_size in args.batch_size:
+            keep(f"network, batch {batch_size}", time_network(args.device, batch_size, args.repeats))
+            torch.compiler.reset()
+    if set(args.parts) == {"network"}:
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data = (args.dataset, args.label_keys)
+        program = train_pipeline(folder / "program", *data, "--max_train_steps", "20")
+        if "pipeline" in args.parts:
+            # The published shape, without labels or library size: 2,000 genes and nothing else
+            paper = ["--space", "expression", "--no-model_library_size", "--max_train_steps", "2"]
+            expression = train_pipeline(folder / "expression", args.dataset, [], *paper, "--train_batch_size", "16")
+            keep("pipeline", time_pipelines(program, expression, args.device, args.num_cells, args.repeats))
+        if "memory" in args.parts:
+            keep("memory", measure_memory(program, folder, args.memory_cells))
+        if "start" in args.parts:
+            keep("start", time_start(program, args.repeats))
+
+
+if __name__ == "__main__":
+    main()
