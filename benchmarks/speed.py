@@ -84,7 +84,7 @@ def forward_flop(model: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tenso
 def closest_depth(target: float, measure: Callable[[torch.nn.Module], float]) -> int:
     """The depth at which the White-Box network comes closest to the plain DiT's size by some measure."""
     with torch.device("meta"):
-        sizes = {depth: measure(WhiteBoxDiTModel(NUM_GENES, num_layers=depth)) for depth in range(1, 13)}
+        sizes = {depth: measure(WhiteBoxDiTModel(num_genes=NUM_GENES, num_layers=depth)) for depth in range(1, 13)}
     return min(sizes, key=lambda depth: abs(sizes[depth] - target))
 
 
@@ -94,17 +94,17 @@ def time_network(device: str, batch_size: int, repeats: int) -> dict:
     x = torch.randn(batch_size, NUM_GENES, generator=generator).to(device)
     t = torch.randint(1, 1000, (batch_size,), generator=generator).to(device)
     noise = torch.randn(batch_size, NUM_GENES, generator=generator).to(device)
-    plain = WhiteBoxDiTModel(NUM_GENES, num_layers=DEPTH, block_type="dit")
+    plain = WhiteBoxDiTModel(num_genes=NUM_GENES, num_layers=DEPTH, block_type="dit")
     cpu_inputs = (x.cpu(), t.cpu())
     equal_parameters = closest_depth(plain.num_parameters(), lambda model: model.num_parameters())
-    per_block = forward_flop(WhiteBoxDiTModel(NUM_GENES, num_layers=1), cpu_inputs)
-    per_block = forward_flop(WhiteBoxDiTModel(NUM_GENES, num_layers=2), cpu_inputs) - per_block
+    per_block = forward_flop(WhiteBoxDiTModel(num_genes=NUM_GENES, num_layers=1), cpu_inputs)
+    per_block = forward_flop(WhiteBoxDiTModel(num_genes=NUM_GENES, num_layers=2), cpu_inputs) - per_block
     plain_flop = forward_flop(plain, cpu_inputs)
-    white_box_flop = forward_flop(WhiteBoxDiTModel(NUM_GENES, num_layers=DEPTH), cpu_inputs)
+    white_box_flop = forward_flop(WhiteBoxDiTModel(num_genes=NUM_GENES, num_layers=DEPTH), cpu_inputs)
     equal_flop = round(DEPTH + (plain_flop - white_box_flop) / per_block)
 
     def ours(block_type: str = "white_box", depth: int = DEPTH, compiled: bool = True) -> torch.nn.Module:
-        model = WhiteBoxDiTModel(NUM_GENES, num_layers=depth, block_type=block_type).to(device)
+        model = WhiteBoxDiTModel(num_genes=NUM_GENES, num_layers=depth, block_type=block_type).to(device)
         if compiled:
             model.compile_repeated_blocks(fullgraph=True)
         return model
@@ -194,6 +194,7 @@ def time_pipelines(program: Path, expression: Path, device: str, num_cells: int,
         "program space, compiled": (load(program, compiled=True), num_cells, {}),
         "expression space": (load(expression), 64, {}),
         "expression space, bfloat16": (load(expression, torch.bfloat16), 64, {}),
+        "expression space, bfloat16, compiled": (load(expression, torch.bfloat16, compiled=True), 64, {}),
     }
     functions = {"reference": torch.inference_mode()(lambda: reference(x, t))}
     for name, (pipe, cells, arguments) in runs.items():
