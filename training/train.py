@@ -123,6 +123,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training = parser.add_argument_group("training")
     training.add_argument("--output_dir", type=Path)
     training.add_argument("--train_batch_size", type=int, help="Per process.")
+    training.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="Batches per step of the optimizer."
+    )
     training.add_argument("--max_train_steps", type=int, default=10_000)
     training.add_argument("--max_train_minutes", type=float, help="Stop after this time, if it comes first.")
     training.add_argument("--learning_rate", type=float, default=2e-3)
@@ -136,6 +139,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--weight_decay", type=float, default=0.01)
     training.add_argument("--max_grad_norm", type=float, default=1.0)
     training.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="accelerate's setting by default.")
+    training.add_argument(
+        "--compile", action="store_true", help="Compile the blocks with torch.compile: slower to start, faster steps."
+    )
     training.add_argument("--use_ema", action=argparse.BooleanOptionalAction, default=True)
     training.add_argument("--ema_decay", type=float, default=0.999)
     training.add_argument("--validation_steps", type=int, default=200, help="Steps between two lines of the log.")
@@ -352,6 +358,7 @@ def resolve_checkpoint(resume_from_checkpoint: str, output_dir: Path) -> Path | 
 def main(args: argparse.Namespace):
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to,
         project_config=ProjectConfiguration(
             project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
@@ -426,6 +433,8 @@ def main(args: argparse.Namespace):
     ema_kwargs = {"decay": args.ema_decay if args.use_ema else 0.0, "use_ema_warmup": True, "power": 2 / 3}
     ema = EMAModel(model.parameters(), **ema_kwargs, model_cls=WhiteBoxDiTModel, model_config=model.config)
     ema.to(accelerator.device)
+    if args.compile:
+        model.compile_repeated_blocks(fullgraph=True)
     model, optimizer, train_dataloader = accelerator.prepare(model, optimizer, train_dataloader)
     if args.report_to is not None:
         accelerator.init_trackers("wbdit_diffusers", config={key: str(value) for key, value in vars(args).items()})
@@ -438,7 +447,7 @@ def main(args: argparse.Namespace):
         ema.to(accelerator.device)
         global_step = int(checkpoint.name.split("-")[1])
         logger.info(f"Resuming from {checkpoint}.")
-    steps_per_epoch = len(train_dataloader)
+    steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
     log_path = args.output_dir / "training_log.csv"
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -455,9 +464,10 @@ def main(args: argparse.Namespace):
             log.writeheader()
             log.writerows(row for row in rows if int(row["step"]) <= global_step)
 
-    def step_generator(step: int) -> torch.Generator:
-        """All randomness of a step comes from the step's number and the process's, so that resuming is exact."""
-        seed = args.seed * 1_000_003 + step * accelerator.num_processes + accelerator.process_index
+    def batch_generator(step: int, batch: int) -> torch.Generator:
+        """All randomness comes from the numbers of step, batch and process, so that resuming is exact."""
+        number = (step * args.gradient_accumulation_steps + batch) * accelerator.num_processes
+        seed = args.seed * 1_000_003 + number + accelerator.process_index
         torch.manual_seed(seed)  # the label dropout inside the model
         return torch.Generator(accelerator.device).manual_seed(seed)
 
@@ -478,7 +488,7 @@ def main(args: argparse.Namespace):
     logger.info(
         f"{len(train_dataset)} training cells, {len(test_cells)} held out; {num_features} values per cell,"
         f" {validation_model.num_parameters():,} parameters; {steps_per_epoch} steps of"
-        f" {train_batch_size} × {accelerator.num_processes} cells per epoch."
+        f" {train_batch_size * args.gradient_accumulation_steps} × {accelerator.num_processes} cells per epoch."
     )
 
     # 5. Train
@@ -491,12 +501,13 @@ def main(args: argparse.Namespace):
         mininterval=1,
         disable=not accelerator.is_local_main_process,
     )
-    logged_losses = torch.zeros((), device=accelerator.device)
-    last_logged_step = global_step
+    logged_losses = []  # since the last line of the log
+    batches_of_step = 0
     stop = global_step >= args.max_train_steps
     model.train()
     while not stop:
-        epoch, batches_done = divmod(global_step, steps_per_epoch)
+        epoch, steps_done = divmod(global_step, steps_per_epoch)
+        batches_done = steps_done * args.gradient_accumulation_steps
         train_dataloader.set_epoch(epoch)
         remaining = (
             accelerator.skip_first_batches(train_dataloader, batches_done) if batches_done else train_dataloader
@@ -504,14 +515,20 @@ def main(args: argparse.Namespace):
         for batch in remaining:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, global_step, time.monotonic() - start_time)
-            loss = diffusion_loss(model, noise_scheduler, batch, step_generator(global_step))
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            with accelerator.accumulate(model):
+                loss = diffusion_loss(model, noise_scheduler, batch, batch_generator(global_step, batches_of_step))
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            logged_losses.append(loss.detach())
+            batches_of_step += 1
+            if not accelerator.sync_gradients:
+                continue
             ema.step(accelerator.unwrap_model(model).parameters())
             global_step += 1
-            logged_losses += loss.detach()
+            batches_of_step = 0
             progress_bar.update()
 
             seconds = time.monotonic() - start_time
@@ -523,9 +540,8 @@ def main(args: argparse.Namespace):
 
             if global_step % args.validation_steps == 0 or stop:
                 # Every process joins the reduction; the main one writes.
-                mean_loss = accelerator.reduce(logged_losses, "mean").item() / (global_step - last_logged_step)
-                logged_losses.zero_()
-                last_logged_step = global_step
+                mean_loss = accelerator.reduce(torch.stack(logged_losses).mean(), "mean").item()
+                logged_losses.clear()
                 if accelerator.is_main_process:
                     row = {
                         "step": global_step,
@@ -573,7 +589,7 @@ def main(args: argparse.Namespace):
             "training cells": len(train_dataset),
             "held-out cells": len(test_cells),
             "steps": global_step,
-            "cells per step": train_batch_size * accelerator.num_processes,
+            "cells per step": train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
             "learning rate": args.learning_rate,
             "EMA decay": args.ema_decay if args.use_ema else "none",
             "mixed precision": accelerator.mixed_precision,

@@ -127,6 +127,18 @@ def test_a_resumed_training_gives_the_same_weights(trained, pbmc_path, tmp_path,
     ]
 
 
+def test_accumulated_gradients_count_as_one_step_and_resume(pbmc_path, tmp_path):
+    """8 batches per epoch, 3 per step: 3 steps per epoch, the last of 2 batches."""
+    arguments = ["--dataset", pbmc_path, "--output_dir", tmp_path, *TINY, *EXPRESSION]
+    arguments += ["--gradient_accumulation_steps", 3, "--max_train_steps", 6, "--checkpointing_steps", 4]
+    launch(*arguments, "--validation_steps", 1)
+    expected, rows = weights(tmp_path), read_log(tmp_path)
+    assert [int(row["epoch"]) for row in rows] == [0, 0, 1, 1, 1, 2]
+    launch(*arguments, "--validation_steps", 1, "--resume_from_checkpoint", tmp_path / "checkpoint-4")
+    assert all(torch.equal(weights(tmp_path)[name], expected[name]) for name in expected)
+    assert [row["loss"] for row in read_log(tmp_path)] == [row["loss"] for row in rows]
+
+
 def test_two_processes_train_together_on_different_cells(pbmc_path, tmp_path):
     # train.py as it is, but each process notes the cells that it is given
     noted = "from wbdit_diffusers.data import CellDataset\n\n\nclass NotedDataset(CellDataset):\n"
