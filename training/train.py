@@ -430,7 +430,12 @@ def main(args: argparse.Namespace):
         model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
     # Without EMA the average has decay 0: it is the model itself.
-    ema_kwargs = {"decay": args.ema_decay if args.use_ema else 0.0, "use_ema_warmup": True, "power": 2 / 3}
+    ema_kwargs = {
+        "decay": args.ema_decay if args.use_ema else 0.0,
+        "use_ema_warmup": True,
+        "power": 2 / 3,
+        "foreach": True,
+    }
     ema = EMAModel(model.parameters(), **ema_kwargs, model_cls=WhiteBoxDiTModel, model_config=model.config)
     ema.to(accelerator.device)
     if args.compile:
@@ -443,7 +448,7 @@ def main(args: argparse.Namespace):
     global_step = 0
     if checkpoint is not None:
         accelerator.load_state(checkpoint)
-        ema = EMAModel.from_pretrained(checkpoint / "ema", WhiteBoxDiTModel)
+        ema = EMAModel.from_pretrained(checkpoint / "ema", WhiteBoxDiTModel, foreach=True)
         ema.to(accelerator.device)
         global_step = int(checkpoint.name.split("-")[1])
         logger.info(f"Resuming from {checkpoint}.")
@@ -532,11 +537,11 @@ def main(args: argparse.Namespace):
             progress_bar.update()
 
             seconds = time.monotonic() - start_time
-            if args.max_train_minutes is not None and seconds > args.max_train_minutes * 60:
-                accelerator.set_trigger()  # one process's clock stops all of them
-            stop = global_step >= args.max_train_steps or (
-                args.max_train_minutes is not None and accelerator.check_trigger()
-            )
+            stop = global_step >= args.max_train_steps
+            if args.max_train_minutes is not None and global_step % 10 == 0:  # asking waits for the device
+                if seconds > args.max_train_minutes * 60:
+                    accelerator.set_trigger()  # one process's clock stops all of them
+                stop = stop or accelerator.check_trigger()
 
             if global_step % args.validation_steps == 0 or stop:
                 # Every process joins the reduction; the main one writes.
