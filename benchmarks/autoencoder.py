@@ -51,8 +51,9 @@ def main():
         samples, labels = [], train.obs[args.label_key].astype(str).to_numpy()
         for seed in range(args.num_seeds):
             cells = same_labels(labels, aside.obs[args.label_key].astype(str).to_numpy(), np.random.default_rng(seed))
-            seeds = [seed * len(dataset) + int(cell) for cell in cells]
-            counts = autoencoder.sample(*autoencoder.decode(dataset.latents[cells]), seeds)
+            shape, generator = (len(cells), len(processor.var_names)), torch.Generator().manual_seed(seed)
+            uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+            counts = autoencoder.sample(*autoencoder.decode(dataset.latents[cells]), uniform)
             samples.append(
                 ad.AnnData(counts, obs=train.obs.iloc[cells], var=processor.to_anndata(counts, None, None).var)
             )

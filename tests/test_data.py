@@ -1,6 +1,7 @@
 import logging
 
 import anndata as ad
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -82,6 +83,8 @@ def test_written_batches_are_one_file(pbmc, tmp_path):
     assert write_cells(path, iter(batches)) == (700, 765)
     cells = ad.read_h5ad(path)
     assert (cells.X != pbmc.X).nnz == 0
+    with h5py.File(path) as file:
+        assert file["X"]["indptr"].dtype == np.int64  # int32 ends at 2³¹ values
     assert cells.obs.equals(pbmc.obs) and cells.var_names.equals(pbmc.var_names)
     assert cells.uns["wbdit"] == {"seed": 1, "model_id": "me/model"}
     assert [file.name for file in tmp_path.iterdir()] == ["cells.h5ad"]
@@ -93,6 +96,8 @@ def test_a_failure_leaves_the_file_that_was_there(pbmc, tmp_path):
         raise ValueError("no more")
 
     path = tmp_path / "cells.h5ad"
+    with pytest.raises(ValueError, match="no cells to write"):
+        write_cells(path, iter([]))
     pbmc[:5].write_h5ad(path)
     with pytest.raises(ValueError, match="no more"):
         write_cells(path, failing())

@@ -381,6 +381,12 @@ def main(args: argparse.Namespace):
     adata = read_cells(args.dataset)
     if args.layer is None or args.layer in adata.layers:  # else the processor says which layers there are
         adata = drop_empty_cells(adata, args.layer)
+    if not adata.obs_names.is_unique:
+        name = adata.obs_names[adata.obs_names.duplicated()][0]
+        raise ValueError(
+            f"The cell name {name!r} occurs more than once in {args.dataset}, so that split.json could not say which"
+            " cell was held out: call `adata.obs_names_make_unique()` and write the file again."
+        )
     processor = ScRNAProcessor(
         values=args.values,
         layer=args.layer,
@@ -400,6 +406,14 @@ def main(args: argparse.Namespace):
         known &= torch.from_numpy(adata.obs[key].iloc[test_cells].astype(str).isin(names).to_numpy())
     test_dataset = CellDataset(adata[test_cells[known.numpy()]], processor)
 
+    train_batch_size = min(args.train_batch_size, max(1, len(train_dataset) // accelerator.num_processes))
+    batches_per_epoch = len(train_dataset) // train_batch_size // accelerator.num_processes
+    if args.gradient_accumulation_steps > max(1, batches_per_epoch):
+        raise ValueError(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: an epoch has only {batches_per_epoch}"
+            f" batches of {train_batch_size} cells, and a step can't take more: lower it."
+        )
+
     # 2. Program space: the count autoencoder first; the denoiser then sees its latents
     start_time = time.monotonic()
     autoencoder = None
@@ -407,7 +421,6 @@ def main(args: argparse.Namespace):
         autoencoder = prepare_autoencoder(args, accelerator, train_dataset, checkpoint)
         train_dataset.encode(autoencoder)
         test_dataset.encode(autoencoder)
-    train_batch_size = min(args.train_batch_size, max(1, len(train_dataset) // accelerator.num_processes))
     train_dataloader = DataLoader(
         train_dataset, batch_size=train_batch_size, shuffle=True, drop_last=True, collate_fn=CellDataset.collate
     )

@@ -36,6 +36,8 @@ def read_cells(path: str | Path) -> ad.AnnData:
 def drop_empty_cells(adata: ad.AnnData, layer: str | None = None) -> ad.AnnData:
     """Leaves out cells in which nothing was measured, with a warning: they have no proportions to learn from."""
     matrix = adata.X if layer is None else adata.layers[layer]
+    if matrix is None:
+        raise ValueError(f"The data have no matrix in X, only layers {list(adata.layers)}: name one (`--layer`).")
     empty = np.asarray((matrix != 0).sum(axis=1)).ravel() == 0
     if not empty.any() or empty.all():  # all: left to ScRNAProcessor, which raises
         return adata
@@ -58,11 +60,15 @@ def write_cells(path: str | Path, batches: Iterable[ad.AnnData]) -> tuple[int, i
     import h5py
 
     batches = iter(batches)
-    batch = next(batches)  # what was asked for is checked here, before a file is touched
+    batch = next(batches, None)  # what was asked for is checked here, before a file is touched
+    if batch is None:
+        raise ValueError("There are no cells to write.")
     partial = Path(f"{path}.partial")
     growing = {"maxshape": (None,), "chunks": True}
+    matrix = batch.X.copy()
+    matrix.indptr = matrix.indptr.astype(np.int64)  # the file may grow beyond 2³¹ values
     with h5py.File(partial, "w") as file:
-        ad.io.write_elem(file, "/", ad.AnnData(batch.X, var=batch.var, uns=batch.uns))
+        ad.io.write_elem(file, "/", ad.AnnData(matrix, var=batch.var, uns=batch.uns))
         del file["obs"]
         ad.io.write_elem(file, "obs", batch.obs, dataset_kwargs=growing)
         obs = file["obs"]

@@ -91,3 +91,9 @@ def test_log_normalise_leaves_its_input_alone(pbmc):
     x = log_normalise(pbmc)
     assert (pbmc.X != before).nnz == 0
     np.testing.assert_allclose(np.expm1(x).sum(1), 1e4, rtol=1e-4)
+
+
+def test_dense_counts_are_judged_like_sparse_ones(pbmc):
+    dense = pbmc[:50].copy()
+    dense.X = dense.X.toarray()
+    np.testing.assert_array_equal(log_normalise(dense), log_normalise(pbmc[:50]))

@@ -133,6 +133,17 @@ def test_save_and_load(block_type, tmp_path):
     assert WhiteBoxDiTModel.from_pretrained(tmp_path / "plain", torch_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+@torch.no_grad()
+def test_bfloat16_gives_what_float32_gives(block_type):
+    """On CPUs its attention is written out."""
+    model, inputs = make_model(block_type).eval(), make_inputs()
+    expected = model(**inputs).sample
+    inputs["hidden_states"] = inputs["hidden_states"].bfloat16()
+    output = model.to(torch.bfloat16)(**inputs).sample.float()
+    assert 0 < (output - expected).norm() / expected.norm() < 0.02
+
+
 @torch.no_grad()
 def test_labels_by_index_are_labels_by_cell():
     model, inputs = make_model().eval(), make_inputs()

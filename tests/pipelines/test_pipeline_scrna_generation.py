@@ -17,6 +17,7 @@ from diffusers import (
 from scipy import sparse
 
 from wbdit_diffusers import ScRNAGenerationPipeline, ScRNAPipelineOutput, WhiteBoxDiTModel, __version__
+from wbdit_diffusers.pipelines import pipeline_scrna_generation
 
 
 SCHEDULERS = [
@@ -242,6 +243,32 @@ def test_a_stream_gives_the_cells_of_a_call(pbmc, space):
         next(pipe.stream(cell_types="Dendritik"))
 
 
+def test_streams_do_not_disturb_each_other(pipe):
+    arguments = {"num_cells": 128, "batch_size": 64, "cell_types": "Dendritic"}
+    pairs = zip(
+        pipe.stream(**arguments, generator=seeded(), guidance_scale=1.0),
+        pipe.stream(**arguments, generator=seeded(), guidance_scale=3.0),
+    )
+    ones, threes = (ad.concat(batches) for batches in zip(*pairs))
+    for cells, guidance_scale in ((ones, 1.0), (threes, 3.0)):
+        alone = pipe(**arguments, generator=seeded(), guidance_scale=guidance_scale).cells
+        assert (cells.X != alone.X).nnz == 0
+    assert (ones.X != threes.X).nnz > 0
+
+
+def test_counts_are_drawn_block_by_block(program_pipe, monkeypatch):
+    """The pieces in which counts are made dense never change them, nor does a generator per cell."""
+    expected = program_pipe(num_cells=150, generator=seeded()).cells
+    monkeypatch.setattr(pipeline_scrna_generation, "VALUES_AT_ONCE", 1)
+    for batch_size in (150, 100):
+        cells = program_pipe(num_cells=150, generator=seeded(), batch_size=batch_size).cells
+        assert (cells.X != expected.X).nnz <= 1e-3 * expected.X.nnz
+        np.testing.assert_allclose(cells.obs["library_size"], expected.obs["library_size"], rtol=1e-4)
+    together = program_pipe(generator=[seeded(i) for i in range(3)]).cells
+    alone = program_pipe(generator=seeded(2)).cells
+    assert (together[2:].X != alone.X).nnz <= 1
+
+
 def test_one_cell_at_a_time_gives_the_same_cells(pipe):
     expected = pipe(num_cells=70, generator=seeded(), num_inference_steps=2, output_type="pt").cells
     cells = pipe(num_cells=70, generator=seeded(), num_inference_steps=2, output_type="pt", batch_size=1).cells
@@ -435,6 +462,7 @@ def test_bad_arguments_are_named(pipe, pbmc):
     for arguments, message in [
         ({"num_cells": 0}, "positive integer"),
         ({"num_cells": 2.5}, "positive integer"),
+        ({"cell_types": []}, "empty list"),
         ({"cell_types": "T cell"}, r"'T cell' is not a cell_type of this model, which knows CD14\+ Monocyte"),
         ({"num_cells": 3, "cell_types": ["CD34+", "Dendritic"]}, "cell_type has 2 entries for 3 cells"),
         ({"conditions": {"donor": "1"}}, "'donor' is not a condition"),

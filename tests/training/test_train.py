@@ -218,6 +218,7 @@ def test_checkpoints_are_limited_and_time_is_bounded(pbmc_path, tmp_path):
     "arguments, message",
     [
         (["--dataset", "absent.h5ad"], "no file absent.h5ad"),
+        (["--gradient_accumulation_steps", "9"], "an epoch has only 8 batches of 64 cells"),
         (["--label_keys", "celltype"], "has no column 'celltype'"),
         (["--layer", "raw"], "has no layer 'raw'"),
         (["--values", "log", "--space", "program"], "log values need --space expression"),

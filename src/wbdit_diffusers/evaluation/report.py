@@ -48,7 +48,7 @@ def log_normalise(cells: ad.AnnData) -> np.ndarray:
     cells = cells.copy()
     sc.pp.normalize_total(cells, target_sum=1e4)
     sc.pp.log1p(cells)
-    return cells.X.toarray()
+    return np.asarray(cells.to_df())
 
 
 def expression(cells: ad.AnnData, values: str = "counts") -> np.ndarray:

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str],
     ) -> int:
         """Raises on arguments that don't fit each other. Returns the number of cells."""
-        if not isinstance(num_cells, int) or num_cells < 1:
+        if not isinstance(num_cells, (int, np.integer)) or num_cells < 1:
             raise ValueError(f"`num_cells` is a positive integer, not {num_cells!r}.")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"`batch_size` is a positive integer, not {batch_size!r}.")
@@ -202,6 +203,8 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
             lengths["latents"] = len(latents)
         if num_cells == 1 and lengths:  # a list makes as many cells as it is long
             num_cells = max(lengths.values())
+        if num_cells == 0:
+            raise ValueError("An empty list was given: give one entry per cell.")
         for argument, length in lengths.items():
             if length != num_cells:
                 raise ValueError(f"{argument} has {length} entries for {num_cells} cells: give one per cell.")
@@ -388,18 +391,20 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
             batch_size = max(64, TOKENS_PER_BATCH // tokens_per_cell)
         num_batches = math.ceil(num_cells / batch_size)
         device, dtype = self._execution_device, self.denoiser.dtype
-        self._guidance_scale = guidance_scale
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        self._num_timesteps = len(self.scheduler.timesteps)
+        num_timesteps = len(self.scheduler.timesteps)
         noise = CellNoise(generator, device)
 
         # 3. Denoise batch by batch
-        with self.progress_bar(total=num_batches * self._num_timesteps) as progress_bar:
+        with self.progress_bar(total=num_batches * num_timesteps) as progress_bar, ExitStack() as at_the_end:
+            at_the_end.callback(self.maybe_free_model_hooks)  # also of a stream that is given up
             for start in range(0, num_cells, batch_size):
                 stop = min(start + batch_size, num_cells)
                 block_generators, rows = noise.batch(start, stop)
                 uniform = noise.uniform(block_generators, rows, num_values=2).cpu()  # (batch, 2)
                 class_labels = self.processor.complete_labels(given_labels[start:stop], uniform[:, 0])
+                # For each batch anew: a callback, or another stream, may have changed them.
+                self._guidance_scale, self._num_timesteps = guidance_scale, num_timesteps
                 batch_latents = self.denoise(
                     block_generators,
                     rows.to(device),
@@ -430,7 +435,6 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                 cells = self.processor.to_anndata(matrix, class_labels, batch_library_size, first_cell=start)
                 cells.uns["wbdit"] = self._provenance(num_inference_steps, guidance_scale, generator)
                 yield cells
-        self.maybe_free_model_hooks()
 
     def _decode_expression(self, latents: torch.Tensor) -> torch.Tensor:
         """Denoised cells as expected log expression, `(batch, genes)`."""
