@@ -23,9 +23,9 @@ class CountAutoencoder(ModelMixin, ConfigMixin):
 
     `rates = library_size * softmax(W programs + b)` over the modelled genes and one bin for all others;
     `counts ~ NB(mean=rates, inverse dispersion=θ)` with `log θ = V programs + c`: a gene that varies much in one cell
-    type need not in another. Read counts have more zeros than that: a gene is missed altogether with probability
-    `sigmoid(U programs + d)`, which molecule counts (UMI) leave near zero. Row `g` of `W` (`decoder.weight`) says how
-    much each program raises the log rate of gene `g`.
+    type need not in another. Read counts above all have more zeros than that: a gene is missed altogether with
+    probability `sigmoid(U programs + d)`. Row `g` of `W` (`decoder.weight`) says how much each program raises the log
+    rate of gene `g`.
 
     The prior of the programs is the denoiser, not the standard normal distribution: the divergence from that enters
     the loss with a small weight, only to keep the encoder from fitting the noise of single counts.
