@@ -2,7 +2,8 @@
 
     accelerate launch training/train.py --dataset cells.h5ad --label_keys cell_type --output_dir wbdit-cells
 
-Every flag can stand in a YAML file instead (`--config training/configs/paper.yaml`); a flag on the command line wins.
+Every flag can stand in a YAML file instead (`--config training/configs/paper.yaml`; of several the later wins, and a
+flag on the command line over all).
 `--output_dir` then holds what `ScRNAGenerationPipeline.from_pretrained` needs, and besides it: `split.json` (the names
 of the training and of the held-out cells), `training_log.csv` (the losses), `checkpoint-N/` (to resume from).
 """
@@ -18,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+import anndata as ad
+import numpy as np
 import psutil
 import torch
 import torch.distributed.run
@@ -67,7 +70,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", type=Path, help="YAML file of flags; those on the command line win.")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="YAML files of flags: a later one wins, the command line over all.",
+    )
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="An .h5ad file.")
@@ -94,6 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         " in the paper (the default for log values).",
     )
     data.add_argument("--test_fraction", type=float, default=0.2, help="Share of the cells to hold out.")
+    data.add_argument("--split", type=Path, help="Hold out the same cells as another run: its split.json.")
 
     autoencoder = parser.add_argument_group("count autoencoder, of program space")
     autoencoder.add_argument("--num_programs", type=int, help="Chosen by held-out likelihood by default.")
@@ -155,8 +165,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     hub.add_argument("--push_to_hub", action="store_true")
     hub.add_argument("--hub_model_id", help="Repository; the name of --output_dir in your namespace by default.")
 
-    config_path = parser.parse_known_args(argv)[0].config
-    if config_path is not None:
+    for config_path in parser.parse_known_args(argv)[0].config:
         config = yaml.safe_load(config_path.read_text()) or {}
         unknown = sorted(set(config) - {action.dest for action in parser._actions})
         if unknown:
@@ -175,6 +184,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{required} is required.")
     args.output_dir = Path(args.output_dir)
     return args
+
+
+def read_split(path: Path, adata: ad.AnnData) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the training and of the held-out cells that a split.json names."""
+    split = json.loads(path.read_text())
+    positions = [adata.obs_names.get_indexer(split[part]) for part in ("train", "test")]
+    for part, found in zip(("train", "test"), positions):
+        if (found < 0).any():
+            name = split[part][int(np.argmin(found))]
+            raise ValueError(f"--split {path} names the cell {name!r}, which the dataset does not have.")
+    return positions[0], positions[1]
 
 
 def diffusion_loss(
@@ -395,9 +415,12 @@ def main(args: argparse.Namespace):
         standardize=args.standardize,
         model_library_size=args.model_library_size,
     )
-    train_cells, test_cells = split_cells(
-        adata, args.test_fraction, label_key=label_keys[0] if label_keys else None, seed=args.seed
-    )
+    if args.split is not None:
+        train_cells, test_cells = read_split(args.split, adata)
+    else:
+        train_cells, test_cells = split_cells(
+            adata, args.test_fraction, label_key=label_keys[0] if label_keys else None, seed=args.seed
+        )
     processor.fit(adata[train_cells])
     train_dataset = CellDataset(adata[train_cells], processor)
     # Labels that only held-out cells have are unknown to the model.

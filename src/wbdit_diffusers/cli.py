@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
+from . import recipes
 from .data import read_cells, write_cells
 from .pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
+from .recipes import RECIPES
 
 
 SCHEDULERS = {
@@ -54,6 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output_dir", type=Path, default=Path("report"))
     evaluate.add_argument("--num_seeds", type=int, default=3, help="Samples to draw from the model.")
     evaluate.add_argument("--parity", action="store_true", help="Add the paper's metrics, which reward collapse.")
+
+    prepare = commands.add_parser("prepare", help="Fetch a public dataset of the paper's reproduction.")
+    prepare.add_argument("dataset", choices=sorted(RECIPES), help="Its name; see docs/reproduction.md.")
+    prepare.add_argument("--output", type=Path, help="The .h5ad file to write; DATASET.h5ad by default.")
+    prepare.add_argument("--folder", type=Path, default=Path("published"), help="Where the published files are kept.")
 
     for command in (generate, evaluate):
         command.add_argument("--guidance_scale", type=float, default=1.0)
@@ -133,10 +140,18 @@ def evaluate(args: argparse.Namespace):
     print(f"Written to {args.output_dir}: report.json, report.md, report.png.")
 
 
+def prepare(args: argparse.Namespace):
+    cells = recipes.prepare(args.dataset, args.folder / args.dataset)
+    output = args.output or Path(f"{args.dataset}.h5ad")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    cells.write_h5ad(output)
+    print(f"{cells.n_obs} cells × {cells.n_vars} genes in {output}: {RECIPES[args.dataset].source}.")
+
+
 def main(argv: list[str] | None = None):
     args = build_parser().parse_args(argv)
     try:
-        {"generate": generate, "evaluate": evaluate}[args.command](args)
+        {"generate": generate, "evaluate": evaluate, "prepare": prepare}[args.command](args)
     except (ValueError, OSError) as error:
         sys.exit(f"wbdit {args.command}: {error}")
 

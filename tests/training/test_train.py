@@ -1,6 +1,7 @@
 """training/train.py, run as a user runs it."""
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -193,6 +194,42 @@ def test_the_paper_s_config_and_flags_over_it(pbmc, tmp_path):
     assert cells.X.min() >= 0 and cells.uns["wbdit"]["X"] == "log expression"
 
 
+def test_a_dataset_s_config_and_the_paper_s_behind_it():
+    specification = importlib.util.spec_from_file_location("train", TRAIN_SCRIPT)
+    train = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(train)
+    configs = ROOT / "training" / "configs"
+    for path in configs.glob("*.yaml"):  # every line is a flag of train.py
+        train.parse_args(["--config", str(path), "--dataset", "cells.h5ad", "--output_dir", "out"])
+    args = train.parse_args(
+        [
+            "--config",
+            str(configs / "pbmc3k.yaml"),
+            str(configs / "paper.yaml"),
+            "--values",
+            "counts",
+            "--output_dir",
+            "out",
+        ]
+    )
+    assert args.dataset == "pbmc3k.h5ad"  # the first file's
+    assert args.label_keys == [] and args.space == "expression"  # the second's
+    assert args.values == "counts"  # the command line's
+
+
+def test_the_same_cells_held_out_with_another_seed(pbmc_path, tmp_path):
+    runs = {"first": ["--seed", 3], "second": ["--seed", 4, "--split", tmp_path / "first" / "split.json"]}
+    for name, flags in runs.items():
+        launch(
+            *("--dataset", pbmc_path, "--output_dir", tmp_path / name, *TINY, *EXPRESSION),
+            *("--max_train_steps", 1, *flags),
+        )
+    first, second = (json.loads((tmp_path / name / "split.json").read_text()) for name in runs)
+    assert first["train"] == second["train"] and first["test"] == second["test"]
+    losses = [read_log(tmp_path / name)[0]["loss"] for name in runs]
+    assert losses[0] != losses[1]
+
+
 def test_expression_space(pbmc_path, tmp_path):
     launch(
         *("--dataset", pbmc_path, "--label_keys", "cell_type", "--output_dir", tmp_path, *TINY, *EXPRESSION),
@@ -225,11 +262,14 @@ def test_checkpoints_are_limited_and_time_is_bounded(pbmc_path, tmp_path):
         (["--test_fraction", "0"], "between 0 and 1"),
         (["--resume_from_checkpoint", "absent"], "absent is no checkpoint of train.py"),
         (["--config", "CONFIG"], "sets learning_rates, which is no flag of train.py"),
+        (["--split", "SPLIT"], "names the cell 'no_cell', which the dataset does not have"),
     ],
 )
 def test_bad_arguments_end_at_once_with_their_name(arguments, message, pbmc_path, tmp_path):
     (tmp_path / "config.yaml").write_text("learning_rates: 1")
-    arguments = [str(tmp_path / "config.yaml") if one == "CONFIG" else one for one in arguments]
+    (tmp_path / "split.json").write_text('{"train": ["no_cell"], "test": []}')
+    paths = {"CONFIG": tmp_path / "config.yaml", "SPLIT": tmp_path / "split.json"}
+    arguments = [str(paths.get(one, one)) for one in arguments]
     command = [
         sys.executable,
         ROOT / "training" / "train.py",
