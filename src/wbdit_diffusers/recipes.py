@@ -60,11 +60,9 @@ def read_hnscc(folder: Path) -> ad.AnnData:
     stands in quotes. Cells that are of none of the three kinds are left out.
     """
     path = folder / "GSE103322_HNSCC_all_data.txt.gz"
-    table = pd.read_csv(path, sep="\t", index_col=0, header=0, low_memory=False)
-    names = table.index.astype(str).str.split().str.join(" ").str.strip("'\"")
-    rows = {
-        key: np.flatnonzero(names.str.lower() == key) for key in ("classified as cancer cell", "non-cancer cell type")
-    }
+    table = pd.read_csv(path, sep="\t", index_col=0, nrows=20, dtype=str)
+    names = table.index.astype(str).str.split().str.join(" ").str.lower()
+    rows = {key: np.flatnonzero(names == key) for key in ("classified as cancer cell", "non-cancer cell type")}
     for key, found in rows.items():
         if len(found) != 1:
             raise ValueError(f"{path} has no row {key!r}: this is not the table of GSE103322.")
@@ -74,12 +72,15 @@ def read_hnscc(folder: Path) -> ad.AnnData:
     cell_type = np.select(
         [is_cancer, types == "Fibroblast", immune], ["malignant", "fibroblast", "immune"], default=""
     )
-    first_gene = 1 + max(found[0] for found in rows.values())
-    values = table.iloc[first_gene:].astype(np.float32).to_numpy().T  # (cells, genes)
+    num_rows = 1 + max(found[0] for found in rows.values())  # of annotation
+    # Read apart from the annotation: as text, 140 million values would take 10 GB.
+    genes = pd.read_csv(
+        path, sep="\t", index_col=0, skiprows=range(1, 1 + num_rows), dtype=dict.fromkeys(table.columns, np.float32)
+    )
     cells = ad.AnnData(
-        sparse.csr_matrix(values),
+        sparse.csr_matrix(genes.to_numpy().T),
         obs=pd.DataFrame({"cell_type": pd.Categorical(cell_type), "cell_subtype": types}, index=table.columns),
-        var=pd.DataFrame(index=make_index_unique(names[first_gene:])),
+        var=pd.DataFrame(index=make_index_unique(genes.index.astype(str).str.strip("'\""))),
     )
     return cells[cell_type != ""].copy()
 
