@@ -1,19 +1,21 @@
 """The paper's experiment repeated: White-Box DiT against DiT on each dataset in the paper's setting, and our default.
 
     python benchmarks/reproduce.py --dataset all --budget_minutes 65 --device cpu
-    python benchmarks/reproduce.py --table benchmarks/results/reproduction_cpu.json
+    python benchmarks/reproduce.py --table outputs/reproduction_cpu.json
 
-Every model of a dataset sees the same training cells, for the same minutes; the budget is divided between them. (Our
-default is trained once, for as long as the White-Box network's seeds together.) The
-paper's setting is training/configs/paper.yaml: log1p(CP10k) of 2,000 genes, no conditions, batches of 16, learning
-rate 1e-4, ε-prediction. On a GPU the networks have the published shape; on a CPU that would be a few epochs, so they
-are smaller unless told otherwise (`--shape`). What is done is not done again: the same command goes on after an
-interruption. All cells are judged on one log scale, so that the paper's, which are no counts, can be judged at all.
+Every model of a dataset sees the same training cells for the same minutes, into which the budget is divided; our
+default is trained once, for as long as the White-Box network's seeds together. The paper's setting is
+training/configs/paper.yaml: log1p(CP10k) of 2,000 genes, no conditions, batches of 16, learning rate 1e-4,
+ε-prediction. On a GPU the networks have the published shape; on a CPU that would be a few epochs, so they are smaller
+unless told otherwise (`--shape`). What is done is not done again: the same command goes on after an interruption. All
+cells are judged on one log scale, so that the paper's, which are no counts, can be judged at all.
 """
 
 import argparse
 import functools
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -174,6 +176,7 @@ class Dataset:
             epochs_per_checkpoint = max(1, round(epochs / 8)) if seed == 0 and model != LARGE else 10**6
         elif self.values == "log":  # our default is then the network of expression space
             flags += flags_of(SHAPES[self.args.shape])
+        shutil.rmtree(folder, ignore_errors=True)  # of an interrupted training
         command = [sys.executable, "-c", TRAIN, folder.with_suffix(".memory"), ROOT / "training" / "train.py"]
         command += ["--config", *configs, "--dataset", self.path, "--split", self.split_path]
         command += ["--output_dir", folder, "--seed", seed, "--num_genes", NUM_GENES, *flags]
@@ -181,7 +184,8 @@ class Dataset:
         # Our default has batches of its own size: a row every 200 of its steps.
         command += ["--validation_steps", epochs_per_row * self.steps_per_epoch if model != DEFAULT else 200]
         command += ["--checkpointing_steps", epochs_per_checkpoint * self.steps_per_epoch]
-        subprocess.run([str(part) for part in command], check=True)
+        environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if self.args.device == "cpu" else {})
+        subprocess.run([str(part) for part in command], check=True, env=environment)
         log = pd.read_csv(folder / "training_log.csv")
         epochs = log["step"] / self.steps_per_epoch if model != DEFAULT else log["epoch"]
         return {
@@ -209,18 +213,22 @@ class Dataset:
         }
 
     def sample(
-        self, model: str, seed: int, num_inference_steps: int, times: int = 1, checkpoint: Path | None = None
+        self,
+        model: str,
+        seed: int,
+        num_inference_steps: int,
+        dtype: torch.dtype = torch.float32,
+        times: int = 1,
+        checkpoint: Path | None = None,
     ) -> ad.AnnData:
-        """Cells on the log scale, as many as are judged, with their labels where the model has labels."""
+        """As many cells as are judged, on the log scale; of the judged cells' labels where the model has labels."""
         pipe = ScRNAGenerationPipeline.from_pretrained(
             self.folder / f"{model}, seed {seed if model != DEFAULT else 0}"
         )
         pipe.set_progress_bar_config(disable=True)
         if checkpoint is not None:
             EMAModel.from_pretrained(checkpoint / "ema", WhiteBoxDiTModel).copy_to(pipe.denoiser.parameters())
-        pipe.to(self.args.device)
-        if num_inference_steps >= 100:  # for speed; benchmarks/quality.py --dtypes measures what it costs
-            pipe.to(torch.bfloat16)
+        pipe.to(self.args.device, dtype)
         kwargs = {
             "num_cells": times * self.test.n_obs,
             "num_inference_steps": num_inference_steps,
@@ -228,8 +236,10 @@ class Dataset:
         }
         config = pipe.processor.config
         if config.label_keys:
+            # In another order than the judged cells: the paper's KL divergence pairs them row by row.
+            order = np.random.default_rng(seed).permutation(times * self.test.n_obs) % self.test.n_obs
             kwargs["conditions"] = {
-                key: np.tile(self.test.obs[key].astype(str).to_numpy(), times).tolist() for key in config.label_keys
+                key: self.test.obs[key].astype(str).to_numpy()[order].tolist() for key in config.label_keys
             }
         if pipe.autoencoder is not None:
             cells = pipe(**kwargs).cells
@@ -266,9 +276,10 @@ def reproduce(name: str, entry: dict, minutes: float, args: argparse.Namespace, 
     record(LARGE, "runs", "0", lambda: data.train_model(LARGE, 0, minutes))
     record(DEFAULT, "runs", "0", lambda: data.train_model(DEFAULT, 0, minutes * args.num_seeds))
 
-    def judge_steps(model: str, steps: int, seeds: range) -> dict:
-        samples = [data.sample(model, seed, steps) for seed in seeds]
-        samples[0].write_h5ad(data.folder / f"{model}, {steps} steps.h5ad", compression="gzip")
+    def judge_steps(model: str, steps: int, seeds: range, dtype: torch.dtype = torch.float32) -> dict:
+        samples = [data.sample(model, seed, steps, dtype) for seed in seeds]
+        if dtype == torch.float32:  # for the figures
+            samples[0].write_h5ad(data.folder / f"{model}, {steps} steps.h5ad", compression="gzip")
         metrics = data.judge(samples, floors="floors" not in entry)
         if "floors" not in entry:
             entry["floors"] = {floor: metrics[floor] for floor in FLOORS}
@@ -288,12 +299,19 @@ def reproduce(name: str, entry: dict, minutes: float, args: argparse.Namespace, 
 
             record(model, "epochs", str(epoch), judge_checkpoint)
     for model in (WHITE_BOX, DIT):
-        record(model, "samplers", "100", lambda model=model: judge_steps(model, 100, range(1)))
-        record(model, "samplers", "1000", lambda model=model: judge_steps(model, 1000, range(1)))
+        # bfloat16 for their time; the first shows what it costs.
+        for steps in (20, 100, 1000):
+
+            def judge_bfloat16(model=model, steps=steps) -> dict:
+                return judge_steps(model, steps, range(1), torch.bfloat16)
+
+            record(model, "samplers", f"{steps}, bfloat16", judge_bfloat16)
     for model in (WHITE_BOX, DIT, DEFAULT):
         path = data.folder / f"{model}, five times.h5ad"
         if not path.exists():
-            data.sample(model, 0, 20, times=5).write_h5ad(path, compression="gzip")
+            partial = path.with_suffix(".partial")
+            data.sample(model, 0, 20, times=5).write_h5ad(partial, compression="gzip")
+            partial.replace(path)
 
 
 def ratio_at(runs_a: dict, runs_b: dict, axis: str, column: str = "validation_loss") -> list[float]:
@@ -321,7 +339,8 @@ def tables(results: dict) -> str:
         " White-Box as large as the DiT: at equal epochs | at equal time |",
         "|---" * 6 + "|",
     ]
-    for name, entry in results["datasets"].items():
+    complete = {name: entry for name, entry in results["datasets"].items() if "seconds" in entry}
+    for name, entry in complete.items():
         runs = {model: entry["models"][model]["runs"] for model in (WHITE_BOX, DIT, LARGE)}
         seconds = [
             runs[DIT][seed]["seconds_per_epoch"] / runs[WHITE_BOX][seed]["seconds_per_epoch"]
@@ -334,30 +353,31 @@ def tables(results: dict) -> str:
 
     lines += [
         "",
-        "| dataset | model | parameters | GFLOP per step | seconds per epoch | epochs | peak memory, MiB |"
+        "| dataset | model | parameters | GFLOP per step | minutes | seconds per epoch | epochs | peak memory, MiB |"
         " training loss | held-out loss |",
-        "|---" * 9 + "|",
+        "|---" * 10 + "|",
     ]
-    for name, entry in results["datasets"].items():
+    for name, entry in complete.items():
         for model, parts in entry["models"].items():
             runs = parts["runs"].values()
-            network = results["networks"].get(model)
-            lines.append(
-                f"| {name} | {model} | "
-                + (f"{network['parameters']:,} | {network['flop_per_step'] / 1e9:.1f}" if network else "– | –")
-                + f" | {mean_sd([run['seconds_per_epoch'] for run in runs], 2)}"
-                + f" | {mean_sd([run['epochs'] for run in runs], 1)}"
-                + f" | {mean_sd([run['peak_memory_mib'] for run in runs], 0)}"
-                + f" | {mean_sd([run['log']['loss'][-1] for run in runs])}"
-                + f" | {mean_sd([run['log']['validation_loss'][-1] for run in runs])} |"
-            )
+            values = [name, model, "–", "–", mean_sd([run["minutes"] for run in runs], 2), "–", "–", "–", "–"]
+            if model != DEFAULT:  # another loss, and batches of another size
+                network = results["networks"][model]
+                values[2:4] = f"{network['parameters']:,}", f"{network['flop_per_step'] / 1e9:.1f}"
+                values[5] = mean_sd([run["seconds_per_epoch"] for run in runs], 2)
+                values[6] = mean_sd([run["epochs"] for run in runs], 1)
+                # The last row but one is of a whole interval.
+                values[7] = mean_sd([run["log"]["loss"][-2:][0] for run in runs])
+                values[8] = mean_sd([run["log"]["validation_loss"][-1] for run in runs])
+            values.insert(7, mean_sd([run["peak_memory_mib"] for run in runs], 0))
+            lines.append("| " + " | ".join(values) + " |")
 
     lines += [
         "",
         "| dataset | cells | steps | " + " | ".join(METRICS.values()) + " |",
         "|---" * (3 + len(METRICS)) + "|",
     ]
-    for name, entry in results["datasets"].items():
+    for name, entry in complete.items():
         rows = [(floor, "", entry["floors"][floor]) for floor in FLOORS]
         for model, parts in entry["models"].items():
             rows += [(model, steps, metrics) for steps, metrics in parts["samplers"].items()]
@@ -367,7 +387,7 @@ def tables(results: dict) -> str:
             )
 
     lines += ["", "| dataset | model | epochs | seconds | held-out loss | RF-AUC | W2 | MMD² |", "|---" * 8 + "|"]
-    for name, entry in results["datasets"].items():
+    for name, entry in complete.items():
         for model in (WHITE_BOX, DIT):
             log = entry["models"][model]["runs"]["0"]["log"]
             for epoch, metrics in entry["models"][model].get("epochs", {}).items():
@@ -376,6 +396,9 @@ def tables(results: dict) -> str:
                 )
                 values = " | ".join(mean_sd(metrics[key]) for key in ("rf_auc", "w2", "mmd2"))
                 lines.append(f"| {name} | {model} | {epoch} | {seconds:.0f} | {loss:.3f} | {values} |")
+    missing = sorted(set(results["datasets"]) - set(complete))
+    if missing:
+        lines += ["", f"Not complete: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -427,7 +450,7 @@ def figures(results: dict, args: argparse.Namespace):
             draw(axis, {"real": real, WHITE_BOX: load(f"{WHITE_BOX}, epoch {epoch}")}, f"epoch {epoch}")
         draw(growing[1][row][4], {"real": real, DEFAULT: load(f"{DEFAULT}, 20 steps")}, DEFAULT)
         draw(many[1][row][0], {"real": real, WHITE_BOX: last, DIT: load(f"{DIT}, 20 steps")}, "paper's setting")
-        real = train if data.train.n_obs <= 5 * real.n_obs else train[: 5 * real.n_obs]
+        real = train[np.random.default_rng(0).permutation(train.n_obs)[: 5 * real.n_obs]]
         for axis, model in zip(many[1][row][1:], (WHITE_BOX, DEFAULT)):
             draw(axis, {"real": real, model: load(f"{model}, five times")}, f"five times as many: {model}")
         for axis in (*growing[1][row], *many[1][row]):
@@ -467,8 +490,13 @@ def figures(results: dict, args: argparse.Namespace):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", nargs="+", default=["all"], choices=["all", *DATASETS], metavar="NAME")
-    parser.add_argument("--data_dir", type=Path, default=ROOT.parent / "shared" / "data", help="Folder of NAME.h5ad.")
+    parser.add_argument("--dataset", nargs="+", default=["all"], choices=["all", *DATASETS, "hnscc"], metavar="NAME")
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        default=ROOT.parent / "shared" / "data",
+        help="Folder of NAME.h5ad, as `wbdit prepare` writes them.",
+    )
     parser.add_argument(
         "--budget_minutes", type=float, default=65, help="For all of it; a little less than half is training."
     )
@@ -476,9 +504,9 @@ def main():
     parser.add_argument("--shape", choices=sorted(SHAPES), help="Of the paper's networks: small on a CPU by default.")
     parser.add_argument("--num_seeds", type=int, default=3)
     parser.add_argument("--max_cells", type=int, help="Held-out cells to judge on: 200 on a CPU, 5,000 on a GPU.")
-    parser.add_argument("--output", type=Path, help="JSON; results/reproduction_DEVICE.json by default.")
+    parser.add_argument("--output", type=Path, help="JSON; outputs/reproduction_DEVICE.json by default.")
     parser.add_argument("--work_dir", type=Path, help="Models and samples; beside the JSON by default.")
-    parser.add_argument("--figure_dir", type=Path, default=ROOT / "docs" / "reproduction")
+    parser.add_argument("--figure_dir", type=Path, help="In --work_dir by default.")
     parser.add_argument("--table", type=Path, help="Print the tables of a JSON file, and nothing else.")
     parser.add_argument("--figures", action="store_true", help="Draw the figures again, and nothing else.")
     args = parser.parse_args()
@@ -489,12 +517,27 @@ def main():
     on_cpu = args.device == "cpu"
     args.shape = args.shape or ("small" if on_cpu else "full")
     args.max_cells = args.max_cells or (200 if on_cpu else 5000)
-    args.output = args.output or ROOT / "benchmarks" / "results" / f"reproduction_{args.device}.json"
+    args.output = args.output or ROOT / "outputs" / f"reproduction_{args.device}.json"
     args.work_dir = args.work_dir or args.output.with_suffix("")
+    args.figure_dir = args.figure_dir or args.work_dir
     names = DATASETS if "all" in args.dataset else args.dataset
 
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    results |= {"machine": machine(), "shape": args.shape}
+    # On two cores, more than half of the time goes into sampling and judging.
+    minutes = 0.45 * args.budget_minutes / len(names) / (3 * args.num_seeds + 1)
+    settings = {
+        "shape": args.shape,
+        "device": args.device,
+        "num_seeds": args.num_seeds,
+        "max_cells": args.max_cells,
+        "minutes": minutes,
+    }
+    if results.setdefault("settings", settings) != settings and not args.figures:
+        parser.error(
+            f"{args.output} was begun with {results['settings']}, not {settings}: give the same flags, or another"
+            " --output."
+        )
+    results["machine"] = machine()
     results["networks"] = {
         name: {key: value for key, value in network.items() if key != "flags"}
         for name, network in networks(args.shape).items()
@@ -508,10 +551,12 @@ def main():
         partial.replace(args.output)
 
     if not args.figures:
-        # On two cores, more than half of the time goes into sampling and judging.
-        minutes = 0.45 * args.budget_minutes / len(names) / (3 * args.num_seeds + 1)
         for name in names:
-            reproduce(name, datasets.setdefault(name, {}), minutes, args, save)
+            start = time.monotonic()
+            entry = datasets.setdefault(name, {})
+            reproduce(name, entry, minutes, args, save)
+            entry.setdefault("seconds", time.monotonic() - start)
+            save()
     figures(results, args)
     print(tables(results))
 

@@ -5,6 +5,7 @@ import io
 import tarfile
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -32,6 +33,7 @@ def test_hnscc(tmp_path):
     with gzip.open(tmp_path / "GSE103322_HNSCC_all_data.txt.gz", "wt") as file:
         file.write(HNSCC)
     cells = prepare("hnscc", tmp_path)
+    cells.write_h5ad(tmp_path / "hnscc.h5ad")
     # Neither the endothelial cell nor the unclassified one
     assert cells.obs_names.tolist() == ["HN28_P1", "HN28_P2", "HN25_P3", "HN25_P4"]
     assert cells.obs["cell_type"].tolist() == ["malignant", "fibroblast", "fibroblast", "immune"]
@@ -73,6 +75,8 @@ def test_kang(kang_folder):
     cells = RECIPES["kang_ifnb_pbmc"].read(kang_folder)
     assert cells.obs["cell_type"].tolist() == ["CD4 T cells", "B cells"]  # without the doublet
     assert cells.obs["condition"].tolist() == ["CTRL", "STIM"]
+    assert cells.obs["donor"].tolist() == ["107", "107"]
+    cells.write_h5ad(kang_folder / "kang.h5ad")
     assert cells.obs_names.is_unique and cells.var_names.is_unique
     np.testing.assert_array_equal(cells.X.toarray(), [[1, 0, 5], [3, 0, 4]])
 
@@ -131,6 +135,26 @@ def test_pancreas(tmp_path):
     cells = prepare("pancreas_endocrinogenesis", tmp_path)
     assert cells.obs["cell_type"].tolist() == ["Ductal", "Beta"]
     assert cells.X.toarray().tolist() == [[1, 0], [0, 3]]
+
+
+def test_paul15(tmp_path):
+    """The layout that Scanpy reads."""
+    (tmp_path / "paul15").mkdir()
+    with h5py.File(tmp_path / "paul15" / "paul15.h5", "w") as file:
+        file["data.debatched"] = np.array([[1, 0, 2], [0, 3, 0]])
+        file["data.debatched_rownames"] = ["Prss34;Alias", "Irf8"]
+        file["data.debatched_colnames"] = ["W1", "W2", "W3"]
+        file["cluster.id"] = np.array([[1, 7, 19]])
+        file["info.genes_strings"] = ["Irf8", "Prss34", "Corrupted"]
+    cells = prepare("paul15", tmp_path)
+    assert cells.obs["cell_type"].tolist() == ["1Ery", "7MEP", "19Lymph"]
+    assert cells[:, "Prss34"].X.toarray().ravel().tolist() == [1, 0, 2]
+
+
+def test_files_that_are_not_the_published_ones(tmp_path):
+    (tmp_path / "endocrinogenesis_day15.h5ad").write_bytes(b"<html>not found</html>")
+    with pytest.raises(ValueError, match="does not hold the published files of pancreas"):
+        prepare("pancreas_endocrinogenesis", tmp_path)
 
 
 def test_a_dataset_without_a_recipe(tmp_path):

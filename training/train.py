@@ -189,12 +189,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def read_split(path: Path, adata: ad.AnnData) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the training and of the held-out cells that a split.json names."""
     split = json.loads(path.read_text())
-    positions = [adata.obs_names.get_indexer(split[part]) for part in ("train", "test")]
-    for part, found in zip(("train", "test"), positions):
-        if (found < 0).any():
-            name = split[part][int(np.argmin(found))]
-            raise ValueError(f"--split {path} names the cell {name!r}, which the dataset does not have.")
-    return positions[0], positions[1]
+    if not split.get("train") or not split.get("test"):
+        raise ValueError(f"--split {path} is no split.json of train.py: it does not name train and test cells.")
+    names = split["train"] + split["test"]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--split {path} names a cell twice, so that it would be trained on and held out.")
+    positions = adata.obs_names.get_indexer(names)
+    if (positions < 0).any():
+        name = names[int(np.argmin(positions))]
+        raise ValueError(f"--split {path} names the cell {name!r}, which the dataset does not have.")
+    return positions[: len(split["train"])], positions[len(split["train"]) :]
 
 
 def diffusion_loss(
@@ -493,7 +497,7 @@ def main(args: argparse.Namespace):
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         split = {
-            "seed": args.seed,
+            "seed": args.seed if args.split is None else json.loads(args.split.read_text()).get("seed"),
             "train": adata.obs_names[train_cells].tolist(),
             "test": adata.obs_names[test_cells].tolist(),
         }

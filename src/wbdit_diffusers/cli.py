@@ -12,7 +12,6 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from . import recipes
 from .data import read_cells, write_cells
 from .pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
-from .recipes import RECIPES
 
 
 SCHEDULERS = {
@@ -58,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--parity", action="store_true", help="Add the paper's metrics, which reward collapse.")
 
     prepare = commands.add_parser("prepare", help="Fetch a public dataset of the paper's reproduction.")
-    prepare.add_argument("dataset", choices=sorted(RECIPES), help="Its name; see docs/reproduction.md.")
+    prepare.add_argument("dataset", choices=sorted(recipes.RECIPES), help="Its name; see docs/reproduction.md.")
     prepare.add_argument("--output", type=Path, help="The .h5ad file to write; DATASET.h5ad by default.")
     prepare.add_argument("--folder", type=Path, default=Path("published"), help="Where the published files are kept.")
 
@@ -145,7 +144,7 @@ def prepare(args: argparse.Namespace):
     output = args.output or Path(f"{args.dataset}.h5ad")
     output.parent.mkdir(parents=True, exist_ok=True)
     cells.write_h5ad(output)
-    print(f"{cells.n_obs} cells × {cells.n_vars} genes in {output}: {RECIPES[args.dataset].source}.")
+    print(f"{cells.n_obs} cells × {cells.n_vars} genes in {output}: {recipes.RECIPES[args.dataset].source}.")
 
 
 def main(argv: list[str] | None = None):

@@ -27,8 +27,10 @@ class Recipe:
 
     def fetch(self, folder: Path):
         """Downloads what is not in the folder yet; a file whose checksum is known is checked against it."""
-        import pooch
-
+        try:
+            import pooch
+        except ModuleNotFoundError as error:
+            raise ValueError('Fetching data needs `pip install "wbdit_diffusers[data]"`.') from error
         for name, (address, sha256) in self.files.items():
             pooch.retrieve(address, known_hash=sha256, fname=name, path=folder, progressbar=True)
 
@@ -42,13 +44,22 @@ def prepare(name: str, folder: str | Path) -> ad.AnnData:
         folder (`str` or `Path`): Where the published files are kept; those already there are not fetched again.
 
     Returns:
-        `AnnData`: all its cells, with `obs["cell_type"]`. `X` holds counts, or log values for `hnscc`.
+        `AnnData`: its cells, with `obs["cell_type"]`. `X` holds counts, or log values for `hnscc`.
+
+    Raises:
+        ValueError: If there is no such recipe, or the folder holds other files than the published ones.
     """
     if name not in RECIPES:
         raise ValueError(f"There is no recipe for {name!r}; there are {', '.join(RECIPES)}.")
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     RECIPES[name].fetch(folder)
-    return RECIPES[name].read(folder)
+    try:
+        return RECIPES[name].read(folder)
+    except (ValueError, KeyError, OSError, tarfile.TarError) as error:
+        raise ValueError(
+            f"{folder} does not hold the published files of {name} (remove it, to fetch them again): {error}"
+        ) from error
 
 
 def read_hnscc(folder: Path) -> ad.AnnData:
@@ -79,8 +90,8 @@ def read_hnscc(folder: Path) -> ad.AnnData:
     )
     cells = ad.AnnData(
         sparse.csr_matrix(genes.to_numpy().T),
-        obs=pd.DataFrame({"cell_type": pd.Categorical(cell_type), "cell_subtype": types}, index=table.columns),
-        var=pd.DataFrame(index=make_index_unique(genes.index.astype(str).str.strip("'\""))),
+        obs=pd.DataFrame({"cell_type": pd.Categorical(cell_type)}, index=table.columns),
+        var=pd.DataFrame(index=make_index_unique(genes.index.astype(str).str.strip("'\"").rename(None))),
     )
     return cells[cell_type != ""].copy()
 
@@ -88,7 +99,7 @@ def read_hnscc(folder: Path) -> ad.AnnData:
 def read_kang(folder: Path) -> ad.AnnData:
     """PBMCs with and without interferon β: singlets with a type, `obs["condition"]` CTRL or STIM."""
     genes = pd.read_csv(folder / "GSE96583_batch2.genes.tsv.gz", sep="\t", header=None)[1].astype(str)
-    genes = make_index_unique(pd.Index(genes))
+    genes = make_index_unique(pd.Index(genes.to_numpy()))
     table = pd.read_csv(folder / "GSE96583_batch2.total.tsne.df.tsv.gz", sep="\t", index_col=0)
     parts = []
     for condition, sample, matrix_name in (("ctrl", "GSM2560248", "2.1"), ("stim", "GSM2560249", "2.2")):
@@ -99,7 +110,11 @@ def read_kang(folder: Path) -> ad.AnnData:
         if len(rows) != len(barcodes) or any(a[:14] != b[:14] for a, b in zip(rows.index, barcodes)):
             raise ValueError(f"The cells of {sample} are not those of GSE96583_batch2.total.tsne.df.tsv.gz.")
         obs = pd.DataFrame(
-            {"cell_type": rows["cell"].to_numpy(), "condition": condition.upper(), "donor": rows["ind"].astype(str)},
+            {
+                "cell_type": rows["cell"].to_numpy(),
+                "condition": condition.upper(),
+                "donor": rows["ind"].astype(str).to_numpy(),
+            },
             index=[f"{barcode}.{condition}" for barcode in barcodes],
         )
         part = ad.AnnData(matrix, obs=obs, var=pd.DataFrame(index=genes))
@@ -111,6 +126,8 @@ def read_pbmc3k(folder: Path) -> ad.AnnData:
     """3k PBMCs, with the types of Scanpy's tutorial; cells that it filtered out are "unlabelled"."""
     cells = _read_10x(folder / "pbmc3k_filtered_gene_bc_matrices.tar.gz")
     labels = ad.read_h5ad(folder / "pbmc3k_processed.h5ad").obs["louvain"].astype(str)
+    if not cells.obs_names.isin(labels.index).any():
+        raise ValueError("None of the cells of the archive is in pbmc3k_processed.h5ad.")
     cells.obs["cell_type"] = labels.reindex(cells.obs_names).fillna("unlabelled").astype("category")
     return cells
 
@@ -150,7 +167,7 @@ def read_paul15(folder: Path) -> ad.AnnData:
 
     datasetdir, sc.settings.datasetdir = sc.settings.datasetdir, folder
     try:
-        source = sc.datasets.paul15()
+        source = sc.datasets.paul15()  # in datasetdir/paul15
     finally:
         sc.settings.datasetdir = datasetdir
     obs = source.obs[["paul15_clusters"]].rename(columns={"paul15_clusters": "cell_type"})
@@ -224,8 +241,11 @@ RECIPES = {
         },
         read_pancreas,
     ),
-    # Scanpy fetches the file itself.
-    "paul15": Recipe("Paul et al. 2015, Cell 163:1663; GEO GSE72857", {}, read_paul15),
+    "paul15": Recipe(
+        "Paul et al. 2015, Cell 163:1663; GEO GSE72857",
+        {"paul15/paul15.h5": ("https://falexwolf.de/data/paul15.h5", None)},
+        read_paul15,
+    ),
     "pbmc3k": Recipe(
         "10x Genomics, 3k PBMCs",
         {

@@ -171,3 +171,15 @@ def test_parity_metrics_reward_collapse(samples):
     }
     mean_cell = np.tile(real.mean(axis=0), (len(real), 1))
     assert paper_parity(real, mean_cell)["paper_kl"] < paper_parity(real, samples["generated"])["paper_kl"]
+
+
+def test_paper_parity_of_genes_that_few_cells_express():
+    """The median distance within 20 such genes is 0, which is no bandwidth."""
+    rng = np.random.default_rng(0)
+    real, generated = (
+        np.hstack([rng.normal(size=(30, 20)), np.eye(30, 20)[rng.permutation(30)] * (np.arange(30) < 5)[:, None]])
+        for _ in range(2)
+    )
+    assert paper_parity(real, generated)["paper_mmd"] == pytest.approx(
+        paper_parity(real[:, :20], generated[:, :20])["paper_mmd"]
+    )

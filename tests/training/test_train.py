@@ -263,12 +263,17 @@ def test_checkpoints_are_limited_and_time_is_bounded(pbmc_path, tmp_path):
         (["--resume_from_checkpoint", "absent"], "absent is no checkpoint of train.py"),
         (["--config", "CONFIG"], "sets learning_rates, which is no flag of train.py"),
         (["--split", "SPLIT"], "names the cell 'no_cell', which the dataset does not have"),
+        (["--split", "LEAK"], "names a cell twice"),
+        (["--split", "EMPTY"], "does not name train and test cells"),
     ],
 )
 def test_bad_arguments_end_at_once_with_their_name(arguments, message, pbmc_path, tmp_path):
     (tmp_path / "config.yaml").write_text("learning_rates: 1")
-    (tmp_path / "split.json").write_text('{"train": ["no_cell"], "test": []}')
-    paths = {"CONFIG": tmp_path / "config.yaml", "SPLIT": tmp_path / "split.json"}
+    (tmp_path / "split.json").write_text('{"train": ["no_cell"], "test": ["no_other"]}')
+    (tmp_path / "leak.json").write_text('{"train": ["cell"], "test": ["cell"]}')
+    (tmp_path / "empty.json").write_text('{"train": ["cell"], "test": []}')
+    names = {"CONFIG": "config.yaml", "SPLIT": "split.json", "LEAK": "leak.json", "EMPTY": "empty.json"}
+    paths = {key: tmp_path / name for key, name in names.items()}
     arguments = [str(paths.get(one, one)) for one in arguments]
     command = [
         sys.executable,
