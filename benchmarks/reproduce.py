@@ -445,9 +445,11 @@ def figures(results: dict, args: argparse.Namespace):
 
         last = load(f"{WHITE_BOX}, 20 steps")
         real, train = data.test[:, last.var_names], data.train[:, last.var_names]
-        epochs = list(entry["models"][WHITE_BOX].get("epochs", {}))[-4:]
+        epochs = list(entry["models"][WHITE_BOX].get("epochs", {}))[-3:]
         for axis, epoch in zip(growing[1][row], epochs):
             draw(axis, {"real": real, WHITE_BOX: load(f"{WHITE_BOX}, epoch {epoch}")}, f"epoch {epoch}")
+        end = entry["models"][WHITE_BOX]["runs"]["0"]["epochs"]
+        draw(growing[1][row][3], {"real": real, WHITE_BOX: last}, f"epoch {end:.0f}, the end")
         draw(growing[1][row][4], {"real": real, DEFAULT: load(f"{DEFAULT}, 20 steps")}, DEFAULT)
         draw(many[1][row][0], {"real": real, WHITE_BOX: last, DIT: load(f"{DIT}, 20 steps")}, "paper's setting")
         real = train[np.random.default_rng(0).permutation(train.n_obs)[: 5 * real.n_obs]]
@@ -462,7 +464,8 @@ def figures(results: dict, args: argparse.Namespace):
                 for i, run in enumerate(entry["models"][model]["runs"].values()):
                     label = model if i == 0 else None
                     axis.plot(run["log"][key], run["log"]["validation_loss"], color=colours[model], label=label)
-            axis.set(xlabel=key, title=name if key == "epoch" else "", yscale="log")
+            axis.set(xlabel=key, yscale="log")
+            axis.set_title(name if key == "epoch" else "", fontsize=8)
     for axes in losses[1][:, 0]:
         axes.set_ylabel("held-out loss")
     losses[1][0, 0].legend(fontsize=7, frameon=False)
