@@ -30,6 +30,7 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("anndata", "np", "pt", "latent")
 TOKENS_PER_BATCH = 32_768  # what the default batch size aims at
+MAX_CELLS_PER_BATCH = 2048  # larger ones are no faster on a CPU, and counts × genes fill the memory
 VALUES_AT_ONCE = 2**21  # cells × genes that are dense in memory while counts are drawn
 
 
@@ -388,7 +389,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
             num_inference_steps = self.config.num_inference_steps
         if batch_size is None:
             tokens_per_cell = self.denoiser.pos_embed.shape[1]
-            batch_size = max(64, TOKENS_PER_BATCH // tokens_per_cell)
+            batch_size = min(max(64, TOKENS_PER_BATCH // tokens_per_cell), MAX_CELLS_PER_BATCH)
         num_batches = math.ceil(num_cells / batch_size)
         device, dtype = self._execution_device, self.denoiser.dtype
         self.scheduler.set_timesteps(num_inference_steps, device=device)
