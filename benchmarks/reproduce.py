@@ -26,17 +26,19 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+import scanpy as sc
 import torch
 import yaml
 from diffusers.training_utils import EMAModel
 from diffusers.utils.logging import disable_progress_bar
-from quality import machine
+from quality import HEADLINE, machine
 from scipy import sparse
-from speed import forward_flop
+from speed import PEAK_KIBIBYTES, closest_depth, forward_flop
 
 from wbdit_diffusers import ScRNAGenerationPipeline, WhiteBoxDiTModel
 from wbdit_diffusers.data import drop_empty_cells, read_cells, split_cells
 from wbdit_diffusers.evaluation.report import FLOORS, evaluate_cells
+from wbdit_diffusers.processing_scrna import TARGET_SUM
 
 
 ROOT = Path(__file__).parents[1]
@@ -54,26 +56,25 @@ SHAPES = {"full": {}, "small": {"patch_size": 40, "num_attention_heads": 4, "att
 DEPTH, NUM_GENES, BATCH_SIZE = 3, 2000, 16
 WHITE_BOX, DIT, LARGE, DEFAULT = "White-Box", "DiT", "White-Box, as large as the DiT", "our default"
 METRICS = {
-    "rf_auc": "RF-AUC",
-    "w2": "W2",
-    "mmd2": "MMD²",
-    "variance_ratio": "variance",
-    "zero_fraction_error": "zeros",
-    "gene_correlation": "gene-gene",
-    "nearest_training_cell": "nearest train",
+    metric: HEADLINE[metric]
+    for metric in (
+        *("rf_auc", "w2", "mmd2", "variance_ratio", "zero_fraction_error", "gene_correlation"),
+        "nearest_training_cell",
+    )
+} | {
     "paper_kl": "paper KL",
     "paper_wasserstein": "paper W1",
     "paper_mmd": "paper MMD",
 }
 # train.py as its own process, which leaves its peak memory in a file
-TRAIN = """
+TRAIN = f"""
 import runpy, sys, torch
 path, sys.argv = sys.argv[1], sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 if torch.cuda.is_available():
     peak = torch.cuda.max_memory_allocated()
 else:
-    peak = 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+    peak = 1024 * int({PEAK_KIBIBYTES})
 open(path, "w").write(str(peak))
 """
 
@@ -84,29 +85,25 @@ def flags_of(shape: dict[str, int]) -> list[str]:
 
 @functools.cache
 def networks(shape_name: str) -> dict[str, dict]:
-    """Flags, parameters and FLOP of a training step (three forward passes) of the paper's networks."""
+    """Configuration, parameters and FLOP of a training step (three forward passes) of the paper's networks."""
     shape = SHAPES[shape_name]
     inputs = torch.randn(BATCH_SIZE, NUM_GENES), torch.randint(1, 1000, (BATCH_SIZE,))
-
-    def make(**kwargs) -> WhiteBoxDiTModel:
-        return WhiteBoxDiTModel(num_genes=NUM_GENES, **shape, **kwargs)
-
-    size = make(num_layers=DEPTH, block_type="dit").num_parameters()
-    depth = min(range(1, 13), key=lambda layers: abs(make(num_layers=layers).num_parameters() - size))
+    plain = WhiteBoxDiTModel(num_genes=NUM_GENES, num_layers=DEPTH, block_type="dit", **shape)
+    depth = closest_depth(plain.num_parameters(), lambda model: model.num_parameters(), **shape)
     choices = {
         WHITE_BOX: {"num_layers": DEPTH, "block_type": "white_box"},
         DIT: {"num_layers": DEPTH, "block_type": "dit"},
         LARGE: {"num_layers": depth, "block_type": "white_box"},
     }
-    return {
-        name: {
-            "flags": flags_of(shape | choice),
-            "parameters": make(**choice).num_parameters(),
-            "flop_per_step": 3 * forward_flop(make(**choice), inputs),
+    rows = {}
+    for name, choice in choices.items():
+        model = WhiteBoxDiTModel(num_genes=NUM_GENES, **shape, **choice)
+        rows[name] = {
+            "parameters": model.num_parameters(),
+            "flop_per_step": 3 * forward_flop(model, inputs),
             "model": choice,
         }
-        for name, choice in choices.items()
-    }
+    return rows
 
 
 def steps_within(seconds: float, model: WhiteBoxDiTModel, device: str) -> int:
@@ -131,8 +128,7 @@ class Dataset:
 
     def __init__(self, name: str, args: argparse.Namespace):
         self.name, self.args = name, args
-        self.config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-        self.values = self.config.get("values", "counts")
+        self.values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()).get("values", "counts")
         self.path = args.data_dir / f"{name}.h5ad"
         self.folder = args.work_dir / name
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -147,9 +143,8 @@ class Dataset:
         self.split_path.write_text(json.dumps(names))
         if self.values == "counts":
             # Over all genes, before some are chosen: as the networks see it
-            library_size = np.asarray(adata.X.sum(axis=1)).ravel()
-            adata.X = sparse.csr_matrix(sparse.diags_array(1e4 / library_size) @ adata.X)
-            adata.X.data = np.log1p(adata.X.data)
+            sc.pp.normalize_total(adata, target_sum=TARGET_SUM)
+            sc.pp.log1p(adata)
         self.train, test = adata[train_cells], adata[test_cells]
         # Labels that no training cell has can't be asked for; and few cells, for 1,000 steps on a CPU.
         test = test[test.obs["cell_type"].isin(self.train.obs["cell_type"].unique()).to_numpy()]
@@ -161,19 +156,16 @@ class Dataset:
         """Trains in a process of its own; returns its log and peak memory."""
         folder = self.folder / f"{model}, seed {seed}"
         configs, flags = [CONFIGS / f"{self.name}.yaml"], []
-        epochs_per_row = epochs_per_checkpoint = 10**6
+        validation_steps, checkpointing_steps = 200, 10**9
         if model != DEFAULT:
             configs.append(CONFIGS / "paper.yaml")
-            network = networks(self.args.shape)[model]
-            flags += [*network["flags"], "--values", self.values]
-            steps = steps_within(
-                60 * minutes,
-                WhiteBoxDiTModel(num_genes=NUM_GENES, **SHAPES[self.args.shape], **network["model"]),
-                self.args.device,
-            )
+            network = SHAPES[self.args.shape] | networks(self.args.shape)[model]["model"]
+            flags += [*flags_of(network), "--values", self.values]
+            steps = steps_within(60 * minutes, WhiteBoxDiTModel(num_genes=NUM_GENES, **network), self.args.device)
             epochs = steps / self.steps_per_epoch
-            epochs_per_row = max(1, round(epochs / 16))
-            epochs_per_checkpoint = max(1, round(epochs / 8)) if seed == 0 and model != LARGE else 10**6
+            validation_steps = max(1, round(epochs / 16)) * self.steps_per_epoch
+            if seed == 0 and model != LARGE:
+                checkpointing_steps = max(1, round(epochs / 8)) * self.steps_per_epoch
         elif self.values == "log":  # our default is then the network of expression space
             flags += flags_of(SHAPES[self.args.shape])
         shutil.rmtree(folder, ignore_errors=True)  # of an interrupted training
@@ -181,9 +173,7 @@ class Dataset:
         command += ["--config", *configs, "--dataset", self.path, "--split", self.split_path]
         command += ["--output_dir", folder, "--seed", seed, "--num_genes", NUM_GENES, *flags]
         command += ["--max_train_steps", 10**9, "--max_train_minutes", minutes]
-        # Our default has batches of its own size: a row every 200 of its steps.
-        command += ["--validation_steps", epochs_per_row * self.steps_per_epoch if model != DEFAULT else 200]
-        command += ["--checkpointing_steps", epochs_per_checkpoint * self.steps_per_epoch]
+        command += ["--validation_steps", validation_steps, "--checkpointing_steps", checkpointing_steps]
         environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if self.args.device == "cpu" else {})
         subprocess.run([str(part) for part in command], check=True, env=environment)
         log = pd.read_csv(folder / "training_log.csv")
@@ -243,7 +233,7 @@ class Dataset:
             }
         if pipe.autoencoder is not None:
             cells = pipe(**kwargs).cells
-            scale = sparse.diags_array(1e4 / cells.obs["library_size"].to_numpy())
+            scale = sparse.diags_array(TARGET_SUM / cells.obs["library_size"].to_numpy())
             x = np.log1p((scale @ cells.X).toarray())
         else:
             x = pipe(output_type="np", **kwargs).cells
@@ -408,16 +398,14 @@ def figures(results: dict, args: argparse.Namespace):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
+
+    from wbdit_diffusers.plotting import joint_tsne
 
     args.figure_dir.mkdir(parents=True, exist_ok=True)
     colours = {"real": "tab:blue", WHITE_BOX: "tab:orange", DIT: "tab:green", LARGE: "tab:red", DEFAULT: "tab:purple"}
 
     def draw(axis, groups: dict[str, ad.AnnData], title: str):
-        x = np.vstack([cells.X.toarray() for cells in groups.values()])
-        pcs = PCA(min(30, *x.shape), random_state=0).fit_transform(x)
-        points = TSNE(random_state=0, perplexity=min(30, (len(pcs) - 1) / 3)).fit_transform(pcs)
+        points = joint_tsne([cells.X.toarray() for cells in groups.values()])
         sources = np.repeat(list(groups), [cells.n_obs for cells in groups.values()])
         for source in reversed(groups):
             of_source = sources == source
@@ -541,10 +529,7 @@ def main():
             " --output."
         )
     results["machine"] = machine()
-    results["networks"] = {
-        name: {key: value for key, value in network.items() if key != "flags"}
-        for name, network in networks(args.shape).items()
-    }
+    results["networks"] = networks(args.shape)
     datasets = results.setdefault("datasets", {})
 
     def save():

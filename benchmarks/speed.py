@@ -52,6 +52,10 @@ def seconds_of(function: Callable, device: str) -> float:
     return time.perf_counter() - start
 
 
+# As code for a child process, on Linux. Not ru_maxrss: a child inherits its parent's peak.
+PEAK_KIBIBYTES = "next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))"
+
+
 def take_turns(functions: dict[str, Callable], device: str, repeats: int, warmup: int = 3) -> dict[str, float]:
     """Median seconds of each function; they alternate, so that a change of the machine's pace reaches all of them."""
     for function in functions.values():
@@ -81,10 +85,12 @@ def forward_flop(model: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tenso
     return counter.get_total_flops()
 
 
-def closest_depth(target: float, measure: Callable[[torch.nn.Module], float]) -> int:
+def closest_depth(target: float, measure: Callable[[torch.nn.Module], float], **shape: int) -> int:
     """The depth at which the White-Box network comes closest to the plain DiT's size by some measure."""
     with torch.device("meta"):
-        sizes = {depth: measure(WhiteBoxDiTModel(num_genes=NUM_GENES, num_layers=depth)) for depth in range(1, 13)}
+        sizes = {
+            depth: measure(WhiteBoxDiTModel(num_genes=NUM_GENES, num_layers=depth, **shape)) for depth in range(1, 13)
+        }
     return min(sizes, key=lambda depth: abs(sizes[depth] - target))
 
 
@@ -234,8 +240,7 @@ def measure_memory(program: Path, folder: Path, sizes: list[int]) -> dict:
         "import sys; from wbdit_diffusers.cli import main;"
         " main(['generate', sys.argv[1], '--num_cells', sys.argv[2], '--output', sys.argv[3], '--device', 'cpu',"
         " '--num_inference_steps', '2']);"
-        # Not ru_maxrss: a child inherits its parent's peak.
-        " print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        f" print({PEAK_KIBIBYTES})"
     )
     rows = {}
     for size in sizes:

@@ -186,8 +186,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_split(path: Path, adata: ad.AnnData) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the training and of the held-out cells that a split.json names."""
+def read_split(path: Path, adata: ad.AnnData) -> tuple[np.ndarray, np.ndarray, int | None]:
+    """Positions of the training and of the held-out cells that a split.json names, and its seed."""
     split = json.loads(path.read_text())
     if not split.get("train") or not split.get("test"):
         raise ValueError(f"--split {path} is no split.json of train.py: it does not name train and test cells.")
@@ -198,7 +198,7 @@ def read_split(path: Path, adata: ad.AnnData) -> tuple[np.ndarray, np.ndarray]:
     if (positions < 0).any():
         name = names[int(np.argmin(positions))]
         raise ValueError(f"--split {path} names the cell {name!r}, which the dataset does not have.")
-    return positions[: len(split["train"])], positions[len(split["train"]) :]
+    return positions[: len(split["train"])], positions[len(split["train"]) :], split.get("seed")
 
 
 def diffusion_loss(
@@ -420,10 +420,11 @@ def main(args: argparse.Namespace):
         model_library_size=args.model_library_size,
     )
     if args.split is not None:
-        train_cells, test_cells = read_split(args.split, adata)
+        train_cells, test_cells, split_seed = read_split(args.split, adata)
     else:
+        split_seed = args.seed
         train_cells, test_cells = split_cells(
-            adata, args.test_fraction, label_key=label_keys[0] if label_keys else None, seed=args.seed
+            adata, args.test_fraction, label_key=label_keys[0] if label_keys else None, seed=split_seed
         )
     processor.fit(adata[train_cells])
     train_dataset = CellDataset(adata[train_cells], processor)
@@ -497,7 +498,7 @@ def main(args: argparse.Namespace):
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         split = {
-            "seed": args.seed if args.split is None else json.loads(args.split.read_text()).get("seed"),
+            "seed": split_seed,
             "train": adata.obs_names[train_cells].tolist(),
             "test": adata.obs_names[test_cells].tolist(),
         }

@@ -66,13 +66,26 @@ def report_figure(
     return figure
 
 
+def joint_tsne(matrices: list[np.ndarray]) -> np.ndarray:
+    """
+    One t-SNE of several groups of cells, of their joint principal components: components of one group alone would
+    spread that one, and draw the others inward.
+
+    Args:
+        matrices (`list[np.ndarray]`): Expression of each group, (cells, genes).
+
+    Returns:
+        `np.ndarray` of shape `(all cells, 2)`, in the order of the groups.
+    """
+    x = np.vstack(matrices)
+    pcs = PCA(min(30, *x.shape), random_state=0).fit_transform(x)
+    return TSNE(random_state=0, perplexity=min(30, (len(pcs) - 1) / 3)).fit_transform(pcs)
+
+
 def _plot_tsne(
     axes: list[Axes], x: np.ndarray, y: np.ndarray, real: ad.AnnData, generated: ad.AnnData, label_key: str | None
 ):
-    # Of both together: components of the few real cells alone would spread those, and draw the others inward.
-    both = np.vstack([x, y])
-    pcs = PCA(min(30, *both.shape), random_state=0).fit_transform(both)
-    points = TSNE(random_state=0, perplexity=min(30, (len(pcs) - 1) / 3)).fit_transform(pcs)
+    points = joint_tsne([x, y])
     is_real = np.arange(len(points)) < len(x)
     size = np.clip(12_000 / len(points), 2, 12)
     for name, cells, colour in (("generated", ~is_real, GENERATED), ("real, held out", is_real, REAL)):
