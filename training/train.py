@@ -388,7 +388,7 @@ def main(args: argparse.Namespace):
             project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
         ),
         # The order of the cells depends on the seed and the epoch alone, so that a resumed run goes on with it.
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
     )
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -450,7 +450,13 @@ def main(args: argparse.Namespace):
         train_dataset.encode(autoencoder)
         test_dataset.encode(autoencoder)
     train_dataloader = DataLoader(
-        train_dataset, batch_size=train_batch_size, shuffle=True, drop_last=True, collate_fn=CellDataset.collate
+        train_dataset,
+        batch_size=train_batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=CellDataset.collate,
+        # Accelerate sends a batch while the GPU works on the one before; from pinned memory, without waiting for it.
+        pin_memory=accelerator.device.type == "cuda",
     )
 
     # 3. Model, noise and optimizer

@@ -194,6 +194,23 @@ def test_program_space_saves_and_loads(program_pipe, tmp_path):
     np.testing.assert_array_equal(cells.X.toarray(), expected.X.toarray())
 
 
+@pytest.mark.parametrize("space", ["program", "expression"])
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_offloading_does_not_change_the_cells(pbmc, space, offload):
+    """The hooks of a GPU's offloading, on the CPU: each model is fetched before it is used, whatever its method."""
+    pipe = make_pipeline(pbmc, space=space, label_keys=["cell_type", "phase"])
+    arguments = {"num_cells": 30, "guidance_scale": 1.5}
+    expected = pipe(**arguments, generator=seeded()).cells
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    else:
+        cpu = torch.device("cpu")
+        pipe.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    cells = pipe(**arguments, generator=seeded()).cells
+    assert (cells.X != expected.X).nnz == 0
+    assert list(cells.obs["cell_type"]) == list(expected.obs["cell_type"])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_program_space_in_half_precision(program_pipe, dtype):
     cells = program_pipe.to(dtype=dtype)(num_cells=10, generator=seeded()).cells

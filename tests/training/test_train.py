@@ -140,6 +140,28 @@ def test_accumulated_gradients_count_as_one_step_and_resume(pbmc_path, tmp_path)
     assert [row["loss"] for row in read_log(tmp_path)] == [row["loss"] for row in rows]
 
 
+def test_accumulated_gradients_are_those_of_one_larger_batch(pbmc_path, tmp_path):
+    # train.py as it is, but for the noise: it depends on the number of the batch, so here the loss has none
+    script = tmp_path / "train.py"
+    loss = "def diffusion_loss(model, noise_scheduler, batch, generator):\n"
+    loss += "    latents = batch['latents']\n"
+    loss += "    return F.mse_loss(model(latents, 500, return_dict=False)[0], latents.roll(1, 1))\n\n\n"
+    source = TRAIN_SCRIPT.read_text()
+    assert source.count("def learning_rate(") == 1
+    script.write_text(source.replace("def learning_rate(", loss + "def learning_rate("))
+    steps = ("--max_train_steps", 6, "--checkpointing_steps", 6, "--validation_steps", 1)
+    for name, batch_size, accumulation in (("large", 64, 1), ("small", 16, 4)):
+        flags = ["--train_batch_size", batch_size, "--gradient_accumulation_steps", accumulation]
+        arguments = ["--dataset", pbmc_path, "--output_dir", tmp_path / name, *TINY, *EXPRESSION, *steps, *flags]
+        launch(*arguments, script=script)
+    large, small = weights(tmp_path / "large"), weights(tmp_path / "small")
+    for name in large:
+        torch.testing.assert_close(small[name], large[name], atol=1e-5, rtol=1e-4, msg=name)
+    losses = [[float(row["loss"]) for row in read_log(tmp_path / name)] for name in ("large", "small")]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert large["proj_out.weight"].abs().max() > 1e-3  # it starts at zero
+
+
 def test_two_processes_train_together_on_different_cells(pbmc_path, tmp_path):
     # train.py as it is, but each process notes the cells that it is given
     noted = "from wbdit_diffusers.data import CellDataset\n\n\nclass NotedDataset(CellDataset):\n"

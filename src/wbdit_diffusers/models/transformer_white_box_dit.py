@@ -271,22 +271,26 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def _embed_conditions(self, class_labels: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+    def _embed_conditions(
+        self, class_labels: torch.Tensor | None, batch_size: int, device: torch.device
+    ) -> torch.Tensor:
         """The sum of the label embeddings, (batch, hidden)."""
+        # The null label of an attribute is its size. It is filled in, not copied from a list: copies make the CPU wait
+        # for the GPU.
         sizes = self.config.condition_sizes
-        null_labels = torch.tensor(sizes, device=self.device)  # (num_conditions,)
         if class_labels is None:
-            class_labels = null_labels.expand(batch_size, -1)
-        class_labels = class_labels.reshape(batch_size, -1)
-        if class_labels.shape[1] != len(sizes):
+            columns = [torch.full((batch_size,), size, device=device) for size in sizes]
+        else:
+            columns = class_labels.reshape(batch_size, -1).unbind(1)
+        if len(columns) != len(sizes):
             raise ValueError(
-                f"`class_labels` has {class_labels.shape[1]} labels per cell, but the model is conditioned on"
+                f"`class_labels` has {len(columns)} labels per cell, but the model is conditioned on"
                 f" {len(sizes)} attributes (condition_sizes={tuple(sizes)})."
             )
         if self.training and self.config.condition_dropout > 0:
-            drop = torch.rand(batch_size, 1, device=class_labels.device) < self.config.condition_dropout
-            class_labels = torch.where(drop, null_labels, class_labels)
-        return sum(embedder(labels) for embedder, labels in zip(self.condition_embedders, class_labels.unbind(1)))
+            drop = torch.rand(batch_size, device=device) < self.config.condition_dropout
+            columns = [torch.where(drop, size, labels) for size, labels in zip(sizes, columns)]
+        return sum(embedder(labels) for embedder, labels in zip(self.condition_embedders, columns))
 
     def forward(
         self,
@@ -333,7 +337,8 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
         temb = self.time_embedder(self.time_proj(timestep).to(hidden_states.dtype))  # (batch or 1, hidden)
         if self.config.condition_sizes:
             num_labels = batch_size if label_index is None else len(class_labels)
-            temb = temb + self._embed_conditions(class_labels, num_labels)  # (batch or combinations, hidden)
+            conditions = self._embed_conditions(class_labels, num_labels, temb.device)
+            temb = temb + conditions  # (batch or combinations, hidden)
         temb = F.silu(temb)
 
         # 3. Blocks
