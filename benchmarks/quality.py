@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import anndata as ad
@@ -75,9 +76,9 @@ def train_ours(adata_path: Path, folder: Path, flags: list[str], args: argparse.
 
 def draw_runs(
     pipe: ScRNAGenerationPipeline, model: str, test: ad.AnnData, args: argparse.Namespace
-) -> dict[str, tuple]:
-    """Samples with every dtype, guidance, solver and number of steps that was asked for, by name."""
-    scheduler_config, runs = pipe.scheduler.config, {}
+) -> Iterator[tuple[str, list[ad.AnnData], ad.AnnData]]:
+    """Samples with every dtype, guidance, solver and number of steps that was asked for: name, samples, test cells."""
+    scheduler_config = pipe.scheduler.config
     choices = itertools.product(args.dtypes, args.guidance_scales, args.schedulers, args.steps)
     for dtype, scale, scheduler, steps in choices:
         cast = pipe if dtype == "float32" else copy.deepcopy(pipe).to(getattr(torch, dtype))
@@ -87,8 +88,7 @@ def draw_runs(
         name += "" if scheduler == "ddpm" else f", {scheduler}"
         name += "" if steps is None else f", {steps} steps"
         name += "" if scale == 1.0 else f", guidance {scale:g}"
-        runs[name] = draw_samples(cast, test, args.num_seeds, guidance_scale=scale, num_inference_steps=steps)
-    return runs
+        yield name, *draw_samples(cast, test, args.num_seeds, guidance_scale=scale, num_inference_steps=steps)
 
 
 def sample_scvi(
@@ -318,8 +318,8 @@ def main():
                     key = label_key if model == "scvi-by-type" else None
                     samples = sample_scvi(train[:, genes], test, key, args.minutes, args.num_seeds)
                     minutes = (time.monotonic() - start) / 60
-                    runs = {model: (samples, test)}
-                for name, (samples, judged) in runs.items():
+                    runs = [(model, samples, test)]
+                for name, samples, judged in runs:
                     entries = results.setdefault(path.stem, {})
                     label = None if model == "scvi" else label_key
                     num_genes = samples[0].n_vars

@@ -88,7 +88,7 @@ def make_pipeline(adata: ad.AnnData, space: str = "expression", **processor_kwar
     )
     pipe = ScRNAGenerationPipeline(
         denoiser=randomize(denoiser).eval(),
-        scheduler=DDPMScheduler(prediction_type="v_prediction", clip_sample=False),
+        scheduler=DDPMScheduler(prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing"),
         processor=processor,
         autoencoder=autoencoder,
         num_inference_steps=4,

@@ -472,7 +472,10 @@ def main(args: argparse.Namespace):
         condition_dropout=args.condition_dropout,
     )
     # The paper's schedule: 1,000 steps, β linear from 1e-4 to 0.02. Expression is no image in [-1, 1]: never clip.
-    noise_scheduler = DDPMScheduler(prediction_type=args.prediction_type, clip_sample=False)
+    # "trailing": from any number of steps, and with any solver made `from_config`, the first is at pure noise.
+    noise_scheduler = DDPMScheduler(
+        prediction_type=args.prediction_type, clip_sample=False, timestep_spacing="trailing"
+    )
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )

@@ -18,6 +18,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 from wbdit_diffusers import ScRNAGenerationPipeline
+from wbdit_diffusers.cli import SCHEDULERS
 
 
 TINY = [
@@ -76,6 +77,15 @@ def test_output_is_a_complete_pipeline(trained, pbmc):
     assert len(split["test"]) == pytest.approx(140, abs=5)
     card = (trained / "README.md").read_text()
     assert "library_name: diffusers" in card and "training cells" in card
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_every_solver_starts_from_pure_noise(trained, name):
+    scheduler = SCHEDULERS[name].from_config(ScRNAGenerationPipeline.from_pretrained(trained).scheduler.config)
+    for num_inference_steps in (3, 100, 250, 1000):
+        scheduler.set_timesteps(num_inference_steps)
+        assert scheduler.timesteps[0] == 999
+        assert len(scheduler.timesteps.unique()) == num_inference_steps
 
 
 def test_only_training_cells_are_fitted(trained, pbmc):
