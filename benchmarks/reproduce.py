@@ -29,6 +29,7 @@ import pandas as pd
 import scanpy as sc
 import torch
 import yaml
+from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils.logging import disable_progress_bar
 from quality import HEADLINE, machine
@@ -216,6 +217,8 @@ class Dataset:
             self.folder / f"{model}, seed {seed if model != DEFAULT else 0}"
         )
         pipe.set_progress_bar_config(disable=True)
+        if model != DEFAULT:  # the authors' sampler takes every n-th step from 0 up
+            pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
         if checkpoint is not None:
             EMAModel.from_pretrained(checkpoint / "ema", WhiteBoxDiTModel).copy_to(pipe.denoiser.parameters())
         pipe.to(self.args.device, dtype)

@@ -160,6 +160,7 @@ def time_network(device: str, batch_size: int, repeats: int) -> dict:
             rate = flop[name] * (3 if what == "training step" else 1) / seconds[name]
             rows[name][what] = {
                 "seconds": seconds[name],
+                "cells/s": batch_size / seconds[name],
                 "speed-up over reference": seconds["reference"] / seconds[name],
                 "FLOP/s": rate,
                 "share of matmul peak": rate / peaks[dtype],
