@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("anndata", "np", "pt", "latent")
 TOKENS_PER_BATCH = 32_768  # what the default batch size aims at
-MAX_CELLS_PER_BATCH = 2048  # larger ones are no faster on a CPU, and counts × genes fill the memory
+MAX_CELLS_PER_BATCH = 2048  # of few tokens: larger ones are no faster, and counts × genes fill the memory
 VALUES_AT_ONCE = 2**21  # cells × genes that are dense in memory while counts are drawn
 
 
