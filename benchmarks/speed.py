@@ -1,17 +1,17 @@
 """Times our network and pipeline against the network as it is written in the paper, side by side in one run.
 
-    python benchmarks/speed.py --dataset ../shared/data/pbmc3k.h5ad --output benchmarks/results/speed_cpu.json
+    python benchmarks/speed.py --dataset ../shared/data/pbmc3k.h5ad --output lab/results/speed_cpu.json
     python benchmarks/speed.py --dataset ../shared/data/pbmc3k.h5ad --device cuda --batch_size 16 256 1024 --output ...
-    python benchmarks/speed.py --table benchmarks/results/speed_cpu.json
+    python benchmarks/speed.py --table lab/results/speed_cpu.json
 
 Parts (`--parts`), all by default:
 
 - `network`: training steps and forward passes at the paper's shape. `reference` is benchmarks/reference.py in eager
   float32, as the authors run it. The variants take turns, and medians are compared. FLOP are those of the matrix
   products; their rate stands beside that of the fastest large matrix product of the same machine and dtype.
-- `pipeline`: cells per second of whole pipelines, which training/train.py makes on `--dataset` in a few steps (the
-  time does not depend on the weights), against the reference's ancestral sampling: 1,000 forward passes per batch.
-- `memory`: peak memory of processes that generate many and few cells to disk.
+- `pipeline`: cells per second of whole pipelines, trained on `--dataset` for a few steps (the time does not depend on
+  the weights), against the reference's ancestral sampling: 1,000 forward passes per batch.
+- `memory`: peak memory of `wbdit generate`, for many and few cells; on Linux.
 - `start`: time to import the package and to load a pipeline.
 """
 
@@ -33,9 +33,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from wbdit_diffusers import ScRNAGenerationPipeline, WhiteBoxDiTModel
+from wbdit_diffusers.training import TrainingConfig, train
 
 
-TRAIN_SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
 NUM_GENES, DEPTH = 2000, 3  # the paper's shape; the others are WhiteBoxDiTModel's defaults
 
 
@@ -52,8 +52,26 @@ def seconds_of(function: Callable, device: str) -> float:
     return time.perf_counter() - start
 
 
-# As code for a child process, on Linux. Not ru_maxrss: a child inherits its parent's peak.
-PEAK_KIBIBYTES = "next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))"
+def peak_memory(command: list[object], environment: dict[str, str] | None = None) -> int:
+    """
+    Runs a command, and returns the most memory in bytes that its process ever held; on Linux.
+
+    The kernel's own mark of the process is read until it ends. `resource.getrusage(RUSAGE_CHILDREN)` would not do: it
+    knows one peak of all children together, and a child's begins with that of its parent.
+
+    Raises:
+        subprocess.CalledProcessError: If the command fails.
+    """
+    peak = 0
+    with subprocess.Popen([str(part) for part in command], env=environment) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            marks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+            peak = max([peak, *(1024 * int(mark) for mark in marks)])  # a process that is ending has none
+            time.sleep(0.02)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return peak
 
 
 def take_turns(functions: dict[str, Callable], device: str, repeats: int, warmup: int = 3) -> dict[str, float]:
@@ -89,9 +107,18 @@ def closest_depth(target: float, measure: Callable[[torch.nn.Module], float], **
     """The depth at which the White-Box network comes closest to the plain DiT's size by some measure."""
     with torch.device("meta"):
         sizes = {
-            depth: measure(WhiteBoxDiTModel(num_genes=NUM_GENES, num_layers=depth, **shape)) for depth in range(1, 13)
+            depth: measure(WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=depth, **shape))
+            for depth in range(1, 13)
         }
     return min(sizes, key=lambda depth: abs(sizes[depth] - target))
+
+
+def allocated_by(step: Callable) -> int:
+    """Bytes that a step needs on the GPU, beside all networks, their gradients' places and optimizers."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def time_network(device: str, batch_size: int, repeats: int) -> dict:
@@ -100,17 +127,17 @@ def time_network(device: str, batch_size: int, repeats: int) -> dict:
     x = torch.randn(batch_size, NUM_GENES, generator=generator).to(device)
     t = torch.randint(1, 1000, (batch_size,), generator=generator).to(device)
     noise = torch.randn(batch_size, NUM_GENES, generator=generator).to(device)
-    plain = WhiteBoxDiTModel(num_genes=NUM_GENES, num_layers=DEPTH, block_type="dit")
+    plain = WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=DEPTH, block_type="dit")
     cpu_inputs = (x.cpu(), t.cpu())
     equal_parameters = closest_depth(plain.num_parameters(), lambda model: model.num_parameters())
-    per_block = forward_flop(WhiteBoxDiTModel(num_genes=NUM_GENES, num_layers=1), cpu_inputs)
-    per_block = forward_flop(WhiteBoxDiTModel(num_genes=NUM_GENES, num_layers=2), cpu_inputs) - per_block
+    per_block = forward_flop(WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=1), cpu_inputs)
+    per_block = forward_flop(WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=2), cpu_inputs) - per_block
     plain_flop = forward_flop(plain, cpu_inputs)
-    white_box_flop = forward_flop(WhiteBoxDiTModel(num_genes=NUM_GENES, num_layers=DEPTH), cpu_inputs)
+    white_box_flop = forward_flop(WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=DEPTH), cpu_inputs)
     equal_flop = round(DEPTH + (plain_flop - white_box_flop) / per_block)
 
     def ours(block_type: str = "white_box", depth: int = DEPTH, compiled: bool = True) -> torch.nn.Module:
-        model = WhiteBoxDiTModel(num_genes=NUM_GENES, num_layers=depth, block_type=block_type).to(device)
+        model = WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=depth, block_type=block_type).to(device)
         if compiled:
             model.compile_repeated_blocks(fullgraph=True)
         return model
@@ -168,20 +195,8 @@ def time_network(device: str, batch_size: int, repeats: int) -> dict:
     rows["matmul peak, FLOP/s"] = {"float32": peaks[None], "bfloat16": peaks[bf16]}
     if device == "cuda":
         for name, step in steps.items():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()  # all networks, their gradients' places and optimizers
-            step()
-            rows[name]["training step"]["peak memory beyond weights, MiB"] = (
-                torch.cuda.max_memory_allocated() - before
-            ) / 2**20
+            rows[name]["training step"]["peak memory beyond weights, MiB"] = allocated_by(step) / 2**20
     return rows
-
-
-def train_pipeline(folder: Path, dataset: Path, label_keys: list[str], *flags: str) -> Path:
-    command = [sys.executable, TRAIN_SCRIPT, "--dataset", dataset, "--output_dir", folder, *flags]
-    command += ["--label_keys", *label_keys, "--autoencoder_max_steps", 300, "--num_programs", 16]
-    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
-    return folder
 
 
 def time_pipelines(program: Path, expression: Path, device: str, num_cells: int, repeats: int) -> dict:
@@ -191,16 +206,16 @@ def time_pipelines(program: Path, expression: Path, device: str, num_cells: int,
     x, t = torch.randn(batch, NUM_GENES, device=device), torch.randint(1, 1000, (batch,), device=device)
 
     def load(folder: Path, dtype: torch.dtype = torch.float32, compiled: bool = False) -> ScRNAGenerationPipeline:
-        pipe = ScRNAGenerationPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+        pipe = ScRNAGenerationPipeline.from_pretrained(folder, dtype=dtype).to(device)
         pipe.set_progress_bar_config(disable=True)
         if compiled:
             pipe.denoiser.compile_repeated_blocks(fullgraph=True)
         return pipe
 
-    guided = {"guidance_scale": 1.25}
-    runs = {
-        "program space": (load(program), num_cells, {}),
-        "program space, guidance 1.25": (load(program), num_cells, guided),
+    runs = {"program space": (load(program), num_cells, {})}
+    if runs["program space"][0].processor.label_keys:  # without labels there is nothing to guide to
+        runs["program space, guidance 1.25"] = (load(program), num_cells, {"guidance_scale": 1.25})
+    runs |= {
         "program space, bfloat16": (load(program, torch.bfloat16), num_cells, {}),
         "program space, compiled": (load(program, compiled=True), num_cells, {}),
         "expression space": (load(expression), 64, {}),
@@ -229,36 +244,25 @@ def time_pipelines(program: Path, expression: Path, device: str, num_cells: int,
     return rows
 
 
-def run_child(code: str, *arguments: object) -> str:
-    """Last line that a fresh Python process prints."""
-    command = [sys.executable, "-c", code, *(str(argument) for argument in arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1]
-
-
 def measure_memory(program: Path, folder: Path, sizes: list[int]) -> dict:
-    """Peak resident memory of `wbdit generate`, by number of cells; on Linux. It does not depend on the steps: two."""
-    code = (
-        "import sys; from wbdit_diffusers.cli import main;"
-        " main(['generate', sys.argv[1], '--num_cells', sys.argv[2], '--output', sys.argv[3], '--device', 'cpu',"
-        " '--num_inference_steps', '2']);"
-        f" print({PEAK_KIBIBYTES})"
-    )
+    """Peak memory of `wbdit generate`, by number of cells. It does not depend on the steps: two."""
     rows = {}
     for size in sizes:
         start = time.perf_counter()
         path = folder / "cells.h5ad"
-        kibibytes = int(run_child(code, program, size, path))
-        seconds = time.perf_counter() - start
+        command = [sys.executable, "-m", "wbdit_diffusers.cli", "generate", program, "--output", path]
+        command += ["--num_cells", size, "--num_inference_steps", 2, "--device", "cpu"]
+        peak = peak_memory(command)
         rows[f"{size:,} cells"] = {
-            "peak memory, MiB": kibibytes / 1024,
-            "seconds": seconds,
+            "peak memory, MiB": peak / 2**20,
+            "seconds": time.perf_counter() - start,
             "file, MiB": path.stat().st_size / 2**20,
         }
     return rows
 
 
 def time_start(program: Path, repeats: int) -> dict:
-    """Seconds to import and to load, each in fresh processes that take turns."""
+    """Seconds to import and to load, each in fresh processes that take turns and print what they measured."""
     timed = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
     base = (
         "import torch; from diffusers.models.modeling_utils import ModelMixin;"
@@ -276,7 +280,9 @@ def time_start(program: Path, repeats: int) -> dict:
     seconds = {name: [] for name in codes}
     for _ in range(repeats):
         for name, code in codes.items():
-            seconds[name].append(float(run_child(code, program)))
+            command = [sys.executable, "-c", code, str(program)]
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            seconds[name].append(float(printed.split()[-1]))
     return {name: {"seconds": statistics.median(values)} for name, values in seconds.items()}
 
 
@@ -342,12 +348,13 @@ def main():
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data = (args.dataset, args.label_keys)
-        program = train_pipeline(folder / "program", *data, "--max_train_steps", "20")
+        program, expression = folder / "program", folder / "expression"
+        few = {"num_programs": 16, "codec_max_steps": 300, "max_train_steps": 20}
+        train(args.dataset, TrainingConfig(output_dir=program, label_keys=args.label_keys, **few))
         if "pipeline" in args.parts:
             # The published shape, without labels or library size: 2,000 genes and nothing else
-            paper = ["--space", "expression", "--no-model_library_size", "--max_train_steps", "2"]
-            expression = train_pipeline(folder / "expression", args.dataset, [], *paper, "--train_batch_size", "16")
+            paper = {"codec": "expression", "model_library_size": False, "train_batch_size": 16}
+            train(args.dataset, TrainingConfig(output_dir=expression, max_train_steps=2, **paper))
             keep("pipeline", time_pipelines(program, expression, args.device, args.num_cells, args.repeats))
         if "memory" in args.parts:
             keep("memory", measure_memory(program, folder, args.memory_cells))

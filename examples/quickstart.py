@@ -2,8 +2,8 @@
 
     python examples/quickstart.py --output_dir demo
 
-700 PBMCs (Scanpy's `pbmc68k_reduced`) are split; a small White-Box DiT is trained on four fifths of them by
-training/train.py; the pipeline is loaded back and generates 5,000 cells. The output folder then holds
+700 PBMCs (Scanpy's `pbmc68k_reduced`) are split; a small White-Box DiT is trained on four fifths of them; the pipeline
+generates 5,000 cells. The output folder then holds
 
     cells.h5ad      the generated cells: integer counts, gene names, cell types
     figure.png      generated cells beside real ones
@@ -13,22 +13,21 @@ training/train.py; the pipeline is loaded back and generates 5,000 cells. The ou
 
 import argparse
 import json
-import subprocess
-import sys
+import logging
 from pathlib import Path
 
 import matplotlib
 import torch
 
 from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.data import load_pbmc
-from wbdit_diffusers.evaluation.report import draw_samples, evaluate_cells, to_markdown
-from wbdit_diffusers.plotting import report_figure
+from wbdit_diffusers.data import CellSplit, load_pbmc
+from wbdit_diffusers.evaluation import evaluate, to_markdown
+from wbdit_diffusers.evaluation.figure import report_figure
+from wbdit_diffusers.hub import add_evaluation
+from wbdit_diffusers.training import TrainingConfig, train
 
 
 matplotlib.use("Agg")  # no window
-TRAIN_SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
-CONFIG = TRAIN_SCRIPT.parent / "configs" / "quickstart.yaml"
 
 
 def main():
@@ -36,42 +35,46 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
     parser.add_argument("--max_train_minutes", type=float, default=4.0)
     parser.add_argument("--num_cells", type=int, default=5000)
-    parser.add_argument("--num_seeds", type=int, default=3, help="Samples to judge.")
+    parser.add_argument("--num_samples", type=int, default=3, help="Samples to judge.")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
     print("1. Real cells: Scanpy's pbmc68k_reduced", flush=True)
     real = load_pbmc()
-    real_path, pipeline_path = args.output_dir / "real.h5ad", args.output_dir / "wbdit-pbmc"
-    real.write_h5ad(real_path)
+    real.write_h5ad(args.output_dir / "real.h5ad")
 
     print(f"2. Training for {args.max_train_minutes:g} minutes", flush=True)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", TRAIN_SCRIPT, "--config", CONFIG]
-    command += ["--dataset", real_path, "--output_dir", pipeline_path]
-    command += ["--max_train_minutes", args.max_train_minutes]
-    subprocess.run([str(part) for part in command], check=True)
+    folder = args.output_dir / "wbdit-pbmc"
+    config = TrainingConfig(
+        label_keys=["cell_type"],
+        output_dir=folder,
+        max_train_minutes=args.max_train_minutes,
+        max_train_steps=1_000_000,  # the minutes end it
+        validation_steps=500,
+        checkpointing_steps=1_000_000,
+    )
+    train(real, config)
 
     print(f"3. Generating {args.num_cells} cells", flush=True)
-    pipe = ScRNAGenerationPipeline.from_pretrained(pipeline_path)
+    pipe = ScRNAGenerationPipeline.from_pretrained(folder)
     cells = pipe(num_cells=args.num_cells, generator=torch.Generator().manual_seed(0)).cells
     cells.write_h5ad(args.output_dir / "cells.h5ad")
     print(cells)
 
     print("4. Judging them on the held-out cells", flush=True)
-    split = json.loads((pipeline_path / "split.json").read_text())
-    train, test = real[split["train"]], real[split["test"]]
+    train_cells, test_cells = CellSplit.load(folder).apply(real)
     pipe.set_progress_bar_config(disable=True)
-    samples, test = draw_samples(pipe, test, args.num_seeds)
-    report = evaluate_cells(samples, train, test, label_key="cell_type")
+    report = evaluate(pipe, train_cells, test_cells, num_samples=args.num_samples)
     (args.output_dir / "metrics.json").write_text(json.dumps(report, indent=1))
     table = to_markdown(report)
     (args.output_dir / "metrics.md").write_text(table)
     print(table)
-    card = pipeline_path / "README.md"  # the model card says what was measured
-    card.write_text(card.read_text().replace("## Limits", f"## Evaluation\n\n{table}\n## Limits"))
+    add_evaluation(folder / "README.md", table)  # the model card says what was measured
 
-    report_figure(test, samples[0], "cell_type").savefig(args.output_dir / "figure.png", dpi=110)
+    figure = report_figure(test_cells, cells[: test_cells.n_obs], "cell_type")
+    figure.savefig(args.output_dir / "figure.png", dpi=110)
     print(f"Look at {args.output_dir / 'figure.png'}; the cells are in {args.output_dir / 'cells.h5ad'}.")
 
 

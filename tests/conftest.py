@@ -4,11 +4,17 @@ from pathlib import Path
 import anndata as ad
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from hub_server import HubServer
 
-from wbdit_diffusers import CountAutoencoder, ScRNAGenerationPipeline, ScRNAProcessor, WhiteBoxDiTModel
-from wbdit_diffusers.data import load_pbmc
+from wbdit_diffusers import (
+    ExpressionCodec,
+    ProgramCodec,
+    ScRNAGenerationPipeline,
+    ScRNAProcessor,
+    WhiteBoxDiTModel,
+)
+from wbdit_diffusers.data import CellDataset, encode_cells, load_pbmc
+from wbdit_diffusers.sampling import training_scheduler
 
 
 ROOT = Path(__file__).parents[1]
@@ -61,26 +67,36 @@ def randomize(model: torch.nn.Module, std: float = 0.05, seed: int = 0) -> torch
     return model
 
 
-def make_autoencoder(processor: ScRNAProcessor, adata: ad.AnnData) -> CountAutoencoder:
-    """A tiny autoencoder with random weights that knows the cells' statistics."""
-    autoencoder = CountAutoencoder(num_genes=len(processor.var_names), num_programs=6, hidden_size=8)
-    matrix, library_size = processor.select(adata)
-    randomize(autoencoder, std=0.3)
-    autoencoder.to_mean.weight.data.mul_(0.1)  # programs of about unit variance
-    autoencoder.fit_statistics(matrix, library_size)
-    autoencoder.dispersion.bias.data.fill_(2.5)  # little noise: what a cell has is what was asked for
-    autoencoder.zero_inflation.bias.data.fill_(-6.0)
-    autoencoder.eval().standardize_latents(autoencoder.encode(processor.counts(matrix, library_size)))
-    return autoencoder
+def make_program_codec(processor: ScRNAProcessor, adata: ad.AnnData) -> ProgramCodec:
+    """A tiny codec with random weights that knows the cells' statistics."""
+    codec = randomize(ProgramCodec(num_genes=len(processor.var_names), num_programs=6, hidden_size=8), std=0.3)
+    codec.to_mean.weight.data.mul_(0.1)  # programs of about unit variance
+    cells = CellDataset(adata, processor)
+    codec.fit_statistics(cells.matrix, cells.library_size)
+    codec.heads["log_theta"].bias.data.fill_(2.5)  # little noise: what a cell has is what was asked for
+    codec.heads["dropout_logits"].bias.data.fill_(-6.0)
+    codec.eval().standardize_latents(encode_cells(cells, codec))
+    return codec
 
 
-def make_pipeline(adata: ad.AnnData, space: str = "expression", **processor_kwargs) -> ScRNAGenerationPipeline:
-    """A tiny pipeline with random weights for the given cells."""
+def make_expression_codec(processor: ScRNAProcessor, adata: ad.AnnData, **codec_kwargs) -> ExpressionCodec:
+    """The paper's space for the given cells."""
+    cells = CellDataset(adata, processor)
+    codec = ExpressionCodec(num_genes=len(processor.var_names), values=processor.config.values, **codec_kwargs)
+    codec.fit_statistics(cells.matrix, cells.library_size)
+    return codec
+
+
+def make_pipeline(
+    adata: ad.AnnData, codec: str = "expression", codec_kwargs: dict | None = None, **processor_kwargs
+) -> ScRNAGenerationPipeline:
+    """A tiny pipeline with random weights for the given cells; `codec` is "program" or "expression"."""
     processor = ScRNAProcessor(**processor_kwargs).fit(adata)
-    autoencoder = make_autoencoder(processor, adata) if space == "program" else None
+    make_codec = {"program": make_program_codec, "expression": make_expression_codec}[codec]
+    cell_codec = make_codec(processor, adata, **(codec_kwargs or {}))
     denoiser = WhiteBoxDiTModel(
-        num_genes=processor.num_features if autoencoder is None else autoencoder.num_features,
-        patch_size=100 if autoencoder is None else 3,
+        sample_size=cell_codec.num_features,
+        patch_size={"program": 3, "expression": 100}[codec],
         num_layers=2,
         num_attention_heads=2,
         attention_head_dim=8,
@@ -88,9 +104,9 @@ def make_pipeline(adata: ad.AnnData, space: str = "expression", **processor_kwar
     )
     pipe = ScRNAGenerationPipeline(
         denoiser=randomize(denoiser).eval(),
-        scheduler=DDPMScheduler(prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing"),
+        scheduler=training_scheduler("v_prediction"),
         processor=processor,
-        autoencoder=autoencoder,
+        codec=cell_codec,
         num_inference_steps=4,
     )
     pipe.set_progress_bar_config(disable=True)
@@ -99,11 +115,11 @@ def make_pipeline(adata: ad.AnnData, space: str = "expression", **processor_kwar
 
 @pytest.fixture
 def pipe(pbmc) -> ScRNAGenerationPipeline:
-    """In expression space."""
+    """With an expression codec."""
     return make_pipeline(pbmc, label_keys=["cell_type", "phase"])
 
 
 @pytest.fixture
 def program_pipe(pbmc) -> ScRNAGenerationPipeline:
-    """In program space."""
-    return make_pipeline(pbmc, space="program", label_keys=["cell_type", "phase"])
+    """With a program codec."""
+    return make_pipeline(pbmc, codec="program", label_keys=["cell_type", "phase"])

@@ -8,20 +8,24 @@ import pytest
 from conftest import make_pipeline
 
 from wbdit_diffusers.cli import main
-from wbdit_diffusers.data import split_cells
+from wbdit_diffusers.data import CellSplit, load_pbmc
 
 
 @pytest.fixture(scope="module")
 def folder(pbmc, tmp_path_factory):
-    """A pipeline of random weights with the split.json that train.py leaves beside it."""
+    """A pipeline of random weights with the split.json that a training leaves beside it."""
     folder = tmp_path_factory.mktemp("model")
-    train, test = split_cells(pbmc, label_key="cell_type")
-    make_pipeline(pbmc[train], space="program", label_keys=["cell_type", "phase"], num_genes=60).save_pretrained(
-        folder
-    )
-    split = {"train": pbmc.obs_names[train].tolist(), "test": pbmc.obs_names[test].tolist()}
-    (folder / "split.json").write_text(json.dumps(split))
+    split = CellSplit.draw(pbmc, label_key="cell_type")
+    pipe = make_pipeline(split.apply(pbmc)[0], codec="program", label_keys=["cell_type", "phase"], num_genes=60)
+    pipe.save_pretrained(folder)
+    split.save(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def few_trees(monkeypatch):
+    """The forest's 500 trees take most of a report's time."""
+    monkeypatch.setattr("wbdit_diffusers.evaluation.classifiers.NUM_TREES", 20)
 
 
 def test_generate(folder, tmp_path):
@@ -39,11 +43,31 @@ def test_generate(folder, tmp_path):
     assert (b.X != c.X).nnz == 0 and (b.X != cells.X).nnz > 0
 
 
+def test_train_generate_evaluate(tmp_path, capsys):
+    """The three commands in a row, as after `pip install`."""
+    load_pbmc()[:, :150].write_h5ad(tmp_path / "cells.h5ad")
+    folder = tmp_path / "model"
+    arguments = ["--dataset", tmp_path / "cells.h5ad", "--label_keys", "cell_type", "--output_dir", folder]
+    arguments += ["--max_train_steps", 2, "--codec_max_steps", 5, "--decoder_steps", 2, "--num_programs", 4]
+    arguments += ["--num_layers", 1, "--num_attention_heads", 2, "--attention_head_dim", 8, "--mixed_precision", "no"]
+    main(["train", *map(str, arguments)])
+    main(["generate", str(folder), "--num_cells", "7", "--output", str(tmp_path / "generated.h5ad")])
+    assert ad.read_h5ad(tmp_path / "generated.h5ad").shape == (7, 150)
+    evaluate = ["evaluate", folder, "--dataset", tmp_path / "cells.h5ad", "--output_dir", tmp_path / "report"]
+    main([*map(str, evaluate), "--num_samples", "1", "--no-baselines"])
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert list(report["metrics"]) == ["generated", "real reference"]
+    assert "7 cells × 150 genes" in capsys.readouterr().out
+
+
 def test_evaluate_a_model(folder, pbmc_path, tmp_path, capsys):
     arguments = ["evaluate", str(folder), "--dataset", str(pbmc_path), "--output_dir", str(tmp_path / "report")]
-    main([*arguments, "--num_seeds", "1", "--num_inference_steps", "2", "--parity"])
+    main([*arguments, "--num_samples", "1", "--num_inference_steps", "2", "--parity"])
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["label_key"] == "cell_type" and "paper_kl" in report["metrics"]["generated"]
+    baselines = ["Gaussian per label", "Gaussian mixture per label", "training latents resampled"]
+    assert list(report["excess"]) == ["generated", *baselines]
+    assert report["excess"]["generated"]["mean"] > 0.2  # random weights
     assert (tmp_path / "report" / "report.md").read_text() in capsys.readouterr().out
     assert (tmp_path / "report" / "report.png").stat().st_size > 50_000
 
@@ -56,7 +80,7 @@ def test_evaluate_cells_of_any_generator(pbmc, tmp_path):
     files = [f"--{name}={tmp_path / name}.h5ad" for name in ("train", "test", "generated")]
     main(["evaluate", *files, "--output_dir", str(tmp_path / "report")])
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert report["metrics"]["generated"]["rf_auc"][0] < 0.7 and report["per_type"] == {}
+    assert report["metrics"]["generated"]["auc_forest"][0] < 0.7 and report["per_type"] == {}
 
 
 @pytest.mark.parametrize(
@@ -68,11 +92,21 @@ def test_evaluate_cells_of_any_generator(pbmc, tmp_path):
         (["evaluate", "MODEL"], "give --dataset"),
         (["evaluate", "MODEL", "--dataset", "absent.h5ad"], "no file absent.h5ad"),
         (["evaluate", "OUT", "--dataset", "absent.h5ad"], "split.json is missing"),
+        (
+            ["evaluate", "MODEL", "--dataset", "absent.h5ad", "--label_key", "x"],
+            "--label_key has no effect on a model",
+        ),
+        (["generate", "MODEL", "--output", "OUT", "--scheduler", "euler"], "--scheduler is one of ddpm, ddim"),
+        (["prepare", "nothing"], "There is no recipe for 'nothing'"),
+        (["train", "--dataset", "absent.h5ad", "--output_dir", "OUT"], "There is no file absent.h5ad"),
+        (["train", "--output_dir", "OUT", "--max_train_steps", "0"], "--max_train_steps 0"),
         (["evaluate", "--generated", "absent.h5ad"], "all of --generated, --train and --test"),
     ],
 )
-def test_bad_arguments_end_with_one_line(arguments, message, folder, tmp_path):
+def test_bad_arguments_end_with_one_line(arguments, message, folder, tmp_path, capsys):
     names = {"MODEL": str(folder), "OUT": str(tmp_path)}
     with pytest.raises(SystemExit) as error:
         main([names.get(argument, argument) for argument in arguments])
-    assert message in str(error.value)
+    assert error.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-1] and not any("Traceback" in line for line in lines)

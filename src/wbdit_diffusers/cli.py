@@ -1,79 +1,98 @@
-"""The `wbdit` command."""
+"""The `wbdit` command. What a command needs is imported when it runs, so that `--help` is quick."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
-
-import numpy as np
-import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
-
-from . import recipes
-from .data import read_cells, write_cells
-from .pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
-
-
-SCHEDULERS = {
-    "ddpm": DDPMScheduler,
-    "ddim": DDIMScheduler,
-    "dpmsolver++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-}
+from typing import Any
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="wbdit", description="Single cells by white-box diffusion.")
     commands = parser.add_subparsers(dest="command", required=True)
-
-    generate = commands.add_parser("generate", help="Write generated cells to an .h5ad file.")
-    generate.add_argument("model", help="A folder of training/train.py, or a Hub id.")
-    generate.add_argument("--output", type=Path, required=True, help="The .h5ad file to write.")
-    generate.add_argument("--num_cells", type=int, default=1000)
-    generate.add_argument("--cell_types", help="One type for all cells; the training frequencies by default.")
-    generate.add_argument(
-        "--conditions", nargs="*", default=[], metavar="KEY=NAME", help="Further obs keys, e.g. condition=stim."
+    # Its flags are those of the training's configuration: `main` hands them on.
+    commands.add_parser("train", help="Train on an .h5ad file and write a pipeline.", add_help=False)
+    _add_generate(commands.add_parser("generate", help="Write generated cells to an .h5ad file."))
+    _add_evaluate(
+        commands.add_parser(
+            "evaluate",
+            help="Judge generated cells on held-out cells: report.json, report.md and report.png.",
+            description="Either a model (its folder says which cells of --dataset it was trained on), or --generated"
+            " cells of any generator with --train and --test.",
+        )
     )
-
-    generate.add_argument(
-        "--scheduler", choices=sorted(SCHEDULERS), help="Another solver than the pipeline's, e.g. with fewer steps."
-    )
-    generate.add_argument("--batch_size", type=int, help="Cells denoised at once: bounds the memory.")
-
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="Judge generated cells on held-out cells: report.json, report.md and report.png.",
-        description="Either a model (its folder says which cells of --dataset it was trained on), or --generated cells"
-        " of any generator with --train and --test.",
-    )
-    evaluate.add_argument("model", nargs="?", help="A folder of training/train.py.")
-    evaluate.add_argument("--dataset", help="The .h5ad file that the model was trained on.")
-    evaluate.add_argument("--generated", nargs="+", help=".h5ad files, each with as many cells as --test.")
-    evaluate.add_argument("--train", help=".h5ad file of the training cells.")
-    evaluate.add_argument("--test", help=".h5ad file of the held-out cells.")
-    evaluate.add_argument("--label_key", help="obs key of the cell type, with --generated.")
-    evaluate.add_argument("--output_dir", type=Path, default=Path("report"))
-    evaluate.add_argument("--num_seeds", type=int, default=3, help="Samples to draw from the model.")
-    evaluate.add_argument("--parity", action="store_true", help="Add the paper's metrics, which reward collapse.")
-
     prepare = commands.add_parser("prepare", help="Fetch a public dataset of the paper's reproduction.")
-    prepare.add_argument("dataset", choices=sorted(recipes.RECIPES), help="Its name; see docs/reproduction.md.")
+    prepare.add_argument("dataset", help="Its name; `wbdit prepare list` prints them.")
     prepare.add_argument("--output", type=Path, help="The .h5ad file to write; DATASET.h5ad by default.")
     prepare.add_argument("--folder", type=Path, default=Path("published"), help="Where the published files are kept.")
-
-    for command in (generate, evaluate):
-        command.add_argument("--guidance_scale", type=float, default=1.0)
-        command.add_argument("--num_inference_steps", type=int, help="The pipeline's own number by default.")
-        command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 
+def _add_generate(parser: argparse.ArgumentParser):
+    parser.add_argument("model", help="A folder that a training wrote, or a Hub id.")
+    parser.add_argument("--output", type=Path, required=True, help="The .h5ad file to write.")
+    parser.add_argument("--num_cells", type=int, default=1000, help="How many cells to make. Default: 1000.")
+    parser.add_argument("--cell_types", help="One type for all cells; the training frequencies by default.")
+    parser.add_argument(
+        "--conditions", nargs="*", default=[], metavar="KEY=NAME", help="Labels of other obs keys: condition=stim."
+    )
+    parser.add_argument("--scheduler", help="Another solver than the pipeline's: ddpm, ddim, dpmsolver++ or unipc.")
+    parser.add_argument("--batch_size", type=int, help="Cells denoised at once: bounds the memory.")
+    _add_sampling(parser)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser):
+    parser.add_argument("model", nargs="?", help="A folder that a training wrote.")
+    parser.add_argument("--dataset", help="The .h5ad file that the model was trained on.")
+    parser.add_argument("--generated", nargs="+", help=".h5ad files, each with as many cells as --test.")
+    parser.add_argument("--train", help=".h5ad file of the training cells.")
+    parser.add_argument("--test", help=".h5ad file of the held-out cells.")
+    parser.add_argument("--label_key", help="obs key of the cell type, with --generated.")
+    parser.add_argument("--values", choices=["counts", "log"], help="What --generated files hold. Default: counts.")
+    parser.add_argument("--donor_key", help="obs key of the donor: whether training donors can be told from others.")
+    parser.add_argument("--output_dir", type=Path, default=Path("report"), help="Folder to write. Default: report.")
+    parser.add_argument("--num_samples", type=int, default=3, help="Samples to draw from the model. Default: 3.")
+    parser.add_argument(
+        "--baselines",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Also judge cells that the model's codec makes without its denoiser. Default: True.",
+    )
+    parser.add_argument("--parity", action="store_true", help="Add the paper's metrics, which reward collapse.")
+    _add_sampling(parser)
+
+
+def _add_sampling(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "--guidance_scale", type=float, default=1.0, help="Classifier-free guidance. Default: 1, none."
+    )
+    parser.add_argument("--num_inference_steps", type=int, help="The pipeline's own number by default.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the cells. Default: 0.")
+    parser.add_argument("--device", help="Where to compute, such as cuda or cpu. A GPU by default, if there is one.")
+
+
+def load_pipeline(args: argparse.Namespace):
+    """The pipeline that a command names, on its device."""
+    import torch
+
+    from .pipelines import ScRNAGenerationPipeline
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return ScRNAGenerationPipeline.from_pretrained(args.model).to(device)
+
+
 def generate(args: argparse.Namespace):
-    pipe = ScRNAGenerationPipeline.from_pretrained(args.model).to(args.device)
+    import torch
+
+    from .data import write_cells
+    from .sampling import SCHEDULERS
+
     for condition in args.conditions:
         if "=" not in condition:
             raise ValueError(f"--conditions {condition!r} is not of the form KEY=NAME.")
+    if args.scheduler is not None and args.scheduler not in SCHEDULERS:
+        raise ValueError(f"--scheduler is one of {', '.join(SCHEDULERS)}, not {args.scheduler!r}.")
+    pipe = load_pipeline(args)
     if args.scheduler is not None:
         pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
     batches = pipe.stream(
@@ -94,65 +113,82 @@ def evaluate(args: argparse.Namespace):
     import matplotlib
 
     matplotlib.use("Agg")
-    from .evaluation import report
-    from .plotting import report_figure
+    from .evaluation import evaluate_cells, to_markdown
+    from .evaluation.figure import report_figure
 
-    if args.model is not None:
-        if args.dataset is None:
-            raise ValueError("A model is judged on the file that it was trained on: give --dataset.")
-        split_path = Path(args.model, "split.json")
-        if not split_path.is_file():
-            raise FileNotFoundError(
-                f"{split_path} is missing: it says which cells were held out. Give the --output_dir of train.py, or"
-                " generated cells with --generated, --train and --test."
-            )
-        split = json.loads(split_path.read_text())
-        adata = read_cells(args.dataset)
-        unknown = np.setdiff1d(split["train"] + split["test"], adata.obs_names)
-        if len(unknown):
-            raise ValueError(
-                f"{args.dataset} has no cell {unknown[0]!r}, nor {len(unknown) - 1} others of {split_path}: give the"
-                " file that the model was trained on."
-            )
-        pipe = ScRNAGenerationPipeline.from_pretrained(args.model).to(args.device)
-        pipe.set_progress_bar_config(disable=True)
-        values, layer = pipe.processor.config.values, pipe.processor.config.layer
-        label_key = next(iter(pipe.processor.config.label_keys), None)
-        if layer is not None:
-            adata.X = adata.layers[layer]
-        train, test = adata[split["train"]], adata[split["test"]]
-        call_kwargs = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
-        samples, test = report.draw_samples(pipe, test, args.num_seeds, seed=args.seed, **call_kwargs)
-    else:
-        if None in (args.generated, args.train, args.test):
-            raise ValueError("Give a model and --dataset, or all of --generated, --train and --test.")
-        train, test = read_cells(args.train), read_cells(args.test)
-        samples, label_key = [read_cells(path) for path in args.generated], args.label_key
-        values = "counts"
-    results = report.evaluate_cells(samples, train, test, label_key=label_key, values=values, parity=args.parity)
+    samples, train, test, settings = _cells_of_model(args) if args.model is not None else _cells_of_files(args)
+    report = evaluate_cells(
+        *(samples, train, test), donor_key=args.donor_key, parity=args.parity, seed=args.seed, **settings
+    )
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "report.json").write_text(json.dumps(results, indent=1))
-    table = report.to_markdown(results)
+    (args.output_dir / "report.json").write_text(json.dumps(report, indent=1))
+    table = to_markdown(report)
     (args.output_dir / "report.md").write_text(table)
-    report_figure(test, samples[0], label_key, values).savefig(args.output_dir / "report.png", dpi=110)
+    figure = report_figure(test, samples[0], report["label_key"], settings["values"], settings.get("layer"))
+    figure.savefig(args.output_dir / "report.png", dpi=110)
     print(table)
     print(f"Written to {args.output_dir}: report.json, report.md, report.png.")
 
 
+def _cells_of_model(args: argparse.Namespace) -> tuple[list, Any, Any, dict[str, Any]]:
+    """Samples of a trained model, its training and held-out cells, and how they are to be judged."""
+    from .data import CellSplit, read_cells
+    from .evaluation import draw_baselines, draw_samples
+
+    if args.dataset is None:
+        raise ValueError("A model is judged on the file that it was trained on: give --dataset.")
+    for name in ("generated", "train", "test", "label_key", "values"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} has no effect on a model, which knows its own cells and labels: leave it out.")
+    train, test = CellSplit.load(args.model).apply(read_cells(args.dataset))
+    pipe = load_pipeline(args)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
+    samples, test = draw_samples(pipe, test, args.num_samples, args.seed, **call)
+    config = pipe.processor.config
+    baselines = draw_baselines(pipe, train, test, args.num_samples, args.seed) if args.baselines else None
+    settings = {"label_key": list(config.label_keys), "values": config.values, "layer": config.layer}
+    return samples, train, test, settings | {"baselines": baselines}
+
+
+def _cells_of_files(args: argparse.Namespace) -> tuple[list, Any, Any, dict[str, Any]]:
+    """The same for cells of any generator."""
+    from .data import read_cells
+
+    if None in (args.generated, args.train, args.test):
+        raise ValueError("Give a model and --dataset, or all of --generated, --train and --test.")
+    samples = [read_cells(path) for path in args.generated]
+    settings = {"label_key": args.label_key, "values": args.values or "counts"}
+    return samples, read_cells(args.train), read_cells(args.test), settings
+
+
 def prepare(args: argparse.Namespace):
-    cells = recipes.prepare(args.dataset, args.folder / args.dataset)
+    from .data.datasets import RECIPES
+    from .data.datasets import prepare as fetch
+
+    if args.dataset == "list":
+        print("\n".join(f"{name}: {recipe.source}" for name, recipe in RECIPES.items()))
+        return
+    cells = fetch(args.dataset, args.folder / args.dataset)
     output = args.output or Path(f"{args.dataset}.h5ad")
     output.parent.mkdir(parents=True, exist_ok=True)
     cells.write_h5ad(output)
-    print(f"{cells.n_obs} cells × {cells.n_vars} genes in {output}: {recipes.RECIPES[args.dataset].source}.")
+    print(f"{cells.n_obs} cells × {cells.n_vars} genes in {output}: {RECIPES[args.dataset].source}.")
 
 
 def main(argv: list[str] | None = None):
+    """Runs a command. A user's mistake ends in one line and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        from .training.__main__ import main as train
+
+        return train(argv[1:], prog="wbdit train")
     args = build_parser().parse_args(argv)
     try:
         {"generate": generate, "evaluate": evaluate, "prepare": prepare}[args.command](args)
     except (ValueError, OSError) as error:
-        sys.exit(f"wbdit {args.command}: {error}")
+        print(f"wbdit {args.command}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

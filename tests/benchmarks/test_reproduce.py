@@ -1,8 +1,11 @@
 """The arithmetic of benchmarks/reproduce.py; the command itself takes an hour."""
 
+import json
+
 import pytest
-import reproduce
-from reproduce import DEFAULT, DIT, LARGE, WHITE_BOX
+import reproduce_report as report
+from conftest import ROOT
+from reproduce_report import DEFAULT, DIT, LARGE, WHITE_BOX
 
 
 def run(losses: list[float], seconds_per_epoch: float) -> dict:
@@ -21,23 +24,28 @@ def run(losses: list[float], seconds_per_epoch: float) -> dict:
     }
 
 
-def test_losses_are_compared_at_the_last_epoch_and_second_that_both_have_reached():
-    white_box = {"0": run([0.8, 0.6, 0.4, 0.3], 1.0)}
-    dit = {"0": run([0.8, 0.5], 2.0)}
-    assert reproduce.ratio_at(white_box, dit, "epoch") == [pytest.approx(0.6 / 0.5)]  # after two epochs
-    assert reproduce.ratio_at(white_box, dit, "seconds") == [pytest.approx(0.3 / 0.5)]  # after four seconds
-    assert reproduce.ratio_at(white_box, {}, "epoch") == []
-
-
-def test_tables_of_what_is_complete():
-    metrics = {key: [0.5, 0.7] for key in reproduce.METRICS}
+def results_of(metrics: dict, real: dict) -> dict:
+    """A JSON of one dataset that is complete, and of one that is not."""
     parts = {"samplers": {"20": metrics}, "epochs": {"1": metrics}}
     runs = {WHITE_BOX: run([0.8, 0.4], 1.0), DIT: run([0.8, 0.5], 2.0), LARGE: run([0.9, 0.6], 2.0)}
     models = {model: {"runs": {"0": one}, **parts} for model, one in (runs | {DEFAULT: run([0.5], 0.1)}).items()}
     network = {"parameters": 311272, "flop_per_step": 7e8}
-    entry = {"models": models, "floors": {floor: metrics for floor in reproduce.FLOORS}, "seconds": 60.0}
-    results = {"networks": {model: network for model in runs}, "datasets": {"cells": entry, "begun": {"models": {}}}}
-    verdict, cost, quality, epochs, missing = reproduce.tables(results).strip().split("\n\n")
+    entry = {"models": models, "floors": {"real reference": real}, "seconds": 60.0}
+    return {"networks": {model: network for model in runs}, "datasets": {"cells": entry, "begun": {"models": {}}}}
+
+
+def test_losses_are_compared_at_the_last_epoch_and_second_that_both_have_reached():
+    white_box = {"0": run([0.8, 0.6, 0.4, 0.3], 1.0)}
+    dit = {"0": run([0.8, 0.5], 2.0)}
+    assert report.ratio_at(white_box, dit, "epoch") == [pytest.approx(0.6 / 0.5)]  # after two epochs
+    assert report.ratio_at(white_box, dit, "seconds") == [pytest.approx(0.3 / 0.5)]  # after four seconds
+    assert report.ratio_at(white_box, {}, "epoch") == []
+
+
+def test_tables_of_what_is_complete():
+    metrics = {key: [0.5, 0.7] for key in report.METRICS}
+    results = results_of(metrics, real=metrics)
+    verdict, cost, quality, epochs, missing = report.tables(results).strip().split("\n\n")
     assert "| cells | 2.00 | 0.800 | " in verdict
     assert f"| cells | {WHITE_BOX} | 311,272 | 0.7 | 1.00 | 1.00 | 2.0 | 500 | 0.800 | 0.400 |" in cost
     assert f"| cells | {DEFAULT} | – | – | 1.00 | – | – | 500 | – | – |" in cost
@@ -46,3 +54,25 @@ def test_tables_of_what_is_complete():
     assert missing == "Not complete: begun."
     for table in (verdict, cost, quality, epochs):
         assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_tables_have_the_metrics_that_were_measured():
+    measured = {"auc_forest": [0.75], "w2": [3.0], "nearest_training_cell": [1.0]}
+    real = {"auc_forest": [0.5], "w2": [2.0]}  # the nearest training cell of a training cell says nothing
+    _, _, quality, epochs, _ = report.tables(results_of(measured, real)).strip().split("\n\n")
+    assert quality.splitlines()[0] == "| dataset | cells | steps | AUC, forest | W2 | nearest train |"
+    assert "| cells | real reference |  | 0.500 | 2.000 | – |" in quality
+    assert f"| cells | {DEFAULT} | 20 | 0.750 | 3.000 | 1.000 |" in quality
+    assert epochs.splitlines()[0] == "| dataset | model | epochs | seconds | held-out loss | AUC, forest | W2 |"
+
+
+def test_tables_of_the_committed_results():
+    """They were judged by one random forest, beside two kinds of real cells."""
+    results = json.loads((ROOT / "lab" / "results" / "reproduction_cpu.json").read_text())
+    verdict, _, quality, epochs = report.tables(results).strip().split("\n\n")
+    assert "| pbmc3k | 1.63 ± 0.08 | 1.052 ± 0.009 | 1.028 ± 0.006 | 1.028 | 1.046 |" in verdict
+    assert quality.startswith(
+        "| dataset | cells | steps | RF-AUC | W2 | MMD² | variance | zeros | gene-gene | nearest"
+    )
+    assert "| pbmc3k | real: halves of the held-out |  | " in quality
+    assert epochs.startswith("| dataset | model | epochs | seconds | held-out loss | RF-AUC | W2 | MMD² |")

@@ -3,39 +3,25 @@ import json
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scanpy as sc
 import torch
 from conftest import make_pipeline
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler
 from scipy import sparse
 
-from wbdit_diffusers import ScRNAGenerationPipeline, ScRNAPipelineOutput, WhiteBoxDiTModel, __version__
-from wbdit_diffusers.pipelines import pipeline_scrna_generation
-
-
-SCHEDULERS = [
-    DDPMScheduler,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-]
+from wbdit_diffusers import (
+    ScRNAGenerationPipeline,
+    ScRNAPipelineOutput,
+    ScRNAProcessor,
+    WhiteBoxDiTModel,
+    __version__,
+)
 
 
 def seeded(seed=0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def use_scheduler(pipe, scheduler_class):
-    kwargs = {"algorithm_type": "sde-dpmsolver++"} if scheduler_class is DPMSolverMultistepScheduler else {}
-    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **kwargs)
 
 
 # ==================== The cells ====================
@@ -59,6 +45,7 @@ def test_cells_are_an_anndata_that_scanpy_takes(pipe, pbmc, tmp_path):
         "version": __version__,
         "X": "counts",
     }
+    assert type(cells.uns["wbdit"]["seed"]) is int
 
     cells.write_h5ad(tmp_path / "cells.h5ad")
     again = ad.read_h5ad(tmp_path / "cells.h5ad")
@@ -75,16 +62,16 @@ def test_cells_are_an_anndata_that_scanpy_takes(pipe, pbmc, tmp_path):
 
 def test_output_types(pipe):
     expression = pipe(num_cells=10, generator=seeded(), output_type="pt").cells
-    assert expression.shape == (10, 765) and expression.min() == 0
+    assert expression.shape == (10, 765) and expression.min() == 0 and not expression.requires_grad
     array = pipe(num_cells=10, generator=seeded(), output_type="np").cells
     np.testing.assert_array_equal(array, expression.numpy())
     latents = pipe(num_cells=10, generator=seeded(), output_type="latent").cells
     assert latents.shape == (10, 766)
-    decoded, library_size = pipe.processor.decode(latents)
-    torch.testing.assert_close(decoded, expression)
+    decoded = pipe.codec.decode(latents)
+    torch.testing.assert_close(decoded.expression(), expression)
     cells = pipe(num_cells=10, generator=seeded()).cells
-    np.testing.assert_array_equal(cells.X.toarray(), pipe.processor.to_matrix(expression, library_size).toarray())
-    np.testing.assert_allclose(cells.obs["library_size"], library_size)
+    np.testing.assert_array_equal(cells.X.toarray(), decoded.mean().round().numpy())
+    np.testing.assert_allclose(cells.obs["library_size"], decoded.library_size)
 
 
 def test_dict_and_tuple_output(pipe):
@@ -130,20 +117,36 @@ def test_library_size_can_be_given(pipe):
 
 def test_log_values_give_log_values(pbmc):
     log_values = ad.AnnData(sparse.csr_matrix(np.log2(pbmc.X.toarray() / 3 + 1)), obs=pbmc.obs, var=pbmc.var)
-    pipe = make_pipeline(log_values, values="log", standardize=False)
+    pipe = make_pipeline(log_values, values="log", codec_kwargs={"standardize": False})
     cells = pipe(num_cells=4, generator=seeded()).cells
     assert list(cells.obs) == [] and cells.uns["wbdit"]["X"] == "log expression"
     expected = pipe(num_cells=4, generator=seeded(), output_type="np").cells
     np.testing.assert_array_equal(cells.X.toarray(), expected)
+    assert (expected != np.rint(expected)).any()
+    decoded = pipe.decode_latents(pipe.encode_cells(log_values))
+    np.testing.assert_allclose(decoded.X.toarray(), log_values.X.toarray(), rtol=1e-6)
+    for refused in (lambda: pipe(library_size=1000), lambda: pipe.decode_latents(torch.zeros(1, 765), None, [1000])):
+        with pytest.raises(ValueError, match="`library_size` was given, but this model was trained on log values"):
+            refused()
 
 
 def test_counts_without_a_modelled_library_size(pbmc):
-    pipe = make_pipeline(pbmc, label_keys=["cell_type"], model_library_size=False)
+    """Library sizes are then drawn from training cells with the same labels."""
+    pipe = make_pipeline(pbmc, label_keys=["cell_type"], codec_kwargs={"model_library_size": False})
     cells = pipe(num_cells=70, generator=seeded()).cells
     assert (cells.X.data == np.rint(cells.X.data)).all()
     again = pipe(num_cells=70, generator=seeded(), batch_size=9).cells
     np.testing.assert_array_equal(again.obs["library_size"], cells.obs["library_size"])
     assert cells.obs["library_size"].nunique() > 60
+
+    totals = pd.Series(np.asarray(pbmc.X.sum(1)).ravel(), pbmc.obs_names)
+    for name in ("CD34+", "Dendritic"):
+        real = totals[pbmc.obs["cell_type"] == name]
+        drawn = pipe(300, name, generator=seeded(), num_inference_steps=1).cells.obs["library_size"]
+        assert real.min() * 0.999 <= drawn.min() and drawn.max() <= real.max() * 1.001
+        np.testing.assert_allclose(drawn.quantile([0.25, 0.5, 0.75]), real.quantile([0.25, 0.5, 0.75]), rtol=0.1)
+    decoded = pipe.decode_latents(pipe.encode_cells(pbmc)).obs["library_size"]
+    assert totals.min() <= decoded.min() and decoded.max() <= totals.max()
 
 
 # ==================== Program space ====================
@@ -163,52 +166,14 @@ def test_program_space_gives_counts_at_the_generated_library_size(program_pipe, 
 def test_program_space_output_types(program_pipe):
     latents = program_pipe(num_cells=10, generator=seeded(), output_type="latent").cells
     assert latents.shape == (10, 7)
-    proportions, _, detection, library_size = program_pipe.autoencoder.decode(latents)
+    decoded = program_pipe.codec.decode(latents)
     expression = program_pipe(num_cells=10, generator=seeded(), output_type="pt").cells
-    torch.testing.assert_close(expression, torch.log1p(proportions * detection * 1e4))
+    torch.testing.assert_close(expression, decoded.expression())
+    torch.testing.assert_close(expression, torch.log1p(decoded.mean() / decoded.library_size[:, None] * 1e4))
     cells = program_pipe(num_cells=10, generator=seeded()).cells
-    np.testing.assert_allclose(cells.obs["library_size"], library_size)
+    np.testing.assert_allclose(cells.obs["library_size"], decoded.library_size)
     given = program_pipe(num_cells=10, generator=seeded(), library_size=5000).cells
     np.testing.assert_allclose(np.asarray(given.X.sum(1)).ravel(), 5000, rtol=0.2)
-
-
-def test_program_space_batch_size_never_changes_the_cells(program_pipe):
-    expected = program_pipe(num_cells=150, generator=seeded(), guidance_scale=2.0).cells
-    for batch_size in (1, 37, 64, 100):
-        cells = program_pipe(num_cells=150, generator=seeded(), guidance_scale=2.0, batch_size=batch_size).cells
-        assert (cells.obs["cell_type"] == expected.obs["cell_type"]).all()
-        # A rate that differs in its last digit may, rarely, change a count.
-        assert (cells.X != expected.X).nnz <= 1e-3 * expected.X.nnz
-
-
-def test_program_space_saves_and_loads(program_pipe, tmp_path):
-    expected = program_pipe(num_cells=20, generator=seeded()).cells
-    program_pipe.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["autoencoder"] == [
-        "wbdit_diffusers",
-        "CountAutoencoder",
-    ]
-    loaded = ScRNAGenerationPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
-    cells = loaded(num_cells=20, generator=seeded()).cells
-    np.testing.assert_array_equal(cells.X.toarray(), expected.X.toarray())
-
-
-@pytest.mark.parametrize("space", ["program", "expression"])
-@pytest.mark.parametrize("offload", ["model", "group"])
-def test_offloading_does_not_change_the_cells(pbmc, space, offload):
-    """The hooks of a GPU's offloading, on the CPU: each model is fetched before it is used, whatever its method."""
-    pipe = make_pipeline(pbmc, space=space, label_keys=["cell_type", "phase"])
-    arguments = {"num_cells": 30, "guidance_scale": 1.5}
-    expected = pipe(**arguments, generator=seeded()).cells
-    if offload == "model":
-        pipe.enable_model_cpu_offload(device="cpu")
-    else:
-        cpu = torch.device("cpu")
-        pipe.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
-    cells = pipe(**arguments, generator=seeded()).cells
-    assert (cells.X != expected.X).nnz == 0
-    assert list(cells.obs["cell_type"]) == list(expected.obs["cell_type"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -217,113 +182,56 @@ def test_program_space_in_half_precision(program_pipe, dtype):
     assert (cells.X.data == np.rint(cells.X.data)).all() and (np.asarray(cells.X.sum(1)) > 0).all()
 
 
-# ==================== Same seed, same cells ====================
+# ==================== Real cells as latents, and back ====================
 
 
-@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
-def test_batch_size_never_changes_the_cells(pipe, scheduler_class):
-    use_scheduler(pipe, scheduler_class)
-    arguments = {"num_cells": 150, "guidance_scale": 2.0, "output_type": "latent"}
-    expected = pipe(**arguments, generator=seeded()).cells
-    assert torch.isfinite(expected).all() and expected.std() > 0.1
-    for batch_size in (37, 64, 100):
-        cells = pipe(**arguments, generator=seeded(), batch_size=batch_size).cells
-        torch.testing.assert_close(cells, expected, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(pipe(**arguments, generator=seeded(1)).cells, expected)
+@pytest.mark.parametrize("codec", ["program", "expression"])
+def test_real_cells_survive_encoding_and_decoding(pbmc, codec):
+    pipe = make_pipeline(pbmc, codec=codec, label_keys=["cell_type", "phase"])
+    latents, class_labels = pipe.encode_cells(pbmc), pipe.processor.encode_labels(pbmc)
+    assert latents.shape == (700, pipe.codec.num_features) and not latents.requires_grad
+    assert latents.mean(0).abs().max() < 0.01 and (latents.std(0) - 1).abs().max() < 0.01
+    cells = pipe.decode_latents(latents, class_labels, generator=seeded())
+    assert cells.var_names.equals(pbmc.var_names) and cells.obs_names.is_unique
+    for key in ("cell_type", "phase"):
+        assert list(cells.obs[key]) == list(pbmc.obs[key])
+    np.testing.assert_allclose(cells.obs["library_size"], np.asarray(pbmc.X.sum(1)).ravel(), rtol=1e-4)
+    drawn, real = (np.log1p(np.asarray(adata.X.mean(0)).ravel()) for adata in (cells, pbmc))
+    assert np.corrcoef(drawn, real)[0, 1] > {"program": 0.85, "expression": 0.9999}[codec]  # of random weights
+    expected = pipe.codec.decode(latents).mean().detach().mean(0)
+    np.testing.assert_allclose(np.asarray(cells.X.mean(0)).ravel(), expected, rtol=0.2, atol=0.05)
+
+    again = pipe.decode_latents(latents, class_labels, generator=seeded())
+    assert (again.X != cells.X).nnz == 0
+    other = pipe.decode_latents(latents, generator=seeded(1))
+    assert ((other.X != cells.X).nnz > 0) == (codec == "program")  # expression is decoded without noise
+    assert list(other.obs) == ["library_size"]
+    deeper = pipe.decode_latents(latents[:50], library_size=torch.full((50,), 20_000.0), generator=seeded())
+    assert set(deeper.obs["library_size"]) == {20_000}
+    assert deeper.X.sum() > 2 * cells[:50].X.sum()
 
 
-def test_batch_sizes_64_and_2500_give_the_same_5000_cells(pipe):
-    cells = [
-        pipe(num_cells=5000, batch_size=size, generator=seeded(), num_inference_steps=2).cells for size in (64, 2500)
-    ]
-    assert (cells[0].obs["cell_type"] == cells[1].obs["cell_type"]).all()
-    np.testing.assert_allclose(cells[0].obs["library_size"], cells[1].obs["library_size"], rtol=1e-4)
-    # A count may round the other way after a difference in the last digit.
-    assert (cells[0].X != cells[1].X).nnz < 1e-5 * cells[0].X.nnz
+def test_decoding_latents_is_the_end_of_a_call(pipe):
+    arguments = {"num_cells": 20, "generator": seeded(), "cell_types": "Dendritic", "conditions": {"phase": "S"}}
+    latents = pipe(**arguments, output_type="latent").cells
+    cells = pipe(**{**arguments, "generator": seeded()}).cells
+    decoded = pipe.decode_latents(latents)
+    assert (decoded.X != cells.X).nnz == 0
+    np.testing.assert_array_equal(decoded.obs["library_size"], cells.obs["library_size"])
 
 
-@pytest.mark.parametrize("space", ["expression", "program"])
-def test_a_stream_gives_the_cells_of_a_call(pbmc, space):
-    pipe = make_pipeline(pbmc, space=space, label_keys=["cell_type"])
-    batches = list(pipe.stream(num_cells=150, batch_size=60, generator=seeded()))
-    assert [batch.n_obs for batch in batches] == [60, 60, 30]
-    assert all(
-        batch.obs["cell_type"].cat.categories.tolist() == batches[0].obs["cell_type"].cat.categories.tolist()
-        for batch in batches
-    )
-    together = ad.concat(batches)
-    cells = pipe(num_cells=150, generator=seeded()).cells
-    assert together.obs_names.equals(cells.obs_names)
-    assert (together.obs["cell_type"].astype(str) == cells.obs["cell_type"].astype(str)).all()
-    assert (together.X != cells.X).nnz == 0
-    with pytest.raises(ValueError, match="Dendritik"):
-        next(pipe.stream(cell_types="Dendritik"))
-
-
-def test_streams_do_not_disturb_each_other(pipe):
-    arguments = {"num_cells": 128, "batch_size": 64, "cell_types": "Dendritic"}
-    pairs = zip(
-        pipe.stream(**arguments, generator=seeded(), guidance_scale=1.0),
-        pipe.stream(**arguments, generator=seeded(), guidance_scale=3.0),
-    )
-    ones, threes = (ad.concat(batches) for batches in zip(*pairs))
-    for cells, guidance_scale in ((ones, 1.0), (threes, 3.0)):
-        alone = pipe(**arguments, generator=seeded(), guidance_scale=guidance_scale).cells
-        assert (cells.X != alone.X).nnz == 0
-    assert (ones.X != threes.X).nnz > 0
-
-
-def test_counts_are_drawn_block_by_block(program_pipe, monkeypatch):
-    """The pieces in which counts are made dense never change them, nor does a generator per cell."""
-    expected = program_pipe(num_cells=150, generator=seeded()).cells
-    monkeypatch.setattr(pipeline_scrna_generation, "VALUES_AT_ONCE", 1)
-    for batch_size in (150, 100):
-        cells = program_pipe(num_cells=150, generator=seeded(), batch_size=batch_size).cells
-        assert (cells.X != expected.X).nnz <= 1e-3 * expected.X.nnz
-        np.testing.assert_allclose(cells.obs["library_size"], expected.obs["library_size"], rtol=1e-4)
-    together = program_pipe(generator=[seeded(i) for i in range(3)]).cells
-    alone = program_pipe(generator=seeded(2)).cells
-    assert (together[2:].X != alone.X).nnz <= 1
-
-
-def test_one_cell_at_a_time_gives_the_same_cells(pipe):
-    expected = pipe(num_cells=70, generator=seeded(), num_inference_steps=2, output_type="pt").cells
-    cells = pipe(num_cells=70, generator=seeded(), num_inference_steps=2, output_type="pt", batch_size=1).cells
-    torch.testing.assert_close(cells, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_fewer_cells_are_the_first_of_more(pipe):
-    few = pipe(num_cells=10, generator=seeded(), output_type="pt").cells
-    more = pipe(num_cells=100, generator=seeded(), output_type="pt").cells
-    torch.testing.assert_close(few, more[:10], atol=1e-4, rtol=1e-4)
-
-
-def test_global_seed_without_a_generator(pipe):
-    cells = []
-    for batch_size in (None, 2):
-        torch.manual_seed(0)
-        cells.append(pipe(num_cells=5, batch_size=batch_size, output_type="pt").cells)
-    torch.testing.assert_close(*cells, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
-def test_a_list_of_generators_gives_the_cells_of_single_calls(pipe, scheduler_class):
-    use_scheduler(pipe, scheduler_class)
-    names = ["CD34+", "Dendritic", "CD34+"]
-    together = pipe(cell_types=names, generator=[seeded(i) for i in range(3)], output_type="pt").cells
-    for i in range(3):
-        alone = pipe(cell_types=names[i], generator=seeded(i), output_type="pt").cells
-        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
-
-
-def test_latents_replace_the_initial_noise(pipe):
-    use_scheduler(pipe, DDIMScheduler)
-    latents = torch.randn(5, 766, generator=seeded(3))
-    arguments = {"num_cells": 5, "cell_types": "CD34+", "conditions": {"phase": "S"}, "output_type": "latent"}
-    first = pipe(**arguments, latents=latents, generator=seeded(0)).cells
-    second = pipe(**arguments, latents=latents, generator=seeded(1), batch_size=2).cells
-    torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(pipe(**arguments, latents=latents.flip(0)).cells, first)
+def test_gradients_flow_from_the_likelihood_to_the_latents(program_pipe, pbmc):
+    """Only the pipeline's own methods work without gradients: what they are made of is there to be differentiated."""
+    latents = program_pipe.encode_cells(pbmc[:20]).requires_grad_()
+    counts = torch.from_numpy(pbmc.X[:20].toarray()).float()
+    log_prob = program_pipe.codec.decode(latents).log_prob(counts)
+    log_prob.sum().backward()
+    assert torch.isfinite(latents.grad).all() and (latents.grad != 0).all()
+    with torch.no_grad():
+        better = program_pipe.codec.decode(latents + 1e-2 * latents.grad / latents.grad.norm(dim=1, keepdim=True))
+    assert (better.log_prob(counts) > log_prob).all()
+    for output_type in ("latent", "pt"):
+        assert not program_pipe(num_cells=2, latents=latents[:2], output_type=output_type).cells.requires_grad
 
 
 # ==================== Schedulers and guidance ====================
@@ -354,21 +262,10 @@ def test_guidance_moves_away_from_the_unconditional_prediction(pipe):
         "num_inference_steps": 1,
         "output_type": "latent",
     }
-    use_scheduler(pipe, DDIMScheduler)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     results = [pipe(**arguments, guidance_scale=scale).cells for scale in (0.0, 1.0, 3.0)]
     # One step is linear in the prediction.
     torch.testing.assert_close(results[2] - results[0], 3 * (results[1] - results[0]), atol=1e-3, rtol=1e-3)
-
-
-def test_guidance_is_one_forward_per_step(pipe, monkeypatch):
-    sizes = []
-    forward = pipe.denoiser.forward
-    monkeypatch.setattr(
-        pipe.denoiser, "forward", lambda *args, **kwargs: sizes.append(len(args[0])) or forward(*args, **kwargs)
-    )
-    pipe(num_cells=5, guidance_scale=2.0)
-    pipe(num_cells=5)
-    assert sizes == [10] * 4 + [5] * 4
 
 
 def test_default_number_of_steps_is_the_pipeline_s(pipe):
@@ -379,9 +276,10 @@ def test_default_number_of_steps_is_the_pipeline_s(pipe):
 
 
 def test_memory_follows_the_batch(pipe, monkeypatch):
-    sizes = []
-    decode = pipe.processor.decode
-    monkeypatch.setattr(pipe.processor, "decode", lambda latents: sizes.append(len(latents)) or decode(latents))
+    sizes, decode = [], pipe.codec.decode
+    monkeypatch.setattr(
+        pipe.codec, "decode", lambda latents, *args: sizes.append(len(latents)) or decode(latents, *args)
+    )
     pipe(num_cells=100, batch_size=30)
     assert sizes == [30, 30, 30, 10]
 
@@ -421,23 +319,28 @@ def test_progress_bar_counts_all_steps(pipe, capsys):
 # ==================== Saving and loading ====================
 
 
-def test_save_and_load(pipe, tmp_path):
+@pytest.mark.parametrize("codec, class_name", [("expression", "ExpressionCodec"), ("program", "ProgramCodec")])
+def test_save_and_load(pbmc, codec, class_name, tmp_path, monkeypatch):
+    pipe = make_pipeline(pbmc, codec=codec, label_keys=["cell_type"])
     expected = pipe(num_cells=20, generator=seeded()).cells
-    pipe.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
+    folder = tmp_path / "runs" / "wbdit-pbmc"
+    pipe.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
     assert index["denoiser"] == ["wbdit_diffusers", "WhiteBoxDiTModel"]
     assert index["processor"] == ["wbdit_diffusers", "ScRNAProcessor"]
     assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pkl", ".pt", ".npy")]
+    assert index["codec"] == ["wbdit_diffusers", class_name]
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pkl", ".pt", ".npy")]
 
-    loaded = ScRNAGenerationPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
-    assert set(loaded.components) == {"denoiser", "scheduler", "processor", "autoencoder"}
-    assert index["autoencoder"] == [None, None] and loaded.autoencoder is None
-    cells = loaded(num_cells=20, generator=seeded()).cells
-    np.testing.assert_array_equal(cells.X.toarray(), expected.X.toarray())
+    monkeypatch.chdir(tmp_path)
+    for path in (folder, "runs/wbdit-pbmc", "./runs/wbdit-pbmc/"):
+        loaded = ScRNAGenerationPipeline.from_pretrained(path)
+        loaded.set_progress_bar_config(disable=True)
+        cells = loaded(num_cells=20, generator=seeded()).cells
+        np.testing.assert_array_equal(cells.X.toarray(), expected.X.toarray())
+        assert cells.uns["wbdit"]["model_id"] == "wbdit-pbmc"  # where it lay is nobody's business
+    assert set(loaded.components) == {"denoiser", "scheduler", "processor", "codec"}
     assert loaded.config.num_inference_steps == 4
-    assert cells.uns["wbdit"]["model_id"] == str(tmp_path)
 
 
 def test_variants_and_dtypes(pipe, tmp_path):
@@ -446,9 +349,7 @@ def test_variants_and_dtypes(pipe, tmp_path):
     for name, parameter in loaded.denoiser.named_parameters():
         assert torch.equal(parameter, pipe.denoiser.get_parameter(name))
     pipe.save_pretrained(tmp_path)
-    assert (
-        ScRNAGenerationPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).denoiser.dtype == torch.bfloat16
-    )
+    assert ScRNAGenerationPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16).denoiser.dtype == torch.bfloat16
     half = pipe.to(dtype=torch.bfloat16)(num_cells=5, output_type="pt").cells
     assert half.dtype == torch.float32 and torch.isfinite(half).all()
 
@@ -488,22 +389,35 @@ def test_bad_arguments_are_named(pipe, pbmc):
         ({"num_cells": 2, "latents": torch.zeros(2, 5)}, r"shape \(2, 5\), expected \(2, 766\)"),
         ({"library_size": -1}, "positive number of counts"),
         ({"library_size": np.nan}, "positive number of counts"),
+        ({"num_cells": 3, "library_size": [1e3, 2e3]}, "library_size has 2 entries for 3 cells"),
+        ({"library_size": 5000, "output_type": "pt"}, "`library_size` has no effect on output_type='pt'"),
+        ({"library_size": 5000, "output_type": "latent"}, "no effect on output_type='latent'"),
         ({"output_type": "pil"}, "one of anndata, np, pt, latent"),
         ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "prompt"),
         ({"num_cells": 5, "batch_size": 0}, "batch_size"),
     ]:
         with pytest.raises(ValueError, match=message):
             pipe(**arguments)
-    with pytest.raises(ValueError, match="unconditional"):
-        make_pipeline(pbmc)(cell_types="CD34+")
-    other = WhiteBoxDiTModel(num_genes=10, num_attention_heads=2, attention_head_dim=8)
-    with pytest.raises(ValueError, match="not of one model.*num_features=766.*num_genes=10"):
-        ScRNAGenerationPipeline(denoiser=other, scheduler=pipe.scheduler, processor=pipe.processor)
+    unconditional = make_pipeline(pbmc)
+    for arguments in ({"cell_types": "CD34+"}, {"guidance_scale": 2.0}):
+        with pytest.raises(ValueError, match=f"`{list(arguments)[0]}` was given, .* unconditional"):
+            unconditional(**arguments)
+
+
+def test_components_of_different_models_are_refused(pipe, pbmc):
+    other = WhiteBoxDiTModel(sample_size=10, num_attention_heads=2, attention_head_dim=8)
+    with pytest.raises(ValueError, match="not of the same model.*num_features=766.*sample_size=10"):
+        ScRNAGenerationPipeline(**{**pipe.components, "denoiser": other})
+    with pytest.raises(ValueError, match=r"condition_sizes=\(10, 3\) need .* not .* condition_sizes=\(\)"):
+        ScRNAGenerationPipeline(**{**pipe.components, "denoiser": make_pipeline(pbmc).denoiser})
+    processor = ScRNAProcessor(label_keys=["cell_type", "phase"], num_genes=100).fit(pbmc)
+    with pytest.raises(ValueError, match="765 genes and 100 genes"):
+        ScRNAGenerationPipeline(**{**pipe.components, "processor": processor})
 
 
 def test_bad_folders_are_named(pipe, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(OSError, match=r"empty is no pipeline: .*model_index.json.*training/train.py"):
+    with pytest.raises(OSError, match=r"empty is no pipeline: .*model_index.json.*--output_dir of a training"):
         ScRNAGenerationPipeline.from_pretrained(tmp_path / "empty")
     pipe.save_pretrained(tmp_path / "foreign")
     index = tmp_path / "foreign" / "model_index.json"

@@ -1,339 +1,316 @@
-"""training/train.py, run as a user runs it."""
+"""`train`: from cells to a complete pipeline."""
 
-import csv
-import importlib.util
+import dataclasses
 import json
-import os
-import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from safetensors.torch import load_file
+from huggingface_hub import hf_api
+from tiny import assert_same_weights, column, read_log, tiny_config
 
 from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.cli import SCHEDULERS
+from wbdit_diffusers.data import CellSplit
+from wbdit_diffusers.sampling import SCHEDULERS
+from wbdit_diffusers.training import TrainingConfig, config_from_args, train
 
 
-TINY = [
-    *("--num_genes", "100", "--patch_size", "20", "--num_layers", "1"),
-    *("--num_attention_heads", "2", "--attention_head_dim", "8"),
-    *("--train_batch_size", "64", "--lr_warmup_steps", "2", "--num_inference_steps", "3"),
-    *("--autoencoder_max_steps", "100", "--num_programs", "8", "--autoencoder_hidden_size", "16"),
-    *("--decoder_steps", "20"),
-]
-
-
-TRAIN_SCRIPT = ROOT / "training" / "train.py"
-
-
-def launch(*args, script: Path = TRAIN_SCRIPT, env: dict[str, str] | None = None, num_processes: int = 1):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes), "--cpu"]
-    command += ["--mixed_precision", "no", str(script), *map(str, args)]
-    result = subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-
-
-EXPRESSION = ["--space", "expression"]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "denoiser" / "diffusion_pytorch_model.safetensors")
-
-
-def read_log(folder: Path) -> list[dict[str, str]]:
-    with (folder / "training_log.csv").open() as file:
-        return list(csv.DictReader(file))
+KEYS = ["cell_type", "phase"]
+TWO_STEPS = {"codec": "expression", "max_train_steps": 2, "validation_steps": 1}
 
 
 @pytest.fixture(scope="module")
-def trained(pbmc_path, tmp_path_factory) -> Path:
-    """24 steps without interruption: 8 per epoch, a checkpoint in the middle of the second."""
+def trained(pbmc, tmp_path_factory) -> tuple[Path, ScRNAGenerationPipeline]:
+    """A folder, and the pipeline that `train` returned."""
     folder = tmp_path_factory.mktemp("trained")
-    launch(
-        *("--dataset", pbmc_path, "--label_keys", "cell_type", "phase", "--output_dir", folder, *TINY),
-        *("--max_train_steps", 24, "--checkpointing_steps", 12, "--validation_steps", 4),
-    )
-    return folder
+    pipe = train(pbmc, tiny_config(folder, label_keys=KEYS, max_train_steps=8, validation_steps=4))
+    pipe.set_progress_bar_config(disable=True)
+    return folder, pipe
+
+
+def load(folder: Path) -> ScRNAGenerationPipeline:
+    pipe = ScRNAGenerationPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe: ScRNAGenerationPipeline, num_cells: int = 5) -> ad.AnnData:
+    return pipe(num_cells=num_cells, generator=torch.Generator().manual_seed(3)).cells
+
+
+# ==================== The pipeline ====================
 
 
 def test_output_is_a_complete_pipeline(trained, pbmc):
-    pipe = ScRNAGenerationPipeline.from_pretrained(trained)
-    pipe.set_progress_bar_config(disable=True)
+    folder, _ = trained
+    pipe = load(folder)
     cells = pipe(num_cells=20).cells
     assert cells.shape == (20, 100)
-    assert list(cells.obs) == ["cell_type", "phase", "library_size"]
+    assert list(cells.obs) == [*KEYS, "library_size"]
     assert pipe.config.num_inference_steps == 3
     assert pipe.scheduler.config.prediction_type == "v_prediction" and not pipe.scheduler.config.clip_sample
-
-    split = json.loads((trained / "split.json").read_text())
+    split = json.loads((folder / "split.json").read_text())
     assert sorted(split["train"] + split["test"]) == sorted(pbmc.obs_names)
     assert len(split["test"]) == pytest.approx(140, abs=5)
-    card = (trained / "README.md").read_text()
-    assert "library_name: diffusers" in card and "training cells" in card
+
+
+def test_the_returned_pipeline_is_the_one_that_was_saved(trained):
+    folder, returned = trained
+    loaded = load(folder)
+    for name in ("denoiser", "codec"):
+        one, other = getattr(returned, name), getattr(loaded, name)
+        assert not one.training and one.device == torch.device("cpu")
+        assert one.state_dict().keys() == other.state_dict().keys()
+        assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+    first, second = generate(returned), generate(loaded)
+    np.testing.assert_array_equal(first.X.toarray(), second.X.toarray())
+    assert first.obs.equals(second.obs)
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_every_solver_starts_from_pure_noise(trained, name):
-    scheduler = SCHEDULERS[name].from_config(ScRNAGenerationPipeline.from_pretrained(trained).scheduler.config)
+    scheduler = SCHEDULERS[name].from_config(trained[1].scheduler.config)
     for num_inference_steps in (3, 100, 250, 1000):
         scheduler.set_timesteps(num_inference_steps)
         assert scheduler.timesteps[0] == 999
         assert len(scheduler.timesteps.unique()) == num_inference_steps
 
 
-def test_only_training_cells_are_fitted(trained, pbmc):
-    """What processor and autoencoder know follows from the training cells of split.json alone."""
-    pipe = ScRNAGenerationPipeline.from_pretrained(trained)
-    train = pbmc[json.loads((trained / "split.json").read_text())["train"]]
-    features = pipe.processor.preprocess(train)
-    torch.testing.assert_close(features.mean(0), torch.zeros(101), atol=1e-4, rtol=0)
-    latents = pipe.autoencoder.encode(pipe.processor.counts(*pipe.processor.select(train)))
-    torch.testing.assert_close(latents.mean(0), torch.zeros(9), atol=1e-3, rtol=0)
-    torch.testing.assert_close(latents.std(0), torch.ones(9), atol=1e-3, rtol=0)
+def test_the_model_card_says_what_was_trained(trained, pbmc):
+    folder, pipe = trained
+    card, rows = (folder / "README.md").read_text(), read_log(folder)
+    assert "library_name: diffusers" in card and f'from_pretrained("{folder.name}")' in card
+    split = CellSplit.load(folder)
+    facts = {
+        "training cells": len(split.train),
+        "held-out cells": len(split.test),
+        "steps": 8,
+        "cells per step": 64,
+        "learning rate": 0.002,
+        "seed": 0,
+        "mixed precision": "no",
+        "validation loss": rows[-1]["validation_loss"],
+        "parameters": f"{pipe.denoiser.num_parameters():,}",
+        "default steps": 3,
+    }
+    for name, value in facts.items():
+        assert f"| {name} | {value} |" in card
+    assert all(name in card for key in KEYS for name in pbmc.obs[key].unique())
 
 
-def test_learning_rate_warms_up_and_ends_at_zero(trained):
-    rates = [float(row["learning_rate"]) for row in read_log(trained)]
-    assert rates[0] == rates[3] == 2e-3  # step 16 of 24: before the last 30%
-    assert 0 < rates[-1] < rates[-2] < 2e-3
-
-
-def test_losses_are_logged_and_fall(trained):
-    rows = read_log(trained)
-    assert [int(row["step"]) for row in rows] == [4, 8, 12, 16, 20, 24]
-    assert [int(row["epoch"]) for row in rows] == [0, 1, 1, 2, 2, 3]
-    assert all(np.isfinite(float(row["loss"])) and np.isfinite(float(row["validation_loss"])) for row in rows)
-    assert float(rows[-1]["validation_loss"]) < float(rows[0]["validation_loss"])
-
-
-@pytest.mark.parametrize("resume_from", ["latest", "path"])
-def test_a_resumed_training_gives_the_same_weights(trained, pbmc_path, tmp_path, resume_from):
-    arguments = ["--dataset", pbmc_path, "--label_keys", "cell_type", "phase", "--output_dir", tmp_path, *TINY]
-    arguments += ["--max_train_steps", 24, "--checkpointing_steps", 12, "--validation_steps", 4]
-    launch(*arguments)
-    # What an interruption after step 12 leaves; a run of 12 steps would have let the learning rate fall
-    for folder in ("checkpoint-24", "denoiser"):
-        shutil.rmtree(tmp_path / folder)
-    resume_from = "latest" if resume_from == "latest" else tmp_path / "checkpoint-12"
-    launch(*arguments, "--resume_from_checkpoint", resume_from)
-    resumed, expected = weights(tmp_path), weights(trained)
-    assert resumed.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(resumed[name], expected[name]), name
-    autoencoders = [
-        load_file(folder / "autoencoder" / "diffusion_pytorch_model.safetensors") for folder in (tmp_path, trained)
-    ]
-    assert all(torch.equal(autoencoders[0][name], autoencoders[1][name]) for name in autoencoders[1])
-    columns = ("step", "epoch", "loss", "validation_loss")
-    # The row of step 16 averages the losses since the checkpoint, as it does in the uninterrupted run.
-    assert [[row[c] for c in columns] for row in read_log(tmp_path)] == [
-        [row[c] for c in columns] for row in read_log(trained)
-    ]
-
-
-def test_accumulated_gradients_count_as_one_step_and_resume(pbmc_path, tmp_path):
-    """8 batches per epoch, 3 per step: 3 steps per epoch, the last of 2 batches."""
-    arguments = ["--dataset", pbmc_path, "--output_dir", tmp_path, *TINY, *EXPRESSION]
-    arguments += ["--gradient_accumulation_steps", 3, "--max_train_steps", 6, "--checkpointing_steps", 4]
-    launch(*arguments, "--validation_steps", 1)
-    expected, rows = weights(tmp_path), read_log(tmp_path)
-    assert [int(row["epoch"]) for row in rows] == [0, 0, 1, 1, 1, 2]
-    launch(*arguments, "--validation_steps", 1, "--resume_from_checkpoint", tmp_path / "checkpoint-4")
-    assert all(torch.equal(weights(tmp_path)[name], expected[name]) for name in expected)
-    assert [row["loss"] for row in read_log(tmp_path)] == [row["loss"] for row in rows]
-
-
-def test_accumulated_gradients_are_those_of_one_larger_batch(pbmc_path, tmp_path):
-    # train.py as it is, but for the noise: it depends on the number of the batch, so here the loss has none
-    script = tmp_path / "train.py"
-    loss = "def diffusion_loss(model, noise_scheduler, batch, generator):\n"
-    loss += "    latents = batch['latents']\n"
-    loss += "    return F.mse_loss(model(latents, 500, return_dict=False)[0], latents.roll(1, 1))\n\n\n"
-    source = TRAIN_SCRIPT.read_text()
-    assert source.count("def learning_rate(") == 1
-    script.write_text(source.replace("def learning_rate(", loss + "def learning_rate("))
-    steps = ("--max_train_steps", 6, "--checkpointing_steps", 6, "--validation_steps", 1)
-    for name, batch_size, accumulation in (("large", 64, 1), ("small", 16, 4)):
-        flags = ["--train_batch_size", batch_size, "--gradient_accumulation_steps", accumulation]
-        arguments = ["--dataset", pbmc_path, "--output_dir", tmp_path / name, *TINY, *EXPRESSION, *steps, *flags]
-        launch(*arguments, script=script)
-    large, small = weights(tmp_path / "large"), weights(tmp_path / "small")
-    for name in large:
-        torch.testing.assert_close(small[name], large[name], atol=1e-5, rtol=1e-4, msg=name)
-    losses = [[float(row["loss"]) for row in read_log(tmp_path / name)] for name in ("large", "small")]
-    np.testing.assert_allclose(*losses, rtol=1e-4)
-    assert large["proj_out.weight"].abs().max() > 1e-3  # it starts at zero
-
-
-def test_two_processes_train_together_on_different_cells(pbmc_path, tmp_path):
-    # train.py as it is, but each process notes the cells that it is given
-    noted = "from wbdit_diffusers.data import CellDataset\n\n\nclass NotedDataset(CellDataset):\n"
-    noted += "    def __getitems__(self, indices):\n"
-    noted += f"        with open({str(tmp_path)!r} + '/cells-of-' + os.environ['RANK'], 'a') as file:\n"
-    noted += "            file.write(' '.join(map(str, indices)) + '\\n')\n"
-    noted += "        return super().__getitems__(indices)\n\n\nCellDataset = NotedDataset\n\n\nlogger ="
-    script = tmp_path / "train.py"
-    script.write_text(TRAIN_SCRIPT.read_text().replace("logger =", noted, 1))
-    launch(
-        *("--dataset", pbmc_path, "--output_dir", tmp_path / "out", *TINY),
-        *("--max_train_steps", 4, "--checkpointing_steps", 4, "--validation_steps", 4),
-        script=script,
-        num_processes=2,
-    )
-    # The first line is the validation batch, which both build; then the steps of one epoch (4 × 2 × 64 of 560 cells).
-    batches = [
-        [set(line.split()) for line in (tmp_path / f"cells-of-{rank}").read_text().splitlines()] for rank in "01"
-    ]
-    cells = [set.union(*one[1:5]) for one in batches]
-    assert all(len(one) == 4 * 64 for one in cells)
-    assert not cells[0] & cells[1]
-    assert read_log(tmp_path / "out")[-1]["step"] == "4"
-    ScRNAGenerationPipeline.from_pretrained(tmp_path / "out")
-
-
-def test_push_to_hub(pbmc_path, hub, hub_environment, tmp_path):
-    launch(
-        *("--dataset", pbmc_path, "--output_dir", tmp_path / "out", *TINY, "--max_train_steps", 2),
-        *("--checkpointing_steps", 1, "--push_to_hub", "--hub_model_id", "me/trained"),
-        env=hub_environment,
-    )
-    files = set(hub.repos["me/trained"])
-    assert {"model_index.json", "README.md", "split.json", "training_log.csv", "processor/config.json"} <= files
-    assert not [name for name in files if name.startswith("checkpoint")]
-    assert 'from_pretrained("me/trained")' in hub.repos["me/trained"]["README.md"].decode()
+def test_expression_codec(pbmc, tmp_path):
+    train(pbmc, tiny_config(tmp_path, label_keys=["cell_type"], **TWO_STEPS))
+    pipe = load(tmp_path)
+    assert type(pipe.codec).__name__ == "ExpressionCodec" and pipe.denoiser.config.sample_size == 101
+    assert generate(pipe, 3).shape == (3, 100)
 
 
 def test_the_paper_s_config_and_flags_over_it(pbmc, tmp_path):
     log_values = ad.AnnData(np.log2(pbmc.X.toarray() / 3 + 1), obs=pbmc.obs, var=pbmc.var)
-    log_values.write_h5ad(tmp_path / "log.h5ad")
-    launch(
-        *("--config", ROOT / "training" / "configs" / "paper.yaml", "--dataset", tmp_path / "log.h5ad"),
-        *("--output_dir", tmp_path / "out", "--max_train_steps", 2, "--num_layers", 1, "--num_attention_heads", 2),
-    )
-    pipe = ScRNAGenerationPipeline.from_pretrained(tmp_path / "out")
-    pipe.set_progress_bar_config(disable=True)
+    flags = ["--config", "paper", "--output_dir", tmp_path, "--max_train_steps", 2, "--mixed_precision", "no"]
+    flags += ["--num_layers", 1, "--num_attention_heads", 2]
+    train(log_values, config_from_args([str(flag) for flag in flags]))
+    pipe = load(tmp_path)
     assert pipe.denoiser.config.num_layers == 1 and pipe.denoiser.config.attention_head_dim == 96
     assert pipe.scheduler.config.prediction_type == "epsilon" and pipe.config.num_inference_steps == 1000
-    assert pipe.processor.config.values == "log" and not pipe.processor.config.standardize
+    assert pipe.processor.config.values == "log" and not pipe.codec.config.standardize
     cells = pipe(num_cells=3, num_inference_steps=2).cells
     assert cells.X.min() >= 0 and cells.uns["wbdit"]["X"] == "log expression"
 
 
-def test_a_dataset_s_config_and_the_paper_s_behind_it():
-    specification = importlib.util.spec_from_file_location("train", TRAIN_SCRIPT)
-    train = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(train)
-    configs = ROOT / "training" / "configs"
-    for path in configs.glob("*.yaml"):  # every line is a flag of train.py
-        train.parse_args(["--config", str(path), "--dataset", "cells.h5ad", "--output_dir", "out"])
-    args = train.parse_args(
-        [
-            "--config",
-            str(configs / "pbmc3k.yaml"),
-            str(configs / "paper.yaml"),
-            "--values",
-            "counts",
-            "--output_dir",
-            "out",
-        ]
-    )
-    assert args.dataset == "pbmc3k.h5ad"  # the first file's
-    assert args.label_keys == [] and args.space == "expression"  # the second's
-    assert args.values == "counts"  # the command line's
+# ==================== Sources ====================
 
 
-def test_the_same_cells_held_out_with_another_seed(pbmc_path, tmp_path):
-    runs = {"first": ["--seed", 3], "second": ["--seed", 4, "--split", tmp_path / "first" / "split.json"]}
-    for name, flags in runs.items():
-        launch(
-            *("--dataset", pbmc_path, "--output_dir", tmp_path / name, *TINY, *EXPRESSION),
-            *("--max_train_steps", 1, *flags),
-        )
-    first, second = (json.loads((tmp_path / name / "split.json").read_text()) for name in runs)
-    assert first["train"] == second["train"] and first["test"] == second["test"]
-    losses = [read_log(tmp_path / name)[0]["loss"] for name in runs]
-    assert losses[0] != losses[1]
+def test_sources_of_the_same_cells_give_the_same_weights(pbmc, pbmc_path, tmp_path):
+    train(pbmc, tiny_config(tmp_path / "anndata", **TWO_STEPS))
+    train(pbmc_path, tiny_config(tmp_path / "path", **TWO_STEPS))
+    train(str(pbmc_path), tiny_config(tmp_path / "string", **TWO_STEPS))
+    train(None, tiny_config(tmp_path / "dataset", dataset=pbmc_path, **TWO_STEPS))
+    for name in ("path", "string", "dataset"):
+        assert_same_weights(tmp_path / name, tmp_path / "anndata")
 
 
-def test_expression_space(pbmc_path, tmp_path):
-    launch(
-        *("--dataset", pbmc_path, "--label_keys", "cell_type", "--output_dir", tmp_path, *TINY, *EXPRESSION),
-        *("--max_train_steps", 2),
-    )
-    pipe = ScRNAGenerationPipeline.from_pretrained(tmp_path)
-    pipe.set_progress_bar_config(disable=True)
-    assert pipe.autoencoder is None and pipe.denoiser.config.num_genes == 101
-    assert pipe(num_cells=3).cells.shape == (3, 100)
-
-
-def test_checkpoints_are_limited_and_time_is_bounded(pbmc_path, tmp_path):
-    launch(
-        *("--dataset", pbmc_path, "--output_dir", tmp_path, *TINY, "--max_train_steps", 1_000_000),
-        *("--max_train_minutes", 0.05, "--checkpointing_steps", 5, "--checkpoints_total_limit", 2),
-    )
-    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
-    last = read_log(tmp_path)[-1]
-    assert 3 <= float(last["seconds"]) < 30 and int(last["step"]) < 1_000_000
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--dataset", "absent.h5ad"], "no file absent.h5ad"),
-        (["--gradient_accumulation_steps", "9"], "an epoch has only 8 batches of 64 cells"),
-        (["--label_keys", "celltype"], "has no column 'celltype'"),
-        (["--layer", "raw"], "has no layer 'raw'"),
-        (["--values", "log", "--space", "program"], "log values need --space expression"),
-        (["--test_fraction", "0"], "between 0 and 1"),
-        (["--resume_from_checkpoint", "absent"], "absent is no checkpoint of train.py"),
-        (["--config", "CONFIG"], "sets learning_rates, which is no flag of train.py"),
-        (["--split", "SPLIT"], "names the cell 'no_cell', which the dataset does not have"),
-        (["--split", "LEAK"], "names a cell twice"),
-        (["--split", "EMPTY"], "does not name train and test cells"),
-    ],
-)
-def test_bad_arguments_end_at_once_with_their_name(arguments, message, pbmc_path, tmp_path):
-    (tmp_path / "config.yaml").write_text("learning_rates: 1")
-    (tmp_path / "split.json").write_text('{"train": ["no_cell"], "test": ["no_other"]}')
-    (tmp_path / "leak.json").write_text('{"train": ["cell"], "test": ["cell"]}')
-    (tmp_path / "empty.json").write_text('{"train": ["cell"], "test": []}')
-    names = {"CONFIG": "config.yaml", "SPLIT": "split.json", "LEAK": "leak.json", "EMPTY": "empty.json"}
-    paths = {key: tmp_path / name for key, name in names.items()}
-    arguments = [str(paths.get(one, one)) for one in arguments]
-    command = [
-        sys.executable,
-        ROOT / "training" / "train.py",
-        "--dataset",
-        pbmc_path,
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    result = subprocess.run([*command, *TINY, *arguments], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode != 0
-    assert message in result.stderr.splitlines()[-1]
+def test_the_source_is_given_once(pbmc, pbmc_path, tmp_path):
+    with pytest.raises(ValueError, match="--dataset is required"):
+        train(None, tiny_config(tmp_path / "out", **TWO_STEPS))
+    with pytest.raises(ValueError, match="Give the cells once"):
+        train(pbmc, tiny_config(tmp_path / "out", dataset=pbmc_path, **TWO_STEPS))
     assert not (tmp_path / "out").exists()
 
 
-def test_the_number_of_programs_is_chosen(pbmc_path, tmp_path):
-    """Doubled until the loss of the cells set aside falls by less than 1%, as the log says."""
-    at = TINY.index("--num_programs")
-    arguments = [*TINY[:at], *TINY[at + 2 :]]
-    command = [sys.executable, TRAIN_SCRIPT, "--dataset", pbmc_path, "--output_dir", tmp_path, *arguments]
-    command += ["--autoencoder_max_steps", 1000, "--autoencoder_hidden_size", 64, "--max_train_steps", 2]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    losses = {
-        int(programs): float(loss)
-        for programs, loss in re.findall(r"(\d+) programs: held-out loss ([\d.]+)", result.stderr)
-    }
-    assert list(losses) == [16 * 2**i for i in range(len(losses))] and len(losses) > 1
-    chosen = ScRNAGenerationPipeline.from_pretrained(tmp_path).autoencoder.config.num_programs
-    assert all(losses[2 * programs] <= 0.99 * losses[programs] for programs in losses if programs < chosen)
-    assert 2 * chosen not in losses or losses[2 * chosen] > 0.99 * losses[chosen]
+def test_cells_are_not_changed(pbmc, tmp_path):
+    cells = pbmc.copy()
+    train(cells, tiny_config(tmp_path, **TWO_STEPS))
+    assert (cells.X != pbmc.X).nnz == 0 and cells.obs.equals(pbmc.obs) and list(cells.layers) == []
+
+
+def test_a_layer_holds_the_counts(pbmc, tmp_path):
+    layered = ad.AnnData(obs=pbmc.obs, var=pbmc.var, layers={"raw": pbmc.X})
+    train(layered, tiny_config(tmp_path / "layer", layer="raw", **TWO_STEPS))
+    train(pbmc, tiny_config(tmp_path / "x", **TWO_STEPS))
+    assert_same_weights(tmp_path / "layer", tmp_path / "x")
+
+
+def test_empty_cells_are_left_out(pbmc, tmp_path):
+    cells = pbmc.copy()
+    matrix = cells.X.toarray()
+    matrix[5] = 0
+    cells.X = matrix
+    train(cells, tiny_config(tmp_path, **TWO_STEPS))
+    split = CellSplit.load(tmp_path)
+    assert sorted(split.train + split.test) == sorted(cells.obs_names.delete(5))
+
+
+# ==================== The split ====================
+
+
+def test_the_same_cells_held_out_with_another_seed(pbmc, tmp_path):
+    train(pbmc, tiny_config(tmp_path / "first", seed=3, **TWO_STEPS))
+    split = tmp_path / "first" / "split.json"
+    train(pbmc, tiny_config(tmp_path / "second", seed=4, split=split, **TWO_STEPS))
+    train(pbmc, tiny_config(tmp_path / "other", seed=4, **TWO_STEPS))
+    first, second, other = (CellSplit.load(tmp_path / name) for name in ("first", "second", "other"))
+    assert first.train == second.train and first.test == second.test
+    assert set(first.test) != set(other.test)
+    assert column(tmp_path / "first", "loss") != column(tmp_path / "second", "loss")
+
+
+def test_nothing_of_the_held_out_cells_is_in_the_model(pbmc, tmp_path):
+    """What was learned is the same, bit for bit, if each held-out cell has other counts."""
+    steps = {"label_keys": ["cell_type"], "max_train_steps": 3, "validation_steps": 1}
+    train(pbmc, tiny_config(tmp_path / "plain", **steps))
+    split = CellSplit.load(tmp_path / "plain")
+    cells = pbmc.copy()
+    held_out = cells.obs_names.isin(split.test)
+    matrix = cells.X.toarray()
+    matrix[held_out] = 3 * matrix[held_out][:, ::-1] + 1
+    cells.X = matrix
+    train(cells, tiny_config(tmp_path / "changed", split=tmp_path / "plain" / "split.json", **steps))
+    assert_same_weights(tmp_path / "changed", tmp_path / "plain")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        files = [(tmp_path / folder / "processor" / name).read_bytes() for folder in ("plain", "changed")]
+        assert files[0] == files[1], name
+    assert column(tmp_path / "changed", "loss") == column(tmp_path / "plain", "loss")
+    losses = [column(tmp_path / folder, "validation_loss") for folder in ("plain", "changed")]
+    assert losses[0] != losses[1]  # the only thing that they are for
+
+
+def test_statistics_are_those_of_the_training_cells(trained, pbmc):
+    folder, pipe = trained
+    split = CellSplit.load(folder)
+    latents = pipe.encode_cells(pbmc[split.train])
+    torch.testing.assert_close(latents.mean(0), torch.zeros(9), atol=1e-3, rtol=0)
+    torch.testing.assert_close(latents.std(0), torch.ones(9), atol=1e-3, rtol=0)
+    assert pipe.encode_cells(pbmc[split.test]).mean(0).abs().max() > 0.01
+
+
+def test_held_out_cells_of_unknown_labels_are_left_out(pbmc, tmp_path):
+    """Another run's split may hold out a whole population: the model can't be asked for it."""
+    rare = (pbmc.obs["cell_type"] == "CD34+").to_numpy()
+    assert rare.any()
+    chosen = np.random.default_rng(0).random(pbmc.n_obs) < 0.2
+    names = pbmc.obs_names
+    CellSplit(list(names[~rare & ~chosen]), list(names[rare | chosen])).save(tmp_path)
+    config = tiny_config(tmp_path / "out", label_keys=["cell_type"], split=tmp_path / "split.json", **TWO_STEPS)
+    pipe = train(pbmc, config)
+    assert "CD34+" not in pipe.processor.config.categories[0]
+    assert set(names[rare]) <= set(CellSplit.load(tmp_path / "out").test)
+    assert np.isfinite(column(tmp_path / "out", "validation_loss")).all()
+
+
+# ==================== Bad data ====================
+
+
+def spoil(cells: ad.AnnData, what: str) -> ad.AnnData:
+    cells = cells.copy()
+    if what == "duplicate names":
+        cells.obs_names = ["cell", *cells.obs_names[1:-1], "cell"]
+    elif what == "duplicate genes":
+        cells.var_names = ["gene", *cells.var_names[1:-1], "gene"]
+    elif what == "missing label":
+        cells.obs["cell_type"] = cells.obs["cell_type"].astype(object)
+        cells.obs.iloc[0, cells.obs.columns.get_loc("cell_type")] = None
+    elif what == "no matrix":
+        cells = ad.AnnData(obs=cells.obs, var=cells.var, layers={"raw": cells.X})
+    elif what == "one cell":
+        cells = cells[:1]
+    elif what == "all empty":
+        cells.X = 0 * cells.X
+    else:
+        cells.X.data[:] = {"NaN": np.nan, "negative": -1.0, "fractional": 0.5}[what]
+    return cells
+
+
+BAD_DATA = [
+    ("duplicate names", "The cell name 'cell' occurs more than once"),
+    ("duplicate genes", "gene"),
+    ("missing label", r"adata.obs\['cell_type'\]. is missing for 1 cells"),
+    ("no matrix", "no matrix in X, only layers"),
+    ("one cell", "1 cells are too few to hold out"),
+    ("all empty", "have no counts at all"),
+    ("NaN", "remove or replace NaN"),
+    ("negative", "expression is never negative"),
+    ("fractional", "no integer count"),
+]
+
+
+@pytest.mark.parametrize("what, message", BAD_DATA)
+def test_bad_cells_are_refused_before_anything_is_written(what, message, pbmc, tmp_path):
+    config = tiny_config(tmp_path / "out", label_keys=["cell_type"], **TWO_STEPS)
+    with pytest.raises(ValueError, match=message):
+        train(spoil(pbmc, what), config)
+    assert not (tmp_path / "out").exists()
+
+
+BAD_SPLITS = {
+    "strangers": ('{"train": ["no_cell"], "test": ["no_other"]}', "no cell 'no_cell'"),
+    "leak": ('{"train": ["cell"], "test": ["cell"]}', "names a cell twice"),
+    "empty": ('{"train": ["cell"], "test": []}', "does not name train and test cells"),
+    "list": ("[1, 2]", "does not name train and test cells"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SPLITS)
+def test_a_split_of_other_cells_is_refused(name, pbmc, tmp_path):
+    text, message = BAD_SPLITS[name]
+    (tmp_path / "split.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        train(pbmc, tiny_config(tmp_path / "out", split=tmp_path / "split.json", **TWO_STEPS))
+    assert not (tmp_path / "out").exists()
+
+
+# ==================== What stays as it is ====================
+
+
+def test_the_config_is_not_changed(pbmc, tmp_path):
+    config = tiny_config(tmp_path, **TWO_STEPS)
+    before = dataclasses.asdict(config)
+    train(pbmc, config)
+    assert dataclasses.asdict(config) == before and config == TrainingConfig(**before)
+
+
+def test_trainings_in_one_process_do_not_touch_each_other(trained, pbmc, tmp_path):
+    """After others, of other sizes, the same config gives the same pipeline."""
+    folder, _ = trained
+    train(pbmc, tiny_config(tmp_path / "between", gradient_accumulation_steps=2, **{**TWO_STEPS, "seed": 9}))
+    torch.manual_seed(123)
+    train(pbmc, tiny_config(tmp_path / "again", label_keys=KEYS, max_train_steps=8, validation_steps=4))
+    assert_same_weights(tmp_path / "again", folder)
+
+
+def test_push_to_hub(pbmc, hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)
+    monkeypatch.setattr(hf_api.api, "token", "hf_test")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    changes = {"checkpointing_steps": 1, "push_to_hub": True, "hub_model_id": "me/trained"}
+    train(pbmc, tiny_config(tmp_path / "out", **TWO_STEPS, **changes))
+    files = set(hub.repos["me/trained"])
+    assert {"model_index.json", "README.md", "split.json", "training_log.csv", "processor/config.json"} <= files
+    assert {f"{name}/diffusion_pytorch_model.safetensors" for name in ("codec", "denoiser", "processor")} <= files
+    assert (tmp_path / "out" / "checkpoint-1").is_dir()
+    assert not [name for name in files if name.startswith(("checkpoint", "logs"))]
+    assert 'from_pretrained("me/trained")' in hub.repos["me/trained"]["README.md"].decode()

@@ -1,8 +1,8 @@
 """How real generated cells are: arrays in, floats out.
 
 The functions take log-normalised expression (cells × genes), or its principal components, of cells that were held out
-from training and of generated ones. None of them means anything alone: print the same figure for real cells, the
-floor, beside it.
+from training and of generated ones. None of them means anything alone: print the same figure for real cells, the real
+reference, beside it.
 """
 
 import numpy as np
@@ -12,44 +12,14 @@ from scipy.special import softmax
 from scipy.stats import entropy, spearmanr, ttest_ind, wasserstein_distance
 from sklearn.base import ClassifierMixin
 from sklearn.decomposition import PCA
-from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 
 MARKERS_PER_TYPE = 50
-
-
-def random_forest_auc(
-    real: np.ndarray, generated: np.ndarray, num_components: int | None = None, seed: int = 0
-) -> float:
-    """
-    Area under the ROC curve of a random forest that tells generated cells from real ones: 0.5 is the best.
-
-    500 trees, `min_samples_leaf` 2, 5-fold cross-validated probabilities.
-
-    Args:
-        real (`np.ndarray` of shape `(cells, genes)`): Held-out cells.
-        generated (`np.ndarray` of shape `(cells, genes)`): Generated cells, as many as real ones.
-        num_components (`int`, *optional*):
-            Principal components, fitted inside each fold, to look at instead of genes.
-        seed (`int`, defaults to 0): Seed of the folds and the trees.
-
-    Returns:
-        `float`
-    """
-    x = np.vstack([real, generated])
-    y = np.repeat([0, 1], [len(real), len(generated)])
-    classifier = RandomForestClassifier(500, min_samples_leaf=2, n_jobs=-1, random_state=seed)
-    if num_components is not None:
-        num_components = min(num_components, x.shape[1], len(x) * 4 // 5 - 1)
-        classifier = make_pipeline(PCA(num_components, random_state=seed), classifier)
-    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-    return float(roc_auc_score(y, cross_val_predict(classifier, x, y, cv=folds, method="predict_proba")[:, 1]))
 
 
 def wasserstein2(real: np.ndarray, generated: np.ndarray) -> float:
@@ -141,7 +111,7 @@ def manifold_metrics(real: np.ndarray, generated: np.ndarray, num_neighbors: int
 
     Returns:
         `dict[str, float]`: `precision`, `recall`, `density`, `coverage`. Equal distributions reach 1 in density, and
-        less than 1 in the other three: see the floor.
+        less than 1 in the other three: see the real reference.
     """
     num_neighbors = min(num_neighbors, len(real) - 1, len(generated) - 1)
 
@@ -174,6 +144,82 @@ def nearest_training_cell_ratio(train: np.ndarray, real: np.ndarray, generated: 
     """
     neighbors = NearestNeighbors(n_neighbors=1).fit(train)
     return float(np.median(neighbors.kneighbors(generated)[0]) / np.median(neighbors.kneighbors(real)[0]))
+
+
+def membership_auc(train_distances: np.ndarray, test_distances: np.ndarray) -> float:
+    """
+    Membership inference: can the distance to the nearest generated cell tell a training cell from a held-out one?
+
+    Args:
+        train_distances (`np.ndarray` of shape `(train cells,)`): Of training cells, as in [`nearest_distances`].
+        test_distances (`np.ndarray` of shape `(test cells,)`): Of held-out cells.
+
+    Returns:
+        `float`: AUC that a training cell is nearer than a held-out one: 0.5 is no memory, 1 are copies.
+    """
+    is_train = np.repeat([1, 0], [len(train_distances), len(test_distances)])
+    return float(roc_auc_score(is_train, -np.concatenate([train_distances, test_distances])))
+
+
+def donor_membership_auc(
+    train_distances: np.ndarray, train_donors: np.ndarray, test_distances: np.ndarray, test_donors: np.ndarray
+) -> float:
+    """
+    [`membership_auc`] of donors: distances are averaged over each donor's training cells and over each donor's
+    held-out cells, so that it says whether a person was in the training data (if donors were held out) or which of a
+    person's cells were (if cells were).
+
+    Args:
+        train_distances (`np.ndarray` of shape `(train cells,)`): Of training cells, as in [`nearest_distances`].
+        train_donors (`np.ndarray` of shape `(train cells,)`): Their donors.
+        test_distances (`np.ndarray` of shape `(test cells,)`): Of held-out cells.
+        test_donors (`np.ndarray` of shape `(test cells,)`): Their donors.
+
+    Returns:
+        `float`: AUC that the training cells of a donor are nearer on average than the held-out cells of one.
+    """
+
+    def means(distances: np.ndarray, donors: np.ndarray) -> np.ndarray:
+        return np.array([distances[donors == donor].mean() for donor in np.unique(donors)])
+
+    return membership_auc(means(train_distances, train_donors), means(test_distances, test_donors))
+
+
+def nearest_distances(cells: np.ndarray, generated: np.ndarray) -> np.ndarray:
+    """Distance of each cell to the nearest generated one, `(cells,)`; both `(cells, dimensions)`."""
+    return NearestNeighbors(n_neighbors=1).fit(generated).kneighbors(cells)[0][:, 0]
+
+
+def library_size_w1(real: np.ndarray, generated: np.ndarray) -> float:
+    """
+    Wasserstein-1 distance of log library sizes: 0.1 is a tenth of the counts on average.
+
+    Args:
+        real (`np.ndarray` of shape `(cells,)`): Total counts of held-out cells.
+        generated (`np.ndarray` of shape `(cells,)`): Total counts of generated cells.
+
+    Returns:
+        `float`
+    """
+    # A cell without counts has no logarithm: it stands with those of one count.
+    return float(wasserstein_distance(*(np.log(np.maximum(sizes, 1)) for sizes in (real, generated))))
+
+
+def other_genes_error(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
+    """
+    How well the share of counts that lies in genes outside the judged ones is met.
+
+    Args:
+        real (`np.ndarray` of shape `(cells,)`): Shares of held-out cells, 0 to 1.
+        generated (`np.ndarray` of shape `(cells,)`): Shares of generated cells.
+
+    Returns:
+        `dict[str, float]`: `other_genes_mean_error` (generated minus real mean) and `other_genes_w1`.
+    """
+    return {
+        "other_genes_mean_error": float(generated.mean() - real.mean()),
+        "other_genes_w1": float(wasserstein_distance(real, generated)),
+    }
 
 
 def cell_type_classifier(x: np.ndarray, labels: np.ndarray, seed: int = 0) -> ClassifierMixin:
@@ -297,34 +343,6 @@ def paper_parity(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
     }
 
 
-def compare(train: np.ndarray, real: np.ndarray, generated: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """
-    Every metric that needs no labels.
-
-    Args:
-        train (`np.ndarray` of shape `(train cells, genes)`): Training cells; the 30 principal components are theirs.
-        real (`np.ndarray` of shape `(cells, genes)`): Held-out cells.
-        generated (`np.ndarray` of shape `(cells, genes)`):
-            Generated cells, as many as held-out ones; or training cells, for the floor.
-        seed (`int`, defaults to 0): Seed of the random forest.
-
-    Returns:
-        `dict[str, float]`: `rf_auc` (genes), `rf_auc_pca` (50 components), `w2`, `mmd2`, [`manifold_metrics`],
-        `nearest_training_cell` and [`gene_statistics`].
-    """
-    pca = PCA(min(30, *train.shape), random_state=seed).fit(train)
-    train_pcs, real_pcs, generated_pcs = (pca.transform(x) for x in (train, real, generated))
-    return {
-        "rf_auc": random_forest_auc(real, generated, seed=seed),
-        "rf_auc_pca": random_forest_auc(real, generated, num_components=50, seed=seed),
-        "w2": wasserstein2(real_pcs, generated_pcs),
-        "mmd2": mmd2(real_pcs, generated_pcs),
-        **gene_statistics(real, generated),
-        **manifold_metrics(real_pcs, generated_pcs),
-        "nearest_training_cell": nearest_training_cell_ratio(train_pcs, real_pcs, generated_pcs),
-    }
-
-
 def compare_labels(
     train: np.ndarray,
     train_labels: np.ndarray,
@@ -332,43 +350,39 @@ def compare_labels(
     real_labels: np.ndarray,
     generated: np.ndarray,
     generated_labels: np.ndarray,
-    min_train_cells: int = 30,
+    labels: list[str],
+    pca: PCA,
     seed: int = 0,
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """
-    Every metric that needs labels: is a generated cell of a type of that type, and are the types as different as real
-    ones?
+    Every metric of expression that needs labels: is a generated cell of a type of that type, and are the types as
+    different as real ones?
 
     Args:
-        train (`np.ndarray` of shape `(train cells, genes)`): log1p(CP10k) of training cells.
+        train (`np.ndarray` of shape `(train cells, genes)`):
+            log1p(CP10k) of training cells, none of them among the generated cells (where those are real).
         train_labels (`np.ndarray` of shape `(train cells,)`): Their labels.
         real (`np.ndarray` of shape `(cells, genes)`): Held-out cells.
         real_labels (`np.ndarray` of shape `(cells,)`): Their labels.
         generated (`np.ndarray` of shape `(cells, genes)`): Generated cells, as many of each label as held-out ones.
         generated_labels (`np.ndarray` of shape `(cells,)`): Their labels.
-        min_train_cells (`int`, defaults to 30): Training cells that a label must have to be looked at.
-        seed (`int`, defaults to 0): Seed of the principal components.
+        labels (`list[str]`): The labels to look at, see [`judged_labels`].
+        pca (`PCA`): Principal components in which distances are measured.
+        seed (`int`, defaults to 0): Seed of the classifiers.
 
     Returns:
         `tuple`: over all such labels, `purity` (accuracy of [`cell_type_classifier`], fitted on training cells, on
         generated cells, divided by its accuracy on held-out ones), `f1` (macro-averaged, of the classifier fitted on
-        the *generated* cells, on held-out ones: compare it with the floor, fitted on as many real cells), `lfc_slope`
-        and `de_recovery` of [`marker_statistics`]; and the same without `f1`, with `w2` and `mmd2`, for each label.
+        the *generated* cells, on held-out ones: compare it with the real reference, fitted on as many real cells),
+        `lfc_slope` and `de_recovery` of [`marker_statistics`]; and the same without `f1`, with `w2` and `mmd2`, for
+        each label. Where the two sides have different numbers of cells of a label, its `w2` is NaN.
     """
-    names, numbers = np.unique(train_labels, return_counts=True)
-    labels = [
-        label
-        for label, number in zip(names, numbers)
-        if number >= min_train_cells
-        and min((real_labels == label).sum(), (generated_labels == label).sum()) >= 2  # a variance needs two
-    ]
     if len(labels) < 2:
         return {}, {}
     classifier = cell_type_classifier(train, train_labels, seed)
     real_hits, generated_hits = (
         classifier.predict(x) == names for x, names in ((real, real_labels), (generated, generated_labels))
     )
-    pca = PCA(min(30, *train.shape), random_state=seed).fit(train)
     real_pcs, generated_pcs = pca.transform(real), pca.transform(generated)
     statistics = marker_statistics(train, train_labels, real, real_labels, generated, generated_labels, labels=labels)
 
@@ -377,28 +391,29 @@ def compare_labels(
         accuracy = real_hits[np.isin(real_labels, label)].mean()
         return float(generated_hits[np.isin(generated_labels, label)].mean() / accuracy) if accuracy else float("nan")
 
-    trained_on_generated = cell_type_classifier(generated, generated_labels, seed)
+    predicted = cell_type_classifier(generated, generated_labels, seed).predict(real)
     judged = np.isin(real_labels, labels)
-    pooled = {
-        "purity": purity(labels),
-        "f1": float(
-            f1_score(
-                real_labels[judged],
-                trained_on_generated.predict(real[judged]),
-                labels=labels,
-                average="macro",
-                zero_division=0,
-            )
-        ),
-        **statistics.pop("pooled"),
-    }
+    f1 = f1_score(real_labels[judged], predicted[judged], labels=labels, average="macro", zero_division=0)
+    pooled = {"purity": purity(labels), "f1": float(f1), **statistics.pop("pooled")}
     per_label = {}
     for label in labels:
         of_real, of_generated = real_pcs[real_labels == label], generated_pcs[generated_labels == label]
         per_label[str(label)] = {
             "purity": purity([label]),
             **statistics[label],
-            "w2": wasserstein2(of_real, of_generated),
+            "w2": wasserstein2(of_real, of_generated) if len(of_real) == len(of_generated) else float("nan"),
             "mmd2": mmd2(of_real, of_generated),
         }
     return pooled, per_label
+
+
+def judged_labels(
+    train_labels: np.ndarray, real_labels: np.ndarray, generated_labels: np.ndarray, min_train_cells: int = 30
+) -> list[str]:
+    """Labels that can be judged: at least 30 training cells, and two on either side, for a variance."""
+    names, numbers = np.unique(train_labels, return_counts=True)
+    return [
+        str(name)
+        for name, number in zip(names, numbers)
+        if number >= min_train_cells and min((real_labels == name).sum(), (generated_labels == name).sum()) >= 2
+    ]

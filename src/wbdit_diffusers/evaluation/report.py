@@ -1,275 +1,313 @@
-"""Generated cells judged on held-out cells, beside their floors."""
+"""Generated cells judged on held-out cells, beside real cells and baselines judged in the same way."""
 
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import anndata as ad
 import numpy as np
-import torch
-from diffusers.utils import logging
+from sklearn.decomposition import PCA
 
-from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
-from .metrics import compare, compare_labels, paper_parity
-
-
-logger = logging.get_logger(__name__)
-
-TITLES = {
-    "rf_auc": "random forest AUC, genes (0.5 = can't tell)",
-    "rf_auc_pca": "random forest AUC, 50 PCs",
-    "w2": "2-Wasserstein distance, 30 PCs",
-    "mmd2": "MMD², 30 PCs",
-    "mean_pearson": "gene means, Pearson",
-    "mean_spearman": "gene means, Spearman",
-    "variance_pearson": "gene variances, Pearson",
-    "variance_ratio": "total variance ratio",
-    "zero_fraction_error": "zero fractions, mean absolute error",
-    "gene_correlation": "gene-gene correlations, Pearson",
-    "precision": "precision",
-    "recall": "recall",
-    "density": "density",
-    "coverage": "coverage",
-    "nearest_training_cell": "distance to the nearest training cell, ratio",
-    "purity": "classifier accuracy, ratio to real cells",
-    "f1": "F1 of a classifier trained on these cells",
-    "lfc_slope": "marker log fold changes, slope",
-    "de_recovery": "marker genes recovered",
-    "paper_kl": "paper parity: KL of paired rows",
-    "paper_wasserstein": "paper parity: flattened Wasserstein-1",
-    "paper_mmd": "paper parity: MMD² by blocks of 20 genes",
-}
-PER_TYPE = ("purity", "lfc_slope", "de_recovery", "w2", "mmd2")
-FLOORS = ("real: training cells", "real: halves of the held-out")
-
-
-def log_normalise(cells: ad.AnnData) -> np.ndarray:
-    """log1p(CP10k) of counts, cells × genes."""
-    import scanpy as sc
-
-    cells = cells.copy()
-    sc.pp.normalize_total(cells, target_sum=1e4)
-    sc.pp.log1p(cells)
-    return np.asarray(cells.to_df())
-
-
-def expression(cells: ad.AnnData, values: str = "counts") -> np.ndarray:
-    """What is judged and drawn, cells × genes: log1p(CP10k) of counts, log values as they are."""
-    return log_normalise(cells) if values == "counts" else np.asarray(cells.to_df())
+from .cells import Cells, combined_labels, generated_cells, label_keys_of, needs_common_genes, real_cells
+from .classifiers import JUDGES, judge
+from .metrics import (
+    compare_labels,
+    donor_membership_auc,
+    gene_statistics,
+    judged_labels,
+    library_size_w1,
+    manifold_metrics,
+    membership_auc,
+    mmd2,
+    nearest_distances,
+    nearest_training_cell_ratio,
+    other_genes_error,
+    paper_parity,
+    wasserstein2,
+)
+from .references import draw_matching, split_halves
+from .samples import draw_baselines, draw_samples
+from .table import GENERATED, REFERENCE
 
 
 def evaluate(
-    pipe: ScRNAGenerationPipeline,
+    pipe: Any,
     train: ad.AnnData,
     test: ad.AnnData,
-    num_seeds: int = 3,
+    num_samples: int = 3,
+    seed: int = 0,
+    baselines: bool = True,
+    donor_key: str | None = None,
     parity: bool = False,
     **call_kwargs,
 ) -> dict:
     """
-    Judges a pipeline over the genes that it models: [`draw_samples`], then [`evaluate_cells`].
+    Judges a pipeline over the genes that it models: [`draw_samples`], [`draw_baselines`], [`evaluate_cells`].
 
     Args:
         pipe ([`ScRNAGenerationPipeline`]): What is judged.
-        train (`AnnData`): The cells that it was trained on.
-        test (`AnnData`): The held-out cells.
-        num_seeds (`int`, defaults to 3): Samples to draw.
+        train (`AnnData`): The cells that it was trained on, with all their genes.
+        test (`AnnData`): The held-out cells, with all their genes.
+        num_samples (`int`, defaults to 3): Samples to draw, and so draws of the real reference.
+        seed (`int`, defaults to 0): Seed of the first sample and of everything that judges.
+        baselines (`bool`, defaults to `True`): Whether to judge [`draw_baselines`] as well.
+        donor_key (`str`, *optional*): Column of `obs` with the donor, for the memory of donors.
         parity (`bool`, defaults to `False`): Add the metrics of arXiv 2411.06785, which reward collapse.
         call_kwargs: Further arguments of [`draw_samples`] and of the pipeline's call, e.g. `num_inference_steps`.
 
     Returns:
         `dict`: see [`evaluate_cells`].
+
+    Raises:
+        ValueError: If the cells can't be judged, see [`evaluate_cells`].
     """
-    samples, test = draw_samples(pipe, test, num_seeds, **call_kwargs)
+    samples, test = draw_samples(pipe, test, num_samples, seed, **call_kwargs)
     config = pipe.processor.config
-    label_key = next(iter(config.label_keys), None)
-    return evaluate_cells(samples, train, test, label_key, layer=config.layer, values=config.values, parity=parity)
-
-
-def draw_samples(
-    pipe: ScRNAGenerationPipeline,
-    test: ad.AnnData,
-    num_seeds: int = 3,
-    seed: int = 0,
-    max_cells: int = 5000,
-    **call_kwargs,
-) -> tuple[list[ad.AnnData], ad.AnnData]:
-    """
-    Generates as many cells as there are test cells, with their labels.
-
-    Args:
-        pipe ([`ScRNAGenerationPipeline`]): What is judged.
-        test (`AnnData`): The held-out cells. Those with a label that the pipeline does not know are left out.
-        num_seeds (`int`, defaults to 3): Samples to draw.
-        seed (`int`, defaults to 0): Seed of the first sample; the others follow.
-        max_cells (`int`, defaults to 5000): Test cells to use; the optimal assignment takes their number cubed.
-        call_kwargs: Further arguments of the pipeline's call.
-
-    Returns:
-        `tuple`: the samples, and the test cells that they correspond to.
-    """
-    known = np.ones(test.n_obs, dtype=bool)
-    for key, names in zip(pipe.processor.config.label_keys, pipe.processor.config.categories):
-        known &= test.obs[key].astype(str).isin(names).to_numpy()
-    if not known.all():
-        logger.warning(f"{(~known).sum()} held-out cells have labels that no training cell has: left out.")
-    test = test[known]
-    if test.n_obs > max_cells:
-        test = test[np.sort(np.random.default_rng(0).choice(test.n_obs, max_cells, replace=False))]
-    labels = {key: test.obs[key].astype(str).tolist() for key in pipe.processor.config.label_keys}
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(num_seeds)]
-    samples = [
-        pipe(num_cells=test.n_obs, conditions=labels, generator=generator, **call_kwargs).cells
-        for generator in generators
-    ]
-    return samples, test
+    return evaluate_cells(
+        samples,
+        train,
+        test,
+        label_key=list(config.label_keys),
+        layer=config.layer,
+        values=config.values,
+        baselines=draw_baselines(pipe, train, test, num_samples, seed) if baselines else None,
+        donor_key=donor_key,
+        parity=parity,
+        seed=seed,
+    )
 
 
 def evaluate_cells(
     samples: list[ad.AnnData],
     train: ad.AnnData,
     test: ad.AnnData,
-    label_key: str | None = None,
+    label_key: str | Sequence[str] | None = None,
     layer: str | None = None,
     values: str = "counts",
-    floors: bool = True,
+    baselines: dict[str, list[ad.AnnData]] | None = None,
+    donor_key: str | None = None,
     parity: bool = False,
+    seed: int = 0,
+    n_jobs: int | None = None,
 ) -> dict:
     """
     Judges cells of any generator on held-out cells, over the genes of the generated cells.
 
-    The floors are as many training cells of the same labels, and one half of the test cells against the other. (The
-    principal components are fitted on the training cells, which spreads those a little more than cells they have not
-    seen: a W2 below the floor is not better than real.)
+    The real reference stands beside them: as many training cells, with the labels of the held-out ones. Whatever the
+    judging itself needs (principal components, cell type classifier) is fitted on one half of the training cells, and
+    the reference is drawn from the other half, anew for each sample.
+
+    The library size of a cell counts all of its genes: the sum of its row for real cells, and for generated ones
+    `obs["library_size"]`, or the sum of the row if that is absent. If the generated cells have only a part of the
+    genes and no `obs["library_size"]`, all cells are judged as if there were no other genes.
 
     Args:
         samples (`list[AnnData]`): Independent samples of as many cells as `test` has, with the labels of `test`.
-        train (`AnnData`): The cells that the generator was trained on.
-        test (`AnnData`): The held-out cells.
-        label_key (`str`, *optional*): Column of `obs` with the cell type, for the metrics that need it.
+        train (`AnnData`): The cells that the generator was trained on, with all their genes.
+        test (`AnnData`): The held-out cells, with all their genes.
+        label_key (`str` or `Sequence[str]`, *optional*):
+            Column of `obs` with the cell type. Of several, the first is the cell type, and the reference is matched
+            by all of them: name every column that the generated cells were conditioned on.
         layer (`str`, *optional*): Layer of `train` and `test` that holds the matrix; `X` by default.
         values (`str`, defaults to `"counts"`): What the matrices hold: `"counts"`, or `"log"` (used as they are).
-        floors (`bool`, defaults to `True`): Whether to measure the floors.
+        baselines (`dict[str, list[AnnData]]`, *optional*): Further columns, each with as many samples as `samples`.
+        donor_key (`str`, *optional*): Column of `obs` of `train` and `test` with the donor.
         parity (`bool`, defaults to `False`): Add the metrics of arXiv 2411.06785, which reward collapse.
+        seed (`int`, defaults to 0): Seed of the halves, the reference and the classifiers.
+        n_jobs (`int`, *optional*): Threads of the classifiers; all cores by default.
 
     Returns:
-        `dict`: `num_train`, `num_test`, `num_genes`, `label_key`; `metrics`: for `"generated"` and both floors, each
-        metric (see [`~evaluation.metrics.compare`] and [`~evaluation.metrics.compare_labels`]) as a list over samples;
-        `per_type`: the same for each cell type with at least 30 training cells.
+        `dict`: `num_train`, `num_test`, `num_genes`, `num_samples`, `label_key`, `donor_key`, `within_genes`; `excess`
+        of each column, see [`excess`]; `metrics`: for each column, each metric as a list over samples; `per_type`:
+        `num_train`, `num_test` and `metrics` for each cell type with at least 30 training cells.
 
     Raises:
-        ValueError: If a sample has another number of cells than `test`, or genes that `test` lacks.
+        ValueError: If columns don't fit `test` or each other in cells, genes or samples, or cells are too few.
     """
-    var_names = samples[0].var_names
-    missing = var_names.difference(test.var_names)
-    if len(missing):
-        raise ValueError(f"{len(missing)} generated genes are not among the held-out cells', e.g. {missing[0]!r}.")
-    for sample in samples:
-        if sample.n_obs != test.n_obs:
-            raise ValueError(f"A sample has {sample.n_obs} cells, not as many as the {test.n_obs} held-out ones.")
+    columns = {GENERATED: samples, **(baselines or {})}
+    _check_columns(columns, train, test)
+    label_keys, genes = label_keys_of(label_key), samples[0].var_names
+    within_genes = any(needs_common_genes(sample, test) for drawn in columns.values() for sample in drawn)
+    real_train, real_test = (
+        real_cells(adata, genes, values, layer, label_keys, within_genes) for adata in (train, test)
+    )
+    donors = None if donor_key is None else [combined_labels(adata, [donor_key]) for adata in (train, test)]
+    ruler = _Ruler(real_train, real_test, donors, parity, seed, n_jobs)
 
-    def matrix(cells: ad.AnnData, layer: str | None = None) -> np.ndarray:
-        cells = cells[:, var_names]
-        cells = ad.AnnData(cells.X if layer is None else cells.layers[layer])
-        return expression(cells, values)
-
-    def labels_of(cells: ad.AnnData) -> np.ndarray:
-        return np.zeros(cells.n_obs) if label_key is None else cells.obs[label_key].astype(str).to_numpy()
-
-    train_x, test_x = matrix(train, layer), matrix(test, layer)
-    train_labels, test_labels = labels_of(train), labels_of(test)
-    metrics = defaultdict(lambda: defaultdict(list))
-    per_type = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for seed, sample in enumerate(samples):
-        columns = {"generated": (test_x, test_labels, matrix(sample), labels_of(sample))}
-        if floors:
-            rng = np.random.default_rng(seed)
-            some_train = same_labels(train_labels, test_labels, rng)
-            half, other_half = _halves(test_labels, rng)
-            columns[FLOORS[0]] = (test_x, test_labels, train_x[some_train], train_labels[some_train])
-            columns[FLOORS[1]] = (test_x[half], test_labels[half], test_x[other_half], test_labels[other_half])
-        for name, (real, real_labels, x, x_labels) in columns.items():
-            row = compare(train_x, real, x, seed=seed)
-            if label_key is not None:
-                pooled, each = compare_labels(train_x, train_labels, real, real_labels, x, x_labels, seed=seed)
-                row |= pooled
-                for label, label_row in each.items():
-                    for metric, value in label_row.items():
-                        per_type[label][name][metric].append(value)
-            if parity:
-                row |= paper_parity(real, x)
-            for metric, value in row.items():
-                metrics[name][metric].append(value)
+    drawn = [
+        {
+            name: generated_cells(cells[i][:, genes], values, label_keys, within_genes)
+            for name, cells in columns.items()
+        }
+        for i in range(len(samples))
+    ]
+    metrics, per_type = ruler.measure_columns(drawn, seed)
     return {
         "num_train": train.n_obs,
         "num_test": test.n_obs,
-        "num_genes": len(var_names),
-        "label_key": label_key,
-        "metrics": {name: dict(row) for name, row in metrics.items()},
+        "num_genes": len(genes),
+        "num_samples": len(samples),
+        "label_key": label_keys[0] if label_keys else None,
+        "donor_key": donor_key,
+        "within_genes": within_genes,
+        "excess": {name: excess(row, metrics[REFERENCE]) for name, row in metrics.items() if name != REFERENCE},
+        "metrics": metrics,
         "per_type": {
-            label: {
-                "num_train": int((train_labels == label).sum()),
-                "num_test": int((test_labels == label).sum()),
-                "metrics": {name: dict(row) for name, row in columns.items()},
-            }
-            for label, columns in per_type.items()
+            label: ruler.count_type(label) | {"metrics": {name: dict(row) for name, row in rows.items()}}
+            for label, rows in per_type.items()
         },
     }
 
 
-def same_labels(train_labels: np.ndarray, test_labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Positions of as many training cells as test cells, with the same labels where there are enough."""
-    shuffled = rng.permutation(len(train_labels))
-    chosen = []
-    for label, number in zip(*np.unique(test_labels, return_counts=True)):
-        chosen.append(shuffled[train_labels[shuffled] == label][:number])
-    chosen = np.concatenate(chosen)
-    others = shuffled[~np.isin(shuffled, chosen)]
-    return np.concatenate([chosen, others[: len(test_labels) - len(chosen)]])
+def excess(column: dict[str, list[float]], reference: dict[str, list[float]]) -> dict:
+    """
+    How much better than real cells the classifiers tell a column's cells from held-out ones.
+
+    Args:
+        column (`dict[str, list[float]]`): Metrics of the column, `auc_forest`, `auc_boosting`, `auc_regression` among
+            them.
+        reference (`dict[str, list[float]]`): Metrics of the real reference, for the same draws.
+
+    Returns:
+        `dict`: `judge` (the classifier with the largest mean difference of AUC), `mean` and `sd` of its differences
+        over draws, and `by_judge`, the mean difference of each.
+    """
+    differences = {name: np.subtract(column[f"auc_{name}"], reference[f"auc_{name}"]) for name in JUDGES}
+    by_judge = {name: float(values.mean()) for name, values in differences.items()}
+    worst = max(by_judge, key=lambda name: by_judge[name])
+    return {
+        "judge": worst,
+        "mean": by_judge[worst],
+        "sd": float(differences[worst].std()),
+        "by_judge": by_judge,
+    }
 
 
-def _halves(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of two halves with the same labels; of an odd number of cells one is left out."""
-    halves = [[], []]
-    for label in np.unique(labels):
-        cells = rng.permutation(np.flatnonzero(labels == label))
-        for half, part in zip(halves, cells[: len(cells) // 2 * 2].reshape(2, -1)):
-            half.append(part)
-    return np.concatenate(halves[0]), np.concatenate(halves[1])
+def _check_columns(columns: dict[str, list[ad.AnnData]], train: ad.AnnData, test: ad.AnnData):
+    if not columns[GENERATED]:
+        raise ValueError("There are no samples to judge: give at least one.")
+    if REFERENCE in columns:
+        raise ValueError(f"A baseline can't be called {REFERENCE!r}, which is another column's name: rename it.")
+    genes = columns[GENERATED][0].var_names
+    for name, samples in columns.items():
+        if len(samples) != len(columns[GENERATED]):
+            raise ValueError(
+                f"{name!r} has {len(samples)} samples, the generated cells have {len(columns[GENERATED])}: draw as"
+                " many of each."
+            )
+        for sample in samples:
+            if sample.n_obs != test.n_obs:
+                raise ValueError(
+                    f"A sample of {name!r} has {sample.n_obs} cells, not as many as the {test.n_obs} held-out ones:"
+                    " draw as many."
+                )
+            if len(sample.var_names.symmetric_difference(genes)):
+                raise ValueError(f"A sample of {name!r} has other genes than the first one: judge the common ones.")
+    if train.n_obs < test.n_obs // 2 or train.n_obs < 4:
+        raise ValueError(f"{train.n_obs} training cells are too few for a reference of {test.n_obs} cells.")
 
 
-def to_markdown(report: dict) -> str:
-    """The report of [`evaluate`] as tables, mean ± standard deviation over samples: all cells, then by cell type."""
-    columns = report["metrics"]
-    num_seeds = len(next(iter(columns["generated"].values())))
+class _Ruler:
+    """Everything that is fitted once on the real cells, and then measures one column after the other."""
 
-    def cell(values: list[float] | None) -> str:
-        if not values or np.isnan(values).all():
-            return "–"
-        return f"{np.nanmean(values):.3f} ± {np.nanstd(values):.3f}"
+    def __init__(
+        self,
+        train: Cells,
+        test: Cells,
+        donors: list[np.ndarray] | None,
+        parity: bool,
+        seed: int,
+        n_jobs: int | None,
+    ):
+        self.train, self.test, self.donors, self.parity, self.n_jobs = train, test, donors, parity, n_jobs
+        self.train_labels, self.test_labels = (
+            np.full(len(cells), "") if cells.labels is None else cells.labels for cells in (train, test)
+        )
+        fitted, self.other_half = split_halves(self.train_labels, seed)
+        self.fitted = train[fitted]
+        self.pca = PCA(min(30, *self.fitted.expression.shape), random_state=seed).fit(self.fitted.expression)
+        self.train_pcs, self.test_pcs = (self.pca.transform(cells.expression) for cells in (train, test))
 
-    lines = [
-        f"Against {report['num_test']} held-out cells, {report['num_genes']} genes; mean ± standard deviation of"
-        f" {num_seeds} samples of as many cells.",
-        "",
-        "| metric | " + " | ".join(columns) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
-    for metric, title in TITLES.items():
-        if metric in columns["generated"]:
-            lines.append(f"| {title} | " + " | ".join(cell(row.get(metric)) for row in columns.values()) + " |")
-    if report["per_type"]:
-        titles = ["type", "training cells", "held out", *(TITLES[metric] for metric in PER_TYPE)]
-        lines += [
-            "",
-            f"By `{report['label_key']}`, types of at least 30 training cells; in brackets the training-cell floor.",
-            "",
-            "| " + " | ".join(titles) + " |",
-            "|---" * len(titles) + "|",
-        ]
-        for label, entry in report["per_type"].items():
-            row = [label, str(entry["num_train"]), str(entry["num_test"])]
-            for metric in PER_TYPE:
-                value = cell(entry["metrics"]["generated"].get(metric))
-                floor_values = entry["metrics"].get(FLOORS[0], {}).get(metric)
-                row.append(value + (f" ({np.nanmean(floor_values):.3f})" if floor_values else ""))
-            lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+    def draw_reference(self, rng: np.random.Generator) -> np.ndarray:
+        """Positions of training cells with the labels of the held-out ones, from the half that nothing has seen."""
+        return draw_matching(self.train_labels, self.test_labels, rng, self.other_half)
+
+    def count_type(self, label: str) -> dict[str, int]:
+        """How many training and held-out cells have a label."""
+        return {
+            "num_train": int(np.sum(self.train.types == label)),
+            "num_test": int(np.sum(self.test.types == label)),
+        }
+
+    def measure_columns(self, draws: list[dict[str, Cells]], seed: int) -> tuple[dict[str, dict], dict[str, dict]]:
+        """
+        All metrics of all draws of all columns and of the reference, which is drawn anew for each: by column, each
+        metric as a list over draws; and the same for each cell type.
+        """
+        metrics: dict[str, dict] = defaultdict(lambda: defaultdict(list))
+        per_type: dict[str, dict] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+        for i, columns in enumerate(draws):
+            rng = np.random.default_rng([seed, i])
+            generated, *others = columns
+            drawn = {generated: columns[generated], REFERENCE: self.train[self.draw_reference(rng)]}
+            members = self.draw_reference(rng)
+            for name, cells in (drawn | {name: columns[name] for name in others}).items():
+                row, rows_of_types = self.measure(cells, members if name != REFERENCE else None, seed + i)
+                for metric, value in row.items():
+                    metrics[name][metric].append(value)
+                for label, row in rows_of_types.items():
+                    for metric, value in row.items():
+                        per_type[label][name][metric].append(value)
+        return {name: dict(row) for name, row in metrics.items()}, per_type
+
+    def measure(self, cells: Cells, members: np.ndarray | None, seed: int) -> tuple[dict, dict[str, dict]]:
+        """
+        All metrics of one column, pooled and by cell type. `members` are the training cells whose nearness to the
+        column is compared with that of held-out cells; none for the reference, which is made of training cells.
+        """
+        pcs = self.pca.transform(cells.expression)
+        row = {
+            **{f"auc_{name}": value for name, value in judge(self.test, cells, seed, self.n_jobs).items()},
+            "w2": wasserstein2(self.test_pcs, pcs),
+            "mmd2": mmd2(self.test_pcs, pcs),
+            **gene_statistics(self.test.expression, cells.expression),
+            **manifold_metrics(self.test_pcs, pcs),
+        }
+        if cells.library_size is not None:
+            row["library_size_w1"] = library_size_w1(self.test.library_size, cells.library_size)
+            row |= other_genes_error(self.test.other_genes_share(), cells.other_genes_share())
+        if members is not None:
+            row |= self._memory(pcs, members)
+        if self.parity:
+            row |= paper_parity(self.test.expression, cells.expression)
+        pooled, of_types = self._measure_types(cells, seed)
+        return row | pooled, of_types
+
+    def _memory(self, pcs: np.ndarray, members: np.ndarray) -> dict[str, float]:
+        distances = nearest_distances(self.train_pcs[members], pcs), nearest_distances(self.test_pcs, pcs)
+        row = {
+            "nearest_training_cell": nearest_training_cell_ratio(self.train_pcs, self.test_pcs, pcs),
+            "membership_auc": membership_auc(*distances),
+        }
+        if self.donors is not None:
+            row["membership_auc_donor"] = donor_membership_auc(
+                distances[0], self.donors[0][members], distances[1], self.donors[1]
+            )
+        return row
+
+    def _measure_types(self, cells: Cells, seed: int) -> tuple[dict, dict[str, dict]]:
+        if cells.types is None:
+            return {}, {}
+        labels = judged_labels(self.train.types, self.test.types, cells.types)
+        pooled, of_types = compare_labels(
+            *(self.fitted.expression, self.fitted.types, self.test.expression, self.test.types),
+            *(cells.expression, cells.types),
+            labels=labels,
+            pca=self.pca,
+            seed=seed,
+        )
+        if cells.library_size is not None and self.test.library_size is not None:
+            for label, row in of_types.items():
+                of_real, of_cells = self.test.types == label, cells.types == label
+                row["library_size_w1"] = library_size_w1(self.test.library_size[of_real], cells.library_size[of_cells])
+        return pooled, of_types

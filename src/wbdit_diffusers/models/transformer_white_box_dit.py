@@ -1,8 +1,8 @@
 """White-Box Diffusion Transformer (arXiv 2411.06785) and, as its baseline, the plain DiT block (arXiv 2212.09748).
 
-A cell is cut into patches of consecutive genes; every patch is a token. Each block does two steps of one objective,
-the sparse rate reduction of CRATE (arXiv 2306.01129): MSSA compresses the tokens against learned subspaces `U`, ISTA
-sparsifies them in a learned dictionary `D`. Timestep and conditions enter through adaLN-Zero.
+A cell's latents are cut into patches of consecutive values; every patch is a token. Each block does two steps of one
+objective, the sparse rate reduction of CRATE (arXiv 2306.01129): MSSA compresses the tokens against learned subspaces
+`U`, ISTA sparsifies them in a learned dictionary `D`. Timestep and conditions enter through adaLN-Zero.
 """
 
 import math
@@ -17,6 +17,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_sin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
+
+from .convert_original import convert_original_checkpoint
 
 
 def attend(
@@ -180,9 +182,9 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
     33,870,346 with `block_type="dit"`.
 
     Args:
-        num_genes (`int`):
-            Values per cell: genes in expression space (plus one for the library size where it is modelled), programs
-            plus one in program space. Need not be a multiple of `patch_size`.
+        sample_size (`int`):
+            Values per cell, the codec's `num_features`: with a [`ProgramCodec`] the programs and the library size,
+            with an [`ExpressionCodec`] the genes (and the library size). Need not be a multiple of `patch_size`.
         patch_size (`int`, defaults to 10): Consecutive values that make one token.
         num_layers (`int`, defaults to 3): Number of blocks.
         num_attention_heads (`int`, defaults to 8): Number of heads, i.e. of subspaces.
@@ -193,7 +195,7 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
         ista_lambda (`float`, defaults to 0.1): λ, the weight of the ISTA step's sparsity.
         block_type (`str`, defaults to `"white_box"`): `"white_box"` (MSSA, ISTA) or `"dit"` (self-attention, MLP).
         condition_sizes (`tuple[int]`, defaults to `()`):
-            Number of categories of each categorical attribute that conditions the cells. Empty: unconditional.
+            Number of categories of each label key that conditions the cells. Empty: unconditional.
         condition_dropout (`float`, defaults to 0.1):
             Probability, while training, that a cell's labels are all replaced by the null label: what
             classifier-free guidance needs.
@@ -207,7 +209,7 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        num_genes: int,
+        sample_size: int,
         patch_size: int = 10,
         num_layers: int = 3,
         num_attention_heads: int = 8,
@@ -228,7 +230,7 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
         if block_type not in ("white_box", "dit"):
             raise ValueError(f"`block_type` is 'white_box' or 'dit', not {block_type!r}.")
 
-        num_patches = math.ceil(num_genes / patch_size)
+        num_patches = math.ceil(sample_size / patch_size)
         self.proj_in = nn.Linear(patch_size, dim)
         self.register_buffer("pos_embed", self._position_embedding(num_patches, dim))
 
@@ -275,8 +277,8 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
         self, class_labels: torch.Tensor | None, batch_size: int, device: torch.device
     ) -> torch.Tensor:
         """The sum of the label embeddings, (batch, hidden)."""
-        # The null label of an attribute is its size. It is filled in, not copied from a list: copies make the CPU wait
-        # for the GPU.
+        # The null label of a label key is its number of categories. It is filled in, not copied from a list: copies
+        # make the CPU wait for the GPU.
         sizes = self.config.condition_sizes
         if class_labels is None:
             columns = [torch.full((batch_size,), size, device=device) for size in sizes]
@@ -285,7 +287,7 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
         if len(columns) != len(sizes):
             raise ValueError(
                 f"`class_labels` has {len(columns)} labels per cell, but the model is conditioned on"
-                f" {len(sizes)} attributes (condition_sizes={tuple(sizes)})."
+                f" {len(sizes)} label keys (condition_sizes={tuple(sizes)})."
             )
         if self.training and self.config.condition_dropout > 0:
             drop = torch.rand(batch_size, device=device) < self.config.condition_dropout
@@ -302,10 +304,10 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch, num_genes)`): The noisy cells.
+            hidden_states (`torch.Tensor` of shape `(batch, sample_size)`): The noisy cells.
             timestep (`torch.Tensor` of shape `(batch,)`, or one number for the whole batch): Diffusion time.
-            class_labels (`torch.LongTensor` of shape `(batch, num_conditions)` or `(batch,)`, *optional*):
-                Category of each cell in each attribute. The index one past the last category, and `None`, mean "not
+            class_labels (`torch.LongTensor` of shape `(batch, num_label_keys)` or `(batch,)`, *optional*):
+                Category of each cell in each label key. The index one past the last category, and `None`, mean "not
                 given".
             return_dict (`bool`, defaults to `True`): Return a [`Transformer2DModelOutput`] instead of a tuple.
             label_index (`torch.LongTensor` of shape `(batch,)`, *optional*):
@@ -316,27 +318,26 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
         Returns:
             [`Transformer2DModelOutput`], or a tuple: its `sample`, of the shape of `hidden_states`.
         """
-        batch_size, num_genes = hidden_states.shape
-        if num_genes != self.config.num_genes:
+        batch_size, sample_size = hidden_states.shape
+        if sample_size != self.config.sample_size:
             raise ValueError(
-                f"`hidden_states` has {num_genes} values per cell; the model has {self.config.num_genes}."
+                f"`hidden_states` has {sample_size} values per cell; the model has {self.config.sample_size}."
             )
         if class_labels is not None and not self.config.condition_sizes:
             raise ValueError("`class_labels` were given to an unconditional model (condition_sizes=()).")
 
-        # 1. Tokens: patches of consecutive genes
+        # 1. Tokens: patches of consecutive values
         patch_size, num_patches = self.config.patch_size, self.pos_embed.shape[1]
-        hidden_states = F.pad(hidden_states, (0, num_patches * patch_size - num_genes))
+        hidden_states = F.pad(hidden_states, (0, num_patches * patch_size - sample_size))
         hidden_states = hidden_states.unflatten(1, (num_patches, patch_size))  # (batch, patches, patch_size)
-        hidden_states = self.proj_in(hidden_states) + self.pos_embed.to(
-            hidden_states.dtype
-        )  # (batch, patches, hidden)
+        hidden_states = self.proj_in(hidden_states)  # (batch, patches, hidden)
+        hidden_states = hidden_states + self.pos_embed.to(hidden_states.dtype)
 
         # 2. Timestep and conditions; one timestep for all cells is embedded once
         timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1)  # (batch or 1,)
         temb = self.time_embedder(self.time_proj(timestep).to(hidden_states.dtype))  # (batch or 1, hidden)
         if self.config.condition_sizes:
-            num_labels = batch_size if label_index is None else len(class_labels)
+            num_labels = batch_size if label_index is None or class_labels is None else len(class_labels)
             conditions = self._embed_conditions(class_labels, num_labels, temb.device)
             temb = temb + conditions  # (batch or combinations, hidden)
         temb = F.silu(temb)
@@ -348,13 +349,13 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
             else:
                 hidden_states = block(hidden_states, temb, label_index)
 
-        # 4. Back to genes
+        # 4. Back to values
         modulation = self.modulation_out(temb)
         if label_index is not None:
             modulation = modulation[label_index]
         shift, scale = modulation[:, None].chunk(2, dim=-1)
         hidden_states = self.proj_out(self.norm_out(hidden_states) * (1 + scale) + shift)
-        sample = hidden_states.flatten(1)[:, :num_genes]  # (batch, num_genes)
+        sample = hidden_states.flatten(1)[:, :sample_size]  # (batch, sample_size)
 
         if not return_dict:
             return (sample,)
@@ -377,79 +378,10 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
         Raises:
             ValueError: If the file is no tensor checkpoint, or not one of the authors' two networks.
         """
+        config, state_dict = convert_original_checkpoint(path, num_attention_heads)
+        model = cls(**config)
         try:
-            original = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"{path} cannot be read as a checkpoint of tensors (torch.load with weights_only=True refused it). If"
-                " you trust its origin, load it yourself and save its state_dict alone with"
-                " `torch.save(model.state_dict(), path)`."
-            ) from error
-        if not isinstance(original, dict) or not all(torch.is_tensor(value) for value in original.values()):
-            raise ValueError(f"{path} does not hold a state_dict (a flat dict of tensors): save `model.state_dict()`.")
-
-        block_type = "dit" if "blocks.0.mlp.fc1.weight" in original else "white_box"
-        try:
-            dim, _, patch_size, _ = original["x_embedder.proj.weight"].shape
-            num_patches = original["pos_embed"].shape[1]
-            num_layers = 1 + max(int(key.split(".")[1]) for key in original if key.startswith("blocks."))
-            converted = _convert_original_state_dict(original, block_type, num_layers)
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"{path} is not a White-Box DiT or DiT checkpoint of the authors' code: {error} is missing or has"
-                f" another form. Its first keys are {list(original)[:3]}."
-            ) from error
-
-        model = cls(
-            num_genes=num_patches * patch_size,
-            patch_size=patch_size,
-            num_layers=num_layers,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=dim // num_attention_heads,
-            block_type=block_type,
-        )
-        try:
-            model.load_state_dict({key: value.float() for key, value in converted.items()})
+            model.load_state_dict(state_dict)
         except RuntimeError as error:
-            raise ValueError(f"{path} does not fit the {block_type} network: {error}") from error
+            raise ValueError(f"{path} does not fit the {config['block_type']} network: {error}") from error
         return model.eval()
-
-
-def _convert_original_state_dict(
-    original: dict[str, torch.Tensor], block_type: str, num_layers: int
-) -> dict[str, torch.Tensor]:
-    """The authors' keys to ours. Every key must be used: a leftover means a network that we do not have."""
-    original = dict(original)
-    converted = {
-        "proj_in.weight": original.pop("x_embedder.proj.weight").flatten(1),  # (hidden, 1, patch, 1) convolution
-        "pos_embed": original.pop("pos_embed"),
-    }
-    names = {
-        "proj_in.bias": "x_embedder.proj.bias",
-        "time_embedder.linear_1": "t_embedder.mlp.0",
-        "time_embedder.linear_2": "t_embedder.mlp.2",
-        "modulation_out": "final_layer.adaLN_modulation.1",
-        "proj_out": "final_layer.linear",
-    }
-    for i in range(num_layers):
-        names[f"blocks.{i}.modulation"] = f"blocks.{i}.adaLN_modulation.1"
-        if block_type == "white_box":
-            names[f"blocks.{i}.attn.to_w.weight"] = f"blocks.{i}.attn.qkv.weight"
-            names[f"blocks.{i}.attn.to_out"] = f"blocks.{i}.attn.to_out.0"
-            names[f"blocks.{i}.ff.dictionary"] = f"blocks.{i}.mlp.weight"
-        else:
-            names[f"blocks.{i}.attn.qkv"] = f"blocks.{i}.attn.qkv"
-            names[f"blocks.{i}.attn.to_out"] = f"blocks.{i}.attn.proj"
-            names[f"blocks.{i}.ff.fc1"] = f"blocks.{i}.mlp.fc1"
-            names[f"blocks.{i}.ff.fc2"] = f"blocks.{i}.mlp.fc2"
-    for ours, theirs in names.items():
-        if theirs in original:
-            converted[ours] = original.pop(theirs)
-        else:
-            converted[f"{ours}.weight"] = original.pop(f"{theirs}.weight")
-            converted[f"{ours}.bias"] = original.pop(f"{theirs}.bias")
-    if original:
-        raise ValueError(f"unknown key {next(iter(original))!r}")
-    return converted

@@ -1,0 +1,114 @@
+"""Which cells are trained on, and which are held out: decided once, and written beside the model."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+
+
+@dataclass(frozen=True)
+class CellSplit:
+    """
+    Training and held-out cells by name.
+
+    Args:
+        train (`list[str]`): Names of the training cells (`obs_names`).
+        test (`list[str]`): Names of the held-out cells.
+        seed (`int`, *optional*): Seed with which they were drawn.
+    """
+
+    FILE_NAME = "split.json"
+
+    train: list[str]
+    test: list[str]
+    seed: int | None = None
+
+    @classmethod
+    def draw(
+        cls, adata: ad.AnnData, test_fraction: float = 0.2, label_key: str | None = None, seed: int = 0
+    ) -> "CellSplit":
+        """
+        Splits cells at random, stratified by label. A label's single cell is trained on.
+
+        Args:
+            adata (`AnnData`): Cells.
+            test_fraction (`float`, defaults to 0.2): Share of the held-out cells.
+            label_key (`str`, *optional*): The `obs` column to stratify by.
+            seed (`int`, defaults to 0): Seed of the shuffle.
+
+        Raises:
+            ValueError: If cell names are not unique, the column is missing, or there are too few cells.
+        """
+        _check_names(adata)
+        if not 0 < test_fraction < 1:
+            raise ValueError(f"`test_fraction` is between 0 and 1, not {test_fraction}.")
+        if label_key is not None and label_key not in adata.obs:
+            raise ValueError(f"`adata.obs` has no column {label_key!r}; it has {list(adata.obs)}.")
+        labels = np.zeros(adata.n_obs) if label_key is None else adata.obs[label_key].astype(str).to_numpy()
+        # Each label's cells are spread evenly over [0, 1) in random order: the last ones are held out.
+        rank = np.empty(adata.n_obs)
+        shuffled = np.random.default_rng(seed).permutation(adata.n_obs)
+        for label in np.unique(labels):
+            cells = shuffled[labels[shuffled] == label]
+            rank[cells] = (np.arange(len(cells)) + 0.5) / len(cells)
+        is_test = rank > 1 - test_fraction
+        if is_test.all() or not is_test.any():
+            raise ValueError(f"{adata.n_obs} cells are too few to hold out a share of {test_fraction}.")
+        return cls(adata.obs_names[~is_test].tolist(), adata.obs_names[is_test].tolist(), seed)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CellSplit":
+        """
+        Reads a split.json, or that of a model's folder.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If the file does not name training and held-out cells, each once.
+        """
+        path = Path(path)
+        path = path / cls.FILE_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: it says which cells were held out. Give the --output_dir of a training."
+            )
+        try:
+            split = json.loads(path.read_text())
+        except ValueError:  # cut off, or no JSON at all
+            split = None
+        if not isinstance(split, dict) or not split.get("train") or not split.get("test"):
+            raise ValueError(f"{path} is no split.json of a training: it does not name train and test cells.")
+        names = split["train"] + split["test"]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path} names a cell twice, so that it would be trained on and held out.")
+        return cls(split["train"], split["test"], split.get("seed"))
+
+    def save(self, folder: str | Path):
+        """Writes split.json into a folder."""
+        Path(folder, self.FILE_NAME).write_text(json.dumps(asdict(self)))
+
+    def apply(self, adata: ad.AnnData) -> tuple[ad.AnnData, ad.AnnData]:
+        """
+        The training and the held-out cells, as views.
+
+        Raises:
+            ValueError: If a cell of the split is not in `adata`, or names there are not unique.
+        """
+        _check_names(adata)
+        missing = np.setdiff1d(self.train + self.test, adata.obs_names)
+        if len(missing):
+            raise ValueError(
+                f"The data have no cell {str(missing[0])!r}, nor {len(missing) - 1} others of the split: give the file"
+                " that it was made for."
+            )
+        return adata[self.train], adata[self.test]
+
+
+def _check_names(adata: ad.AnnData):
+    if not adata.obs_names.is_unique:
+        name = adata.obs_names[adata.obs_names.duplicated()][0]
+        raise ValueError(
+            f"The cell name {name!r} occurs more than once, so that {CellSplit.FILE_NAME} could not say which cell is"
+            " held out: call `adata.obs_names_make_unique()`."
+        )

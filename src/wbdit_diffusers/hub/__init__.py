@@ -1,0 +1,6 @@
+"""What goes to the Hugging Face Hub beside the weights."""
+
+from .model_card import add_evaluation, push_model_card, render_model_card
+
+
+__all__ = ["add_evaluation", "push_model_card", "render_model_card"]

@@ -1,0 +1,80 @@
+"""The model card of a pipeline, rendered from its own configuration."""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
+
+from ..version import __version__
+
+
+TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
+
+
+def render_model_card(
+    pipeline: DiffusionPipeline,
+    repo_id: str,
+    training: dict[str, Any] | None = None,
+    evaluation: str | None = None,
+) -> ModelCard:
+    """
+    Args:
+        pipeline ([`ScRNAGenerationPipeline`]): What the card describes.
+        repo_id (`str`): The Hub id or folder that the card tells to load.
+        training (`dict`, *optional*): Rows of the training table.
+        evaluation (`str`, *optional*): Markdown of the evaluation section.
+
+    Returns:
+        [`huggingface_hub.ModelCard`]
+    """
+    processor, denoiser, scheduler = pipeline.processor.config, pipeline.denoiser, pipeline.scheduler
+    network = [
+        ("codec", _describe_codec(pipeline.codec)),
+        ("block", {"white_box": "White-Box DiT (MSSA, ISTA)", "dit": "DiT"}[denoiser.config.block_type]),
+        ("layers", denoiser.config.num_layers),
+        ("heads × head dimension", f"{denoiser.config.num_attention_heads} × {denoiser.config.attention_head_dim}"),
+        ("values per token", denoiser.config.patch_size),
+        ("parameters", f"{denoiser.num_parameters():,}"),
+        ("scheduler", f"{type(scheduler).__name__}, prediction_type {scheduler.config.get('prediction_type')}"),
+        ("default steps", pipeline.config.num_inference_steps),
+    ]
+    return ModelCard.from_template(
+        ModelCardData(
+            library_name="diffusers",
+            tags=["wbdit_diffusers", "single-cell", "scRNA-seq", "biology", "white-box-transformer"],
+        ),
+        template_path=TEMPLATE_PATH,
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        version=__version__,
+        has_library_size=pipeline.processor.has_library_size,
+        num_genes=len(processor.var_names),
+        genes=list(processor.var_names[:3]),
+        labels=list(zip(processor.label_keys, processor.categories)),
+        label_names=processor.categories[0] if processor.categories else [],
+        network=network,
+        training=training,
+        evaluation=evaluation,
+    )
+
+
+def _describe_codec(codec: ModelMixin) -> str:
+    config = codec.config
+    if "num_programs" in config:
+        return f"{type(codec).__name__}: {config.num_programs} gene programs, likelihood {config.likelihood}"
+    return f"{type(codec).__name__}: {config.num_genes} genes, standardize={config.standardize}"
+
+
+def add_evaluation(path: str | Path, evaluation: str):
+    """Writes an evaluation, as Markdown, into a rendered card, before its section on limits."""
+    path = Path(path)
+    path.write_text(path.read_text().replace("## Limits", f"## Evaluation\n\n{evaluation}\n## Limits"))
+
+
+def push_model_card(pipeline: DiffusionPipeline, repo_id: str, private: bool | None = None, token: str | None = None):
+    """Gives a Hub repository that has no card yet the rendered one: Diffusers would write a stub."""
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if not file_exists(repo_id, "README.md", token=token):
+        render_model_card(pipeline, repo_id).push_to_hub(repo_id, token=token)

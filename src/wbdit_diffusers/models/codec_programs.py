@@ -1,0 +1,150 @@
+"""`ProgramCodec`: cells as a few linear gene programs under a likelihood of their counts."""
+
+import math
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from scipy import sparse
+from torch import nn
+
+from ..processing.normalize import log_normalize
+from .likelihoods import LIKELIHOODS, CellDistribution
+
+
+class ProgramCodec(ModelMixin, ConfigMixin):
+    r"""
+    Maps counts to gene programs and back: a small variational encoder (arXiv 1312.6114), and a **linear** decoder
+    whose heads are the parameters of a likelihood. What the denoiser models is a cell's programs and its log library
+    size, standardised.
+
+    With the zero-inflated negative binomial `log rates = W programs + b` over the modelled genes and one bin for all
+    others, `log θ = V programs + c` (a gene that varies much in one cell type need not in another), and
+    `dropout_logits = U programs + d` (read counts above all have more zeros than a negative binomial). Row `g` of `W`,
+    `heads["log_rates"].weight`, says how much each program raises the log rate of gene `g`.
+
+    The prior of the programs is the denoiser, not the standard normal distribution: the divergence from that enters
+    the loss with a small weight, only to keep the encoder from fitting the noise of single counts.
+
+    Args:
+        num_genes (`int`): Modelled genes; the bin of all other genes is not counted.
+        num_programs (`int`, defaults to 16): Gene programs.
+        hidden_size (`int`, defaults to 256): Width of the encoder's hidden layer.
+        likelihood (`str`, defaults to `"zinb"`): Name of the counts' distribution, a key of `LIKELIHOODS`.
+    """
+
+    @register_to_config
+    def __init__(self, num_genes: int, num_programs: int = 16, hidden_size: int = 256, likelihood: str = "zinb"):
+        super().__init__()
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"`likelihood` is one of {', '.join(LIKELIHOODS)}, not {likelihood!r}.")
+        num_bins = num_genes + 1
+        self.encoder = nn.Sequential(nn.Linear(num_bins, hidden_size), nn.SiLU())
+        self.to_mean = nn.Linear(hidden_size, num_programs)
+        self.to_log_variance = nn.Linear(hidden_size, num_programs)
+        nn.init.zeros_(self.to_log_variance.weight)
+        nn.init.constant_(self.to_log_variance.bias, -2.0)
+        names = LIKELIHOODS[likelihood].HEADS
+        self.heads = nn.ModuleDict({name: nn.Linear(num_programs, num_bins) for name in names})
+        for name in names[1:]:  # the shape of the noise is the same in all cells until training says otherwise
+            nn.init.zeros_(self.heads[name].weight)
+        # Mean and deviation of the training cells' programs and log library size, with which latents are standardised
+        self.register_buffer("latents_mean", torch.zeros(num_programs + 1))
+        self.register_buffer("latents_std", torch.ones(num_programs + 1))
+        self.register_buffer("log_library_size_range", torch.tensor([0.0, math.inf]))
+
+    @property
+    def num_features(self) -> int:
+        """Values per cell that the denoiser sees: the programs and the log library size."""
+        return self.config.num_programs + 1
+
+    @property
+    def models_library_size(self) -> bool:
+        """Whether the latents hold the library size."""
+        return True
+
+    # ==================== Fitting ====================
+
+    @torch.no_grad()
+    def fit_statistics(self, counts: sparse.csr_matrix, library_size: np.ndarray):
+        """
+        Starts the heads where the likelihood says (see its `initial_biases`), and notes the range of library sizes.
+
+        Args:
+            counts (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts of the training cells.
+            library_size (`np.ndarray` of shape `(cells,)`): Total counts, all other genes included.
+        """
+        for name, bias in LIKELIHOODS[self.config.likelihood].initial_biases(counts, library_size).items():
+            self.heads[name].bias.copy_(bias)
+        log_library_size = torch.from_numpy(np.log(library_size)).float()
+        self.log_library_size_range.copy_(torch.stack([log_library_size.min(), log_library_size.max()]))
+
+    @torch.no_grad()
+    def standardize_latents(self, latents: torch.Tensor):
+        """Gives the latents of the training cells, as `encode` returns them, mean 0 and variance 1."""
+        latents = latents.to(self.latents_mean.device)
+        self.latents_mean.add_(latents.mean(0) * self.latents_std)
+        self.latents_std.mul_(latents.std(0).clamp(min=1e-3))
+
+    def forward(self, counts: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            counts (`torch.Tensor` of shape `(cells, genes)`): Counts.
+            library_size (`torch.Tensor` of shape `(cells,)`): Total counts, all other genes included.
+
+        Returns:
+            `tuple`: for each cell, `(cells,)`, the negative log-likelihood of its genes given programs drawn from the
+            posterior, and the divergence of that from the standard normal distribution, both in nats.
+        """
+        mean, log_variance = self.posterior(counts, library_size)
+        programs = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+        divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1)
+        return -self.decode_programs(programs, library_size).log_prob(counts), divergence
+
+    # ==================== Cells to latents ====================
+
+    def posterior(self, counts: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log variance of the programs given a cell, each `(cells, num_programs)`; see `forward`."""
+        others = library_size - counts.sum(1)
+        bins = torch.cat([counts, others[:, None]], dim=1)  # (cells, genes + 1)
+        hidden_states = self.encoder(log_normalize(bins, library_size).to(self.dtype))
+        return self.to_mean(hidden_states), self.to_log_variance(hidden_states).clamp(-8, 2)
+
+    @apply_forward_hook
+    def encode(self, counts: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            counts (`torch.Tensor` of shape `(cells, genes)`): Counts.
+            library_size (`torch.Tensor` of shape `(cells,)`): Total counts, all other genes included.
+
+        Returns:
+            `torch.Tensor` of shape `(cells, num_features)`: standardised posterior means of the programs, and log
+            library size.
+        """
+        programs = self.posterior(counts, library_size)[0]
+        return (torch.cat([programs, library_size[:, None].log()], dim=1) - self.latents_mean) / self.latents_std
+
+    # ==================== Latents to cells ====================
+
+    def decode_programs(self, programs: torch.Tensor, library_size: torch.Tensor) -> CellDistribution:
+        """The distribution of cells with programs `(cells, num_programs)` and library sizes `(cells,)`."""
+        parameters = {name: head(programs) for name, head in self.heads.items()}
+        return LIKELIHOODS[self.config.likelihood].from_heads(parameters, library_size)
+
+    @apply_forward_hook
+    def decode(self, latents: torch.Tensor, library_size: torch.Tensor | None = None) -> CellDistribution:
+        """
+        Args:
+            latents (`torch.Tensor` of shape `(cells, num_features)`): Standardised programs and log library size.
+            library_size (`torch.Tensor` of shape `(cells,)`, *optional*):
+                Total counts, instead of those in `latents`, which are kept within the range of the training cells'.
+
+        Returns:
+            [`CellDistribution`]: of the counts of the modelled genes.
+        """
+        latents = latents.float() * self.latents_std + self.latents_mean
+        if library_size is None:
+            library_size = latents[:, -1].clamp(*self.log_library_size_range.tolist()).exp()
+        return self.decode_programs(latents[:, :-1].to(self.dtype), library_size)

@@ -1,0 +1,69 @@
+"""Labels of cells, as names and as integer codes.
+
+A *label key* is a column of `obs` that conditions the cells, the cell type first; its *categories* are the labels that
+the training cells have in it; *conditions* are the labels that a caller asks for, by label key. *Class labels* are the
+codes that the denoiser sees: one column for each label key, -1 where no label is asked for.
+"""
+
+import difflib
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+
+
+def read_labels(adata: ad.AnnData, label_key: str) -> np.ndarray:
+    """The label of each cell as a string. Raises a `ValueError` if the column or a label is missing."""
+    if label_key not in adata.obs:
+        raise ValueError(f"`adata.obs` has no column {label_key!r}; it has {list(adata.obs)}. Check `label_keys`.")
+    column = adata.obs[label_key]
+    if column.isna().any():
+        raise ValueError(
+            f"`adata.obs[{label_key!r}]` is missing for {column.isna().sum()} cells: name or remove them."
+        )
+    return column.astype(str).to_numpy()
+
+
+def encode(labels: str | list[str] | np.ndarray, label_key: str, categories: list[str]) -> np.ndarray:
+    """Codes of labels, one for each. Raises a `ValueError` that suggests the closest category for an unknown one."""
+    known = pd.Index(categories)
+    labels = np.atleast_1d(np.asarray(labels, dtype=str))
+    codes = known.get_indexer(labels)
+    if (codes < 0).any():
+        unknown = str(labels[codes < 0][0])
+        close = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{unknown!r} is not a {label_key} of this model, which knows {', '.join(known)}.{hint}")
+    return codes.astype(np.int64)
+
+
+def complete(
+    class_labels: torch.Tensor, uniform: torch.Tensor, combinations: torch.Tensor, frequencies: torch.Tensor
+) -> torch.Tensor:
+    """
+    Draws the labels that were not asked for, from the training frequencies among cells with those that were.
+
+    Args:
+        class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`): Codes, -1 where none was asked for.
+        uniform (`torch.Tensor` of shape `(cells,)`): Random numbers in [0, 1) to draw with.
+        combinations (`torch.LongTensor` of shape `(num_combinations, num_label_keys)`):
+            The combinations of labels that training cells have.
+        frequencies (`torch.Tensor` of shape `(num_combinations,)`): Their shares.
+
+    Returns:
+        `torch.LongTensor` of shape `(cells, num_label_keys)`.
+    """
+    completed = class_labels.clone()
+    if class_labels.shape[1] == 0:
+        return completed
+    for pattern in class_labels.unique(dim=0):
+        cells = (class_labels == pattern).all(dim=1)
+        free = pattern < 0
+        agree = (combinations[:, ~free] == pattern[~free]).all(dim=1)
+        # If no training cell has the given labels together, the others are drawn from all cells.
+        weights = frequencies.double() * (agree if agree.any() else torch.ones_like(agree))
+        cumulative = weights.cumsum(0) / weights.sum()
+        drawn = torch.searchsorted(cumulative, uniform[cells].double(), right=True).clamp(max=len(weights) - 1)
+        completed[cells] = torch.where(free, combinations[drawn], pattern)
+    return completed

@@ -1,0 +1,8 @@
+"""From noise to latents: random numbers by cell, the reverse loop, the solvers."""
+
+from .denoise import LabelBatch, denoise, predict_guided
+from .noise import CellNoise, NoiseBatch
+from .schedulers import SCHEDULERS, training_scheduler
+
+
+__all__ = ["SCHEDULERS", "CellNoise", "LabelBatch", "NoiseBatch", "denoise", "predict_guided", "training_scheduler"]

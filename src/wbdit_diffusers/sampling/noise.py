@@ -1,0 +1,87 @@
+"""Random numbers that belong to a cell, whatever batch it is in."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+
+CELLS_PER_BLOCK = 64
+
+
+class CellNoise:
+    """
+    Random numbers that depend on the seed and on the cell's number alone, so that the batch size never changes a cell.
+
+    Cells are drawn in fixed blocks, each with a generator of its own; a batch works on every block that it touches
+    (see [`NoiseBatch`]). With a list of generators, one for each cell, each cell is the first of its block.
+
+    Args:
+        generator (`torch.Generator` or `list[torch.Generator]`): One for all cells, or one for each.
+    """
+
+    def __init__(self, generator: torch.Generator | list[torch.Generator]):
+        self.one_per_cell = isinstance(generator, list)
+        generators = generator if isinstance(generator, list) else [generator]
+        self.device = generators[0].device
+        self.seeds = [int(torch.randint(2**62, (1,), generator=one, device=self.device)) for one in generators]
+
+    def batch(self, start: int, stop: int) -> "NoiseBatch":
+        """The random numbers of the cells from `start` to `stop`."""
+        if self.one_per_cell:
+            seeds = self.seeds[start:stop]
+            rows = torch.arange(stop - start) * CELLS_PER_BLOCK
+        else:
+            first_block = start // CELLS_PER_BLOCK
+            seeds = [self.seeds[0] + block for block in range(first_block, math.ceil(stop / CELLS_PER_BLOCK))]
+            rows = torch.arange(start, stop) - first_block * CELLS_PER_BLOCK
+        return NoiseBatch([torch.Generator(self.device).manual_seed(seed) for seed in seeds], rows)
+
+
+@dataclass
+class NoiseBatch:
+    """
+    The random numbers of one batch of cells.
+
+    What is random is drawn for whole blocks, in the shape `(blocks, CELLS_PER_BLOCK, values)`, for which Diffusers'
+    `randn_tensor`, and so the `step` of every scheduler, takes one generator for each block.
+
+    Args:
+        generators (`list[torch.Generator]`): One for each block that the batch touches.
+        rows (`torch.LongTensor` of shape `(cells,)`): Where the batch's own cells stand in these blocks.
+    """
+
+    generators: list[torch.Generator]
+    rows: torch.Tensor
+
+    def normal(self, num_values: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Gaussian numbers of whole blocks, `(blocks, CELLS_PER_BLOCK, num_values)`."""
+        shape = (len(self.generators), CELLS_PER_BLOCK, num_values)
+        return randn_tensor(shape, generator=self.generators, device=device, dtype=dtype)
+
+    def uniform(self, num_values: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Numbers in [0, 1) of the batch's cells, `(cells, num_values)`."""
+        size = (CELLS_PER_BLOCK, num_values)
+        draws = [torch.rand(size, generator=one, device=one.device, dtype=dtype) for one in self.generators]
+        return torch.cat(draws)[self.rows.to(self.generators[0].device)]
+
+    def take(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The batch's cells out of whole blocks: `(cells, values)`."""
+        return blocks.flatten(0, 1)[self.rows.to(blocks.device)]
+
+    def put(self, blocks: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        """Whole blocks with the batch's cells `(cells, values)` in their places."""
+        rows = self.rows.to(blocks.device)
+        return blocks.flatten(0, 1).index_copy(0, rows, cells.to(blocks)).view(blocks.shape)
+
+    def parts(self, max_blocks: int) -> list[tuple["NoiseBatch", slice]]:
+        """The same random numbers a few blocks at a time, each part with the positions of its cells in the batch."""
+        parts, first_cell = [], 0
+        for first in range(0, len(self.generators), max_blocks):
+            generators = self.generators[first : first + max_blocks]
+            rows = self.rows - first * CELLS_PER_BLOCK
+            rows = rows[(rows >= 0) & (rows < len(generators) * CELLS_PER_BLOCK)]
+            parts.append((NoiseBatch(generators, rows), slice(first_cell, first_cell + len(rows))))
+            first_cell += len(rows)
+        return parts

@@ -1,0 +1,7 @@
+"""Training: `train(source, config)` fits a codec and a denoiser, and gives a complete pipeline."""
+
+from .config import TrainingConfig, config_from_args
+from .train import train
+
+
+__all__ = ["TrainingConfig", "config_from_args", "train"]

@@ -1,0 +1,184 @@
+"""Stage one: fits the codec to the training cells."""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers.optimization import get_scheduler
+from tqdm.auto import tqdm
+
+from ..data.dataset import CellDataset, encode_cells
+from ..models.codec_expression import ExpressionCodec
+from ..models.codec_programs import ProgramCodec
+from .config import TrainingConfig
+
+
+logger = get_logger(__name__)
+
+MAX_VALIDATION_CELLS = 2000
+STEPS_BETWEEN_VALIDATIONS = 100
+
+
+def prepare_codec(
+    config: TrainingConfig, accelerator: Accelerator, dataset: CellDataset, resumed: bool
+) -> ProgramCodec | ExpressionCodec:
+    """
+    Fits the codec on the main process, or takes that of the run to resume; all processes get the same one.
+
+    Args:
+        config ([`TrainingConfig`]): Which codec, and how it is fitted.
+        accelerator (`Accelerator`): The processes.
+        dataset ([`CellDataset`]): Training cells.
+        resumed (`bool`): Whether `output_dir` holds the codec already.
+
+    Returns:
+        [`ProgramCodec`] or [`ExpressionCodec`]: on the CPU, whose latents of the training cells are standardised.
+    """
+    folder = config.output_dir / "codec"
+    codec_class, fit = CODECS[str(config.codec)]
+    if accelerator.is_main_process and not resumed:
+        fit(config, dataset, accelerator.device).save_pretrained(folder)
+    accelerator.wait_for_everyone()
+    return codec_class.from_pretrained(folder)
+
+
+def fit_expression_codec(config: TrainingConfig, dataset: CellDataset, device: torch.device) -> ExpressionCodec:
+    """Measures the mean and the deviation of each gene's expression."""
+    codec = ExpressionCodec(
+        num_genes=dataset.matrix.shape[1],
+        values=config.values,
+        standardize=config.standardize,
+        model_library_size=config.model_library_size,
+    )
+    codec.fit_statistics(dataset.matrix, dataset.library_size)
+    return codec
+
+
+def fit_program_codec(config: TrainingConfig, dataset: CellDataset, device: torch.device) -> ProgramCodec:
+    """
+    Fits gene programs, as many as cells set aside ask for.
+
+    Unless their number is given, there are twice as many programs as long as they make the loss of the cells set aside
+    lower by `min_program_gain`: each one is a dimension more for the denoiser to learn, and smaller gains cost more
+    there than they bring here. Then the decoder alone is fitted once more, and the latents are standardised.
+    """
+    minutes = math.inf if config.max_train_minutes is None else config.max_train_minutes * config.codec_time_fraction
+    deadline = time.monotonic() + 60 * minutes
+    codec, best_loss = fit_programs(config, dataset, config.num_programs or config.min_programs, device, deadline)
+    while config.num_programs is None and 2 * codec.config.num_programs <= config.max_programs:
+        larger, loss = fit_programs(config, dataset, 2 * codec.config.num_programs, device, deadline)
+        if loss > (1 - config.min_program_gain) * best_loss:
+            break
+        codec, best_loss = larger, loss
+    latents = encode_cells(dataset, codec)  # not yet standardised: the programs, and the log library size
+    refit_decoder(config, dataset, codec, latents[:, :-1])
+    codec.standardize_latents(latents)
+    return codec.eval()
+
+
+def fit_programs(
+    config: TrainingConfig, dataset: CellDataset, num_programs: int, device: torch.device, deadline: float
+) -> tuple[ProgramCodec, float]:
+    """
+    Fits encoder and decoder together, until cells set aside say that it is enough, or the clock reaches the deadline.
+
+    The cells set aside are *training* cells; held-out cells are never seen. The weights returned are the last ones,
+    not those of the best loss: programs that follow their cells a little more closely, with a decoder fitted to them
+    afterwards, give better cells (lab/experiments.md).
+
+    Args:
+        config ([`TrainingConfig`]): How it is fitted, and when it ends.
+        dataset ([`CellDataset`]): Training cells.
+        num_programs (`int`): How many programs.
+        device (`torch.device`): Where to fit.
+        deadline (`float`): Time of `time.monotonic()` at which it ends at the latest.
+
+    Returns:
+        `tuple[ProgramCodec, float]`: the codec, and the best loss of the cells set aside, in nats per cell.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    shuffled = torch.randperm(len(dataset), generator=generator).numpy()
+    num_validation = min(max(1, int(len(dataset) * config.codec_validation_fraction)), MAX_VALIDATION_CELLS)
+    validation_cells, train_cells = shuffled[:num_validation], shuffled[num_validation:]
+    torch.manual_seed(config.seed)
+    codec = ProgramCodec(dataset.matrix.shape[1], num_programs, config.codec_hidden_size).to(device)
+    codec.fit_statistics(dataset.matrix, dataset.library_size)
+    noise = [codec.heads["log_theta"].bias, codec.heads["dropout_logits"].bias]
+    others = [parameter for parameter in codec.parameters() if all(parameter is not bias for bias in noise)]
+    optimizer = torch.optim.AdamW(
+        [{"params": others}, {"params": noise, "lr": config.dispersion_learning_rate, "weight_decay": 0.0}],
+        lr=config.codec_learning_rate,
+        weight_decay=config.codec_weight_decay,
+    )
+
+    def loss_of(cells: np.ndarray) -> torch.Tensor:
+        negative_log_likelihood, divergence = codec(*(values.to(device) for values in dataset.cells(cells)))
+        return negative_log_likelihood + config.kl_weight * divergence
+
+    @torch.no_grad()
+    def validation_loss() -> float:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # always the same draws from the posterior
+            losses = [loss_of(validation_cells[start : start + 512]) for start in range(0, num_validation, 512)]
+        return torch.cat(losses).mean().item()
+
+    best_loss, best_step, step, stop = math.inf, 0, 0, False
+    progress_bar = tqdm(desc=f"Gene programs ({num_programs})", unit=" steps", mininterval=1)
+    while not stop:
+        cells = torch.randint(len(train_cells), (config.codec_batch_size,), generator=generator).numpy()
+        loss = loss_of(train_cells[cells]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        progress_bar.update()
+        stop = step == config.codec_max_steps or time.monotonic() > deadline
+        if step % STEPS_BETWEEN_VALIDATIONS == 0 or stop:
+            aside = validation_loss()
+            if aside < best_loss:
+                best_loss, best_step = aside, step
+            stop = stop or aside > (1 + config.codec_stop_tolerance) * best_loss
+            stop = stop or step - best_step >= config.codec_patience
+            progress_bar.set_postfix(loss=round(loss.item(), 2), loss_set_aside=round(aside, 2))
+    progress_bar.close()
+    logger.info(f"{num_programs} programs: {best_loss:.2f} nats per cell set aside after {best_step} steps.")
+    return codec, best_loss
+
+
+def refit_decoder(config: TrainingConfig, dataset: CellDataset, codec: ProgramCodec, programs: torch.Tensor):
+    """
+    Fits the decoder once more, to all training cells and the encoder's final programs of them.
+
+    The denoiser will imitate these programs, without the noise under which the decoder was trained: what varies in the
+    cells and is not in the programs must be in the decoder's noise, no more and no less.
+
+    Args:
+        config ([`TrainingConfig`]): How many steps, and their learning rate.
+        dataset ([`CellDataset`]): Training cells.
+        codec ([`ProgramCodec`]): Its heads are changed.
+        programs (`torch.Tensor` of shape `(cells, num_programs)`): Programs of the training cells.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(
+        codec.heads.parameters(), lr=config.decoder_learning_rate, weight_decay=config.codec_weight_decay
+    )
+    lr_scheduler = get_scheduler("cosine", optimizer, num_training_steps=config.decoder_steps, num_warmup_steps=0)
+    for _ in tqdm(range(config.decoder_steps), desc="Decoder", unit=" steps", mininterval=1):
+        cells = torch.randint(len(dataset), (2 * config.codec_batch_size,), generator=generator)
+        counts, library_size = (values.to(codec.device) for values in dataset.cells(cells.numpy()))
+        distribution = codec.decode_programs(programs[cells].to(codec.device), library_size)
+        loss = -distribution.log_prob(counts).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        lr_scheduler.step()
+
+
+CODECS: dict[str, tuple[Any, Any]] = {
+    "program": (ProgramCodec, fit_program_codec),
+    "expression": (ExpressionCodec, fit_expression_codec),
+}

@@ -1,0 +1,347 @@
+"""What a training is told, and the only defaults of it.
+
+Python code, YAML files and flags of the command line all make a [`TrainingConfig`]: what one of them knows all know,
+and each value is checked in the same way.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticUndefined
+
+
+SHIPPED_CONFIGS = resources.files(__package__) / "configs"
+
+# Defaults that depend on what is denoised. With an expression codec they are the published shape.
+CODEC_DEFAULTS = {
+    "program": {
+        "patch_size": 8,
+        "num_layers": 4,
+        "num_attention_heads": 4,
+        "attention_head_dim": 48,
+        "train_batch_size": 256,
+    },
+    "expression": {
+        "patch_size": 10,
+        "num_layers": 3,
+        "num_attention_heads": 8,
+        "attention_head_dim": 96,
+        "train_batch_size": 64,
+    },
+}
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Labels = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+pydantic_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class DataConfig:
+    """The cells."""
+
+    dataset: Path | None = None
+    """The .h5ad file of cells to train on."""
+    layer: str | None = None
+    """The layer that holds the matrix. X when not given."""
+    values: Literal["counts", "log"] = "counts"
+    """What the matrix holds: integer counts, or values that are on a log scale already."""
+    label_keys: Labels = Field(default_factory=list)
+    """Columns of obs that condition the cells, the cell type first."""
+    num_genes: NonNegativeInt = 2000
+    """How many genes to model, the most variable ones. 0 for all."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the cells that is held out from training, within each label of the first label key."""
+    split: Path | None = None
+    """The split.json of another run, whose cells are held out instead."""
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class ProgramCodecConfig:
+    """Stage one with gene programs: a linear decoder under a likelihood of counts."""
+
+    num_programs: PositiveInt | None = None
+    """How many gene programs. When not given they are doubled for as long as cells set aside gain by it."""
+    min_programs: PositiveInt = 16
+    """The number of programs that the search begins with."""
+    max_programs: PositiveInt = 64
+    """The number of programs that the search does not exceed."""
+    min_program_gain: Fraction = 0.01
+    """By which share twice as many programs must lower the loss of the cells set aside to be worth their cost."""
+    codec_hidden_size: PositiveInt = 256
+    """Width of the encoder's hidden layer."""
+    codec_learning_rate: PositiveFloat = 1e-3
+    """Learning rate of encoder and decoder."""
+    dispersion_learning_rate: PositiveFloat = 1e-2
+    """Learning rate of each gene's noise. It spans orders of magnitude, and must get there before programs overfit."""
+    codec_weight_decay: NonNegativeFloat = 0.01
+    """Weight decay of encoder and decoder. The noise of genes has none."""
+    codec_batch_size: PositiveInt = 128
+    """Cells in a step of stage one."""
+    codec_max_steps: PositiveInt = 20_000
+    """Steps after which stage one ends at the latest. Cells set aside mostly end it much earlier."""
+    codec_validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the training cells, 2,000 at most, that stage one sets aside to decide when it ends."""
+    codec_stop_tolerance: NonNegativeFloat = 0.015
+    """Stage one ends when the loss of the cells set aside is this share above its best. Programs that follow their
+    cells a little more closely than that best give better cells, once the decoder is fitted to them."""
+    codec_patience: PositiveInt = 1000
+    """Stage one also ends when that loss has not improved for so many steps."""
+    codec_time_fraction: Annotated[float, Field(gt=0, lt=1)] = 1 / 3
+    """The part of max_train_minutes that stage one may take."""
+    kl_weight: NonNegativeFloat = 0.3
+    """Weight of the divergence between a cell's encoded programs and a standard normal distribution. It keeps the
+    encoder from fitting the noise of single counts."""
+    decoder_steps: NonNegativeInt = 400
+    """Steps in which the decoder alone is fitted at the end, to the final programs of all training cells."""
+    decoder_learning_rate: PositiveFloat = 3e-3
+    """Learning rate of these steps, which falls to zero along a cosine."""
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class ExpressionCodecConfig:
+    """Latents that are the expression itself, as in the paper."""
+
+    standardize: bool = True
+    """Whether each gene's expression gets mean 0 and variance 1 before it is denoised."""
+    model_library_size: bool = True
+    """Whether the log library size is denoised with the expression. If not, it is drawn from training cells."""
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class DenoiserConfig:
+    """The network that denoises latents."""
+
+    block_type: Literal["white_box", "dit"] = "white_box"
+    """The White-Box block (MSSA and ISTA), or the plain DiT block as a baseline."""
+    patch_size: PositiveInt | None = None
+    """How many values of a cell make one token."""
+    num_layers: PositiveInt | None = None
+    """Number of blocks."""
+    num_attention_heads: PositiveInt | None = None
+    """Number of attention heads, in a White-Box block the number of subspaces."""
+    attention_head_dim: PositiveInt | None = None
+    """Dimension of a head. The width of the network is this times the number of heads."""
+    condition_dropout: Fraction = 0.1
+    """Share of the cells that are trained on without their labels, which guidance needs."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
+    """What the network predicts: the noise, the velocity or the clean cell."""
+    num_inference_steps: PositiveInt = 20
+    """How many steps the finished pipeline takes by default. It has no effect on training."""
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class OptimizationConfig:
+    """How the denoiser is trained."""
+
+    max_train_steps: PositiveInt = 10_000
+    """Steps of the optimizer after which training ends."""
+    max_train_minutes: PositiveFloat | None = None
+    """Minutes after which training ends, if they are over before the steps. Stage one is included."""
+    train_batch_size: PositiveInt | None = None
+    """Cells in a batch of each process."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Batches in a step of the optimizer."""
+    learning_rate: PositiveFloat = 2e-3
+    """Highest learning rate of AdamW."""
+    lr_warmup_steps: NonNegativeInt = 100
+    """Steps in which the learning rate rises from zero."""
+    lr_decay_fraction: Fraction = 0.3
+    """The last part of the training, in steps or minutes, in which the learning rate falls to zero."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Weight decay of AdamW."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients with a larger norm are scaled down to it."""
+    use_ema: bool = True
+    """Whether the pipeline gets a moving average of the weights instead of the last ones."""
+    ema_decay: Fraction = 0.999
+    """Decay of the moving average. It starts lower and reaches this by and by."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Type of the forward pass. The setting of `accelerate config` when not given."""
+    compile: bool = False
+    """Whether to compile the blocks with torch.compile: slower to start, faster steps."""
+    seed: NonNegativeInt = 0
+    """Seed of the split, of all weights and of every random number in training."""
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class OutputConfig:
+    """What a training writes."""
+
+    output_dir: Path
+    """The folder for the pipeline, split.json, training_log.csv and checkpoints."""
+    validation_steps: PositiveInt = 200
+    """Steps between two lines of the log, each with the loss of held-out cells."""
+    checkpointing_steps: PositiveInt = 1000
+    """Steps between two checkpoints."""
+    checkpoints_total_limit: PositiveInt | None = None
+    """How many checkpoints to keep, the newest ones. All when not given."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint folder to go on from, or "latest" for the newest in output_dir."""
+    report_to: str | None = None
+    """A tracker that Accelerate knows, such as tensorboard or wandb."""
+    push_to_hub: bool = False
+    """Whether to upload the finished pipeline to the Hugging Face Hub."""
+    hub_model_id: str | None = None
+    """The repository to upload to. The name of output_dir in your namespace when not given."""
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class TrainingConfig(
+    OutputConfig, OptimizationConfig, DenoiserConfig, ExpressionCodecConfig, ProgramCodecConfig, DataConfig
+):
+    """
+    Everything that a training can be told. All fields but `output_dir` have defaults; what each means stands below it
+    in `training/config.py`, and in `wbdit train --help`.
+
+    Raises:
+        pydantic.ValidationError: (a `ValueError`) If a field is unknown, of another type or out of range, or has no
+            effect with the codec that was chosen.
+    """
+
+    codec: Literal["program", "expression"] | None = None
+    """What is denoised: gene programs under a likelihood of counts (the default for counts), or expression itself as
+    in the paper (the default for log values)."""
+
+    def __post_init__(self):
+        if self.codec is None:
+            self.codec = "program" if self.values == "counts" else "expression"
+        if self.codec == "program" and self.values != "counts":
+            raise ValueError("--codec program is a likelihood of counts: log values need --codec expression.")
+        other = ExpressionCodecConfig if self.codec == "program" else ProgramCodecConfig
+        for field in dataclasses.fields(other):
+            if getattr(self, field.name) != field.default:
+                raise ValueError(f"--{field.name} has no effect with --codec {self.codec}: leave it out.")
+        for name, value in CODEC_DEFAULTS[self.codec].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+
+# ==================== YAML files and flags ====================
+
+
+def config_from_args(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainingConfig:
+    """
+    The configuration that a command line asks for: flags over YAML files (`--config`, a later one over an earlier one)
+    over the defaults. Ends the process with one line and exit code 2 if a flag or a value is wrong.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): The flags; those of the process by default.
+        prog (`str`, *optional*): Name of the program in its help.
+    """
+    parser = build_parser(prog)
+    given = vars(parser.parse_args(argv))
+    try:
+        values: dict[str, Any] = {}
+        for path in given.pop("config", []):
+            values |= read_config(path)
+        return make_config(values | given)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def make_config(values: dict[str, Any]) -> TrainingConfig:
+    """
+    A configuration from names and values of fields.
+
+    Raises:
+        ValueError: In one line that names the flag.
+    """
+    try:
+        return TrainingConfig(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = problem["loc"][0] if problem["loc"] else ""
+        if problem["type"] == "unexpected_keyword_argument":
+            raise ValueError(f"--{name} is no flag of the training: see --help.") from error
+        if problem["type"] == "missing":
+            raise ValueError(f"--{name} is required.") from error
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ValueError(f"--{name} {problem['input']}: {message}." if name else message) from error
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """
+    Reads a YAML file of fields, or one that comes with the package (`"paper"`).
+
+    Raises:
+        FileNotFoundError: If there is neither such a file nor such a name.
+        ValueError: If it does not hold fields and values.
+    """
+    shipped = SHIPPED_CONFIGS / f"{path}.yaml"
+    if not Path(path).is_file() and not shipped.is_file():
+        names = sorted(Path(str(file)).stem for file in SHIPPED_CONFIGS.iterdir())
+        raise FileNotFoundError(f"--config {path}: there is no such file, nor a shipped one: {', '.join(names)}.")
+    text = Path(path).read_text() if Path(path).is_file() else shipped.read_text()
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} does not hold fields and values, like 'learning_rate: 1.0e-3'.")
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(TrainingConfig)})
+    if unknown:
+        raise ValueError(f"--config {path} sets {', '.join(map(str, unknown))}, which is no flag of the training.")
+    return values
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """One flag for each field of [`TrainingConfig`], in groups; what is not given is not in the result."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s --dataset CELLS.h5ad --output_dir FOLDER [flags]",
+        description="Trains a White-Box DiT on single cells and writes a complete pipeline.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", nargs="+", help="YAML files of flags, or the name of a shipped one: paper.")
+    parts: list[Any] = [DataConfig, ProgramCodecConfig, ExpressionCodecConfig, DenoiserConfig]
+    parts += [OptimizationConfig, OutputConfig]
+    for part in parts:
+        group = parser.add_argument_group(part.__doc__.rstrip("."))
+        if part is ProgramCodecConfig:
+            _add_flag(parser, "codec", TrainingConfig.__pydantic_fields__["codec"])  # type: ignore[attr-defined]
+        for name, field in part.__pydantic_fields__.items():
+            _add_flag(group, name, field)
+    return parser
+
+
+def _add_flag(group: Any, name: str, field: Any):
+    """Types and ranges are left to the dataclass: a flag and a YAML file must be refused alike."""
+    text = " ".join((field.description or "").split()).replace("%", "%%")
+    default = field.get_default(call_default_factory=True)
+    if name in CODEC_DEFAULTS["program"]:
+        defaults = ", ".join(f"{values[name]} with --codec {codec}" for codec, values in CODEC_DEFAULTS.items())
+        text += f" Default: {defaults}."
+    elif default is not None and default is not PydanticUndefined and default != []:
+        text += f" Default: {default:.3g}." if isinstance(default, float) else f" Default: {default}."
+    if field.annotation is bool:
+        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+    elif name == "label_keys":
+        group.add_argument(f"--{name}", nargs="*", help=text)
+    else:
+        choices = _literals(field.annotation)
+        group.add_argument(f"--{name}", metavar="{" + ",".join(choices) + "}" if choices else None, help=text)
+
+
+def _literals(annotation: Any) -> list[str]:
+    """The strings of a `Literal`, or of one in a union."""
+    arguments = get_args(annotation)
+    if arguments and all(isinstance(argument, str) for argument in arguments):
+        return list(arguments)
+    return [literal for argument in arguments for literal in _literals(argument)]

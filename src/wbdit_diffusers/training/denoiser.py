@@ -1,0 +1,274 @@
+"""Stage two: trains the denoiser on the latents of the training cells."""
+
+import csv
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DDPMScheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..data.dataset import CellDataset
+from ..models.transformer_white_box_dit import WhiteBoxDiTModel
+from .checkpoints import save_checkpoint, step_of
+from .config import TrainingConfig
+
+
+logger = get_logger(__name__)
+
+VALIDATION_CELLS = 512
+VALIDATION_DRAWS = 4  # of noise and timesteps, for each of these cells
+LOG_COLUMNS = ["step", "epoch", "seconds", "learning_rate", "loss", "validation_loss"]
+
+
+def diffusion_loss(
+    model: torch.nn.Module, noise_scheduler: DDPMScheduler, batch: dict[str, torch.Tensor], generator: torch.Generator
+) -> torch.Tensor:
+    """Mean squared error of the prediction at one random timestep for each cell."""
+    latents = batch["latents"]  # (batch, num_features)
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+    # Timestep 0 is left out, as in the paper.
+    num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    timesteps = torch.randint(
+        1, num_train_timesteps, (len(latents),), generator=generator, device=latents.device
+    )  # (batch,)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    class_labels = batch["class_labels"] if batch["class_labels"].shape[1] else None
+    prediction = model(noisy_latents, timesteps, class_labels=class_labels, return_dict=False)[0]
+    target = {
+        "epsilon": lambda: noise,
+        "v_prediction": lambda: noise_scheduler.get_velocity(latents, noise, timesteps),
+        "sample": lambda: latents,
+    }[noise_scheduler.config.prediction_type]()
+    return F.mse_loss(prediction.float(), target)
+
+
+def learning_rate(config: TrainingConfig, step: int, seconds: float) -> float:
+    """Warm-up, a plateau, and a linear decay that ends with the training, be that by steps or by time."""
+    progress = step / config.max_train_steps
+    if config.max_train_minutes is not None:
+        progress = max(progress, seconds / (config.max_train_minutes * 60))
+    warmup = min(1.0, (step + 1) / max(config.lr_warmup_steps, 1))
+    decay = min(1.0, (1 - progress) / config.lr_decay_fraction) if config.lr_decay_fraction > 0 else 1.0
+    return config.learning_rate * warmup * max(decay, 0.01)
+
+
+class DenoiserTraining:
+    """
+    The training loop, with what it needs between two steps.
+
+    Args:
+        config ([`TrainingConfig`]): What to train, and how.
+        accelerator (`Accelerator`): Devices and processes.
+        noise_scheduler ([`DDPMScheduler`]): The forward process.
+        train_dataset ([`CellDataset`]): Training cells, encoded.
+        test_dataset ([`CellDataset`]): Held-out cells, encoded, for the validation loss.
+        sample_size (`int`): Values per cell, the codec's `num_features`.
+        condition_sizes (`tuple[int]`): Number of categories of each label key.
+        start_time (`float`): Time of `time.monotonic()` at which the training began, stage one included.
+
+    Raises:
+        ValueError: If an epoch has fewer batches than a step of the optimizer takes.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        noise_scheduler: DDPMScheduler,
+        train_dataset: CellDataset,
+        test_dataset: CellDataset,
+        sample_size: int,
+        condition_sizes: tuple[int, ...],
+        start_time: float,
+    ):
+        self.config, self.accelerator, self.noise_scheduler = config, accelerator, noise_scheduler
+        self.start_time, self.global_step = start_time, 0
+        self.log_path = config.output_dir / "training_log.csv"
+        model = WhiteBoxDiTModel(
+            sample_size=sample_size,
+            patch_size=config.patch_size,
+            num_layers=config.num_layers,
+            num_attention_heads=config.num_attention_heads,
+            attention_head_dim=config.attention_head_dim,
+            block_type=config.block_type,
+            condition_sizes=condition_sizes,
+            condition_dropout=config.condition_dropout,
+        )
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        self.ema = EMAModel(
+            model.parameters(),
+            decay=config.ema_decay if config.use_ema else 0.0,  # with decay 0 the average is the model itself
+            use_ema_warmup=True,
+            power=2 / 3,
+            foreach=True,
+            model_cls=WhiteBoxDiTModel,
+            model_config=model.config,
+        )
+        self.ema.to(accelerator.device)
+        if config.compile:
+            model.compile_repeated_blocks(fullgraph=True)
+        dataloader = self._dataloader(train_dataset)
+        self.model, self.optimizer, self.dataloader = accelerator.prepare(model, optimizer, dataloader)
+        self.steps_per_epoch = math.ceil(len(self.dataloader) / config.gradient_accumulation_steps)
+
+        self.validation_model = WhiteBoxDiTModel.from_config(model.config).to(accelerator.device).eval()
+        # A random sample: files are often sorted by population.
+        sample = np.random.default_rng(config.seed).permutation(len(test_dataset))[:VALIDATION_CELLS]
+        batch = test_dataset.__getitems__(np.sort(sample).tolist())
+        self.validation_batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+
+    def _dataloader(self, dataset: CellDataset) -> DataLoader:
+        config, num_processes = self.config, self.accelerator.num_processes
+        batch_size = min(config.train_batch_size, max(1, len(dataset) // num_processes))
+        num_batches = len(dataset) // batch_size // num_processes
+        if config.gradient_accumulation_steps > max(1, num_batches):
+            raise ValueError(
+                f"--gradient_accumulation_steps {config.gradient_accumulation_steps}: an epoch has only {num_batches}"
+                f" batches of {batch_size} cells, and a step can't take more: lower it."
+            )
+        self.cells_per_step = batch_size * config.gradient_accumulation_steps * num_processes
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            shuffle=True,
+            drop_last=True,
+            collate_fn=CellDataset.collate,
+            # Accelerate sends a batch while the GPU works on the one before; from pinned memory, without waiting.
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def resume(self, checkpoint: Path):
+        """Goes on from a checkpoint: weights, optimizer, averaged weights, and the step in the epoch."""
+        self.accelerator.load_state(str(checkpoint))
+        self.ema = EMAModel.from_pretrained(checkpoint / "ema", WhiteBoxDiTModel, foreach=True)
+        self.ema.to(self.accelerator.device)
+        self.global_step = step_of(checkpoint)
+        logger.info(f"Resuming from {checkpoint}.")
+
+    def start_log(self, resumed: bool):
+        """Writes the head of the log. A resumed one forgets what came after the checkpoint."""
+        rows = list(csv.DictReader(self.log_path.open())) if resumed and self.log_path.exists() else []
+        with self.log_path.open("w", newline="") as file:
+            log = csv.DictWriter(file, LOG_COLUMNS)
+            log.writeheader()
+            log.writerows(row for row in rows if int(row["step"]) <= self.global_step)
+
+    def batch_generator(self, batch: int) -> torch.Generator:
+        """All randomness comes from the numbers of step, batch and process, so that resuming is exact."""
+        accelerator, config = self.accelerator, self.config
+        number = (self.global_step * config.gradient_accumulation_steps + batch) * accelerator.num_processes
+        seed = config.seed * 1_000_003 + number + accelerator.process_index
+        torch.manual_seed(seed)  # the label dropout inside the model
+        return torch.Generator(accelerator.device).manual_seed(seed)
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Loss of the averaged weights on held-out cells, always at the same noise and timesteps."""
+        self.ema.copy_to(self.validation_model.parameters())
+        generator = torch.Generator(self.accelerator.device).manual_seed(0)
+        losses = [
+            diffusion_loss(self.validation_model, self.noise_scheduler, self.validation_batch, generator)
+            for _ in range(VALIDATION_DRAWS)
+        ]
+        return torch.stack(losses).mean().item()
+
+    def run(self):
+        """Trains to the last step, or until the time is over."""
+        config = self.config
+        self.progress_bar = tqdm(
+            # With a time limit nobody knows the number of steps.
+            total=config.max_train_steps if config.max_train_minutes is None else None,
+            initial=self.global_step,
+            desc="Denoiser",
+            unit=" steps",
+            mininterval=1,
+            disable=not self.accelerator.is_local_main_process,
+        )
+        self.logged_losses: list[torch.Tensor] = []  # since the last line of the log
+        stop = self.global_step >= config.max_train_steps
+        self.model.train()
+        while not stop:
+            epoch, steps_done = divmod(self.global_step, self.steps_per_epoch)
+            self.dataloader.set_epoch(epoch)
+            batches_done = steps_done * config.gradient_accumulation_steps
+            batches = self.dataloader
+            if batches_done:
+                batches = self.accelerator.skip_first_batches(self.dataloader, batches_done)
+            stop = self._run_epoch(batches)
+        self.progress_bar.close()
+        self.accelerator.wait_for_everyone()
+
+    def _run_epoch(self, batches: DataLoader) -> bool:
+        """One pass over the cells, or the rest of one. Returns whether training is over."""
+        config, accelerator = self.config, self.accelerator
+        batch_of_step = 0
+        for batch in batches:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(config, self.global_step, time.monotonic() - self.start_time)
+            with accelerator.accumulate(self.model):
+                loss = diffusion_loss(self.model, self.noise_scheduler, batch, self.batch_generator(batch_of_step))
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.logged_losses.append(loss.detach())
+            batch_of_step += 1
+            if not accelerator.sync_gradients:
+                continue
+            self.ema.step(accelerator.unwrap_model(self.model).parameters())
+            self.global_step += 1
+            batch_of_step = 0
+            self.progress_bar.update()
+            stop = self.global_step >= config.max_train_steps or self._time_is_over()
+            if self.global_step % config.validation_steps == 0 or stop:
+                self._write_log()
+            if self.global_step % config.checkpointing_steps == 0:
+                limit = config.checkpoints_total_limit
+                save_checkpoint(accelerator, self.ema, config.output_dir, self.global_step, limit)
+            if stop:
+                return True
+        return False
+
+    def _time_is_over(self) -> bool:
+        minutes = self.config.max_train_minutes
+        if minutes is None or self.global_step % 10:  # asking the other processes waits for the device
+            return False
+        if time.monotonic() - self.start_time > minutes * 60:
+            self.accelerator.set_trigger()  # one process's clock stops all of them
+        return self.accelerator.check_trigger()
+
+    def _write_log(self):
+        """Every process joins the mean of the losses; the main one writes."""
+        mean_loss = self.accelerator.reduce(torch.stack(self.logged_losses).mean(), "mean").item()
+        self.logged_losses.clear()
+        if not self.accelerator.is_main_process:
+            return
+        row = {
+            "step": self.global_step,
+            "epoch": self.global_step // self.steps_per_epoch,
+            "seconds": round(time.monotonic() - self.start_time, 1),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "loss": round(mean_loss, 6),
+            "validation_loss": round(self.validation_loss(), 6),
+        }
+        with self.log_path.open("a", newline="") as file:
+            csv.DictWriter(file, LOG_COLUMNS).writerow(row)
+        self.progress_bar.set_postfix(loss=row["loss"], validation_loss=row["validation_loss"])
+        self.accelerator.log({key: row[key] for key in ("loss", "validation_loss")}, step=self.global_step)
+
+    def averaged_model(self) -> WhiteBoxDiTModel:
+        """The denoiser with its averaged weights, on the CPU."""
+        denoiser = self.accelerator.unwrap_model(self.model)
+        self.ema.copy_to(denoiser.parameters())
+        return denoiser.eval().cpu()

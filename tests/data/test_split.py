@@ -1,0 +1,103 @@
+import json
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from wbdit_diffusers.data import CellSplit
+
+
+def test_split_is_stratified_and_reproducible(pbmc):
+    split = CellSplit.draw(pbmc, 0.2, label_key="cell_type", seed=0)
+    assert sorted([*split.train, *split.test]) == sorted(pbmc.obs_names)
+    real = pbmc.obs["cell_type"].value_counts()
+    held_out = pbmc.obs["cell_type"][split.test].value_counts()
+    assert ((held_out - 0.2 * real).abs() <= 1).all()
+    assert CellSplit.draw(pbmc, 0.2, label_key="cell_type", seed=0) == split
+    other = CellSplit.draw(pbmc, 0.2, label_key="cell_type", seed=1)
+    assert set(other.test) != set(split.test) and (split.seed, other.seed) == (0, 1)
+    assert len(CellSplit.draw(pbmc, 0.5).test) == 350
+
+
+def test_a_single_cell_of_a_label_is_trained_on(pbmc):
+    adata = pbmc[:50].copy()
+    adata.obs["label"] = ["rare"] + ["common"] * 49
+    assert adata.obs_names[0] in CellSplit.draw(adata, 0.2, label_key="label").train
+
+
+def test_save_and_load(pbmc, tmp_path):
+    split = CellSplit.draw(pbmc, 0.2, label_key="cell_type", seed=3)
+    split.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["split.json"]
+    assert CellSplit.load(tmp_path) == split
+    assert CellSplit.load(tmp_path / "split.json") == split
+
+
+def test_a_split_without_a_seed_is_read(tmp_path):
+    """Of cells that the data's authors held out, say."""
+    (tmp_path / "split.json").write_text(json.dumps({"train": ["a", "b"], "test": ["c"]}))
+    assert CellSplit.load(tmp_path) == CellSplit(["a", "b"], ["c"], seed=None)
+
+
+def test_apply_finds_cells_by_name(pbmc):
+    split = CellSplit.draw(pbmc, 0.2, label_key="cell_type")
+    shuffled = pbmc[np.random.default_rng(0).permutation(700)].copy()
+    train, test = split.apply(shuffled)
+    assert list(train.obs_names) == split.train and list(test.obs_names) == split.test
+    for cells in (train, test):
+        assert (cells.X != pbmc[cells.obs_names].X).nnz == 0
+        assert list(cells.obs["cell_type"]) == list(pbmc.obs["cell_type"][cells.obs_names])
+    more = ad.concat([pbmc, pbmc[:3].copy()], index_unique="-")  # cells of neither side are left out
+    more.obs_names = [*pbmc.obs_names, "new-1", "new-2", "new-3"]
+    assert [side.n_obs for side in split.apply(more)] == [len(split.train), len(split.test)]
+
+
+# ==================== Bad input ====================
+
+
+def test_what_cannot_be_drawn_is_named(pbmc):
+    with pytest.raises(ValueError, match=r"no column 'louvain'; it has \['cell_type', 'phase'\]"):
+        CellSplit.draw(pbmc, label_key="louvain")
+    for fraction in (0.0, 1.0, -0.2):
+        with pytest.raises(ValueError, match=f"between 0 and 1, not {fraction}"):
+            CellSplit.draw(pbmc, test_fraction=fraction)
+    with pytest.raises(ValueError, match=r"1 cells are too few to hold out a share of 0.2"):
+        CellSplit.draw(pbmc[:1])
+
+
+def test_names_that_occur_twice_are_named(pbmc):
+    split = CellSplit.draw(pbmc)
+    twice = pbmc.copy()
+    twice.obs_names = ["A", *twice.obs_names[1:-1], "A"]
+    with pytest.raises(ValueError, match="'A' occurs more than once.*obs_names_make_unique"):
+        CellSplit.draw(twice)
+    with pytest.raises(ValueError, match="'A' occurs more than once.*obs_names_make_unique"):
+        split.apply(twice)
+
+
+def test_cells_of_another_file_are_named(pbmc):
+    split = CellSplit.draw(pbmc)
+    first, second = sorted(split.train + split.test)[:2]
+    with pytest.raises(ValueError, match=f"no cell '{first}', nor 1 others of the split"):
+        split.apply(pbmc[~pbmc.obs_names.isin([first, second])])
+
+
+def test_a_missing_file_is_named(tmp_path):
+    for path in (tmp_path, tmp_path / "split.json"):
+        with pytest.raises(FileNotFoundError, match="split.json is missing.*--output_dir"):
+            CellSplit.load(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", "{}", '{"train": ["a"]}', '{"train": ["a"], "test": []}', '{"train": ["a"], "te', ""]
+)
+def test_a_file_that_is_no_split_is_named(text, tmp_path):
+    (tmp_path / "split.json").write_text(text)
+    with pytest.raises(ValueError, match="split.json is no split.json of a training"):
+        CellSplit.load(tmp_path)
+
+
+def test_a_cell_on_both_sides_is_named(tmp_path):
+    CellSplit(["a", "b"], ["b"], seed=0).save(tmp_path)
+    with pytest.raises(ValueError, match="names a cell twice"):
+        CellSplit.load(tmp_path)

@@ -1,0 +1,157 @@
+"""The two-sample tests: 0.5 if there is nothing to see, more if there is."""
+
+import anndata as ad
+import numpy as np
+import pytest
+from sklearn.model_selection import StratifiedKFold
+
+from wbdit_diffusers.evaluation import classifiers
+from wbdit_diffusers.evaluation.cells import Cells, real_cells
+from wbdit_diffusers.evaluation.classifiers import JUDGES, judge, paired_folds, two_sample_auc
+
+
+class SubtypeTable:
+    """Sees nothing but the subtype in the first gene, and says how much commoner it is on a side of the training."""
+
+    def fit(self, x: np.ndarray, y: np.ndarray) -> "SubtypeTable":
+        subtypes = x[:, 0].astype(int)
+        numbers = [np.bincount(subtypes[y == side], minlength=100) + 1 for side in (0, 1)]
+        self.share = numbers[1] / (numbers[0] + numbers[1])
+        return self
+
+    def predict_proba(self, x: np.ndarray) -> np.ndarray:
+        share = self.share[x[:, 0].astype(int)]
+        return np.column_stack([1 - share, share])
+
+
+def typed_sides(setting: str, size: int, rng: np.random.Generator) -> tuple[Cells, Cells]:
+    """Two sides of one distribution of 8 types, each of 3 subtypes that the folds know nothing of."""
+    frequencies = np.array([30, 20, 15, 10, 10, 7, 5, 3]) / 100
+    real = np.repeat(np.arange(8), np.diff(np.rint(np.cumsum([0, *frequencies]) * size).astype(int)))
+    other = real if setting == "matched" else rng.choice(8, size, p=frequencies)
+    if setting == "unlabelled":
+        real = rng.choice(8, size, p=frequencies)
+    sides = []
+    for labels in (real, other):
+        genes = (3 * labels + rng.integers(3, size=size))[:, None].astype(np.float32)
+        sides.append(Cells(genes, genes, labels=None if setting == "unlabelled" else labels))
+    return tuple(sides)
+
+
+def mean_auc(setting: str, size: int, repeats: int) -> float:
+    aucs = []
+    for seed in range(repeats):
+        sides = typed_sides(setting, size, np.random.default_rng([seed, size]))
+        view = classifiers.expression_view
+        aucs.append(two_sample_auc(*sides, view, lambda shape, seed, n_jobs: SubtypeTable(), seed, n_jobs=1))
+    return float(np.mean(aucs))
+
+
+@pytest.mark.parametrize("setting", ["matched", "iid", "unlabelled"])
+@pytest.mark.parametrize("size, repeats", [(60, 300), (150, 150), (500, 60), (2000, 20)])
+def test_two_samples_of_one_distribution_are_not_told_apart(setting, size, repeats):
+    """With a classifier that has eyes for types alone; the mean of so many repeats is known to ± 0.005."""
+    assert mean_auc(setting, size, repeats) == pytest.approx(0.5, abs=0.02)
+
+
+def test_folds_by_source_alone_would_fail(monkeypatch):
+    """Why the folds are paired: this is the bias that the test above would find."""
+
+    def folds_by_source(real_labels, other_labels, num_folds, rng):
+        source = np.repeat([0, 1], [len(real_labels), len(other_labels)])
+        folds = np.empty(len(source), dtype=int)
+        splitter = StratifiedKFold(num_folds, shuffle=True, random_state=int(rng.integers(2**31)))
+        for i, (_, test) in enumerate(splitter.split(source, source)):
+            folds[test] = i
+        return folds[: len(real_labels)], folds[len(real_labels) :]
+
+    monkeypatch.setattr(classifiers, "paired_folds", folds_by_source)
+    assert mean_auc("matched", 60, 300) < 0.47
+    assert mean_auc("matched", 150, 150) < 0.48
+
+
+def halves(pbmc: ad.AnnData, seed: int, num_genes: int = 100) -> tuple[Cells, Cells]:
+    """Real cells split in two with the same labels."""
+    total = np.asarray(pbmc.X.sum(axis=0)).ravel()
+    cells = real_cells(pbmc, pbmc.var_names[np.argsort(-total)[:num_genes]], label_keys=["cell_type"])
+    rng = np.random.default_rng(seed)
+    sides = [[], []]
+    for label in np.unique(cells.labels):
+        of_label = rng.permutation(np.flatnonzero(cells.labels == label))[:60]
+        for side, part in zip(sides, of_label[: len(of_label) // 2 * 2].reshape(2, -1)):
+            side.extend(part)
+    return cells[np.array(sides[0])], cells[np.array(sides[1])]
+
+
+def test_the_judges_do_not_tell_real_cells_apart(pbmc):
+    aucs = [judge(*halves(pbmc, seed), seed=seed, n_jobs=2) for seed in range(3)]
+    for name in JUDGES:
+        # The standard deviation of one is about 0.03, so that of the mean 0.017.
+        assert np.mean([row[name] for row in aucs]) == pytest.approx(0.5, abs=0.06), name
+
+
+def test_the_regression_does_not_tell_real_cells_apart_on_average(pbmc):
+    """The quick one of the three, often enough to see a small bias."""
+    aucs = [two_sample_auc(*halves(pbmc, seed), *JUDGES["regression"], seed, n_jobs=1) for seed in range(25)]
+    assert np.mean(aucs) == pytest.approx(0.5, abs=0.02)
+
+
+def test_permuted_genes_are_found(pbmc):
+    """Each gene's counts permuted over the cells of a type: every gene is right, no cell is."""
+    real, other = halves(pbmc, 0)
+    rng = np.random.default_rng(0)
+    matrix = other.matrix.copy()
+    for label in np.unique(other.labels):
+        of_label = other.labels == label
+        matrix[of_label] = rng.permuted(matrix[of_label], axis=0)
+    expression = np.log1p(matrix * (1e4 / other.library_size)[:, None]).astype(np.float32)
+    permuted = Cells(matrix, expression, other.library_size, other.labels)
+    aucs, null = (judge(real, cells, n_jobs=2) for cells in (permuted, other))
+    assert max(aucs.values()) > 0.65
+    assert aucs["boosting"] > null["boosting"] + 0.1
+
+
+def test_boosting_sees_what_only_counts_show(pbmc):
+    """Twice the library size and all counts doubled: log1p(CP10k) is the same to the last digit."""
+    real, other = halves(pbmc, 0)
+    deeper = Cells(2 * other.matrix, other.expression, 2 * other.library_size, other.labels)
+    aucs = judge(real, deeper, n_jobs=2)
+    assert aucs["boosting"] > 0.95
+    assert abs(aucs["forest"] - 0.5) < 0.12 and abs(aucs["regression"] - 0.5) < 0.12
+
+
+def test_pairs_share_their_folds():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(["a", "b", "c", "d", "e"], [1, 2, 7, 23, 40])
+    other = rng.permutation(labels)
+    folds = paired_folds(labels, other, 5, rng)
+    for fold in range(5):
+        of_real, of_other = (np.sort(names[where == fold]) for names, where in zip((labels, other), folds))
+        assert of_real.tolist() == of_other.tolist()
+    assert np.ptp(np.bincount(folds[0])) <= 1
+
+
+def test_folds_of_other_label_counts():
+    rng = np.random.default_rng(0)
+    labels, other = np.repeat(["a", "b"], [50, 50]), np.repeat(["a", "b"], [20, 83])
+    real_folds, other_folds = paired_folds(labels, other, 5, rng)
+    assert np.bincount(real_folds[:50]).tolist() == np.bincount(real_folds[50:]).tolist() == [10] * 5
+    assert np.ptp(np.bincount(other_folds)) <= 1
+    # At random: the rare label is not dealt out evenly.
+    counts = [np.bincount(paired_folds(labels, other, 5, rng)[1][:20], minlength=5) for _ in range(20)]
+    assert np.std(counts) > 1
+
+
+def test_few_cells():
+    sides = typed_sides("unlabelled", 4, np.random.default_rng(0))
+    view, make = classifiers.expression_view, lambda shape, seed, n_jobs: SubtypeTable()
+    assert 0 <= two_sample_auc(*sides, view, make) <= 1  # four folds of one cell a side
+    with pytest.raises(ValueError, match="at least 4 cells on each side; there are 3 held-out and 4"):
+        two_sample_auc(sides[0][:3], sides[1], view, make)
+
+
+def test_log_values_have_no_library():
+    rng = np.random.default_rng(0)
+    x = rng.gamma(1, 1, (40, 10)).astype(np.float32)
+    real, other = Cells(x[:20], x[:20]), Cells(x[20:] + 1, x[20:] + 1)
+    assert two_sample_auc(real, other, *JUDGES["boosting"], n_jobs=1) > 0.8

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+
+from wbdit_diffusers.evaluation.references import (
+    draw_matching,
+    gaussian_latents,
+    mixture_latents,
+    resampled_latents,
+    split_halves,
+)
+
+
+@pytest.fixture(scope="module")
+def latents():
+    """Label (0,) has two far clusters, label (1,) is one narrow Gaussian, label (2,) has three cells."""
+    rng = np.random.default_rng(0)
+    signs = rng.choice([-1, 1], 400)
+    clusters = rng.normal(0, 0.3, (400, 3)) + 3 * signs[:, None] * np.array([1, 0, 0])
+    narrow = np.array([0, 5, 0]) + rng.normal(0, 0.5, (200, 3))
+    few = np.array([0, 0, 8]) + rng.normal(0, 0.5, (3, 3))
+    return np.vstack([clusters, narrow, few]), np.repeat([0, 1, 2], [400, 200, 3])[:, None]
+
+
+def wanted(label: int, number: int = 2000) -> np.ndarray:
+    return np.full((number, 1), label)
+
+
+def test_halves_have_the_same_labels():
+    labels = np.repeat(["a", "b", "c"], [10, 21, 1])
+    first, second = split_halves(labels)
+    assert sorted([*first, *second]) == list(range(32))
+    for label in "ab":
+        assert abs((labels[first] == label).sum() - (labels[second] == label).sum()) <= 1
+    assert (split_halves(labels, 1)[0][:5] != first[:5]).any()
+
+
+def test_the_preferred_cells_are_drawn_first():
+    labels = np.repeat(["a", "b"], [10, 4])
+    rng = np.random.default_rng(0)
+    drawn = draw_matching(labels, np.array(["b", "a", "a", "a"]), rng, preferred=np.array([1, 3, 5, 12]))
+    assert drawn[0] == 12 and sorted(drawn[1:]) == [1, 3, 5]
+    drawn = draw_matching(labels, np.repeat("a", 5), rng, preferred=np.array([1, 3, 5, 12]))
+    assert {1, 3, 5} < set(drawn) and len(set(drawn)) == 5
+    # Twice only where there are too few.
+    drawn = draw_matching(labels, np.repeat("b", 6), rng)
+    assert set(drawn) == {10, 11, 12, 13} and len(drawn) == 6
+    # A label of no cell
+    assert len(draw_matching(labels, np.array(["z", "z"]), rng)) == 2
+
+
+@pytest.mark.parametrize("draw", [gaussian_latents, mixture_latents, resampled_latents])
+def test_baselines_have_the_moments_of_their_label(latents, draw):
+    x, labels = latents
+    both = np.vstack([wanted(1), wanted(0)])
+    drawn = draw(x, labels, both, np.random.default_rng(0))
+    assert drawn.shape == (4000, 3)
+    pooled = np.concatenate([x[labels[:, 0] == label] - x[labels[:, 0] == label].mean(axis=0) for label in range(3)])
+    for label, part in ((1, drawn[:2000]), (0, drawn[2000:])):
+        own = x[labels[:, 0] == label]
+        np.testing.assert_allclose(part.mean(axis=0), own.mean(axis=0), atol=0.25)
+        variance = own.var(axis=0)
+        if draw is not resampled_latents:  # 20 cells' worth of all labels' covariance
+            variance = (len(own) * variance + 20 * (pooled**2).mean(axis=0)) / (len(own) + 20)
+        np.testing.assert_allclose(part.std(axis=0), np.sqrt(variance), rtol=0.15)
+
+
+def test_a_mixture_finds_clusters(latents):
+    x, labels = latents
+    rng = np.random.default_rng(0)
+    gap = [
+        np.mean(np.abs(draw(x, labels, wanted(0), rng)[:, 0]) < 1.5) for draw in (mixture_latents, gaussian_latents)
+    ]
+    assert gap[0] < 0.05 < 0.3 < gap[1]
+
+
+@pytest.mark.parametrize("draw", [gaussian_latents, mixture_latents])
+def test_a_label_of_three_cells_has_a_covariance(latents, draw):
+    x, labels = latents
+    drawn = draw(x, labels, wanted(2), np.random.default_rng(0))
+    assert np.linalg.matrix_rank(np.cov(drawn.T)) == 3
+    np.testing.assert_allclose(drawn.mean(axis=0), x[-3:].mean(axis=0), atol=0.2)
+
+
+@pytest.mark.parametrize("draw", [gaussian_latents, mixture_latents, resampled_latents])
+def test_unseen_labels_and_no_labels_take_all_cells(latents, draw):
+    x, labels = latents
+    for known, asked in ((labels, wanted(7)), (np.zeros((len(x), 0)), np.zeros((2000, 0)))):
+        drawn = draw(x, known, asked, np.random.default_rng(0))
+        np.testing.assert_allclose(drawn.mean(axis=0), x.mean(axis=0), atol=0.25)
+
+
+def test_resampled_latents_are_training_latents(latents):
+    x, labels = latents
+    drawn = resampled_latents(x, labels, wanted(1, 50), np.random.default_rng(0))
+    assert set(drawn[:, 0]) <= set(x[400:600, 0]) and len(np.unique(drawn, axis=0)) == 50

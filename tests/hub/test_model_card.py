@@ -1,0 +1,59 @@
+import anndata as ad
+import numpy as np
+import pytest
+import yaml
+from conftest import make_pipeline
+from scipy import sparse
+
+from wbdit_diffusers import __version__
+from wbdit_diffusers.hub import render_model_card
+
+
+def test_card_says_how_to_load_the_model_and_what_it_makes(program_pipe, pbmc):
+    card = render_model_card(program_pipe, "me/wbdit-pbmc")
+    metadata = yaml.safe_load(str(card).split("---")[1])
+    assert metadata["library_name"] == "diffusers" and "single-cell" in metadata["tags"]
+    text = card.text
+    assert text.lstrip().startswith("# wbdit-pbmc\n") and f"wbdit_diffusers {__version__}" in text
+    assert 'ScRNAGenerationPipeline.from_pretrained("me/wbdit-pbmc")' in text
+    first = sorted(pbmc.obs["cell_type"].unique())[0]
+    assert f'pipe(num_cells=1000, cell_types="{first}")' in text
+    assert f"765 genes ({', '.join(pbmc.var_names[:3])}, …) with integer counts in `X`" in text
+    for key in ("cell_type", "phase"):
+        assert f'`obs["{key}"]` is one of: {", ".join(sorted(pbmc.obs[key].unique()))}.' in text
+    assert "{{" not in text and "{%" not in text and "None" not in text
+
+
+@pytest.mark.parametrize(
+    "codec, row",
+    [
+        ("program", "| codec | ProgramCodec: 6 gene programs, likelihood zinb |"),
+        ("expression", "| codec | ExpressionCodec: 765 genes, standardize=True |"),
+    ],
+)
+def test_table_of_the_network(pbmc, codec, row):
+    pipe = make_pipeline(pbmc, codec=codec)
+    lines = render_model_card(pipe, "me/wbdit-pbmc").text.splitlines()
+    assert row in lines
+    assert "| block | White-Box DiT (MSSA, ISTA) |" in lines
+    assert "| heads × head dimension | 2 × 8 |" in lines
+    assert f"| parameters | {sum(parameter.numel() for parameter in pipe.denoiser.parameters()):,} |" in lines
+    assert "| scheduler | DDPMScheduler, prediction_type v_prediction |" in lines
+    assert "| default steps | 4 |" in lines
+
+
+def test_an_unconditional_model_of_log_values(pbmc):
+    log_values = ad.AnnData(sparse.csr_matrix(np.log2(pbmc.X.toarray() / 3 + 1)), obs=pbmc.obs, var=pbmc.var)
+    text = render_model_card(make_pipeline(log_values, values="log"), "me/log").text
+    assert "with log expression in `X`" in text
+    assert "cell_types" not in text and 'obs["' not in text and "integer counts" not in text
+
+
+def test_training_and_evaluation_are_there_when_they_are_given(pipe):
+    bare = render_model_card(pipe, "me/wbdit-pbmc").text
+    assert "## Training" not in bare and "## Evaluation" not in bare
+    training = {"cells": 560, "steps": 3000}
+    text = render_model_card(pipe, "me/wbdit-pbmc", training=training, evaluation="| excess | 0.05 |").text
+    assert "## Training\n\n| | |\n|---|---|\n| cells | 560 |\n| steps | 3000 |\n" in text
+    assert "## Evaluation\n\n| excess | 0.05 |\n" in text
+    assert text.index("## The network") < text.index("## Training") < text.index("## Limits")

@@ -1,0 +1,194 @@
+import numpy as np
+import pytest
+import torch
+from conftest import make_program_codec
+from scipy import sparse, stats
+
+from wbdit_diffusers import ProgramCodec, ScRNAProcessor
+from wbdit_diffusers.data import CellDataset
+
+
+@pytest.fixture(scope="module")
+def processor(pbmc) -> ScRNAProcessor:
+    return ScRNAProcessor(num_genes=100).fit(pbmc)
+
+
+@pytest.fixture(scope="module")
+def cells(processor, pbmc) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts of 100 of 765 genes, and library sizes over all of them."""
+    counts, library_size = CellDataset(pbmc, processor).cells(slice(None))
+    assert (counts.sum(1) < library_size).all()
+    return counts, library_size
+
+
+@pytest.fixture
+def few(cells) -> tuple[torch.Tensor, torch.Tensor]:
+    return cells[0][:5], cells[1][:5]
+
+
+@pytest.fixture
+def codec(processor, pbmc) -> ProgramCodec:
+    return make_program_codec(processor, pbmc)
+
+
+# ==================== Fitting ====================
+
+
+@torch.no_grad()
+def test_encoder_sees_all_other_genes_in_one_bin(codec, few, processor, pbmc):
+    first = pbmc[:5]
+    counts = first[:, processor.var_names].X.toarray()
+    total = first.X.toarray().sum(1, keepdims=True)
+    bins = np.log1p(np.hstack([counts, total - counts.sum(1, keepdims=True)]) / total * 1e4)
+    expected = codec.to_mean(codec.encoder(torch.from_numpy(bins)))
+    torch.testing.assert_close(codec.posterior(*few)[0], expected)
+
+
+@torch.no_grad()
+def test_loss_is_the_zero_inflated_negative_binomial_likelihood(codec, cells):
+    """From the heads' own outputs, by SciPy."""
+    counts, library_size = cells[0][:20], cells[1][:20]
+    heads = codec.heads
+    heads["log_theta"].bias.copy_(torch.linspace(-2, 5, 101))
+    heads["log_theta"].weight.mul_(0.1)
+    heads["dropout_logits"].bias.copy_(torch.linspace(-4, 3, 101).flip(0))
+    heads["dropout_logits"].weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    programs = codec.posterior(counts, library_size)[0]
+    proportions = torch.softmax(heads["log_rates"](programs), dim=1)
+    rates = (proportions * library_size[:, None]).numpy()[:, :-1]
+    theta = heads["log_theta"](programs).exp().numpy()[:, :-1]
+    missed = torch.sigmoid(heads["dropout_logits"](programs)).numpy()[:, :-1]
+    probability = (1 - missed) * stats.nbinom.pmf(counts.numpy(), theta, theta / (theta + rates))
+    probability += missed * (counts.numpy() == 0)
+    log_prob = codec.decode_programs(programs, library_size).log_prob(counts)
+    np.testing.assert_allclose(log_prob, np.log(probability).sum(1), rtol=1e-4)
+
+
+@torch.no_grad()
+def test_divergence_is_that_of_the_posterior_from_the_normal_distribution(codec, few):
+    mean, log_variance = codec.posterior(*few)
+    posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0, 1)).sum(1)
+    torch.testing.assert_close(codec(*few)[1], expected)
+
+
+@torch.no_grad()
+def test_likelihood_is_of_programs_drawn_from_the_posterior(codec, few):
+    draws = torch.stack([codec(*few)[0] for _ in range(20)])
+    assert (draws.std(0) > 0).all()
+    codec.to_log_variance.weight.zero_()
+    codec.to_log_variance.bias.fill_(-100)  # the smallest variance, e^-8
+    certain = -codec.decode_programs(codec.posterior(*few)[0], few[1]).log_prob(few[0])
+    assert (torch.stack([codec(*few)[0] for _ in range(20)]).std(0) < draws.std(0)).all()
+    torch.testing.assert_close(codec(*few)[0], certain, rtol=0.05, atol=1)
+
+
+def test_a_few_steps_raise_the_likelihood(codec, cells):
+    optimizer = torch.optim.Adam(codec.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = sum(codec(*cells)).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-5:]) < losses[0] - 1
+
+
+@torch.no_grad()
+def test_heads_start_at_the_mean_rates(processor, pbmc):
+    codec = ProgramCodec(num_genes=100)
+    matrix, library_size = processor.select(pbmc)
+    codec.fit_statistics(matrix, library_size)
+    start = codec.decode_programs(torch.zeros(1, 16), torch.ones(1))
+    shares = np.asarray(matrix.sum(0)).ravel() / library_size.sum()
+    np.testing.assert_allclose(start.log_proportions.exp()[0], shares, rtol=0.1)
+
+
+def test_dispersions_start_at_the_moments_of_each_gene():
+    rng = np.random.default_rng(0)
+    theta = np.array([0.3, 1.0, 5.0])
+    counts = rng.negative_binomial(theta, theta / (theta + 4.0), size=(20_000, 3)).astype(np.float32)
+    codec = ProgramCodec(num_genes=3)
+    codec.fit_statistics(sparse.csr_matrix(counts), np.full(20_000, 100.0))
+    np.testing.assert_allclose(codec.heads["log_theta"].bias.exp()[:-1].detach(), theta, rtol=0.15)
+
+
+# ==================== Cells to latents and back ====================
+
+
+@torch.no_grad()
+def test_latents_are_standardised_and_hold_the_library_size(codec, cells):
+    counts, library_size = cells
+    latents = codec.encode(counts, library_size)
+    assert latents.shape == (700, 7) and codec.num_features == 7 and codec.models_library_size
+    torch.testing.assert_close(latents.mean(0), torch.zeros(7), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std(0), torch.ones(7), atol=1e-3, rtol=0)
+    decoded = codec.decode(latents)
+    torch.testing.assert_close(decoded.library_size, library_size, rtol=1e-3, atol=0.1)
+    expected = codec.decode_programs(codec.posterior(counts, library_size)[0], library_size)
+    torch.testing.assert_close(decoded.mean(), expected.mean(), rtol=2e-3, atol=1e-6)
+    assert decoded.mean().shape == (700, 100)
+
+
+@torch.no_grad()
+def test_a_generated_library_size_stays_in_the_range_of_real_ones(codec, cells):
+    library_size = cells[1]
+    extreme = codec.encode(*cells)[:2]
+    extreme[:, -1] = torch.tensor([-50.0, 50.0])
+    low_high = torch.stack([library_size.min(), library_size.max()])
+    torch.testing.assert_close(codec.decode(extreme).library_size, low_high, rtol=1e-3, atol=0.1)
+
+
+@torch.no_grad()
+def test_a_given_library_size_changes_the_depth_alone(codec, few):
+    latents = codec.encode(*few)
+    decoded, deeper = codec.decode(latents), codec.decode(latents, library_size=2 * codec.decode(latents).library_size)
+    torch.testing.assert_close(deeper.mean(), 2 * decoded.mean())
+    torch.testing.assert_close(deeper.expression(), decoded.expression())
+
+
+def test_likelihood_has_a_gradient_in_the_latents(codec, few):
+    latents = codec.encode(*few).detach().requires_grad_()
+    codec.decode(latents).log_prob(few[0]).sum().backward()
+    gradient = latents.grad
+    assert (gradient != 0).all()
+    # A small step along it makes the counts likelier.
+    with torch.no_grad():
+        step = 1e-3 * gradient / gradient.norm(dim=1, keepdim=True)
+        gain = codec.decode(latents + step).log_prob(few[0]) - codec.decode(latents).log_prob(few[0])
+    assert (gain > 0).all()
+
+
+def test_an_unknown_likelihood_is_named():
+    with pytest.raises(ValueError, match="is one of zinb, not 'gaussian'"):
+        ProgramCodec(num_genes=3, likelihood="gaussian")
+
+
+# ==================== What Diffusers asks of a model ====================
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@torch.no_grad()
+def test_save_and_load(codec, cells, tmp_path, variant):
+    codec.save_pretrained(tmp_path, variant=variant)
+    loaded = ProgramCodec.from_pretrained(tmp_path, variant=variant)
+    assert all(torch.equal(loaded.state_dict()[name], values) for name, values in codec.state_dict().items())
+    assert "log_library_size_range" in codec.state_dict()
+    # Where weights lie in memory changes the last bit of a product.
+    latents = loaded.encode(*cells)
+    torch.testing.assert_close(latents, codec.encode(*cells))
+    torch.testing.assert_close(loaded.decode(latents).mean(), codec.decode(latents).mean())
+
+
+@torch.no_grad()
+def test_bfloat16_gives_about_what_float32_gives(codec, cells, tmp_path):
+    codec.save_pretrained(tmp_path)
+    loaded = ProgramCodec.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    latents = codec.encode(*cells)
+    assert (loaded.encode(*cells) - latents).abs().max() < 0.15
+    expected = codec.decode(latents, cells[1]).expression()
+    output = loaded.decode(latents, cells[1]).expression()
+    assert output.dtype == torch.float32  # the likelihood is computed in float32
+    assert (output - expected).norm() / expected.norm() < 0.02

@@ -1,0 +1,91 @@
+"""Checkpoints of the authors' code, made by the paper's definition written out (benchmarks/reference.py)."""
+
+import pickle
+
+import pytest
+import torch
+from reference import ReferenceDiT
+
+from wbdit_diffusers import WhiteBoxDiTModel
+
+
+def make_reference(block_type: str, depth: int, dim: int, num_patches: int) -> ReferenceDiT:
+    """With random weights. Its state_dict is a checkpoint in the authors' layout."""
+    reference = ReferenceDiT(10 * num_patches, 10, depth, dim, heads=8, block_type=block_type)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if name != "pos_embed":
+                parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+    return reference
+
+
+@pytest.mark.parametrize("block_type", ["white_box", "dit"])
+@pytest.mark.parametrize("depth", [1, 3, 5])
+@torch.no_grad()
+def test_converted_checkpoint_equals_the_definition(block_type, depth, tmp_path):
+    reference = make_reference(block_type, depth, dim=96, num_patches=20)
+    torch.save(reference.state_dict(), tmp_path / "model.pth")
+    model = WhiteBoxDiTModel.from_original_checkpoint(tmp_path / "model.pth")
+    assert model.config.block_type == block_type
+    assert model.config.num_layers == depth
+
+    x = torch.randn(4, 200, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([1, 10, 500, 999])
+    expected = reference.double()(x.double(), t.double())
+    output = model(x, t).sample.double()
+    assert (output - expected).norm() / expected.norm() < 1e-5
+
+
+@torch.no_grad()
+def test_converted_checkpoint_at_the_published_shape(tmp_path):
+    reference = make_reference("white_box", depth=3, dim=768, num_patches=200)
+    torch.save(reference.state_dict(), tmp_path / "model.pth")
+    model = WhiteBoxDiTModel.from_original_checkpoint(tmp_path / "model.pth")
+    # The file's position table is the one that the model makes itself.
+    own_table = WhiteBoxDiTModel(sample_size=2000, num_layers=1).pos_embed
+    torch.testing.assert_close(model.pos_embed, own_table, atol=1e-4, rtol=0)
+    x, t = torch.randn(1, 2000, generator=torch.Generator().manual_seed(1)), torch.tensor([300])
+    expected = reference(x, t)
+    assert (model(x, t).sample - expected).norm() / expected.norm() < 1e-5
+
+
+@torch.no_grad()
+def test_half_precision_is_read_as_float32(tmp_path):
+    state_dict = make_reference("white_box", depth=1, dim=32, num_patches=2).half().state_dict()
+    torch.save(state_dict, tmp_path / "model.pth")
+    model = WhiteBoxDiTModel.from_original_checkpoint(tmp_path / "model.pth")
+    assert {values.dtype for values in model.state_dict().values()} == {torch.float32}
+    assert torch.equal(model.proj_out.weight, state_dict["final_layer.linear.weight"].float())
+    assert not model.training
+
+
+class Namespace:
+    """Any class of one's own in a checkpoint makes it a pickle that could run code."""
+
+
+def test_original_checkpoint_refuses_pickles_and_foreign_files(tmp_path):
+    path = tmp_path / "model.pth"
+    with pytest.raises(FileNotFoundError, match="model.pth"):
+        WhiteBoxDiTModel.from_original_checkpoint(path)
+
+    torch.save({"model": {}, "args": Namespace()}, path)
+    with pytest.raises(ValueError, match=r"weights_only=True.*state_dict"):
+        WhiteBoxDiTModel.from_original_checkpoint(path)
+
+    path.write_bytes(pickle.dumps(Namespace(), protocol=2))
+    with pytest.raises(ValueError, match="weights_only=True"):
+        WhiteBoxDiTModel.from_original_checkpoint(path)
+
+    torch.save({"layer.weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"is not a White-Box DiT.*x_embedder.proj.weight.*layer.weight"):
+        WhiteBoxDiTModel.from_original_checkpoint(path)
+
+    state_dict = make_reference("white_box", depth=1, dim=32, num_patches=2).state_dict()
+    torch.save({**state_dict, "y_embedder.weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"unknown key 'y_embedder.weight'"):
+        WhiteBoxDiTModel.from_original_checkpoint(path)
+
+    torch.save({**state_dict, "blocks.0.mlp.weight": torch.ones(3, 3)}, path)
+    with pytest.raises(ValueError, match="does not fit"):
+        WhiteBoxDiTModel.from_original_checkpoint(path)

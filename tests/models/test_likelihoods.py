@@ -1,0 +1,171 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from wbdit_diffusers.models import LIKELIHOODS
+from wbdit_diffusers.models.likelihoods import PointMass
+
+
+ZINB = LIKELIHOODS["zinb"]
+
+
+def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def parameters() -> dict[str, torch.Tensor]:
+    """Of 20 cells × 30 genes, from nearly Poisson to mostly zero, and from seldom to nearly always missed."""
+    return {
+        "log_proportions": torch.log(uniform(20, 30, seed=1) / 20),
+        "log_theta": torch.linspace(-2, 5, 30).double() + uniform(20, 30, seed=2),
+        "dropout_logits": torch.linspace(3, -4, 30).double() + uniform(20, 30, seed=3),
+        "library_size": 50 + 5000 * uniform(20, seed=4),
+    }
+
+
+@pytest.fixture
+def distribution(parameters):
+    return ZINB(**parameters)
+
+
+@pytest.fixture
+def counts(distribution) -> torch.Tensor:
+    counts = distribution.icdf(uniform(20, 30, seed=5)).double()
+    assert 0.2 < (counts == 0).double().mean() < 0.8 and counts.max() > 30  # both parts of the likelihood
+    return counts
+
+
+def scipy_parameters(distribution) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """SciPy's n and p, and the probability that a gene is missed."""
+    rates = distribution.log_proportions.exp() * distribution.library_size[:, None]
+    theta = distribution.log_theta.exp()
+    return theta.numpy(), (theta / (theta + rates)).numpy(), torch.sigmoid(distribution.dropout_logits).numpy()
+
+
+def scipy_log_pmf(distribution, counts: torch.Tensor) -> np.ndarray:
+    """Of each gene in each cell."""
+    theta, p, missed = scipy_parameters(distribution)
+    return np.log((1 - missed) * stats.nbinom.pmf(counts.numpy(), theta, p) + missed * (counts.numpy() == 0))
+
+
+# ==================== Zero-inflated negative binomial ====================
+
+
+def test_log_prob_is_scipy_s(distribution, counts):
+    log_prob = distribution.log_prob(counts)
+    assert log_prob.shape == (20,)
+    np.testing.assert_allclose(log_prob, scipy_log_pmf(distribution, counts).sum(1), rtol=1e-6)
+
+
+def test_log_prob_of_a_mask_is_that_of_its_genes(distribution, counts):
+    mask = torch.arange(30) % 3 == 0
+    expected = scipy_log_pmf(distribution, counts)[:, mask.numpy()].sum(1)
+    np.testing.assert_allclose(distribution.log_prob(counts, mask), expected, rtol=1e-6)
+    unmeasured = torch.where(mask, counts, torch.nan)  # what is not known must not matter
+    torch.testing.assert_close(distribution.log_prob(unmeasured, mask), distribution.log_prob(counts, mask))
+    both = distribution.log_prob(counts, mask) + distribution.log_prob(counts, ~mask)
+    torch.testing.assert_close(both, distribution.log_prob(counts))
+    assert (distribution.log_prob(counts, torch.zeros(30, dtype=torch.bool)) == 0).all()
+
+
+@pytest.mark.parametrize("gene_mask", [None, torch.arange(30) % 3 == 0])
+def test_log_prob_is_differentiable(parameters, counts, gene_mask):
+    inputs = [values[:3].clone().requires_grad_() for values in parameters.values()]
+    assert torch.autograd.gradcheck(lambda *values: ZINB(*values).log_prob(counts[:3], gene_mask), inputs)
+
+
+def test_icdf_is_the_inverse_of_scipy_s_distribution(distribution):
+    share = uniform(20, 30, seed=6)
+    theta, p, missed = scipy_parameters(distribution)
+    expected = stats.nbinom.ppf(np.maximum(share.numpy() - missed, 0) / (1 - missed), theta, p)
+    counts = distribution.icdf(share)
+    assert counts.dtype == torch.float32
+    np.testing.assert_array_equal(counts, np.maximum(expected, 0))  # SciPy's ppf(0) is -1
+    # More of the distribution lies below a larger count, and the ends are finite.
+    ends = [distribution.icdf(torch.full((20, 30), end).double()) for end in (0.0, 0.9, 0.99, 1 - 2**-53)]
+    assert ends[0].max() == 0 and torch.isfinite(ends[-1]).all()
+    assert all((low <= high).all() for low, high in zip(ends, ends[1:])) and (ends[0] < ends[-1]).any()
+
+
+@pytest.mark.parametrize("theta, detection", [(2.0, 0.7), (0.1, 1.0), (500.0, 0.99)])
+def test_draws_are_distributed_as_they_should_be(theta, detection):
+    """Against SciPy's distribution, at rates from far below one to the tens of thousands of read counts."""
+    rates = torch.tensor([1e-3, 0.05, 1.0, 20.0, 5e4])
+    shape = (20_000, 5)
+    distribution = ZINB(
+        (rates / 1e6).log().expand(shape),
+        torch.full(shape, theta).log(),
+        torch.full(shape, 1 - detection).logit(),
+        torch.full((20_000,), 1e6),
+    )
+    counts = distribution.icdf(uniform(*shape)).numpy()
+    assert (counts == np.rint(counts)).all() and (counts >= 0).all()
+    np.testing.assert_allclose(distribution.mean()[0], detection * rates, rtol=1e-4)
+    for gene, rate in enumerate(rates.tolist()):
+        p = theta / (theta + rate)
+        expected_mean = detection * rate
+        deviation = np.sqrt(detection * (rate + rate**2 / theta + rate**2) - expected_mean**2)
+        assert abs(counts[:, gene].mean() - expected_mean) < 5 * deviation / np.sqrt(20_000)
+        for k in (0, int(rate), int(3 * rate) + 1):
+            probability = 1 - detection + detection * stats.nbinom.cdf(k, theta, p)
+            share = (counts[:, gene] <= k).mean()
+            assert abs(share - probability) < 5 * np.sqrt(probability * (1 - probability) / 20_000) + 1e-9
+
+
+def test_a_cell_s_counts_depend_on_its_own_random_numbers_alone(parameters):
+    draws = uniform(20, 30, seed=7)
+    together = ZINB(**parameters).icdf(draws)
+    alone = ZINB(**{name: values[4:5] for name, values in parameters.items()}).icdf(draws[4:5])
+    assert torch.equal(together[4:5], alone)
+    draws[4] = uniform(30, seed=8)
+    others = ZINB(**parameters).icdf(draws)
+    assert (others[4] != together[4]).any()
+    others[4] = together[4]
+    assert torch.equal(others, together)
+
+
+def test_mean_and_expression(distribution):
+    theta, p, missed = scipy_parameters(distribution)
+    mean = (1 - missed) * stats.nbinom.mean(theta, p)
+    np.testing.assert_allclose(distribution.mean(), mean, rtol=1e-6)
+    expected = np.log1p(mean / distribution.library_size.numpy()[:, None] * 1e4)
+    np.testing.assert_allclose(distribution.expression(), expected, rtol=1e-6)
+
+
+def test_heads_hold_the_other_genes_and_stay_within_limits():
+    heads = {name: torch.zeros(2, 4) for name in ZINB.HEADS}
+    heads["log_rates"][:, -1] = np.log(7.0)  # all other genes together: seven tenths of the library
+    heads["log_theta"] = torch.tensor([[-100.0, 0, 100, 0], [0, 0, 0, 0]])
+    distribution = ZINB.from_heads(heads, torch.tensor([10.0, 1000.0]))
+    torch.testing.assert_close(distribution.mean(), torch.tensor([[0.5], [50.0]]).expand(2, 3))
+    assert torch.isfinite(distribution.log_prob(torch.tensor([[0.0, 1, 9], [3, 0, 800]]))).all()
+    assert torch.isfinite(distribution.icdf(torch.full((2, 3), 0.999).double())).all()
+
+
+# ==================== Point mass ====================
+
+
+def test_point_mass_of_counts():
+    library_size = torch.tensor([20_000.0, 5_000.0])
+    counts = torch.tensor([[0.0, 2, 7], [1, 0, 3]])
+    log_values = torch.log1p(counts / library_size[:, None] * 1e4)
+    cells = PointMass(log_values, library_size)
+    torch.testing.assert_close(cells.mean(), counts)
+    assert torch.equal(cells.expression(), log_values)
+    almost = PointMass(torch.log1p((counts + 0.4) / library_size[:, None] * 1e4), library_size)
+    assert torch.equal(almost.icdf(torch.rand(2, 3)), counts)
+
+
+def test_point_mass_of_log_values():
+    log_values = torch.tensor([[0.0, 0.3, 2.25]])
+    cells = PointMass(log_values)
+    assert cells.library_size is None
+    for values in (cells.mean(), cells.expression(), cells.icdf(torch.rand(1, 3))):
+        assert torch.equal(values, log_values)
+
+
+def test_point_mass_has_no_likelihood():
+    with pytest.raises(ValueError, match="has no likelihood.*Use ProgramCodec"):
+        PointMass(torch.ones(1, 3)).log_prob(torch.ones(1, 3))

@@ -1,0 +1,197 @@
+import pytest
+import torch
+from conftest import randomize
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from wbdit_diffusers import WhiteBoxDiTModel
+from wbdit_diffusers.sampling import SCHEDULERS, CellNoise, LabelBatch, denoise, predict_guided, training_scheduler
+
+
+ANY_SCHEDULER = [
+    DDPMScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+]
+CPU = torch.device("cpu")
+
+# A Gaussian whose denoiser is known exactly
+MEAN = torch.tensor([2.0, -1.0, 0.0, 0.5])
+FACTOR = torch.tensor([[1.0, 0.3, 0, 0], [0, 0.8, -0.4, 0], [0, 0, 0.5, 0.2], [0, 0, 0, 0.3]])
+COVARIANCE = FACTOR @ FACTOR.T
+
+
+def seeded(seed=0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make_scheduler(scheduler_class, prediction_type="v_prediction"):
+    kwargs = {"algorithm_type": "sde-dpmsolver++"} if scheduler_class is DPMSolverMultistepScheduler else {}
+    return scheduler_class.from_config(training_scheduler(prediction_type).config, **kwargs)
+
+
+def exact_denoiser(prediction_type: str):
+    """The prediction of least squared error for cells of the Gaussian above."""
+    alphas_cumprod = training_scheduler(prediction_type).alphas_cumprod
+
+    def predict(latents, timestep):
+        signal, noise = alphas_cumprod[int(timestep)].sqrt(), (1 - alphas_cumprod[int(timestep)]).sqrt()
+        covariance = signal**2 * COVARIANCE + noise**2 * torch.eye(4)  # of the noisy cells
+        sample = MEAN + (latents - signal * MEAN) @ torch.linalg.solve(covariance, signal * COVARIANCE)
+        epsilon = (latents - signal * sample) / noise
+        return {"sample": sample, "epsilon": epsilon, "v_prediction": signal * epsilon - noise * sample}[
+            prediction_type
+        ]
+
+    return predict
+
+
+def sample(scheduler, generator, num_cells=150, batch_size=None, num_inference_steps=5, **kwargs):
+    """Cells of the Gaussian, batch by batch."""
+    noise, batch_size = CellNoise(generator), batch_size or num_cells
+    predict = exact_denoiser(scheduler.config.prediction_type)
+    batches = [
+        denoise(
+            *(predict, scheduler, noise.batch(start, min(start + batch_size, num_cells))),
+            *(4, num_inference_steps, CPU, torch.float32),
+            **kwargs,
+        )
+        for start in range(0, num_cells, batch_size)
+    ]
+    return torch.cat(batches)
+
+
+# ==================== What is sampled ====================
+
+
+@pytest.mark.parametrize(
+    "solver, num_inference_steps, prediction_type",
+    [
+        ("ddpm", 1000, "v_prediction"),
+        ("dpmsolver++", 50, "v_prediction"),
+        ("dpmsolver++", 50, "epsilon"),
+        ("dpmsolver++", 50, "sample"),
+        ("unipc", 50, "v_prediction"),
+    ],
+)
+def test_an_exact_denoiser_gives_the_data_s_distribution(solver, num_inference_steps, prediction_type):
+    scheduler = SCHEDULERS[solver].from_config(training_scheduler(prediction_type).config)
+    cells = sample(scheduler, seeded(), num_cells=2048, num_inference_steps=num_inference_steps)
+    std = COVARIANCE.diagonal().sqrt()
+    assert ((cells.mean(0) - MEAN) / std).abs().max() < 0.07
+    assert ((cells.T.cov() - COVARIANCE) / (std[:, None] * std)).abs().max() < 0.07
+
+
+@pytest.mark.parametrize("scheduler_class", ANY_SCHEDULER)
+def test_reverse_process_is_the_scheduler_s_own(scheduler_class):
+    """Against the loop written out for a block of 64 cells, with one generator."""
+    cells = sample(make_scheduler(scheduler_class), seeded(), num_cells=64)
+    scheduler, predict = make_scheduler(scheduler_class), exact_denoiser("v_prediction")
+    generator = seeded(torch.randint(2**62, (1,), generator=seeded()).item())
+    scheduler.set_timesteps(5)
+    latents = torch.randn(1, 64, 4, generator=generator) * scheduler.init_noise_sigma
+    kwargs = {} if scheduler_class is UniPCMultistepScheduler else {"generator": generator}
+    for t in scheduler.timesteps:
+        output = predict(scheduler.scale_model_input(latents, t)[0], t)[None]
+        latents = scheduler.step(output, t, latents, **kwargs).prev_sample
+    torch.testing.assert_close(cells, latents[0])
+
+
+@pytest.mark.parametrize("scheduler_class", ANY_SCHEDULER)
+def test_batch_size_never_changes_the_cells(scheduler_class):
+    scheduler = make_scheduler(scheduler_class)
+    expected = sample(scheduler, seeded())
+    assert torch.isfinite(expected).all() and expected.std() > 0.1
+    for batch_size in (1, 37, 64, 100):
+        torch.testing.assert_close(sample(scheduler, seeded(), batch_size=batch_size), expected)
+    assert not torch.isclose(sample(scheduler, seeded(1)), expected).any(dim=1).all()
+
+
+@pytest.mark.parametrize("scheduler_class", ANY_SCHEDULER)
+def test_a_list_of_generators_gives_the_cells_of_single_calls(scheduler_class):
+    scheduler = make_scheduler(scheduler_class)
+    together = sample(scheduler, [seeded(i) for i in range(3)], num_cells=3, batch_size=2)
+    alone = [sample(scheduler, seeded(i), num_cells=1) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_latents_replace_the_initial_noise():
+    scheduler = make_scheduler(DDIMScheduler)
+    latents = torch.randn(5, 4, generator=seeded(3))
+    cells = sample(scheduler, seeded(0), num_cells=5, latents=latents)
+    torch.testing.assert_close(sample(scheduler, seeded(1), num_cells=5, latents=latents), cells)
+    flipped = sample(scheduler, seeded(0), num_cells=5, latents=latents.flip(0))
+    torch.testing.assert_close(flipped, cells.flip(0))
+
+
+def test_on_step_end_decides_what_goes_on():
+    scheduler, calls = make_scheduler(DDPMScheduler), []
+
+    def on_step_end(step, timestep, latents):
+        calls.append((step, int(timestep), tuple(latents.shape)))
+        return latents if step < 4 else torch.full_like(latents, 3.0)
+
+    cells = sample(scheduler, seeded(), num_cells=70, on_step_end=on_step_end)
+    assert calls == [(step, timestep, (70, 4)) for step, timestep in enumerate(scheduler.timesteps.tolist())]
+    assert (cells == 3).all()
+
+
+def test_gradients_flow_through_the_loop():
+    latents = torch.randn(5, 4, generator=seeded()).requires_grad_()
+    sample(make_scheduler(DDIMScheduler), seeded(), num_cells=5, latents=latents).sum().backward()
+    assert torch.isfinite(latents.grad).all() and (latents.grad != 0).all()
+
+
+# ==================== Labels and guidance ====================
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> WhiteBoxDiTModel:
+    model = WhiteBoxDiTModel(
+        sample_size=4, patch_size=2, num_layers=1, num_attention_heads=2, attention_head_dim=8, condition_sizes=(3, 2)
+    )
+    return randomize(model, std=0.3).eval()
+
+
+CLASS_LABELS = torch.tensor([[2, 0], [0, 1], [2, 0], [1, 1], [0, 1]])
+
+
+def test_label_batch_holds_each_combination_once():
+    labels = LabelBatch.from_class_labels(CLASS_LABELS, (3, 2), CPU)
+    assert torch.equal(labels.combinations[labels.index], CLASS_LABELS)
+    assert labels.combinations.tolist() == [[0, 1], [1, 1], [2, 0], [3, 2]]  # the null label last
+    assert LabelBatch.from_class_labels(torch.zeros(5, 0, dtype=torch.long), (), CPU) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 1.5, 4.0])
+def test_guidance_is_the_formula_in_one_forward(denoiser, monkeypatch, guidance_scale):
+    latents, timestep = torch.randn(5, 4, generator=seeded()), torch.tensor(300)
+    conditional = denoiser(latents, timestep, CLASS_LABELS).sample
+    unconditional = denoiser(latents, timestep).sample
+    assert (conditional - unconditional).abs().max() > 0.1
+    sizes, forward = [], denoiser.forward
+    monkeypatch.setattr(
+        denoiser, "forward", lambda *args, **kwargs: sizes.append(len(args[0])) or forward(*args, **kwargs)
+    )
+    labels = LabelBatch.from_class_labels(CLASS_LABELS, (3, 2), CPU)
+    guided = predict_guided(denoiser, latents, timestep, labels, guidance_scale)
+    torch.testing.assert_close(
+        guided, unconditional + guidance_scale * (conditional - unconditional), atol=1e-5, rtol=1e-4
+    )
+    assert sizes == [5 if guidance_scale == 1.0 else 10]
+
+
+@torch.no_grad()
+def test_without_labels_the_prediction_is_the_network_s():
+    model = WhiteBoxDiTModel(sample_size=4, patch_size=2, num_layers=1, num_attention_heads=2, attention_head_dim=8)
+    latents, timestep = torch.randn(5, 4, generator=seeded()), torch.tensor(300)
+    predicted = predict_guided(randomize(model).eval(), latents, timestep, None, 1.0)
+    torch.testing.assert_close(predicted, model(latents, timestep).sample)

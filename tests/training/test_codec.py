@@ -1,0 +1,155 @@
+"""Stage one: the codec that `train` fits."""
+
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from tiny import tiny_config
+
+from wbdit_diffusers import ExpressionCodec, ProgramCodec, ScRNAProcessor
+from wbdit_diffusers.data import CellDataset
+from wbdit_diffusers.training.codec import fit_expression_codec, fit_program_codec, fit_programs, refit_decoder
+
+
+CPU = torch.device("cpu")
+# Nothing but the clock or the number of steps ends such a fit.
+ENDLESS = {"codec_max_steps": 10_000_000, "codec_patience": 10_000_000, "codec_stop_tolerance": 1e6}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def accelerate_state():
+    PartialState()  # Accelerate's logger asks for it
+
+
+@pytest.fixture
+def dataset(pbmc) -> CellDataset:
+    processor = ScRNAProcessor(label_keys=["cell_type"], num_genes=100).fit(pbmc)
+    return CellDataset(pbmc, processor)
+
+
+@pytest.fixture
+def searched(dataset, tmp_path, caplog):
+    """Fits a codec, and returns it with the losses by number of programs that the log tells."""
+
+    def fit(**changes) -> tuple[ProgramCodec, dict[int, float]]:
+        config = tiny_config(tmp_path, **{"num_programs": None, "codec_hidden_size": 32, **changes})
+        caplog.clear()
+        with caplog.at_level("INFO", logger="wbdit_diffusers"):
+            codec = fit_program_codec(config, dataset, CPU)
+        losses = re.findall(r"(\d+) programs: ([\d.]+) nats per cell set aside", caplog.text)
+        return codec, {int(programs): float(loss) for programs, loss in losses}
+
+    return fit
+
+
+def negative_log_likelihood(dataset: CellDataset, codec: ProgramCodec, programs: torch.Tensor) -> float:
+    counts, library_size = dataset.cells(slice(None))
+    with torch.no_grad():
+        return -codec.decode_programs(programs, library_size).log_prob(counts).mean().item()
+
+
+@pytest.mark.parametrize("gain", [0.02, 0.05])
+def test_programs_are_doubled_for_as_long_as_the_gain_is_worth_it(searched, gain):
+    codec, losses = searched(min_programs=1, max_programs=64, min_program_gain=gain, codec_max_steps=200)
+    chosen = codec.config.num_programs
+    assert list(losses) == [2**i for i in range(len(losses))] and 2 <= len(losses) < 7
+    assert list(losses)[-1] == 2 * chosen  # one too many was tried
+    for programs in losses:
+        if programs < chosen:
+            assert losses[2 * programs] <= (1 - gain) * losses[programs]
+    assert losses[2 * chosen] > (1 - gain) * losses[chosen]
+
+
+def test_the_search_ends_at_max_programs(searched):
+    codec, losses = searched(min_programs=1, max_programs=3, min_program_gain=0, codec_max_steps=200)
+    assert list(losses) == [1, 2] and codec.config.num_programs == 2
+
+
+def test_a_given_number_of_programs_is_not_searched(searched):
+    codec, losses = searched(num_programs=5)
+    assert list(losses) == [5] and codec.config.num_programs == 5
+    assert codec.config.num_genes == 100 and codec.encoder[0].out_features == 32
+
+
+def test_latents_of_the_fitted_cells_are_standardised(searched, dataset):
+    codec, _ = searched(num_programs=8)
+    dataset.encode(codec)
+    assert dataset.latents.shape == (len(dataset), 9)
+    torch.testing.assert_close(dataset.latents.mean(0), torch.zeros(9), atol=1e-3, rtol=0)
+    torch.testing.assert_close(dataset.latents.std(0), torch.ones(9), atol=1e-3, rtol=0)
+
+
+def test_the_expression_codec_standardises_each_gene(dataset, tmp_path):
+    codec = fit_expression_codec(tiny_config(tmp_path, codec="expression"), dataset, CPU)
+    latents = codec.encode(*dataset.cells(slice(None)))
+    torch.testing.assert_close(latents.mean(0), torch.zeros(101), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std(0, correction=0), torch.ones(101), atol=1e-3, rtol=0)
+    plain = tiny_config(tmp_path, codec="expression", standardize=False, model_library_size=False)
+    codec = fit_expression_codec(plain, dataset, CPU)
+    assert isinstance(codec, ExpressionCodec) and codec.num_features == 100
+    assert codec.latents_mean.eq(0).all() and codec.latents_std.eq(1).all()
+
+
+def test_the_same_seed_gives_the_same_codec(searched):
+    first, again, other = (searched(seed=seed, num_programs=4)[0].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["heads.log_rates.weight"], other["heads.log_rates.weight"])
+
+
+def test_refitting_makes_the_final_programs_say_more_of_their_cells(dataset, tmp_path):
+    config = tiny_config(tmp_path, codec_max_steps=200, decoder_steps=100)
+    codec, _ = fit_programs(config, dataset, 8, CPU, deadline=np.inf)
+    dataset.encode(codec)
+    programs = dataset.latents[:, :-1]
+    encoder = [parameter.clone() for parameter in codec.encoder.parameters()]
+    before = negative_log_likelihood(dataset, codec, programs)
+    refit_decoder(config, dataset, codec, programs)
+    assert negative_log_likelihood(dataset, codec, programs) < 0.99 * before
+    assert all(torch.equal(old, new) for old, new in zip(encoder, codec.encoder.parameters()))
+
+
+def test_the_fit_follows_the_cells(searched, dataset):
+    """Programs tell cells apart: with them the counts are likelier than with every cell's programs at the mean."""
+    codec, _ = searched(num_programs=8, codec_max_steps=200, decoder_steps=100)
+    dataset.encode(codec)
+    programs = (dataset.latents * codec.latents_std + codec.latents_mean)[:, :-1]
+    fitted = negative_log_likelihood(dataset, codec, programs)
+    assert fitted < 0.95 * negative_log_likelihood(dataset, codec, programs.mean(0).expand_as(programs))
+
+
+def test_stage_one_ends_at_its_part_of_the_time(dataset, tmp_path):
+    limits = {"max_train_minutes": 3 / 60, "codec_time_fraction": 0.5, "decoder_steps": 0}
+    config = tiny_config(tmp_path, **ENDLESS, **limits)
+    start = time.monotonic()
+    fit_program_codec(config, dataset, CPU)
+    assert 1.5 <= time.monotonic() - start < 20
+
+
+def test_a_deadline_in_the_past_leaves_one_step(dataset, tmp_path, caplog):
+    config = tiny_config(tmp_path, **ENDLESS)
+    with caplog.at_level("INFO", logger="wbdit_diffusers"):
+        fit_programs(config, dataset, 8, CPU, deadline=time.monotonic() - 1)
+    assert "after 1 steps" in caplog.text
+
+
+def steps_taken(capsys) -> int:
+    """As the progress bar counted them."""
+    return max(int(steps) for steps in re.findall(r"(\d+) steps", capsys.readouterr().err))
+
+
+def test_patience_ends_a_fit_that_does_not_improve(dataset, tmp_path, capsys):
+    frozen = {"codec_learning_rate": 1e-12, "dispersion_learning_rate": 1e-12, "codec_weight_decay": 0}
+    config = tiny_config(tmp_path, **{**ENDLESS, **frozen, "codec_patience": 150})
+    fit_programs(config, dataset, 4, CPU, deadline=time.monotonic() + 200)
+    assert steps_taken(capsys) == 300  # the best loss is that of step 100, and every 100 steps there is one
+
+
+def test_tolerance_ends_a_fit_that_gets_worse(pbmc, tmp_path, capsys):
+    """So few cells are soon known by heart."""
+    processor = ScRNAProcessor(num_genes=100).fit(pbmc[:60])
+    config = tiny_config(tmp_path, **{**ENDLESS, "codec_learning_rate": 1e-2, "codec_stop_tolerance": 0.01})
+    fit_programs(config, CellDataset(pbmc[:60], processor), 8, CPU, deadline=time.monotonic() + 200)
+    assert steps_taken(capsys) % 100 == 0  # a validation ended it, not the clock

@@ -1,0 +1,214 @@
+"""Stage two: learning rate, accumulation, log and validation."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from tiny import column, read_log, tiny_config, weights
+
+from wbdit_diffusers import ScRNAProcessor, WhiteBoxDiTModel
+from wbdit_diffusers.data import CellDataset
+from wbdit_diffusers.sampling import training_scheduler
+from wbdit_diffusers.training import train
+from wbdit_diffusers.training.codec import fit_expression_codec
+from wbdit_diffusers.training.denoiser import DenoiserTraining, diffusion_loss, learning_rate
+
+
+@pytest.fixture(scope="module")
+def trained(pbmc, tmp_path_factory):
+    """24 steps of 8 per epoch."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(pbmc, tiny_config(folder, label_keys=["cell_type"], max_train_steps=24, validation_steps=4))
+    return folder
+
+
+def prepare(adata, config, num_train: int = 500) -> tuple[DenoiserTraining, CellDataset]:
+    """The training of a denoiser on the first cells, and the dataset of the others."""
+    train_cells, test_cells = adata[:num_train], adata[num_train:]
+    processor = ScRNAProcessor(num_genes=config.num_genes).fit(train_cells)
+    train_dataset, test_dataset = CellDataset(train_cells, processor), CellDataset(test_cells, processor)
+    codec = fit_expression_codec(config, train_dataset, torch.device("cpu"))
+    train_dataset.encode(codec)
+    test_dataset.encode(codec)
+    accelerator = Accelerator(mixed_precision="no")
+    scheduler = training_scheduler(config.prediction_type)
+    training = DenoiserTraining(
+        config, accelerator, scheduler, train_dataset, test_dataset, codec.num_features, (), start_time=0.0
+    )
+    return training, test_dataset
+
+
+# ==================== The learning rate ====================
+
+
+def test_learning_rate_warms_up_to_its_highest(tmp_path):
+    config = tiny_config(tmp_path, learning_rate=1e-3, lr_warmup_steps=10, max_train_steps=100)
+    rates = [learning_rate(config, step, 0.0) for step in range(20)]
+    np.testing.assert_allclose(rates[:10], 1e-3 * np.arange(1, 11) / 10)
+    assert rates[10:] == [1e-3] * 10
+    config = tiny_config(tmp_path, learning_rate=1e-3, lr_warmup_steps=0, max_train_steps=100)
+    assert learning_rate(config, 0, 0.0) == 1e-3
+
+
+@pytest.mark.parametrize(
+    "step, seconds, expected",
+    [
+        (700, 0, 1.0),  # 70% of the steps are over: the decay begins
+        (850, 0, 0.5),
+        (1000, 0, 0.01),  # never zero, or the last step would do nothing
+        (5, 42, 1.0),  # by the clock, which is further
+        (5, 51, 0.5),
+        (5, 60, 0.01),
+        (5, 90, 0.01),  # over time
+        (850, 42, 0.5),  # what is further decides
+        (700, 51, 0.5),
+    ],
+)
+def test_learning_rate_decays_by_steps_or_by_minutes(step, seconds, expected, tmp_path):
+    limits = {"max_train_steps": 1000, "max_train_minutes": 1, "lr_warmup_steps": 5, "lr_decay_fraction": 0.3}
+    config = tiny_config(tmp_path, learning_rate=1.0, **limits)
+    assert learning_rate(config, step, seconds) == pytest.approx(expected)
+    if seconds == 0:
+        config = tiny_config(tmp_path, learning_rate=1.0, **{**limits, "max_train_minutes": None})
+        assert learning_rate(config, step, 1e9) == pytest.approx(expected)
+
+
+def test_learning_rate_without_decay_is_flat(tmp_path):
+    config = tiny_config(tmp_path, learning_rate=1e-3, lr_decay_fraction=0, max_train_steps=10)
+    assert learning_rate(config, 10, 0.0) == 1e-3
+
+
+# ==================== The log ====================
+
+
+def test_the_learning_rate_of_a_training_warms_up_and_ends_low(trained):
+    rates = column(trained, "learning_rate")
+    assert rates[0] == rates[3] == 2e-3  # step 16 of 24: before the last 30%
+    assert 0 < rates[-1] < rates[-2] < 2e-3
+
+
+def test_losses_are_logged_and_fall(trained):
+    rows = read_log(trained)
+    assert [int(row["step"]) for row in rows] == [4, 8, 12, 16, 20, 24]
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 1, 2, 2, 3]
+    seconds = column(trained, "seconds")
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    losses, validation_losses = column(trained, "loss"), column(trained, "validation_loss")
+    assert np.isfinite(losses).all() and np.isfinite(validation_losses).all()
+    assert validation_losses[-1] < validation_losses[0]
+
+
+def test_a_training_ends_when_its_time_is_over(pbmc, tmp_path):
+    config = tiny_config(tmp_path, codec="expression", max_train_steps=1_000_000, max_train_minutes=0.03)
+    train(pbmc, config)
+    last = read_log(tmp_path)[-1]
+    assert 1.8 <= float(last["seconds"]) < 30 and 0 < int(last["step"]) < 1_000_000
+    assert float(last["learning_rate"]) < 2e-3  # it fell with the time
+
+
+# ==================== Gradients ====================
+
+
+def test_accumulated_gradients_are_those_of_one_larger_batch(pbmc, tmp_path, monkeypatch):
+    # The noise depends on the number of the batch, so here the loss has none
+    def loss_without_noise(model, noise_scheduler, batch, generator):
+        latents = batch["latents"]
+        return F.mse_loss(model(latents, 500, return_dict=False)[0], latents.roll(1, 1))
+
+    monkeypatch.setattr("wbdit_diffusers.training.denoiser.diffusion_loss", loss_without_noise)
+    for name, batch_size, accumulation in (("large", 64, 1), ("small", 16, 4)):
+        changes = {"train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        train(pbmc, tiny_config(tmp_path / name, codec="expression", max_train_steps=6, validation_steps=1, **changes))
+    large, small = weights(tmp_path / "large"), weights(tmp_path / "small")
+    for name in large:
+        torch.testing.assert_close(small[name], large[name], atol=1e-5, rtol=1e-4, msg=name)
+    np.testing.assert_allclose(column(tmp_path / "small", "loss"), column(tmp_path / "large", "loss"), rtol=1e-4)
+    assert large["proj_out.weight"].abs().max() > 1e-3  # it starts at zero
+
+
+def test_more_batches_in_a_step_than_in_an_epoch_are_refused(pbmc, tmp_path):
+    config = tiny_config(tmp_path, codec="expression", gradient_accumulation_steps=9)
+    with pytest.raises(ValueError, match="--gradient_accumulation_steps 9: an epoch has only 8 batches of 64 cells"):
+        train(pbmc, config)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_loss_of_a_perfect_prediction_is_zero(prediction_type):
+    latents = torch.randn(32, 5, generator=torch.Generator().manual_seed(1))
+    scheduler = training_scheduler(prediction_type)
+
+    def perfect(noisy_latents, timesteps, class_labels, return_dict):
+        assert class_labels is None and timesteps.min() >= 1
+        alpha = scheduler.alphas_cumprod[timesteps][:, None]
+        noise = (noisy_latents - alpha.sqrt() * latents) / (1 - alpha).sqrt()
+        answers = {"epsilon": noise, "sample": latents}
+        answers["v_prediction"] = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+        return (answers[prediction_type],)
+
+    batch = {"latents": latents, "class_labels": torch.zeros(32, 0, dtype=torch.long)}
+    assert diffusion_loss(perfect, scheduler, batch, torch.Generator().manual_seed(0)) < 1e-5
+
+
+def test_ema_is_an_average_and_without_it_the_last_weights(pbmc, tmp_path):
+    changes = {"codec": "expression", "max_train_steps": 6, "checkpointing_steps": 6}
+    averaged = train(pbmc, tiny_config(tmp_path / "ema", **changes)).denoiser.state_dict()
+    train(pbmc, tiny_config(tmp_path / "last", use_ema=False, **changes))
+    last = load_file(tmp_path / "last" / "checkpoint-6" / "model.safetensors")
+    unaveraged = weights(tmp_path / "last")
+    assert unaveraged.keys() == last.keys()
+    for name in last:
+        torch.testing.assert_close(unaveraged[name], last[name], atol=1e-7, rtol=1e-6, msg=name)
+    assert not torch.equal(averaged["proj_out.weight"], last["proj_out.weight"])
+    assert averaged["proj_out.weight"].abs().max() < last["proj_out.weight"].abs().max()  # both began at zero
+
+
+def test_compiled_blocks_train_the_same_denoiser(pbmc, tmp_path, monkeypatch):
+    # Traced as always, but run by Python: no C++ compiler is needed, and no minutes.
+    compiled, compile_blocks = [], WhiteBoxDiTModel.compile_repeated_blocks
+
+    def compile_eagerly(model, **kwargs):
+        compiled.append(kwargs)
+        compile_blocks(model, backend="eager", **kwargs)
+
+    monkeypatch.setattr(WhiteBoxDiTModel, "compile_repeated_blocks", compile_eagerly)
+    for name, flag in (("plain", False), ("compiled", True)):
+        train(pbmc, tiny_config(tmp_path / name, codec="expression", max_train_steps=3, compile=flag))
+    assert compiled == [{"fullgraph": True}]
+    plain, traced = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
+    assert plain.keys() == traced.keys()
+    for name in plain:
+        torch.testing.assert_close(traced[name], plain[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+# ==================== Validation ====================
+
+
+def test_the_validation_batch_is_a_random_sample(pbmc, tmp_path, monkeypatch):
+    """Files are often sorted by population: the first cells would be of one type."""
+    monkeypatch.setattr("wbdit_diffusers.training.denoiser.VALIDATION_CELLS", 40)
+    train_cells, test_cells = pbmc[:500], pbmc[500:]
+    test_cells = test_cells[np.argsort(test_cells.obs["cell_type"].astype(str), kind="stable")]
+    cells = pbmc[[*train_cells.obs_names, *test_cells.obs_names]]
+
+    def sample(seed: int) -> list[int]:
+        training, test_dataset = prepare(cells, tiny_config(tmp_path, codec="expression", seed=seed))
+        everything = test_dataset.__getitems__(list(range(len(test_dataset))))["latents"]
+        same = (training.validation_batch["latents"][:, None] == everything[None]).all(-1)  # (sample, held-out cells)
+        assert (same.sum(1) == 1).all()
+        return same.int().argmax(1).tolist()
+
+    first = sample(0)
+    assert len(set(first)) == 40 and first == sample(0)
+    assert first != list(range(40)) and sample(1) != first
+    held_out, of_all = test_cells.obs["cell_type"].iloc[first], test_cells.obs["cell_type"]
+    common = of_all.value_counts()[lambda numbers: numbers >= 20].index
+    assert set(common) <= set(held_out) and of_all.iloc[:40].nunique() < held_out.nunique()
+
+
+def test_few_held_out_cells_are_all_in_the_validation_batch(pbmc, tmp_path):
+    training, test_dataset = prepare(pbmc, tiny_config(tmp_path, codec="expression"))
+    everything = test_dataset.__getitems__(list(range(200)))["latents"]
+    assert torch.equal(training.validation_batch["latents"], everything)
+    assert training.validation_loss() == training.validation_loss()  # always the same noise
