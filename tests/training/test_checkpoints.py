@@ -47,6 +47,11 @@ def test_a_resumed_training_gives_the_same_weights_and_log(resume_from, trained,
     assert (interrupted / "split.json").read_bytes() == (trained / "split.json").read_bytes()
 
 
+def test_a_checkpoint_of_another_folder_brings_its_codec(trained, pbmc, tmp_path):
+    train(pbmc, tiny_config(tmp_path, resume_from_checkpoint=str(trained / "checkpoint-12"), **STEPS))
+    assert_same_weights(tmp_path, trained)
+
+
 def test_a_log_beyond_the_checkpoint_is_forgotten(trained, interrupted, pbmc):
     """It holds the rows of steps 16, 20 and 24, which are taken once more."""
     assert len(read_log(interrupted)) == 6

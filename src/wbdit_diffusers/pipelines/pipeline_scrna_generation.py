@@ -21,7 +21,8 @@ from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..processing.processor import ScRNAProcessor
-from ..sampling.denoise import LabelBatch, denoise, predict_guided
+from ..sampling.denoise import denoise
+from ..sampling.guidance import LabelBatch, predict_guided
 from ..sampling.noise import CELLS_PER_BLOCK, CellNoise, NoiseBatch
 from ..version import __version__
 from .pipeline_output import ScRNAPipelineOutput

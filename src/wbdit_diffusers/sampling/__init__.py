@@ -1,6 +1,7 @@
 """From noise to latents: random numbers by cell, the reverse loop, the solvers."""
 
-from .denoise import LabelBatch, denoise, predict_guided
+from .denoise import denoise
+from .guidance import LabelBatch, predict_guided
 from .noise import CellNoise, NoiseBatch
 from .schedulers import SCHEDULERS, training_scheduler
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ STEPS_BETWEEN_VALIDATIONS = 100
 
 
 def prepare_codec(
-    config: TrainingConfig, accelerator: Accelerator, dataset: CellDataset, resumed: bool
+    config: TrainingConfig, accelerator: Accelerator, dataset: CellDataset, checkpoint: Path | None
 ) -> ProgramCodec | ExpressionCodec:
     """
     Fits the codec on the main process, or takes that of the run to resume; all processes get the same one.
@@ -33,14 +34,14 @@ def prepare_codec(
         config ([`TrainingConfig`]): Which codec, and how it is fitted.
         accelerator (`Accelerator`): The processes.
         dataset ([`CellDataset`]): Training cells.
-        resumed (`bool`): Whether `output_dir` holds the codec already.
+        checkpoint (`Path`, *optional*): The checkpoint to go on from, beside which its run has left the codec.
 
     Returns:
         [`ProgramCodec`] or [`ExpressionCodec`]: on the CPU, whose latents of the training cells are standardised.
     """
-    folder = config.output_dir / "codec"
+    folder = (config.output_dir if checkpoint is None else checkpoint.parent) / "codec"
     codec_class, fit = CODECS[str(config.codec)]
-    if accelerator.is_main_process and not resumed:
+    if accelerator.is_main_process and checkpoint is None:
         fit(config, dataset, accelerator.device).save_pretrained(folder)
     accelerator.wait_for_everyone()
     return codec_class.from_pretrained(folder)

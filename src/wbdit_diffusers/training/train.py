@@ -75,7 +75,7 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
 
     # 2. The codec: what the denoiser sees
     start_time = time.monotonic()
-    codec = prepare_codec(config, accelerator, train_dataset, resumed=checkpoint is not None)
+    codec = prepare_codec(config, accelerator, train_dataset, checkpoint)
     train_dataset.encode(codec)
     test_dataset.encode(codec)
 
