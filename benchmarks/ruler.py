@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.data import drop_empty_cells, read_cells
+from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
 from wbdit_diffusers.evaluation.cells import Cells, generated_cells, real_cells
 from wbdit_diffusers.evaluation.classifiers import JUDGES, judge, two_sample_auc
 from wbdit_diffusers.evaluation.references import draw_matching, split_halves
@@ -84,13 +84,13 @@ def null(args: argparse.Namespace):
 def curve(args: argparse.Namespace):
     """AUCs of generated cells and of the real reference, and the excess, for each number of cells a side."""
     adata = drop_empty_cells(read_cells(args.dataset[0]))
-    split = json.loads(Path(args.model, "split.json").read_text())
+    train_cells, test_cells = CellSplit.load(args.model).apply(adata)
     pipe = ScRNAGenerationPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     config = pipe.processor.config
     genes, label_keys = pipe.processor.var_names, list(config.label_keys)
     train, test = (
-        real_cells(adata[split[name]], genes, config.values, config.layer, label_keys) for name in ("train", "test")
+        real_cells(cells, genes, config.values, config.layer, label_keys) for cells in (train_cells, test_cells)
     )
     train_labels, test_labels = (np.zeros(len(c)) if c.labels is None else c.labels for c in (train, test))
     other_half = split_halves(train_labels)[1]
@@ -104,7 +104,7 @@ def curve(args: argparse.Namespace):
             rng = np.random.default_rng([seed, size])
             judged = np.sort(rng.permutation(len(test))[:size])
             reference = train[draw_matching(train_labels, test_labels[judged], rng, other_half)]
-            obs = adata[split["test"]][judged].obs
+            obs = test_cells[judged].obs
             sample = pipe(
                 num_cells=size,
                 conditions={key: obs[key].astype(str).tolist() for key in label_keys},
