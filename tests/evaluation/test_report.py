@@ -12,7 +12,7 @@ from scipy import sparse
 
 from wbdit_diffusers.data import CellSplit
 from wbdit_diffusers.evaluation import classifiers, draw_baselines, draw_samples, evaluate, evaluate_cells, to_markdown
-from wbdit_diffusers.evaluation.cells import generated_cells, real_cells
+from wbdit_diffusers.evaluation.cells import generated_cells, needs_common_genes, real_cells
 from wbdit_diffusers.evaluation.classifiers import JUDGES
 from wbdit_diffusers.evaluation.references import draw_matching
 from wbdit_diffusers.evaluation.samples import BASELINES
@@ -168,6 +168,16 @@ def test_without_library_sizes_only_common_genes_count(split):
     assert report["metrics"]["generated"]["other_genes_w1"][0] == pytest.approx(0, abs=1e-6)
     assert "judged as if these 40 genes were all" in to_markdown(report)
     assert "purity" not in report["metrics"]["generated"]
+
+
+def test_with_all_genes_a_library_is_the_sum_of_the_row(split):
+    """Whatever a generator's `obs["library_size"]` says, there is nothing outside the genes that it has made."""
+    train, test = split
+    sample = test.copy()
+    sample.obs["library_size"] = 1.0
+    assert needs_common_genes(sample, train) and not needs_common_genes(sample[:, :40], train)
+    cells = generated_cells(sample, within_genes=True)
+    np.testing.assert_array_equal(cells.expression, real_cells(test, test.var_names).expression)
 
 
 def test_log_values_of_a_layer(split):

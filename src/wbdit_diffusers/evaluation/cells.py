@@ -61,10 +61,10 @@ def combined_labels(adata: ad.AnnData, label_keys: Sequence[str]) -> np.ndarray:
 
 def needs_common_genes(generated: ad.AnnData, real: ad.AnnData) -> bool:
     """
-    Whether generated cells can only be compared within their own genes: they have a part of the real cells' genes, and
-    no `obs["library_size"]` that says what the other ones would have had.
+    Whether cells are compared within the generated genes alone: either there are no others, so that a cell's library
+    is the sum of its row on both sides; or no `obs["library_size"]` says how many counts a cell would have in them.
     """
-    return generated.n_vars < real.n_vars and "library_size" not in generated.obs
+    return generated.n_vars >= real.n_vars or "library_size" not in generated.obs
 
 
 def real_cells(

@@ -98,8 +98,8 @@ def evaluate_cells(
     the reference is drawn from the other half, anew for each sample.
 
     The library size of a cell counts all of its genes: the sum of its row for real cells, and for generated ones
-    `obs["library_size"]`, or the sum of the row if that is absent. If the generated cells have only a part of the
-    genes and no `obs["library_size"]`, all cells are judged as if there were no other genes.
+    `obs["library_size"]`. If the generated cells have no `obs["library_size"]`, or all genes of the real ones, all
+    cells are judged within the generated genes, and their library is the sum of the row.
 
     Args:
         samples (`list[AnnData]`): Independent samples of as many cells as `test` has, with the labels of `test`.

@@ -87,8 +87,8 @@ def _headline(report: dict) -> list[str]:
     if report["within_genes"]:
         lines += [
             "",
-            "The generated cells do not say how many counts they have in other genes: all cells are judged as if these"
-            f" {report['num_genes']} genes were all.",
+            f"All cells are judged as if these {report['num_genes']} genes were all: the real ones have no others, or"
+            " the generated ones do not say how many counts they have in others.",
         ]
     return lines
 
