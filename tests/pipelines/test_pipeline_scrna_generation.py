@@ -145,6 +145,8 @@ def test_counts_without_a_modelled_library_size(pbmc):
         drawn = pipe(300, name, generator=seeded(), num_inference_steps=1).cells.obs["library_size"]
         assert real.min() * 0.999 <= drawn.min() and drawn.max() <= real.max() * 1.001
         np.testing.assert_allclose(drawn.quantile([0.25, 0.5, 0.75]), real.quantile([0.25, 0.5, 0.75]), rtol=0.1)
+    with pytest.raises(ValueError, match="hold no library size"):
+        pipe.codec.decode(pipe.encode_cells(pbmc))
     decoded = pipe.decode_latents(pipe.encode_cells(pbmc)).obs["library_size"]
     assert totals.min() <= decoded.min() and decoded.max() <= totals.max()
 
@@ -209,6 +211,27 @@ def test_real_cells_survive_encoding_and_decoding(pbmc, codec):
     deeper = pipe.decode_latents(latents[:50], library_size=torch.full((50,), 20_000.0), generator=seeded())
     assert set(deeper.obs["library_size"]) == {20_000}
     assert deeper.X.sum() > 2 * cells[:50].X.sum()
+
+
+def test_encoding_needs_no_labels(pipe, pbmc):
+    bare = ad.AnnData(pbmc.X, var=pbmc.var)
+    assert torch.equal(pipe.encode_cells(bare), pipe.encode_cells(pbmc))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"latents": torch.zeros(3, 5)}, r"`latents` has shape \(3, 5\), expected \(3, 766\)"),
+        (
+            {"class_labels": torch.zeros(2, 2, dtype=torch.long)},
+            r"`class_labels` has shape \(2, 2\), expected \(3, 2\)",
+        ),
+        ({"library_size": torch.ones(4)}, r"`library_size` has shape \(4,\), expected \(3,\)"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused(pipe, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.decode_latents(**({"latents": torch.zeros(3, 766)} | wrong))
 
 
 def test_decoding_latents_is_the_end_of_a_call(pipe):

@@ -69,6 +69,13 @@ def test_the_returned_pipeline_is_the_one_that_was_saved(trained):
     assert first.obs.equals(second.obs)
 
 
+def test_no_file_says_where_the_folder_lay(trained, tmp_path):
+    folder, _ = trained
+    load(folder).save_pretrained(tmp_path)
+    for path in [*folder.glob("**/*.json"), *folder.glob("*.md"), *tmp_path.glob("**/*.json")]:
+        assert str(folder.parent) not in path.read_text(), path
+
+
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_every_solver_starts_from_pure_noise(trained, name):
     scheduler = SCHEDULERS[name].from_config(trained[1].scheduler.config)

@@ -27,11 +27,12 @@ class CellDataset(Dataset):
     Args:
         adata (`AnnData`): Cells.
         processor ([`ScRNAProcessor`]): Fitted on the training cells.
+        with_labels (`bool`, defaults to `True`): Whether batches hold labels. Cells without them can only be encoded.
     """
 
-    def __init__(self, adata: ad.AnnData, processor: ScRNAProcessor):
+    def __init__(self, adata: ad.AnnData, processor: ScRNAProcessor, with_labels: bool = True):
         self.matrix, self.library_size = processor.select(adata)
-        self.class_labels = processor.encode_labels(adata)
+        self.class_labels = processor.encode_labels(adata) if with_labels else None
         self.codec: Encoder | None = None
         self.latents: torch.Tensor | None = None  # (cells, num_features), where they are kept
 
@@ -54,6 +55,8 @@ class CellDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         """A whole batch at once: `latents` (batch, num_features) and `class_labels` (batch, num_label_keys)."""
+        if self.class_labels is None:
+            raise ValueError("The cells were read without labels, so that nothing can be trained on them.")
         if self.codec is None:
             raise ValueError("The cells have no latents yet: call `dataset.encode(codec)`.")
         if self.latents is not None:

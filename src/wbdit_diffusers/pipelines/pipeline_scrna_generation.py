@@ -24,8 +24,8 @@ from ..processing.processor import ScRNAProcessor
 from ..sampling.denoise import denoise
 from ..sampling.guidance import LabelBatch, predict_guided
 from ..sampling.noise import CELLS_PER_BLOCK, CellNoise, NoiseBatch
-from ..version import __version__
 from .pipeline_output import ScRNAPipelineOutput
+from .provenance import provenance_of, public_name
 
 
 OUTPUT_TYPES = ("anndata", "np", "pt", "latent")
@@ -294,7 +294,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         num_timesteps = len(self.scheduler.timesteps)
         if generator is None:  # drawn from the global generator, so that `uns` can say which seed it was
             generator = torch.Generator().manual_seed(int(torch.randint(2**31, (1,))))
-        provenance = self._provenance(num_inference_steps, guidance_scale, generator)
+        provenance = provenance_of(self, num_inference_steps, guidance_scale, generator)
         noise = CellNoise(generator)
 
         starts = range(0, num_cells, batch_size)
@@ -402,7 +402,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         Real cells as latents.
 
         Args:
-            adata (`AnnData`): Cells; genes are aligned by name.
+            adata (`AnnData`): Cells; genes are aligned by name, and labels are not needed.
 
         Returns:
             `torch.Tensor` of shape `(cells, num_features)`, on the CPU.
@@ -410,7 +410,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         Raises:
             ValueError: If no gene is in common, or the cells are not of the kind that the pipeline was trained on.
         """
-        return encode_cells(CellDataset(adata, self.processor), self.codec)
+        return encode_cells(CellDataset(adata, self.processor, with_labels=False), self.codec)
 
     @torch.no_grad()
     def decode_latents(
@@ -430,10 +430,21 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
             generator (`torch.Generator`, *optional*): Makes the draw reproducible.
 
         Returns:
-            `AnnData`: like that of a call.
+            `AnnData`: like that of a call, but without `uns["wbdit"]`: nobody knows where the latents come from.
+
+        Raises:
+            ValueError: If arguments don't fit each other.
         """
         if library_size is not None and not self.processor.has_library_size:
             raise ValueError("`library_size` was given, but this model was trained on log values, not on counts.")
+        expected = {
+            "latents": (latents, (len(latents), self.codec.num_features)),
+            "class_labels": (class_labels, (len(latents), len(self.processor.label_keys))),
+            "library_size": (library_size, (len(latents),)),
+        }
+        for name, (tensor, shape) in expected.items():
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, expected {shape}.")
         noise = CellNoise(generator or torch.Generator().manual_seed(int(torch.randint(2**31, (1,)))))
         batches = []
         for start in range(0, len(latents), MAX_CELLS_PER_BATCH):
@@ -446,27 +457,15 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
             batches.append(self._to_cells(device_latents, labels, sizes, batch, uniform, first_cell=start))
         return ad.concat(batches, merge="same")
 
-    def _provenance(
-        self, num_inference_steps: int, guidance_scale: float, generator: torch.Generator | list[torch.Generator]
-    ) -> dict[str, Any]:
-        """How the cells were made, for `uns["wbdit"]`: plain values that an .h5ad can hold."""
-        model_id = str(self.config.get("_name_or_path") or "")
-        provenance = {
-            # A Hub id, or the name of a folder: where that lay on a machine is nobody's business.
-            "model_id": Path(model_id).name if Path(model_id).is_dir() or Path(model_id).is_absolute() else model_id,
-            "scheduler": type(self.scheduler).__name__,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "version": __version__,
-            "X": "counts" if self.processor.has_library_size else "log expression",
-        }
-        generators = generator if isinstance(generator, list) else [generator]
-        # A generator that has given numbers before can't be had again from its seed.
-        fresh = [torch.Generator(one.device).manual_seed(one.initial_seed()) for one in generators]
-        if all(torch.equal(one.get_state(), new.get_state()) for one, new in zip(generators, fresh)):
-            seeds = np.array([one.initial_seed() for one in generators], dtype=np.uint64)
-            provenance["seed"] = seeds if isinstance(generator, list) else int(seeds[0])
-        return provenance
+    def save_pretrained(self, save_directory: str | Path, **kwargs):
+        """
+        Writes the pipeline to a folder; see [`DiffusionPipeline.save_pretrained`]. Where it was loaded from is
+        recorded as a Hub id or a folder's name, never as a path of this machine.
+        """
+        for part in (self, *self.components.values()):
+            if "_name_or_path" in part.config:
+                part.register_to_config(_name_or_path=public_name(part.config["_name_or_path"]))
+        super().save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """

@@ -60,6 +60,24 @@ def learning_rate(config: TrainingConfig, step: int, seconds: float) -> float:
     return config.learning_rate * warmup * max(decay, 0.01)
 
 
+def batch_sizes(config: TrainingConfig, num_cells: int, num_processes: int) -> tuple[int, int]:
+    """
+    Cells per batch of one process, and cells per step of the optimizer.
+
+    Raises:
+        ValueError: If an epoch has fewer batches than a step of the optimizer takes.
+    """
+    assert config.train_batch_size is not None  # the configuration has filled it in
+    batch_size = min(config.train_batch_size, max(1, num_cells // num_processes))
+    num_batches = num_cells // batch_size // num_processes
+    if config.gradient_accumulation_steps > max(1, num_batches):
+        raise ValueError(
+            f"--gradient_accumulation_steps {config.gradient_accumulation_steps}: an epoch has only {num_batches}"
+            f" batches of {batch_size} cells, and a step can't take more: lower it."
+        )
+    return batch_size, batch_size * config.gradient_accumulation_steps * num_processes
+
+
 class DenoiserTraining:
     """
     The training loop, with what it needs between two steps.
@@ -73,9 +91,6 @@ class DenoiserTraining:
         sample_size (`int`): Values per cell, the codec's `num_features`.
         condition_sizes (`tuple[int]`): Number of categories of each label key.
         start_time (`float`): Time of `time.monotonic()` at which the training began, stage one included.
-
-    Raises:
-        ValueError: If an epoch has fewer batches than a step of the optimizer takes.
     """
 
     def __init__(
@@ -128,15 +143,7 @@ class DenoiserTraining:
         self.validation_batch = {key: value.to(accelerator.device) for key, value in batch.items()}
 
     def _dataloader(self, dataset: CellDataset) -> DataLoader:
-        config, num_processes = self.config, self.accelerator.num_processes
-        batch_size = min(config.train_batch_size, max(1, len(dataset) // num_processes))
-        num_batches = len(dataset) // batch_size // num_processes
-        if config.gradient_accumulation_steps > max(1, num_batches):
-            raise ValueError(
-                f"--gradient_accumulation_steps {config.gradient_accumulation_steps}: an epoch has only {num_batches}"
-                f" batches of {batch_size} cells, and a step can't take more: lower it."
-            )
-        self.cells_per_step = batch_size * config.gradient_accumulation_steps * num_processes
+        batch_size, self.cells_per_step = batch_sizes(self.config, len(dataset), self.accelerator.num_processes)
         return DataLoader(
             dataset,
             batch_size=batch_size,

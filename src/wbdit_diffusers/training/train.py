@@ -27,7 +27,7 @@ from ..sampling.schedulers import training_scheduler
 from .checkpoints import resolve_checkpoint
 from .codec import prepare_codec
 from .config import TrainingConfig
-from .denoiser import DenoiserTraining
+from .denoiser import DenoiserTraining, batch_sizes
 
 
 logger = get_logger(__name__)
@@ -67,6 +67,7 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
         values=config.values, layer=config.layer, label_keys=config.label_keys, num_genes=config.num_genes or None
     ).fit(train_cells)
     train_dataset = CellDataset(train_cells, processor)
+    batch_sizes(config, len(train_dataset), accelerator.num_processes)  # raises before work is lost
     # Labels that only held-out cells have are unknown to the model.
     test_dataset = CellDataset(test_cells[processor.knows_labels(test_cells)], processor)
     if accelerator.is_main_process:
