@@ -151,10 +151,10 @@ def test_point_mass_of_counts():
     library_size = torch.tensor([20_000.0, 5_000.0])
     counts = torch.tensor([[0.0, 2, 7], [1, 0, 3]])
     log_values = torch.log1p(counts / library_size[:, None] * 1e4)
-    cells = PointMass(log_values, library_size)
+    cells = PointMass(log_values, library_size, is_counts=True)
     torch.testing.assert_close(cells.mean(), counts)
     assert torch.equal(cells.expression(), log_values)
-    almost = PointMass(torch.log1p((counts + 0.4) / library_size[:, None] * 1e4), library_size)
+    almost = PointMass(torch.log1p((counts + 0.4) / library_size[:, None] * 1e4), library_size, is_counts=True)
     assert torch.equal(almost.icdf(torch.rand(2, 3)), counts)
 
 

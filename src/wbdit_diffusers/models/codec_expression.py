@@ -107,16 +107,13 @@ class ExpressionCodec(ModelMixin, ConfigMixin):
             [`CellDistribution`]: all of it at one value, expression clamped at zero.
 
         Raises:
-            ValueError: If a library size is given for log values, which have none, or none for counts whose latents
-                don't hold it.
+            ValueError: If a library size is given for log values, which have none.
         """
         if library_size is not None and self.config.values == "log":
             raise ValueError("`library_size` was given, but the cells are log values, which have none.")
-        if library_size is None and self.config.values == "counts" and not self.models_library_size:
-            raise ValueError("These latents hold no library size, without which there are no counts: give one.")
         features = latents.float() * self.latents_std + self.latents_mean
         if self.models_library_size:
             generated = features[:, -1].clamp(*self.log_library_size_range.tolist()).exp()
             library_size = generated if library_size is None else library_size
             features = features[:, :-1]
-        return PointMass(features.clamp(min=0), library_size)
+        return PointMass(features.clamp(min=0), library_size, is_counts=self.config.values == "counts")

@@ -197,18 +197,21 @@ class PointMass:
     Args:
         log_values (`torch.Tensor` of shape `(cells, genes)`): Expression, not negative.
         library_size (`torch.Tensor` of shape `(cells,)`, *optional*):
-            Total counts over all genes, with which `log_values`, log1p(CP10k), become counts. Without it they are the
-            cells themselves.
+            Total counts over all genes, with which `log_values`, log1p(CP10k), become counts.
+        is_counts (`bool`, defaults to `False`): Whether the cells are counts; else they are `log_values` themselves.
     """
 
-    def __init__(self, log_values: torch.Tensor, library_size: torch.Tensor | None = None):
+    def __init__(self, log_values: torch.Tensor, library_size: torch.Tensor | None = None, is_counts: bool = False):
         self.log_values = log_values
         self.library_size = library_size
+        self.is_counts = is_counts
 
     def mean(self) -> torch.Tensor:
-        """Counts before they are rounded, or log values: `(cells, genes)`."""
-        if self.library_size is None:
+        """Counts before they are rounded, or log values: `(cells, genes)`. A `ValueError` if counts have no size."""
+        if not self.is_counts:
             return self.log_values
+        if self.library_size is None:
+            raise ValueError("These latents hold no library size, without which there are no counts: give one.")
         return torch.expm1(self.log_values) * self.library_size.to(self.log_values.device)[:, None] / TARGET_SUM
 
     def expression(self) -> torch.Tensor:
@@ -224,7 +227,7 @@ class PointMass:
     def icdf(self, uniform: torch.Tensor) -> torch.Tensor:
         """The mean, rounded where it is counts; the random numbers `(cells, genes)` have no effect. On the CPU."""
         values = self.mean().float().cpu()
-        return values if self.library_size is None else values.round()
+        return values.round() if self.is_counts else values
 
 
 LIKELIHOODS = {"zinb": ZeroInflatedNegativeBinomial}
