@@ -56,9 +56,10 @@ def draw_cells(
     matrices, library_sizes = [], []
     for part in latents.split(CELLS_AT_ONCE):
         distribution = codec.decode(part)
-        uniform = torch.rand(len(part), codec.config.num_genes, generator=generator, dtype=torch.float64)
-        matrices.append(sparse.csr_matrix(distribution.icdf(uniform).numpy()))
-        library_sizes.append(distribution.library_size)
+        uniform = torch.rand(len(part), distribution.num_values, generator=generator, dtype=torch.float64)
+        counts = distribution.icdf(uniform)
+        matrices.append(sparse.csr_matrix(counts[:, : codec.config.num_genes].numpy()))
+        library_sizes.append(counts.sum(1))
     return processor.to_anndata(sparse.vstack(matrices, format="csr"), class_labels, torch.cat(library_sizes))
 
 

@@ -83,10 +83,11 @@ def draw_variants(
     choices = itertools.product(args.dtypes, args.guidance_scales, args.schedulers, args.steps)
     for dtype, scale, scheduler, steps in choices:
         cast = pipe if dtype == "float32" else copy.deepcopy(pipe).to(getattr(torch, dtype))
-        cast.scheduler = SCHEDULERS[scheduler].from_config(scheduler_config)
+        if scheduler is not None:
+            cast.scheduler = SCHEDULERS[scheduler].from_config(scheduler_config)
         name = model
         name += "" if dtype == "float32" else f", {dtype}"
-        name += "" if scheduler == "ddpm" else f", {scheduler}"
+        name += "" if scheduler is None else f", {scheduler}"
         name += "" if steps is None else f", {steps} steps"
         name += "" if scale == 1.0 else f", guidance {scale:g}"
         variants[name], _ = draw_samples(
@@ -232,7 +233,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, default=3, help="Samples to judge.")
     parser.add_argument("--seed", type=int, default=0, help="Of training and sampling, and of the split.")
     parser.add_argument("--guidance_scales", nargs="+", type=float, default=[1.0], help="Judged one by one.")
-    parser.add_argument("--schedulers", nargs="+", choices=sorted(SCHEDULERS), default=["ddpm"])
+    parser.add_argument(
+        "--schedulers", nargs="+", choices=sorted(SCHEDULERS), default=[None], help="Not the pipeline's."
+    )
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
     parser.add_argument("--steps", nargs="+", type=int, default=[None], help="Numbers of steps, judged one by one.")
     parser.add_argument("--development", action="store_true", help="Judge on cells set aside from the training cells.")

@@ -74,7 +74,7 @@ def make_program_codec(processor: ScRNAProcessor, adata: ad.AnnData) -> ProgramC
     cells = CellDataset(adata, processor)
     codec.fit_statistics(cells.matrix, cells.library_size)
     codec.heads["log_theta"].bias.data.fill_(2.5)  # little noise: what a cell has is what was asked for
-    codec.heads["dropout_logits"].bias.data.fill_(-6.0)
+    codec.gene_parameters["outlier_logits"].data.fill_(-6.0)
     codec.eval().standardize_latents(encode_cells(cells, codec))
     return codec
 

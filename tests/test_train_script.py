@@ -113,7 +113,7 @@ BAD = [
     (["--gradient_accumulation_steps", "9"], "an epoch has only 8 batches of 64 cells"),
     (["--label_keys", "celltype"], "has no column 'celltype'"),
     (["--layer", "raw"], "has no layer 'raw'"),
-    (["--values", "log", "--codec", "program"], "log values need --codec expression"),
+    (["--values", "log"], "which is no logarithm of expression: pass values='counts'"),
     (["--test_fraction", "0"], "--test_fraction 0: Input should be greater than 0"),
     (["--resume_from_checkpoint", "absent"], "absent: this is no checkpoint"),
     (["--split", "absent.json"], "absent.json is missing"),

@@ -27,7 +27,7 @@ def test_card_says_how_to_load_the_model_and_what_it_makes(program_pipe, pbmc):
 @pytest.mark.parametrize(
     "codec, row",
     [
-        ("program", "| codec | ProgramCodec: 6 gene programs, likelihood zinb |"),
+        ("program", "| codec | ProgramCodec: 6 gene programs, likelihood nb_mixture |"),
         ("expression", "| codec | ExpressionCodec: 765 genes, standardize=True |"),
     ],
 )
@@ -43,7 +43,9 @@ def test_table_of_the_network(pbmc, codec, row):
 
 
 def test_an_unconditional_model_of_log_values(pbmc):
-    log_values = ad.AnnData(sparse.csr_matrix(np.log2(pbmc.X.toarray() / 3 + 1)), obs=pbmc.obs, var=pbmc.var)
+    log_values = ad.AnnData(
+        sparse.csr_matrix(np.log2(pbmc.X.toarray() / np.linspace(0.5, 5, pbmc.n_vars) + 1)), obs=pbmc.obs, var=pbmc.var
+    )
     text = render_model_card(make_pipeline(log_values, values="log"), "me/log").text
     assert "with log expression in `X`" in text
     assert "cell_types" not in text and 'obs["' not in text and "integer counts" not in text

@@ -116,7 +116,9 @@ def test_library_size_can_be_given(pipe):
 
 
 def test_log_values_give_log_values(pbmc):
-    log_values = ad.AnnData(sparse.csr_matrix(np.log2(pbmc.X.toarray() / 3 + 1)), obs=pbmc.obs, var=pbmc.var)
+    log_values = ad.AnnData(
+        sparse.csr_matrix(np.log2(pbmc.X.toarray() / np.linspace(0.5, 5, pbmc.n_vars) + 1)), obs=pbmc.obs, var=pbmc.var
+    )
     pipe = make_pipeline(log_values, values="log", codec_kwargs={"standardize": False})
     cells = pipe(num_cells=4, generator=seeded()).cells
     assert list(cells.obs) == [] and cells.uns["wbdit"]["X"] == "log expression"
@@ -158,8 +160,7 @@ def test_program_space_gives_counts_at_the_generated_library_size(program_pipe, 
     cells = program_pipe(num_cells=300, generator=seeded()).cells
     assert cells.shape == (300, 765) and sparse.isspmatrix_csr(cells.X)
     assert (cells.X.data > 0).all() and (cells.X.data == np.rint(cells.X.data)).all()
-    totals = np.asarray(cells.X.sum(1)).ravel()
-    np.testing.assert_allclose(np.mean(totals / cells.obs["library_size"]), 1, atol=0.05)
+    np.testing.assert_array_equal(np.asarray(cells.X.sum(1)).ravel(), cells.obs["library_size"])  # all genes modelled
     real = np.asarray(pbmc.X.sum(1)).ravel()
     assert real.min() * 0.99 <= cells.obs["library_size"].min()
     assert cells.obs["library_size"].max() <= real.max() * 1.01
@@ -173,7 +174,7 @@ def test_program_space_output_types(program_pipe):
     torch.testing.assert_close(expression, decoded.expression())
     torch.testing.assert_close(expression, torch.log1p(decoded.mean() / decoded.library_size[:, None] * 1e4))
     cells = program_pipe(num_cells=10, generator=seeded()).cells
-    np.testing.assert_allclose(cells.obs["library_size"], decoded.library_size)
+    np.testing.assert_allclose(cells.obs["library_size"], decoded.library_size, rtol=0.2)  # what was drawn
     given = program_pipe(num_cells=10, generator=seeded(), library_size=5000).cells
     np.testing.assert_allclose(np.asarray(given.X.sum(1)).ravel(), 5000, rtol=0.2)
 
@@ -197,7 +198,9 @@ def test_real_cells_survive_encoding_and_decoding(pbmc, codec):
     assert cells.var_names.equals(pbmc.var_names) and cells.obs_names.is_unique
     for key in ("cell_type", "phase"):
         assert list(cells.obs[key]) == list(pbmc.obs[key])
-    np.testing.assert_allclose(cells.obs["library_size"], np.asarray(pbmc.X.sum(1)).ravel(), rtol=1e-4)
+    # Counts are drawn around the library size, and the library is what was drawn.
+    rtol = {"program": 0.3, "expression": 1e-4}[codec]
+    np.testing.assert_allclose(cells.obs["library_size"], np.asarray(pbmc.X.sum(1)).ravel(), rtol=rtol)
     drawn, real = (np.log1p(np.asarray(adata.X.mean(0)).ravel()) for adata in (cells, pbmc))
     assert np.corrcoef(drawn, real)[0, 1] > {"program": 0.85, "expression": 0.9999}[codec]  # of random weights
     expected = pipe.codec.decode(latents).mean().detach().mean(0)
@@ -209,7 +212,7 @@ def test_real_cells_survive_encoding_and_decoding(pbmc, codec):
     assert ((other.X != cells.X).nnz > 0) == (codec == "program")  # expression is decoded without noise
     assert list(other.obs) == ["library_size"]
     deeper = pipe.decode_latents(latents[:50], library_size=torch.full((50,), 20_000.0), generator=seeded())
-    assert set(deeper.obs["library_size"]) == {20_000}
+    np.testing.assert_allclose(deeper.obs["library_size"], 20_000, rtol=rtol / 2)
     assert deeper.X.sum() > 2 * cells[:50].X.sum()
 
 

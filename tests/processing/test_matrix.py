@@ -65,7 +65,8 @@ def test_bad_values_are_named_with_their_cell_and_the_mend(pbmc, processor):
             read(with_value(pbmc, 0.5))
     with pytest.raises(ValueError, match=r"holds nan"):
         ScRNAProcessor(values="log").fit(with_value(pbmc, np.nan))
-    ScRNAProcessor(values="log").fit(with_value(pbmc, 0.5))
+    with pytest.raises(ValueError, match="value of 259, which is no logarithm of expression: pass values='counts'"):
+        ScRNAProcessor(values="log").fit(pbmc)
 
 
 def test_a_bad_value_in_a_later_piece_is_named_with_its_own_cell(pbmc, monkeypatch):

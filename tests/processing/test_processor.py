@@ -48,7 +48,9 @@ def test_to_anndata_of_a_part_of_the_cells(processor, pbmc):
 
 
 def test_log_values_are_taken_as_they_are(pbmc):
-    log_values = ad.AnnData(sparse.csr_matrix(np.log2(pbmc.X.toarray() / 3 + 1)), obs=pbmc.obs, var=pbmc.var)
+    log_values = ad.AnnData(
+        sparse.csr_matrix(np.log2(pbmc.X.toarray() / np.linspace(0.5, 5, pbmc.n_vars) + 1)), obs=pbmc.obs, var=pbmc.var
+    )
     processor = ScRNAProcessor(values="log", label_keys=["cell_type"]).fit(log_values)
     assert len(processor.var_names) == 765
     matrix, _ = processor.select(log_values)

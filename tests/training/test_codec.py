@@ -141,7 +141,7 @@ def steps_taken(capsys) -> int:
 
 
 def test_patience_ends_a_fit_that_does_not_improve(dataset, tmp_path, capsys):
-    frozen = {"codec_learning_rate": 1e-12, "dispersion_learning_rate": 1e-12, "codec_weight_decay": 0}
+    frozen = {"codec_learning_rate": 1e-12, "dispersion_learning_rate": 1e-12, "program_prior_precision": 0}
     config = tiny_config(tmp_path, **{**ENDLESS, **frozen, "codec_patience": 150})
     fit_programs(config, dataset, 4, CPU, deadline=time.monotonic() + 200)
     assert steps_taken(capsys) == 300  # the best loss is that of step 100, and every 100 steps there is one

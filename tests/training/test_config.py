@@ -67,10 +67,8 @@ REFUSED = [
 
 # Flags that contradict each other: the field that is named, and why.
 CONTRADICTIONS = [
-    ({"values": "log", "codec": "program"}, "log values need --codec expression"),
     ({"codec": "expression", "num_programs": 8}, "--num_programs has no effect with --codec expression"),
     ({"codec": "expression", "kl_weight": 1.0}, "--kl_weight has no effect with --codec expression"),
-    ({"values": "log", "decoder_steps": 3}, "--decoder_steps has no effect with --codec expression"),
     ({"standardize": False}, "--standardize has no effect with --codec program"),
     ({"codec": "program", "model_library_size": False}, "--model_library_size has no effect with --codec program"),
 ]
@@ -208,12 +206,21 @@ def test_an_empty_config_file_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     "values, codec",
-    [({}, "program"), ({"values": "log"}, "expression"), ({"codec": "expression"}, "expression")],
+    [({}, "program"), ({"codec": "expression"}, "expression")],
 )
 def test_defaults_follow_the_codec_and_the_codec_the_values(values, codec):
     config = TrainingConfig(output_dir="out", **values)
     assert config.codec == codec
     assert {name: getattr(config, name) for name in CODEC_DEFAULTS[codec]} == CODEC_DEFAULTS[codec]
+
+
+@pytest.mark.parametrize("has_counts, codec", [(True, "program"), (False, "expression")])
+def test_with_log_values_the_data_decide(has_counts, codec):
+    config = TrainingConfig(output_dir="out", values="log")
+    config.choose_codec(has_counts)
+    assert config.codec == codec and config.patch_size == CODEC_DEFAULTS[codec]["patch_size"]
+    with pytest.raises(ValueError, match="could not be recovered"):
+        TrainingConfig(output_dir="out", values="log", codec="program").choose_codec(has_counts=False)
 
 
 def test_a_given_value_is_kept_from_the_codec_s_defaults():

@@ -115,7 +115,9 @@ def test_expression_codec(pbmc, tmp_path):
 
 
 def test_the_paper_s_config_and_flags_over_it(pbmc, tmp_path):
-    log_values = ad.AnnData(np.log2(pbmc.X.toarray() / 3 + 1), obs=pbmc.obs, var=pbmc.var)
+    log_values = ad.AnnData(
+        np.log2(pbmc.X.toarray() / np.linspace(0.5, 5, pbmc.n_vars) + 1), obs=pbmc.obs, var=pbmc.var
+    )
     flags = ["--config", "paper", "--output_dir", tmp_path, "--max_train_steps", 2, "--mixed_precision", "no"]
     flags += ["--num_layers", 1, "--num_attention_heads", 2]
     train(log_values, config_from_args([str(flag) for flag in flags]))

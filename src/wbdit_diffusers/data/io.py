@@ -46,8 +46,8 @@ def write_cells(path: str | Path, batches: Iterable[ad.AnnData]) -> tuple[int, i
 
     Args:
         path (`str` or `Path`): The .h5ad file.
-        batches (`Iterable[AnnData]`): Cells with the same genes, `obs` columns and categories, `X` in CSR; as
-            [`ScRNAGenerationPipeline.stream`] yields them.
+        batches (`Iterable[AnnData]`): Cells with the same genes, `obs` columns and categories, `X` and layers in CSR;
+            as [`ScRNAGenerationPipeline.stream`] yields them.
 
     Returns:
         `tuple[int, int]`: number of cells and of genes.
@@ -60,16 +60,23 @@ def write_cells(path: str | Path, batches: Iterable[ad.AnnData]) -> tuple[int, i
         raise ValueError("There are no cells to write.")
     partial = Path(f"{path}.partial")
     growing = {"maxshape": (None,), "chunks": True}
-    matrix = batch.X.copy()
-    matrix.indptr = matrix.indptr.astype(np.int64)  # the file may grow beyond 2³¹ values
+
+    def growable(matrix):
+        matrix = matrix.copy()
+        matrix.indptr = matrix.indptr.astype(np.int64)  # the file may grow beyond 2³¹ values
+        return matrix
+
+    layers = {name: growable(layer) for name, layer in batch.layers.items()}
     with h5py.File(partial, "w") as file:
-        ad.io.write_elem(file, "/", ad.AnnData(matrix, var=batch.var, uns=batch.uns))
+        ad.io.write_elem(file, "/", ad.AnnData(growable(batch.X), layers=layers, var=batch.var, uns=batch.uns))
         del file["obs"]
         ad.io.write_elem(file, "obs", batch.obs, dataset_kwargs=growing)
         obs = file["obs"]
         num_cells = batch.n_obs
         for batch in batches:
             ad.io.sparse_dataset(file["X"], should_cache_indptr=False).append(batch.X)
+            for name, layer in batch.layers.items():
+                ad.io.sparse_dataset(file["layers"][name], should_cache_indptr=False).append(layer)
             _append(obs[obs.attrs["_index"]], batch.obs_names.to_numpy(dtype=object))
             for key, column in batch.obs.items():
                 if isinstance(obs[key], h5py.Group):

@@ -49,7 +49,7 @@ def render_model_card(
         title=repo_id.split("/")[-1],
         repo_id=repo_id,
         version=__version__,
-        has_library_size=pipeline.processor.has_library_size,
+        contents=_contents(pipeline),
         num_genes=len(processor.var_names),
         genes=list(processor.var_names[:3]),
         labels=list(zip(processor.label_keys, processor.categories)),
@@ -78,3 +78,13 @@ def push_model_card(pipeline: DiffusionPipeline, repo_id: str, private: bool | N
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if not file_exists(repo_id, "README.md", token=token):
         render_model_card(pipeline, repo_id).push_to_hub(repo_id, token=token)
+
+
+def _contents(pipeline: Any) -> str:
+    """What the AnnData of a pipeline holds."""
+    processor = pipeline.processor
+    if processor.config.values == "counts":
+        return 'integer counts in `X` and `obs["library_size"]`'
+    if processor.has_library_size:
+        return 'log expression in `X`, its integer counts in `layers["counts"]` and `obs["library_size"]`'
+    return "log expression in `X`"

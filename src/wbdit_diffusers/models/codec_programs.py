@@ -20,10 +20,10 @@ class ProgramCodec(ModelMixin, ConfigMixin):
     whose heads are the parameters of a likelihood. What the denoiser models is a cell's programs and its log library
     size, standardised.
 
-    With the zero-inflated negative binomial `log rates = W programs + b` over the modelled genes and one bin for all
-    others, `log θ = V programs + c` (a gene that varies much in one cell type need not in another), and
-    `dropout_logits = U programs + d` (read counts above all have more zeros than a negative binomial). Row `g` of `W`,
-    `heads["log_rates"].weight`, says how much each program raises the log rate of gene `g`.
+    With the mixture of negative binomials `log rates = W programs + b` over the modelled genes and one bin for all
+    others, and `log θ = V programs + c` (a gene that varies much in one cell type need not in another); what outliers
+    are like is a property of the gene. Row `g` of `W`, `heads["log_rates"].weight`, says how much each program raises
+    the log rate of gene `g`.
 
     The prior of the programs is the denoiser, not the standard normal distribution: the divergence from that enters
     the loss with a small weight, only to keep the encoder from fitting the noise of single counts.
@@ -32,11 +32,11 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         num_genes (`int`): Modelled genes; the bin of all other genes is not counted.
         num_programs (`int`, defaults to 16): Gene programs.
         hidden_size (`int`, defaults to 256): Width of the encoder's hidden layer.
-        likelihood (`str`, defaults to `"zinb"`): Name of the counts' distribution, a key of `LIKELIHOODS`.
+        likelihood (`str`, defaults to `"nb_mixture"`): Name of the counts' distribution, a key of `LIKELIHOODS`.
     """
 
     @register_to_config
-    def __init__(self, num_genes: int, num_programs: int = 16, hidden_size: int = 256, likelihood: str = "zinb"):
+    def __init__(self, num_genes: int, num_programs: int = 16, hidden_size: int = 256, likelihood: str = "nb_mixture"):
         super().__init__()
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"`likelihood` is one of {', '.join(LIKELIHOODS)}, not {likelihood!r}.")
@@ -48,6 +48,9 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         nn.init.constant_(self.to_log_variance.bias, -2.0)
         names = LIKELIHOODS[likelihood].HEADS
         self.heads = nn.ModuleDict({name: nn.Linear(num_programs, num_bins) for name in names})
+        self.gene_parameters = nn.ParameterDict(
+            {name: torch.zeros(num_bins) for name in LIKELIHOODS[likelihood].GENE_PARAMETERS}
+        )
         for name in names[1:]:  # the shape of the noise is the same in all cells until training says otherwise
             nn.init.zeros_(self.heads[name].weight)
         # Mean and deviation of the training cells' programs and log library size, with which latents are standardised
@@ -70,14 +73,14 @@ class ProgramCodec(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def fit_statistics(self, counts: sparse.csr_matrix, library_size: np.ndarray):
         """
-        Starts the heads where the likelihood says (see its `initial_biases`), and notes the range of library sizes.
+        Starts the decoder where the likelihood says (see its `initial_values`), and notes the range of library sizes.
 
         Args:
             counts (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts of the training cells.
             library_size (`np.ndarray` of shape `(cells,)`): Total counts, all other genes included.
         """
-        for name, bias in LIKELIHOODS[self.config.likelihood].initial_biases(counts, library_size).items():
-            self.heads[name].bias.copy_(bias)
+        for name, value in LIKELIHOODS[self.config.likelihood].initial_values(counts, library_size).items():
+            (self.heads[name].bias if name in self.heads else self.gene_parameters[name]).copy_(value)
         log_library_size = torch.from_numpy(np.log(library_size)).float()
         self.log_library_size_range.copy_(torch.stack([log_library_size.min(), log_library_size.max()]))
 
@@ -95,21 +98,24 @@ class ProgramCodec(ModelMixin, ConfigMixin):
             library_size (`torch.Tensor` of shape `(cells,)`): Total counts, all other genes included.
 
         Returns:
-            `tuple`: for each cell, `(cells,)`, the negative log-likelihood of its genes given programs drawn from the
-            posterior, and the divergence of that from the standard normal distribution, both in nats.
+            `tuple`: for each cell, `(cells,)`, the negative log-likelihood of its genes, and of all others together,
+            given programs drawn from the posterior, and the divergence of that from the standard normal distribution,
+            both in nats.
         """
         mean, log_variance = self.posterior(counts, library_size)
         programs = mean + torch.randn_like(mean) * (log_variance / 2).exp()
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1)
-        return -self.decode_programs(programs, library_size).log_prob(counts), divergence
+        return self.decoder_loss(programs, counts, library_size), divergence
+
+    def decoder_loss(self, programs: torch.Tensor, counts: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihood `(cells,)` of counts `(cells, genes)` given programs `(cells, num_programs)`."""
+        return -self.decode_programs(programs, library_size).log_prob(_bins(counts, library_size))
 
     # ==================== Cells to latents ====================
 
     def posterior(self, counts: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log variance of the programs given a cell, each `(cells, num_programs)`; see `forward`."""
-        others = library_size - counts.sum(1)
-        bins = torch.cat([counts, others[:, None]], dim=1)  # (cells, genes + 1)
-        hidden_states = self.encoder(log_normalize(bins, library_size).to(self.dtype))
+        hidden_states = self.encoder(log_normalize(_bins(counts, library_size), library_size).to(self.dtype))
         return self.to_mean(hidden_states), self.to_log_variance(hidden_states).clamp(-8, 2)
 
     @apply_forward_hook
@@ -130,7 +136,7 @@ class ProgramCodec(ModelMixin, ConfigMixin):
 
     def decode_programs(self, programs: torch.Tensor, library_size: torch.Tensor) -> CellDistribution:
         """The distribution of cells with programs `(cells, num_programs)` and library sizes `(cells,)`."""
-        parameters = {name: head(programs) for name, head in self.heads.items()}
+        parameters = {name: head(programs) for name, head in self.heads.items()} | dict(self.gene_parameters)
         return LIKELIHOODS[self.config.likelihood].from_heads(parameters, library_size)
 
     @apply_forward_hook
@@ -148,3 +154,8 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         if library_size is None:
             library_size = latents[:, -1].clamp(*self.log_library_size_range.tolist()).exp()
         return self.decode_programs(latents[:, :-1].to(self.dtype), library_size)
+
+
+def _bins(counts: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
+    """The counts of the genes, and in one more column those of all others: `(cells, genes + 1)`."""
+    return torch.cat([counts, (library_size - counts.sum(1))[:, None]], dim=1)

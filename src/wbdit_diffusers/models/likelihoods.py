@@ -17,7 +17,11 @@ from ..processing.normalize import TARGET_SUM, log_normalize
 class CellDistribution(Protocol):
     """What is known of some cells once their latents are: one independent distribution for each gene."""
 
-    library_size: torch.Tensor | None  # (cells,), total counts over all genes; `None` for log values
+    library_size: torch.Tensor | None  # (cells,), expected total counts over all genes; `None` for log values
+
+    @property
+    def num_values(self) -> int:
+        """How many values a draw has: the genes, and where it is drawn, one bin for all others."""
 
     def mean(self) -> torch.Tensor:
         """Expected values, `(cells, genes)`, in the unit of the training data."""
@@ -29,64 +33,67 @@ class CellDistribution(Protocol):
         """Log-likelihood `(cells,)` of `x` `(cells, genes)`, over all genes or those of a mask `(genes,)`."""
 
     def icdf(self, uniform: torch.Tensor) -> torch.Tensor:
-        """The values below which a share `uniform` `(cells, genes)` of each distribution lies: a draw of cells."""
+        """Values below which a share `uniform` `(cells, num_values)` of each distribution lies: a draw of cells."""
 
 
-class ZeroInflatedNegativeBinomial:
+class NegativeBinomialMixture:
     r"""
     Counts, of molecules or of reads.
 
-    `counts ~ NB(mean = library_size * proportions, inverse dispersion = θ)`; with probability
-    `sigmoid(dropout_logits)` a gene is missed altogether, and its count is zero.
+    `counts ~ (1 - π) NB(mean μ, inverse dispersion θ) + π NB(mean r μ, inverse dispersion θ')` with
+    `μ = library_size * proportions`. The second part, of a few cells for each gene, is what one negative binomial
+    can't have beside a narrow body: counts of tens where others have one or two, or (`r < 1`) a gene that is missed.
+
+    The columns are the genes, and at the end one bin for the counts of all other genes, so that the library of a drawn
+    cell is what was drawn.
 
     Args:
-        log_proportions (`torch.Tensor` of shape `(cells, genes)`): Log of each gene's expected share of the library.
-        log_theta (`torch.Tensor` of shape `(cells, genes)`): Log inverse dispersions.
-        dropout_logits (`torch.Tensor` of shape `(cells, genes)`): Log odds that the gene is missed.
+        log_proportions (`torch.Tensor` of shape `(cells, genes + 1)`): Log of each bin's share of the library.
+        log_theta (`torch.Tensor` of shape `(cells, genes + 1)`): Log inverse dispersions.
+        outlier_logits (`torch.Tensor` of shape `(genes + 1,)`): Log odds of the second part, π.
+        outlier_log_ratio (`torch.Tensor` of shape `(genes + 1,)`): Log of its mean over that of the first part, r.
+        outlier_log_theta (`torch.Tensor` of shape `(genes + 1,)`): Its log inverse dispersion, θ'.
         library_size (`torch.Tensor` of shape `(cells,)`): Total counts over all genes.
     """
 
-    HEADS = ("log_rates", "log_theta", "dropout_logits")
-    MAX_INITIAL_LOG_THETA = 2.5  # nearly Poisson: the variance of a count of 12 is twice its mean
+    HEADS = ("log_rates", "log_theta")  # linear in the programs
+    GENE_PARAMETERS = ("outlier_logits", "outlier_log_ratio", "outlier_log_theta")  # alike in all cells
 
     def __init__(
         self,
         log_proportions: torch.Tensor,
         log_theta: torch.Tensor,
-        dropout_logits: torch.Tensor,
+        outlier_logits: torch.Tensor,
+        outlier_log_ratio: torch.Tensor,
+        outlier_log_theta: torch.Tensor,
         library_size: torch.Tensor,
     ):
         self.log_proportions = log_proportions
-        self.log_theta = log_theta
-        self.dropout_logits = dropout_logits
+        # Beyond these limits a distribution is all zeros, or Poisson.
+        self.log_theta = log_theta.clamp(-4, 8)
+        self.outlier_logits = outlier_logits
+        self.outlier_log_ratio = outlier_log_ratio.clamp(-4, 4)
+        self.outlier_log_theta = outlier_log_theta.clamp(-4, 4)
         self.library_size = library_size.to(log_proportions.device)
 
     @classmethod
-    def from_heads(cls, heads: dict[str, torch.Tensor], library_size: torch.Tensor) -> "ZeroInflatedNegativeBinomial":
-        """
-        From what a decoder's heads give, each `(cells, num_genes + 1)`: their last column is the bin of all other
-        genes, which takes its share of the library and has no distribution of its own.
-        """
-        return cls(
-            log_proportions=F.log_softmax(heads["log_rates"].float(), dim=1)[:, :-1],
-            # Beyond these limits the distribution is all zeros, or Poisson.
-            log_theta=heads["log_theta"].float().clamp(-4, 8)[:, :-1],
-            dropout_logits=heads["dropout_logits"].float()[:, :-1],
-            library_size=library_size,
-        )
+    def from_heads(cls, heads: dict[str, torch.Tensor], library_size: torch.Tensor) -> "NegativeBinomialMixture":
+        """From what a decoder gives: `HEADS`, `(cells, genes + 1)` each, and `GENE_PARAMETERS`, `(genes + 1,)`."""
+        values = {name: value.float() for name, value in heads.items()}
+        return cls(F.log_softmax(values.pop("log_rates"), dim=1), **values, library_size=library_size)
 
     @classmethod
-    def initial_biases(cls, counts: sparse.csr_matrix, library_size: np.ndarray) -> dict[str, torch.Tensor]:
+    def initial_values(cls, counts: sparse.csr_matrix, library_size: np.ndarray) -> dict[str, torch.Tensor]:
         """
-        Where the heads start: the training cells' mean rates, and for each gene the θ with which cells of equal
-        proportions would have its variance. From zeros, or from one θ for all genes, the fit is far worse.
+        Where the fit starts: the training cells' mean rates, and for each gene about the θ with which cells of equal
+        proportions would have its variance, less what outliers add to that.
 
         Args:
             counts (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts of the training cells.
             library_size (`np.ndarray` of shape `(cells,)`): Their total counts.
 
         Returns:
-            `dict[str, torch.Tensor]`: for each head `(num_genes + 1,)`.
+            `dict[str, torch.Tensor]`: for each head's bias and each gene parameter `(genes + 1,)`.
         """
         genes = np.asarray(counts.sum(axis=0), dtype=np.float64).ravel()
         totals = np.append(genes, library_size.sum() - genes.sum()) + 0.5
@@ -99,19 +106,25 @@ class ZeroInflatedNegativeBinomial:
             - share * library_size.sum()
         )
         theta = share**2 * (library_size**2).sum() / np.maximum(excess, 1e-9)
-        log_theta = np.log(np.maximum(theta, 1e-9)).clip(-2, cls.MAX_INITIAL_LOG_THETA)
+        log_theta = np.append(1 + np.log(np.maximum(theta, 1e-9)), 3).clip(0, 3)
         return {
             "log_rates": torch.from_numpy(np.log(totals / totals.sum())).float(),
-            "log_theta": torch.from_numpy(np.append(log_theta, cls.MAX_INITIAL_LOG_THETA)).float(),
-            "dropout_logits": torch.full((len(totals),), -3.0),  # few genes are missed: one in twenty
+            "log_theta": torch.from_numpy(log_theta).float(),
+            "outlier_logits": torch.full((len(totals),), -3.0),  # one cell in twenty
+            "outlier_log_ratio": torch.full((len(totals),), 0.5),
+            "outlier_log_theta": torch.full((len(totals),), -0.5),
         }
 
-    def _rates(self) -> torch.Tensor:
-        return self.log_proportions.exp() * self.library_size[:, None]  # (cells, genes)
+    @property
+    def num_values(self) -> int:
+        """How many counts a draw has: the genes, and the bin of all others."""
+        return self.log_proportions.shape[1]
 
     def mean(self) -> torch.Tensor:
-        """Expected counts, `(cells, genes)`."""
-        return self._rates() * torch.sigmoid(-self.dropout_logits)
+        """Expected counts of the genes, `(cells, genes)`."""
+        outliers = torch.sigmoid(self.outlier_logits)
+        rates = self.log_proportions.exp() * self.library_size[:, None]  # (cells, genes + 1)
+        return (rates * (1 + outliers * torch.expm1(self.outlier_log_ratio)))[:, :-1]
 
     def expression(self) -> torch.Tensor:
         """The expected counts as log1p(CP10k), `(cells, genes)`."""
@@ -120,29 +133,36 @@ class ZeroInflatedNegativeBinomial:
     def log_prob(self, x: torch.Tensor, gene_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
-            x (`torch.Tensor` of shape `(cells, genes)`): Counts.
-            gene_mask (`torch.BoolTensor` of shape `(genes,)`, *optional*): The genes to take; all by default.
+            x (`torch.Tensor` of shape `(cells, genes)` or `(cells, genes + 1)`):
+                Counts of the genes, or with those of all other genes in the last column.
+            gene_mask (`torch.BoolTensor`, *optional*): The columns of `x` to take; all by default.
 
         Returns:
             `torch.Tensor` of shape `(cells,)`: log-likelihood in nats. Differentiable in the parameters.
         """
-        log_rates = self.log_proportions + self.library_size[:, None].log()
-        log_theta, missed = self.log_theta, self.dropout_logits
-        if gene_mask is not None:
-            x, log_rates, log_theta, missed = (values[:, gene_mask] for values in (x, log_rates, log_theta, missed))
-        # log NB(count | rate, θ) = θ log(θ / (θ + rate)), and where the count is not zero also
-        # log Γ(count + θ) / (Γ(θ) Γ(count + 1)) + count log(rate / (θ + rate)). Most counts are zero, so the second
-        # part is computed for the others alone.
-        log_nb_zero = -(log_theta.exp() * F.softplus(log_rates - log_theta))  # (cells, genes)
-        log_zero = torch.logaddexp(missed, log_nb_zero)
-        log_likelihood = (log_zero - F.softplus(missed)).sum(1)  # (cells,)
+        columns = slice(x.shape[1]) if gene_mask is None else gene_mask.nonzero().squeeze(1)
+        x = x[:, columns]
+        log_rates = (self.log_proportions + self.library_size[:, None].log())[:, columns]
+        log_theta = self.log_theta[:, columns]
+        log_outlier_rates = log_rates + self.outlier_log_ratio[columns]
+        outlier_log_theta = self.outlier_log_theta[columns]
+        body, outliers = F.logsigmoid(-self.outlier_logits[columns]), F.logsigmoid(self.outlier_logits[columns])
+        # Most counts are zero, for which the likelihood is simple; what the others have more is added for them alone.
+        log_zero = torch.logaddexp(
+            body + _log_nb_of_zero(log_rates, log_theta),
+            outliers + _log_nb_of_zero(log_outlier_rates, outlier_log_theta),
+        )  # (cells, genes)
         cells, genes = x.nonzero(as_tuple=True)
-        count, log_rate, log_theta = x[cells, genes], log_rates[cells, genes], log_theta[cells, genes]
-        theta = log_theta.exp()
-        of_expressed = torch.lgamma(count + theta) - torch.lgamma(theta) - torch.lgamma(count + 1)
-        of_expressed = of_expressed - count * F.softplus(log_theta - log_rate)
-        of_expressed = of_expressed + log_nb_zero[cells, genes] - log_zero[cells, genes]
-        return log_likelihood.index_add(0, cells, of_expressed)
+        count, log_theta_of_count = x[cells, genes], log_theta[cells, genes]
+        of_expressed = torch.logaddexp(
+            body[genes]
+            - torch.lgamma(log_theta_of_count.exp())
+            + _log_nb(count, log_rates[cells, genes], log_theta_of_count),
+            (outliers - torch.lgamma(outlier_log_theta.exp()))[genes]
+            + _log_nb(count, log_outlier_rates[cells, genes], outlier_log_theta[genes]),
+        )
+        of_expressed = of_expressed - torch.lgamma(count + 1)
+        return log_zero.sum(1).index_add(0, cells, of_expressed - log_zero[cells, genes])
 
     def icdf(self, uniform: torch.Tensor) -> torch.Tensor:
         """
@@ -150,43 +170,75 @@ class ZeroInflatedNegativeBinomial:
         sampler takes depends on its rate, so that cells drawn together would depend on each other.
 
         Args:
-            uniform (`torch.DoubleTensor` of shape `(cells, genes)`): Random numbers in [0, 1).
+            uniform (`torch.DoubleTensor` of shape `(cells, genes)` or `(cells, genes + 1)`):
+                Random numbers in [0, 1), with or without one for the bin of all other genes.
 
         Returns:
-            `torch.FloatTensor` of shape `(cells, genes)`: integer values, on the CPU.
+            `torch.FloatTensor` of the same shape: integer values, on the CPU.
         """
-        rates, theta, detection = self._rates(), self.log_theta.exp(), torch.sigmoid(-self.dropout_logits)
-        probability_above_zero = -detection * torch.expm1(-theta * torch.log1p(rates / theta))
+        num_columns = uniform.shape[1]
+        rates = (self.log_proportions.exp() * self.library_size[:, None])[:, :num_columns]
+        theta = self.log_theta[:, :num_columns].exp()
+        weight = torch.sigmoid(self.outlier_logits)[:num_columns]
+        outlier_rates = rates * self.outlier_log_ratio[:num_columns].exp()
+        outlier_theta = self.outlier_log_theta[:num_columns].exp()
+        probability_above_zero = -(1 - weight) * torch.expm1(-theta * torch.log1p(rates / theta))
+        probability_above_zero -= weight * torch.expm1(-outlier_theta * torch.log1p(outlier_rates / outlier_theta))
         above = 1 - uniform.to(rates.device)  # the share of the distribution that lies above the count
         cells, genes = (above < probability_above_zero).nonzero(as_tuple=True)  # most counts are zero
-        tail, detection, theta, rates = (
-            values[cells, genes].double().cpu().numpy() for values in (above, detection, theta, rates)
+        tail, rates, theta, outlier_rates, weight, outlier_theta = (
+            values.double().cpu().numpy()
+            for values in (
+                *(matrix[cells, genes] for matrix in (above, rates, theta, outlier_rates)),
+                *(vector[genes] for vector in (weight, outlier_theta)),
+            )
         )
+        parts = [(1 - weight, theta, theta / (theta + rates))]
+        parts += [(weight, outlier_theta, outlier_theta / (outlier_theta + outlier_rates))]
         counts = torch.zeros(uniform.shape)
-        drawn = _invert_negative_binomial(tail / detection, theta, theta / (theta + rates))
-        counts[cells.cpu(), genes.cpu()] = torch.from_numpy(drawn.astype(np.float32))
+        counts[cells.cpu(), genes.cpu()] = torch.from_numpy(_invert_mixture(tail, parts).astype(np.float32))
         return counts
 
 
-def _invert_negative_binomial(tail: np.ndarray, theta: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """The smallest count k >= 1 with P(count > k) <= tail."""
+def _log_nb_of_zero(log_rate: torch.Tensor, log_theta: torch.Tensor) -> torch.Tensor:
+    """`θ log(θ / (θ + rate))`."""
+    return -(log_theta.exp() * F.softplus(log_rate - log_theta))
+
+
+def _log_nb(count: torch.Tensor, log_rate: torch.Tensor, log_theta: torch.Tensor) -> torch.Tensor:
+    """`log Γ(count + θ) + count log(rate / (θ + rate)) + θ log(θ / (θ + rate))`, so without `Γ(θ) Γ(count + 1)`, of
+    which one is a property of the gene and the other one of the count."""
+    log_gamma = torch.lgamma(count + log_theta.exp())
+    return log_gamma - count * F.softplus(log_theta - log_rate) + _log_nb_of_zero(log_rate, log_theta)
+
+
+def _invert_mixture(tail: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The smallest count k >= 1 with P(count > k) <= tail, of a mixture of (weight, θ, p)."""
     from scipy import stats  # slow to import
 
-    counts = np.empty_like(tail)
-    unfinished, k = np.arange(len(tail)), 1
-    probability = p**theta  # of k - 1
-    above = 1 - probability  # P(count > k - 1)
-    # Nearly all counts are small, and summed up at once; SciPy takes a microsecond for each of the others.
+    counts, unfinished, k = np.empty_like(tail), np.arange(len(tail)), 1
+    probability = [weight * p**theta for weight, theta, p in parts]  # of k - 1
+    above = 1 - sum(probability)  # P(count > k - 1)
+    # Nearly all counts are small, and summed up at once; SciPy takes microseconds for each of the others.
     while k <= 16 and len(unfinished):
-        probability = probability * (1 - p) * (theta + k - 1) / k
-        above = above - probability
+        probability = [last * (1 - p) * (theta + k - 1) / k for last, (_, theta, p) in zip(probability, parts)]
+        above = above - sum(probability)
         counts[unfinished[above <= tail]] = k
         left = above > tail
-        unfinished, probability, above, tail, theta, p = (
-            values[left] for values in (unfinished, probability, above, tail, theta, p)
-        )
+        unfinished, above, tail = unfinished[left], above[left], tail[left]
+        probability = [values[left] for values in probability]
+        parts = [tuple(values[left] for values in part) for part in parts]
         k += 1
-    counts[unfinished] = np.maximum(stats.nbinom.isf(np.maximum(tail, 1e-16), theta, p), k)
+    if len(unfinished):
+        # The mixture's quantile lies between those of its parts.
+        tail = np.maximum(tail, 1e-16)
+        quantiles = np.stack([stats.nbinom.isf(tail, theta, p) for _, theta, p in parts])
+        low, high = np.maximum(quantiles.min(axis=0), k) - 1, np.maximum(quantiles.max(axis=0), k)
+        while (high - low > 1).any():  # P(count > low) > tail >= P(count > high)
+            middle = np.floor((low + high) / 2)
+            is_enough = sum(weight * stats.nbinom.sf(middle, theta, p) for weight, theta, p in parts) <= tail
+            low, high = np.where(is_enough, low, middle), np.where(is_enough, middle, high)
+        counts[unfinished] = high
     return counts
 
 
@@ -205,6 +257,11 @@ class PointMass:
         self.log_values = log_values
         self.library_size = library_size
         self.is_counts = is_counts
+
+    @property
+    def num_values(self) -> int:
+        """How many values a draw has: the genes."""
+        return self.log_values.shape[1]
 
     def mean(self) -> torch.Tensor:
         """Counts before they are rounded, or log values: `(cells, genes)`. A `ValueError` if counts have no size."""
@@ -230,4 +287,4 @@ class PointMass:
         return values.round() if self.is_counts else values
 
 
-LIKELIHOODS = {"zinb": ZeroInflatedNegativeBinomial}
+LIKELIHOODS = {"nb_mixture": NegativeBinomialMixture}

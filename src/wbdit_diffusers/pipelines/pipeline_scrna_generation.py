@@ -196,7 +196,8 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
             conditions (`dict`, *optional*):
                 For any label key of the model, one label for all cells or one for each. Those not given are drawn from
                 the training frequencies among cells of the given labels.
-            library_size (`float` or `list[float]`, *optional*): Total counts, instead of generated ones.
+            library_size (`float` or `list[float]`, *optional*):
+                Expected total counts, instead of generated ones. What is drawn varies around them as counts do.
             guidance_scale (`float`, defaults to 1.0):
                 Strength of classifier-free guidance (arXiv 2207.12598); 1.0 is none, and costs half.
             num_inference_steps (`int`, *optional*): Denoising steps; the pipeline's configured number when not given.
@@ -389,9 +390,10 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         matrices, sizes = [], []
         for part, rows in noise.parts(max(1, VALUES_AT_ONCE // (num_genes * CELLS_PER_BLOCK))):
             distribution = self.codec.decode(latents[rows], None if library_size is None else library_size[rows])
-            cells = distribution.icdf(part.uniform(num_genes, dtype=torch.float64))
-            matrices.append(sparse.csr_matrix(cells.numpy()))
-            sizes.append(distribution.library_size)
+            values = distribution.icdf(part.uniform(distribution.num_values, dtype=torch.float64))
+            matrices.append(sparse.csr_matrix(values[:, :num_genes].numpy()))
+            # Where the other genes were drawn as well, the library is what was drawn.
+            sizes.append(values.sum(1) if values.shape[1] > num_genes else distribution.library_size)
         matrix = sparse.vstack(matrices, format="csr")
         all_sizes = torch.cat(sizes) if self.processor.has_library_size else None
         return self.processor.to_anndata(matrix, class_labels, all_sizes, first_cell=first_cell)
@@ -426,7 +428,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         Args:
             latents (`torch.Tensor` of shape `(cells, num_features)`): Denoised, or encoded, cells.
             class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*): Codes of their labels.
-            library_size (`torch.Tensor` of shape `(cells,)`, *optional*): Total counts, instead of those in `latents`.
+            library_size (`torch.Tensor` of shape `(cells,)`, *optional*): As in a call, instead of those in `latents`.
             generator (`torch.Generator`, *optional*): Makes the draw reproducible.
 
         Returns:

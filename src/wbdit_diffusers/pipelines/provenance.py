@@ -42,7 +42,7 @@ def provenance_of(
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "version": __version__,
-        "X": "counts" if pipe.processor.has_library_size else "log expression",
+        "X": "counts" if pipe.processor.config.values == "counts" else "log expression",
     }
     generators = generator if isinstance(generator, list) else [generator]
     fresh = [torch.Generator(one.device).manual_seed(one.initial_seed()) for one in generators]

@@ -1,5 +1,7 @@
 """`ScRNAProcessor`: AnnData in, matrices and labels for the codec and the denoiser; their cells out as an AnnData."""
 
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import anndata as ad
@@ -7,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, logging
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -16,7 +18,10 @@ from scipy import sparse
 from . import labels, library_size
 from .genes import align_genes, check_names, choose_genes
 from .matrix import iter_matrix
+from .recover import MAX_LOG_VALUE, LogScale, find_log_scale, recover_counts
 
+
+logger = logging.get_logger(__name__)
 
 STATISTICS = ("library_size_quantiles", "label_combinations", "label_frequencies")
 
@@ -29,7 +34,10 @@ class ScRNAProcessor(ConfigMixin):
     Args:
         values (`str`, defaults to `"counts"`):
             What the matrix holds: `"counts"` (non-negative integers), or `"log"` (values that are on a log scale
-            already; then there are no library sizes, and what comes out is on the same scale).
+            already; what comes out is on the same scale).
+        recover_counts (`bool`, defaults to `True`):
+            Whether to look for the counts behind log values. If they are found, they are modelled; if not, there are
+            no library sizes.
         layer (`str`, *optional*): The layer that holds the matrix; `X` when not given.
         label_keys (`list[str]`, defaults to `()`):
             Columns of `obs` that condition the cells, the cell type first.
@@ -37,6 +45,9 @@ class ScRNAProcessor(ConfigMixin):
         min_cells (`int`, defaults to 3): Training cells that must express a gene for it to be modelled.
         var_names (`list[str]`, *optional*): The modelled genes in order; set by [`~ScRNAProcessor.fit`].
         categories (`list[list[str]]`, *optional*): The labels of each label key; set by [`~ScRNAProcessor.fit`].
+        log_scale (`dict`, *optional*):
+            How log values follow from the counts that were recovered, see [`LogScale`]; set by
+            [`~ScRNAProcessor.fit`].
     """
 
     config_name = CONFIG_NAME
@@ -45,12 +56,14 @@ class ScRNAProcessor(ConfigMixin):
     def __init__(
         self,
         values: str = "counts",
+        recover_counts: bool = True,
         layer: str | None = None,
         label_keys: tuple[str, ...] = (),
         num_genes: int | None = 2000,
         min_cells: int = 3,
         var_names: list[str] | None = None,
         categories: list[list[str]] | None = None,
+        log_scale: dict | None = None,
     ):
         if values not in ("counts", "log"):
             raise ValueError(f"`values` is 'counts' or 'log', not {values!r}.")
@@ -81,8 +94,8 @@ class ScRNAProcessor(ConfigMixin):
 
     @property
     def has_library_size(self) -> bool:
-        """Whether cells have a library size: counts do, log values do not."""
-        return self.config.values == "counts"
+        """Whether cells are counts, given or recovered, and so have a library size."""
+        return self.config.values == "counts" or self.config.log_scale is not None
 
     def _check_fitted(self):
         if self.config.var_names is None:
@@ -102,16 +115,18 @@ class ScRNAProcessor(ConfigMixin):
 
         Raises:
             ValueError: If the cells can't be modelled: none, empty ones, NaN, negative, not integer though declared as
-                counts, or without one of the `label_keys`.
+                counts, too large for logarithms, or without one of the `label_keys`.
         """
         check_names(adata)
         columns = [np.unique(labels.read_labels(adata, key), return_inverse=True) for key in self.label_keys]
         categories = [names.tolist() for names, _ in columns]
         codes = np.stack([code for _, code in columns], axis=1) if columns else np.zeros((adata.n_obs, 0), dtype=int)
 
+        if self.config.values == "log" and self.config.recover_counts:
+            self._find_log_scale(adata)
         counts_per_cell, cells_per_gene = [], np.zeros(adata.n_vars, dtype=np.int64)
-        for _, matrix in self._iter_matrix(adata):
-            counts_per_cell.append(np.asarray(matrix.sum(axis=1)).ravel())
+        for matrix, library_size_of_cells in self._iter_matrix(adata):
+            counts_per_cell.append(library_size_of_cells)
             cells_per_gene += matrix.getnnz(axis=0)
         totals = np.concatenate(counts_per_cell)
         config = self.config
@@ -137,8 +152,8 @@ class ScRNAProcessor(ConfigMixin):
             adata (`AnnData`): Cells; their genes may be more, fewer, and in another order.
 
         Returns:
-            `tuple`: the matrix (cells × modelled genes, CSR, values as in `adata`) and the library sizes `(cells,)`,
-            over every gene of `adata`. Genes that `adata` lacks are zero, and a warning names them.
+            `tuple`: the matrix (cells × modelled genes, CSR, counts, or log values if none were recovered) and the
+            library sizes `(cells,)`, over every gene of `adata`. Genes that it lacks are zero, with a warning.
 
         Raises:
             ValueError: If no gene is in common, or a value is not what `values` says.
@@ -146,9 +161,9 @@ class ScRNAProcessor(ConfigMixin):
         check_names(adata)
         placement = align_genes(adata, self.var_names)  # (genes of adata, modelled genes)
         matrices, totals = [], []
-        for _, matrix in self._iter_matrix(adata):
+        for matrix, library_size_of_cells in self._iter_matrix(adata):
             matrices.append(sparse.csr_matrix(matrix @ placement))
-            totals.append(np.asarray(matrix.sum(axis=1)).ravel())
+            totals.append(library_size_of_cells)
         return sparse.vstack(matrices, format="csr"), np.concatenate(totals)
 
     def encode_labels(self, adata: ad.AnnData) -> torch.Tensor:
@@ -171,8 +186,40 @@ class ScRNAProcessor(ConfigMixin):
             known &= np.isin(labels.read_labels(adata, key), categories)
         return known
 
-    def _iter_matrix(self, adata: ad.AnnData):
-        return iter_matrix(adata, self.config.layer, integer=self.has_library_size)
+    def _iter_matrix(self, adata: ad.AnnData) -> Iterator[tuple[sparse.csr_matrix, np.ndarray]]:
+        """Pieces of the matrix with all genes, as counts where they are known, and their library sizes."""
+        for start, matrix in iter_matrix(adata, self.config.layer, integer=self.config.values == "counts"):
+            if self.config.values == "log" and matrix.nnz and matrix.data.max() > MAX_LOG_VALUE:
+                cell = adata.obs_names[start + np.flatnonzero(matrix.max(axis=1).toarray().ravel() > MAX_LOG_VALUE)[0]]
+                raise ValueError(
+                    f"Cell {cell!r} has a value of {matrix.data.max():g}, which is no logarithm of expression: pass"
+                    " values='counts' for counts, or take log1p of the values."
+                )
+            if self.config.log_scale is None:
+                yield matrix, np.asarray(matrix.sum(axis=1)).ravel()
+                continue
+            scale = LogScale(**self.config.log_scale)
+            counts, totals, found = recover_counts(matrix, scale)
+            if not found.all():
+                cell = adata.obs_names[start + np.flatnonzero(~found)[0]]
+                raise ValueError(
+                    f"The values of {(~found).sum()} cells (the first is {cell!r}) are no {scale.describe()}, as those"
+                    " of the training cells are: remove these cells, or normalise them in the same way."
+                )
+            yield counts, totals
+
+    def _find_log_scale(self, adata: ad.AnnData):
+        """From the first cells, and evenly spaced ones."""
+        _, matrix = next(iter_matrix(adata, self.config.layer, integer=False))
+        scale = find_log_scale(matrix)
+        self.register_to_config(log_scale=None if scale is None else asdict(scale))
+        if scale is None:
+            logger.warning("No counts could be recovered from the log values: the values themselves are modelled.")
+        else:
+            logger.warning(
+                f"The values are {scale.describe()}: the counts were recovered and are modelled. Generated cells have"
+                " values on the same scale in `X`, and counts in `layers['counts']`."
+            )
 
     # ==================== Conditions ====================
 
@@ -224,7 +271,9 @@ class ScRNAProcessor(ConfigMixin):
         A matrix of modelled genes with its names.
 
         Args:
-            matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts or log values.
+            matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`):
+                Counts, or log values if none were recovered. Recovered ones are given back as log values in `X`, with
+                the counts in `layers["counts"]`.
             class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*): Codes of the labels.
             library_size (`torch.Tensor` of shape `(cells,)`, *optional*): Total counts over all genes.
             first_cell (`int`, defaults to 0): The cells are named `cell_0`, `cell_1`, … from this number on.
@@ -233,8 +282,12 @@ class ScRNAProcessor(ConfigMixin):
             `AnnData`: with `var_names`, one column of `obs` for each label key (with all categories of the model), and
             `obs["library_size"]` where it is given.
         """
+        counts = None
+        if self.config.log_scale is not None and library_size is not None:
+            counts, matrix = matrix, LogScale(**self.config.log_scale).apply(matrix, library_size.cpu().numpy())
         cells = ad.AnnData(
             matrix,
+            layers=None if counts is None else {"counts": counts},
             obs=pd.DataFrame(index=[f"cell_{first_cell + i}" for i in range(matrix.shape[0])]),
             var=pd.DataFrame(index=self.var_names.rename(None)),
         )

@@ -108,12 +108,10 @@ def fit_programs(
     torch.manual_seed(config.seed)
     codec = ProgramCodec(dataset.matrix.shape[1], num_programs, config.codec_hidden_size).to(device)
     codec.fit_statistics(dataset.matrix, dataset.library_size)
-    noise = [codec.heads["log_theta"].bias, codec.heads["dropout_logits"].bias]
-    others = [parameter for parameter in codec.parameters() if all(parameter is not bias for bias in noise)]
-    optimizer = torch.optim.AdamW(
-        [{"params": others}, {"params": noise, "lr": config.dispersion_learning_rate, "weight_decay": 0.0}],
-        lr=config.codec_learning_rate,
-        weight_decay=config.codec_weight_decay,
+    noise = _noise_parameters(codec)
+    others = [parameter for parameter in codec.parameters() if all(parameter is not one for one in noise)]
+    optimizer = torch.optim.Adam(
+        [{"params": others}, {"params": noise, "lr": config.dispersion_learning_rate}], lr=config.codec_learning_rate
     )
 
     def loss_of(cells: np.ndarray) -> torch.Tensor:
@@ -131,7 +129,7 @@ def fit_programs(
     progress_bar = tqdm(desc=f"Gene programs ({num_programs})", unit=" steps", mininterval=1)
     while not stop:
         cells = torch.randint(len(train_cells), (config.codec_batch_size,), generator=generator).numpy()
-        loss = loss_of(train_cells[cells]).mean()
+        loss = loss_of(train_cells[cells]).mean() + prior_loss(config, codec, len(train_cells))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -164,19 +162,32 @@ def refit_decoder(config: TrainingConfig, dataset: CellDataset, codec: ProgramCo
         programs (`torch.Tensor` of shape `(cells, num_programs)`): Programs of the training cells.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(
-        codec.heads.parameters(), lr=config.decoder_learning_rate, weight_decay=config.codec_weight_decay
+    noise = _noise_parameters(codec)
+    others = [parameter for parameter in codec.heads.parameters() if all(parameter is not one for one in noise)]
+    optimizer = torch.optim.Adam(
+        [{"params": others}, {"params": noise, "lr": config.dispersion_learning_rate}], lr=config.decoder_learning_rate
     )
     lr_scheduler = get_scheduler("cosine", optimizer, num_training_steps=config.decoder_steps, num_warmup_steps=0)
     for _ in tqdm(range(config.decoder_steps), desc="Decoder", unit=" steps", mininterval=1):
         cells = torch.randint(len(dataset), (2 * config.codec_batch_size,), generator=generator)
         counts, library_size = (values.to(codec.device) for values in dataset.cells(cells.numpy()))
-        distribution = codec.decode_programs(programs[cells].to(codec.device), library_size)
-        loss = -distribution.log_prob(counts).mean()
+        loss = codec.decoder_loss(programs[cells].to(codec.device), counts, library_size).mean()
+        loss = loss + prior_loss(config, codec, len(dataset))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         lr_scheduler.step()
+
+
+def prior_loss(config: TrainingConfig, codec: ProgramCodec, num_cells: int) -> torch.Tensor:
+    """The Gaussian prior on what programs do to each gene, in nats per cell: few counts tell little of it."""
+    squares = sum(head.weight.square().sum() for head in codec.heads.values())
+    return squares * config.program_prior_precision / (2 * num_cells)
+
+
+def _noise_parameters(codec: ProgramCodec) -> list[torch.nn.Parameter]:
+    """What says how much each gene varies in cells of the same programs."""
+    return [codec.heads["log_theta"].bias, *codec.gene_parameters.values()]
 
 
 CODECS: dict[str, tuple[Any, Any]] = {

@@ -89,8 +89,8 @@ class ProgramCodecConfig:
     """Learning rate of encoder and decoder."""
     dispersion_learning_rate: PositiveFloat = 1e-2
     """Learning rate of each gene's noise. It spans orders of magnitude, and must get there before programs overfit."""
-    codec_weight_decay: NonNegativeFloat = 0.01
-    """Weight decay of encoder and decoder. The noise of genes has none."""
+    program_prior_precision: NonNegativeFloat = 30.0
+    """Precision of the Gaussian prior on the decoder's weights. Genes with few counts are drawn to zero by it."""
     codec_batch_size: PositiveInt = 128
     """Cells in a step of stage one."""
     codec_max_steps: PositiveInt = 20_000
@@ -107,7 +107,7 @@ class ProgramCodecConfig:
     kl_weight: NonNegativeFloat = 0.3
     """Weight of the divergence between a cell's encoded programs and a standard normal distribution. It keeps the
     encoder from fitting the noise of single counts."""
-    decoder_steps: NonNegativeInt = 400
+    decoder_steps: NonNegativeInt = 600
     """Steps in which the decoder alone is fitted at the end, to the final programs of all training cells."""
     decoder_learning_rate: PositiveFloat = 3e-3
     """Learning rate of these steps, which falls to zero along a cosine."""
@@ -141,6 +141,8 @@ class DenoiserConfig:
     """Share of the cells that are trained on without their labels, which guidance needs."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     """What the network predicts: the noise, the velocity or the clean cell."""
+    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
+    """The solver of the finished pipeline. It has no effect on training."""
     num_inference_steps: PositiveInt = 20
     """How many steps the finished pipeline takes by default. It has no effect on training."""
 
@@ -215,14 +217,30 @@ class TrainingConfig(
     """
 
     codec: Literal["program", "expression"] | None = None
-    """What is denoised: gene programs under a likelihood of counts (the default for counts), or expression itself as
-    in the paper (the default for log values)."""
+    """What is denoised: gene programs under a likelihood of counts (the default for counts, and for log values from
+    which counts can be recovered), or expression itself as in the paper (the default for other log values)."""
 
     def __post_init__(self):
+        if self.codec is not None or self.values == "counts":
+            self.choose_codec(has_counts=True)
+
+    def choose_codec(self, has_counts: bool):
+        """
+        Fills in what depends on the codec. With log values it is called once the data were seen.
+
+        Args:
+            has_counts (`bool`): Whether there are counts, given or recovered.
+
+        Raises:
+            ValueError: If the codec needs counts and there are none, or a field has no effect with it.
+        """
         if self.codec is None:
-            self.codec = "program" if self.values == "counts" else "expression"
-        if self.codec == "program" and self.values != "counts":
-            raise ValueError("--codec program is a likelihood of counts: log values need --codec expression.")
+            self.codec = "program" if has_counts else "expression"
+        if self.codec == "program" and not has_counts:
+            raise ValueError(
+                "--codec program is a likelihood of counts, which could not be recovered from these log values: leave"
+                " it out, or give --codec expression."
+            )
         other = ExpressionCodecConfig if self.codec == "program" else ProgramCodecConfig
         for field in dataclasses.fields(other):
             if getattr(self, field.name) != field.default:

@@ -23,7 +23,7 @@ from ..data.split import CellSplit
 from ..hub.model_card import render_model_card
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..processing.processor import ScRNAProcessor
-from ..sampling.schedulers import training_scheduler
+from ..sampling.schedulers import SCHEDULERS, training_scheduler
 from .checkpoints import resolve_checkpoint
 from .codec import prepare_codec
 from .config import TrainingConfig
@@ -64,8 +64,13 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
     split = _split(adata, config)
     train_cells, test_cells = split.apply(adata)
     processor = ScRNAProcessor(
-        values=config.values, layer=config.layer, label_keys=config.label_keys, num_genes=config.num_genes or None
+        values=config.values,
+        recover_counts=config.codec != "expression",
+        layer=config.layer,
+        label_keys=config.label_keys,
+        num_genes=config.num_genes or None,
     ).fit(train_cells)
+    config.choose_codec(processor.has_library_size)
     train_dataset = CellDataset(train_cells, processor)
     batch_sizes(config, len(train_dataset), accelerator.num_processes)  # raises before work is lost
     # Labels that only held-out cells have are unknown to the model.
@@ -104,7 +109,7 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
     # 4. The pipeline, complete
     pipeline = ScRNAGenerationPipeline(
         denoiser=training.averaged_model(),
-        scheduler=noise_scheduler,
+        scheduler=SCHEDULERS[config.scheduler].from_config(noise_scheduler.config),
         processor=processor,
         codec=codec,
         num_inference_steps=config.num_inference_steps,

@@ -1,0 +1,209 @@
+"""Integer counts back from log-normalised values: of each cell, one number for which all values are whole counts.
+
+A file of `log(1 + counts * s)` with one factor `s` for each cell (`target_sum / library size`, or a size factor) holds
+its counts exactly, whatever the base of the logarithm, as long as the values were not rounded too much. Which numbers
+`s` are possible follows from the smallest values, and each larger value makes it more precise.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+
+LN_BASES = {"e": 1.0, "2": math.log(2), "10": math.log(10)}
+FLOAT32 = 2.0**-24  # half of a unit in the last place, relative
+MAX_SMALLEST_COUNT = 64
+MAX_LOG_VALUE = 50  # 2⁵⁰ is more counts than any cell has
+MIN_VALUES = 50  # non-zero ones of the median cell: fewer fit by chance
+MIN_SHARE = 0.99  # of the cells, whose counts must be found
+MAX_SHARE_OF_LARGER_SMALLEST = 0.1  # of cells whose smallest count is not 1: counts in halves come out doubled
+
+
+COMMON_TARGETS = (1e4, 1e6, 1e5, 1e3)
+
+
+@dataclass(frozen=True)
+class LogScale:
+    """
+    How counts became the values of a file: `log(1 + counts * s) / ln_base` with `s = target_sum / library_size`, or
+    the same `factor` in all cells.
+
+    Args:
+        ln_base (`float`): Natural logarithm of the base.
+        target_sum (`float`, *optional*): The library size to which cells were scaled; `None` if they were not.
+        factor (`float`, *optional*): The factor of all cells, if they were not scaled.
+        knows_library_size (`bool`): Whether `target_sum / s` is a cell's library size, genes that are not in the file
+            included. If not, it is the sum of the recovered counts.
+        decimals (`int`, *optional*): Decimals to which values were rounded.
+    """
+
+    ln_base: float
+    target_sum: float | None = None
+    factor: float | None = None
+    knows_library_size: bool = False
+    decimals: int | None = None
+
+    def apply(self, counts: sparse.csr_matrix, library_size: np.ndarray) -> sparse.csr_matrix:
+        """Counts `(cells, genes)` on the scale of the file, float32."""
+        s = np.full(counts.shape[0], self.factor) if self.target_sum is None else self.target_sum / library_size
+        values = sparse.csr_matrix(sparse.diags_array(s) @ counts.astype(np.float64))
+        values.data = np.log1p(values.data) / self.ln_base
+        if self.decimals is not None:
+            values.data = values.data.round(self.decimals)
+        return values.astype(np.float32)
+
+    def describe(self) -> str:
+        """In words, for a message."""
+        base = next(name for name, ln_base in LN_BASES.items() if ln_base == self.ln_base)
+        scaled = "" if self.target_sum is None else f" of counts scaled to {self.target_sum:,.0f} per cell"
+        return f"logarithms to base {base}{scaled}"
+
+
+def find_log_scale(matrix: sparse.csr_matrix, max_cells: int = 400) -> LogScale | None:
+    """
+    The scale of log values, if counts can be had back from them.
+
+    Args:
+        matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Values, all genes of the file.
+        max_cells (`int`, defaults to 400): Cells to try, evenly spaced.
+
+    Returns:
+        [`LogScale`], or `None` where values are no log-normalised counts: lengths of genes divided out, averages of
+        cells, rescaled, rounded too much, or too few genes to tell.
+    """
+    cells = np.flatnonzero(np.diff(matrix.indptr) > 0)
+    if not len(cells) or matrix.data.max() > MAX_LOG_VALUE or np.median(np.diff(matrix.indptr)[cells]) < MIN_VALUES:
+        return None
+    cells = cells[np.linspace(0, len(cells) - 1, min(max_cells, len(cells))).astype(int)]
+    some_values = matrix.data[:: max(1, len(matrix.data) // 20_000)].astype(np.float64)
+    if np.mean(some_values == np.rint(some_values)) > MIN_SHARE:  # whole numbers are no logarithms
+        return None
+    decimals = _decimals(some_values)
+    few = cells[:: max(1, len(cells) // 50)]
+    found = {
+        name: np.mean([cell_counts(_row(matrix, cell), ln_base, decimals) is not None for cell in few])
+        for name, ln_base in LN_BASES.items()
+    }
+    ln_base = LN_BASES[max(found, key=lambda name: found[name])]
+    results = [result for cell in cells if (result := cell_counts(_row(matrix, cell), ln_base, decimals))]
+    if len(results) < MIN_SHARE * len(cells):
+        return None
+    if np.mean([counts.min() > 1 for counts, _ in results]) > MAX_SHARE_OF_LARGER_SMALLEST:
+        return None
+    totals, factors = np.array([counts.sum() for counts, _ in results]), np.array([s for _, s in results])
+    if np.ptp(factors) < 1e-5 * factors.mean():
+        return LogScale(ln_base, factor=float(factors.mean()), decimals=decimals)
+    sums = factors * totals
+    if np.ptp(sums) < 1e-3 * sums.mean():  # all genes are there
+        common = [target for target in COMMON_TARGETS if abs(np.median(sums) / target - 1) < 1e-4]
+        return LogScale(ln_base, float(common[0] if common else np.median(sums)), None, True, decimals)
+    for target in COMMON_TARGETS:  # genes were left out afterwards: the library of a cell is a whole number
+        libraries = target / factors
+        if (np.abs(libraries - np.rint(libraries)) < 0.02).all() and (libraries > totals - 0.5).all():
+            return LogScale(ln_base, target, None, True, decimals)
+    return LogScale(ln_base, float(np.median(factors) * np.median(totals)), None, False, decimals)
+
+
+def recover_counts(matrix: sparse.csr_matrix, scale: LogScale) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
+    """
+    The counts of log values.
+
+    Args:
+        matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Values.
+        scale ([`LogScale`]): What [`find_log_scale`] found in cells of the same file.
+
+    Returns:
+        `tuple`: the counts, CSR in float32; the library sizes `(cells,)`; and a mask `(cells,)` of the cells in which
+        counts were found.
+    """
+    counts, found = matrix.astype(np.float32), np.zeros(matrix.shape[0], dtype=bool)
+    library_size = np.zeros(matrix.shape[0])
+    for cell in range(matrix.shape[0]):
+        result = cell_counts(_row(matrix, cell), scale.ln_base, scale.decimals)
+        if result is not None:
+            counts.data[matrix.indptr[cell] : matrix.indptr[cell + 1]], s = result
+            target = scale.target_sum if scale.knows_library_size else None
+            library_size[cell] = result[0].sum() if target is None else np.rint(target / s)
+            found[cell] = True
+    return counts, library_size, found
+
+
+def cell_counts(values: np.ndarray, ln_base: float, decimals: int | None) -> tuple[np.ndarray, float] | None:
+    """
+    Counts of one cell.
+
+    Args:
+        values (`np.ndarray` of shape `(genes,)`): Its positive log values.
+        ln_base (`float`): Natural logarithm of their base.
+        decimals (`int`, *optional*): Decimals to which they were rounded.
+
+    Returns:
+        `tuple[np.ndarray, float]`: the counts, and the factor `s` of `values = log(1 + counts * s) / ln_base`; `None`
+        if there is none.
+    """
+    if not len(values):
+        return None
+    unique, inverse = np.unique(values.astype(np.float64), return_inverse=True)
+    scaled = np.expm1(unique * ln_base)  # counts * s, ascending
+    # What a value may be off by: two units of float32 in the logarithm, and one where it was taken of 1 + y
+    value_error = FLOAT32 * (2 * unique + 1 / ln_base) + (0.5 * 10.0**-decimals if decimals is not None else 0)
+    relative_error = value_error * ln_base * (1 + scaled) / scaled + 2 * FLOAT32
+    for smallest in range(1, MAX_SMALLEST_COUNT + 1):
+        result = _try_smallest(scaled, relative_error, smallest)
+        if result is None:
+            continue
+        counts, s, error_of_s, num_certain = result
+        back = np.log1p(counts * s) / ln_base
+        slack = 2 * (value_error + (error_of_s + 2 * FLOAT32) / ln_base)
+        slack[num_certain:] += 0.5 * s / (1 + scaled[num_certain:]) / ln_base  # any integer fits nearly
+        if (np.abs(back - unique) <= slack).all():
+            return counts[inverse], s
+    return None
+
+
+def _try_smallest(
+    scaled: np.ndarray, relative_error: np.ndarray, smallest: int
+) -> tuple[np.ndarray, float, float, int] | None:
+    """
+    Counts if the smallest is so many: from small to large, each must be an integer within its error, and makes `s`
+    more precise for the next. Returns counts, `s`, its relative error and how many counts are certain.
+    """
+    s, error_of_s, num_certain = scaled[0] / smallest, relative_error[0], 0
+    counts = np.zeros(len(scaled))
+    while num_certain < len(scaled):
+        certain = (scaled / s) * (relative_error + error_of_s) < 0.2  # told from the integers beside it
+        reach = len(scaled) if certain.all() else int(np.argmin(certain))
+        if reach <= num_certain:
+            break
+        quotient = scaled[:reach] / s
+        counts[:reach] = np.rint(quotient)
+        off = np.abs(quotient - counts[:reach])
+        tolerance = np.maximum(quotient * (relative_error[:reach] + error_of_s), 1e-9)
+        if (counts[:reach] < 1).any() or (off > tolerance).any():
+            return None
+        weight = 1 / (relative_error[:reach] * scaled[:reach]) ** 2
+        s = (weight * counts[:reach] * scaled[:reach]).sum() / (weight * counts[:reach] ** 2).sum()
+        error_of_s = min(error_of_s, 2 / math.sqrt((1 / relative_error[:reach] ** 2).sum()) + 0.5 * FLOAT32)
+        num_certain = reach
+    if num_certain == 0:
+        return None
+    counts[num_certain:] = np.rint(scaled[num_certain:] / s)
+    return counts, s, error_of_s, num_certain
+
+
+def _decimals(values: np.ndarray) -> int | None:
+    """To how many decimals values were rounded, if to fewer than float32 holds."""
+    coarsest = 4 * FLOAT32 * np.abs(values).max(initial=0)
+    for decimals in range(1, 7):
+        if (
+            0.5 * 10.0**-decimals > coarsest
+            and (np.abs(values - values.round(decimals)) <= 2 * FLOAT32 * np.abs(values) + 1e-12).all()
+        ):
+            return decimals
+    return None
+
+
+def _row(matrix: sparse.csr_matrix, row: int) -> np.ndarray:
+    return matrix.data[matrix.indptr[row] : matrix.indptr[row + 1]]
