@@ -7,12 +7,14 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
+import scanpy as sc
 import torch
 from huggingface_hub import hf_api
 from tiny import assert_same_weights, column, read_log, tiny_config
 
 from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.data import CellSplit
+from wbdit_diffusers.data import CellSplit, write_cells
+from wbdit_diffusers.processing import log_normalize
 from wbdit_diffusers.sampling import SCHEDULERS
 from wbdit_diffusers.training import TrainingConfig, config_from_args, train
 
@@ -127,6 +129,23 @@ def test_the_paper_s_config_and_flags_over_it(pbmc, tmp_path):
     assert pipe.processor.config.values == "log" and not pipe.codec.config.standardize
     cells = pipe(num_cells=3, num_inference_steps=2).cells
     assert cells.X.min() >= 0 and cells.uns["wbdit"]["X"] == "log expression"
+
+
+def test_log_normalised_counts_are_modelled_as_counts(pbmc, tmp_path):
+    """Values come back on the scale of the file, with the counts beside them, also through a file."""
+    log_values = pbmc.copy()
+    sc.pp.normalize_total(log_values, target_sum=1e4)
+    sc.pp.log1p(log_values)
+    train(log_values, tiny_config(tmp_path, values="log", label_keys=["cell_type"], max_train_steps=2))
+    pipe = load(tmp_path)
+    assert type(pipe.codec).__name__ == "ProgramCodec"
+    cells = generate(pipe, 80)
+    counts, library_size = cells.layers["counts"], cells.obs["library_size"].to_numpy()
+    assert (counts.data > 0).all() and (counts.data == np.rint(counts.data)).all()
+    np.testing.assert_allclose(cells.X.toarray(), log_normalize(counts, library_size).toarray(), rtol=1e-5)
+    write_cells(tmp_path / "cells.h5ad", pipe.stream(80, batch_size=30, generator=torch.Generator().manual_seed(3)))
+    written = ad.read_h5ad(tmp_path / "cells.h5ad")
+    assert (written.layers["counts"] != counts).nnz == 0 and (written.X != cells.X).nnz == 0
 
 
 # ==================== Sources ====================
