@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,7 @@ def fit_programs(
     torch.manual_seed(config.seed)
     codec = ProgramCodec(dataset.matrix.shape[1], num_programs, config.codec_hidden_size).to(device)
     codec.fit_statistics(dataset.matrix, dataset.library_size)
-    noise = _noise_parameters(codec)
-    others = [parameter for parameter in codec.parameters() if all(parameter is not one for one in noise)]
-    optimizer = torch.optim.Adam(
-        [{"params": others}, {"params": noise, "lr": config.dispersion_learning_rate}], lr=config.codec_learning_rate
-    )
+    optimizer = _optimizer(config, codec, codec.parameters(), config.codec_learning_rate)
 
     def loss_of(cells: np.ndarray) -> torch.Tensor:
         negative_log_likelihood, divergence = codec(*(values.to(device) for values in dataset.cells(cells)))
@@ -162,11 +159,7 @@ def refit_decoder(config: TrainingConfig, dataset: CellDataset, codec: ProgramCo
         programs (`torch.Tensor` of shape `(cells, num_programs)`): Programs of the training cells.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    noise = _noise_parameters(codec)
-    others = [parameter for parameter in codec.heads.parameters() if all(parameter is not one for one in noise)]
-    optimizer = torch.optim.Adam(
-        [{"params": others}, {"params": noise, "lr": config.dispersion_learning_rate}], lr=config.decoder_learning_rate
-    )
+    optimizer = _optimizer(config, codec, codec.heads.parameters(), config.decoder_learning_rate)
     lr_scheduler = get_scheduler("cosine", optimizer, num_training_steps=config.decoder_steps, num_warmup_steps=0)
     for _ in tqdm(range(config.decoder_steps), desc="Decoder", unit=" steps", mininterval=1):
         cells = torch.randint(len(dataset), (2 * config.codec_batch_size,), generator=generator)
@@ -185,9 +178,14 @@ def prior_loss(config: TrainingConfig, codec: ProgramCodec, num_cells: int) -> t
     return squares * config.program_prior_precision / (2 * num_cells)
 
 
-def _noise_parameters(codec: ProgramCodec) -> list[torch.nn.Parameter]:
-    """What says how much each gene varies in cells of the same programs."""
-    return [codec.heads["log_theta"].bias, *codec.gene_parameters.values()]
+def _optimizer(
+    config: TrainingConfig, codec: ProgramCodec, parameters: Iterable[torch.nn.Parameter], learning_rate: float
+) -> torch.optim.Adam:
+    """Adam with a learning rate of its own for what says how much each gene varies in cells of the same programs."""
+    noise = [codec.heads["log_theta"].bias, *codec.gene_parameters.values()]
+    others = [parameter for parameter in parameters if all(parameter is not one for one in noise)]
+    groups = [{"params": others}, {"params": noise, "lr": config.dispersion_learning_rate}]
+    return torch.optim.Adam(groups, lr=learning_rate)
 
 
 CODECS: dict[str, tuple[Any, Any]] = {
