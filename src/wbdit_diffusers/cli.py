@@ -21,6 +21,10 @@ def build_parser() -> argparse.ArgumentParser:
             " cells of any generator with --train and --test.",
         )
     )
+    programs = commands.add_parser("programs", help="Write what each gene program of a model does, as a table.")
+    programs.add_argument("model", help="A folder that a training wrote, or a Hub id.")
+    programs.add_argument("--output", type=Path, help="The .csv file for all loadings, genes × programs.")
+    programs.add_argument("--num_genes", type=int, default=10, help="Genes to list of each program. Default: 10.")
     prepare = commands.add_parser("prepare", help="Fetch a public dataset of the paper's reproduction.")
     prepare.add_argument("dataset", help="Its name; `wbdit prepare list` prints them.")
     prepare.add_argument("--output", type=Path, help="The .h5ad file to write; DATASET.h5ad by default.")
@@ -162,6 +166,28 @@ def _cells_of_files(args: argparse.Namespace) -> tuple[list, Any, Any, dict[str,
     return samples, read_cells(args.train), read_cells(args.test), settings
 
 
+def programs(args: argparse.Namespace):
+    import pandas as pd
+
+    from .interpretation import program_table
+    from .models import ProgramCodec
+    from .pipelines import ScRNAGenerationPipeline
+
+    pipe = ScRNAGenerationPipeline.from_pretrained(args.model)
+    if not isinstance(pipe.codec, ProgramCodec):
+        raise ValueError(f"{args.model} has no gene programs: it was trained with {type(pipe.codec).__name__}.")
+    if args.num_genes < 1:
+        raise ValueError(f"--num_genes is at least 1, not {args.num_genes}.")
+    var_names = pipe.processor.var_names
+    table = program_table(pipe.codec, var_names, args.num_genes)
+    for name, row in table.iterrows():
+        print(f"{name} ({row.explained:.1%})\n  up:   {row.up}\n  down: {row.down}")
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(pipe.codec.loadings.numpy(), var_names.rename("gene"), table.index).to_csv(args.output)
+        print(f"The loadings of {len(var_names)} genes are in {args.output}.")
+
+
 def prepare(args: argparse.Namespace):
     from .data.datasets import RECIPES
     from .data.datasets import prepare as fetch
@@ -185,7 +211,7 @@ def main(argv: list[str] | None = None):
         return train(argv[1:], prog="wbdit train")
     args = build_parser().parse_args(argv)
     try:
-        {"generate": generate, "evaluate": evaluate, "prepare": prepare}[args.command](args)
+        {"generate": generate, "evaluate": evaluate, "programs": programs, "prepare": prepare}[args.command](args)
     except (ValueError, OSError) as error:
         print(f"wbdit {args.command}: {error}", file=sys.stderr)
         sys.exit(2)

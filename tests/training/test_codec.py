@@ -11,7 +11,13 @@ from tiny import tiny_config
 
 from wbdit_diffusers import ExpressionCodec, ProgramCodec, ScRNAProcessor
 from wbdit_diffusers.data import CellDataset
-from wbdit_diffusers.training.codec import fit_expression_codec, fit_program_codec, fit_programs, refit_decoder
+from wbdit_diffusers.training.codec import (
+    fit_expression_codec,
+    fit_program_codec,
+    fit_programs,
+    refit_decoder,
+    rotate_programs,
+)
 
 
 CPU = torch.device("cpu")
@@ -109,6 +115,47 @@ def test_refitting_makes_the_final_programs_say_more_of_their_cells(dataset, tmp
     refit_decoder(config, dataset, codec, programs)
     assert negative_log_likelihood(dataset, codec, programs) < 0.99 * before
     assert all(torch.equal(old, new) for old, new in zip(encoder, codec.encoder.parameters()))
+
+
+def test_rotation_changes_no_distribution(dataset, tmp_path):
+    """Only how it is described: uncorrelated, ordered programs that raise few genes by much."""
+    config = tiny_config(tmp_path, codec_max_steps=200, decoder_steps=20)
+    codec, _ = fit_programs(config, dataset, 6, CPU, deadline=np.inf)
+    cells = dataset.cells(slice(None))
+    with torch.no_grad():
+        before = codec.decode(codec.encode(*cells)).mean()
+        variance = codec.posterior(*cells)[1].exp().sum(1)
+    rotate_programs(codec, dataset, codec.encode(*cells)[:, :-1].detach(), seed=0)
+    with torch.no_grad():
+        programs = codec.encode(*cells)[:, :-1]
+        torch.testing.assert_close(codec.decode(codec.encode(*cells)).mean(), before, rtol=1e-3, atol=1e-4)
+        assert codec.posterior(*cells)[1].exp().mean() < variance.max()
+    torch.testing.assert_close(programs.T.cov(), torch.eye(6), atol=0.02, rtol=0)
+    codec.standardize_latents(codec.encode(*cells).detach())
+    explained = codec.weighted_loadings.square().sum(0)
+    assert (explained.diff() < 1e-4).all() and (codec.weighted_loadings.pow(3).sum(0) > 0).all()
+
+
+def test_independent_programs_are_found(dataset):
+    """Whatever axes the fit had: of two independent programs that are mixed, each comes back alone."""
+    torch.manual_seed(0)
+    sources = torch.distributions.Laplace(0.0, 1.0).sample((len(dataset), 2))
+    codec = ProgramCodec(100, 2, hidden_size=4)
+    codec.fit_statistics(dataset.matrix, dataset.library_size)
+    mixing = torch.tensor([[1.0, 0.6], [-0.4, 1.0]])
+    old_weight = codec.heads["log_rates"].weight.clone()
+    rotate_programs(codec, dataset, sources @ mixing.T, seed=0)
+    # W' = W A⁻¹, so that W' A mixing is what the sources do to the genes
+    pulled_back = torch.linalg.lstsq(old_weight @ mixing, codec.heads["log_rates"].weight).solution.abs()
+    small, large = pulled_back.sort(dim=0).values
+    assert (small < 0.15 * large).all() and set(pulled_back.argmax(0).tolist()) == {0, 1}
+
+
+def test_few_cells_are_not_rotated(dataset):
+    codec = ProgramCodec(100, 8, hidden_size=4)
+    before = codec.heads["log_rates"].weight.clone()
+    rotate_programs(codec, dataset, torch.randn(15, 8), seed=0)
+    assert torch.equal(codec.heads["log_rates"].weight, before)
 
 
 def test_the_fit_follows_the_cells(searched, dataset):

@@ -46,8 +46,8 @@ def write_cells(path: str | Path, batches: Iterable[ad.AnnData]) -> tuple[int, i
 
     Args:
         path (`str` or `Path`): The .h5ad file.
-        batches (`Iterable[AnnData]`): Cells with the same genes, `obs` columns and categories, `X` and layers in CSR;
-            as [`ScRNAGenerationPipeline.stream`] yields them.
+        batches (`Iterable[AnnData]`): Cells with the same genes, `obs` columns and categories, `X` and layers in
+            CSR, `obsm` in arrays; as [`ScRNAGenerationPipeline.stream`] yields them.
 
     Returns:
         `tuple[int, int]`: number of cells and of genes.
@@ -69,6 +69,11 @@ def write_cells(path: str | Path, batches: Iterable[ad.AnnData]) -> tuple[int, i
     layers = {name: growable(layer) for name, layer in batch.layers.items()}
     with h5py.File(partial, "w") as file:
         ad.io.write_elem(file, "/", ad.AnnData(growable(batch.X), layers=layers, var=batch.var, uns=batch.uns))
+        for name, matrix in batch.varm.items():
+            ad.io.write_elem(file["varm"], name, matrix)
+        for name, matrix in batch.obsm.items():
+            shape = {"maxshape": (None, *matrix.shape[1:])}
+            ad.io.write_elem(file["obsm"], name, matrix, dataset_kwargs=growing | shape)
         del file["obs"]
         ad.io.write_elem(file, "obs", batch.obs, dataset_kwargs=growing)
         obs = file["obs"]
@@ -77,6 +82,8 @@ def write_cells(path: str | Path, batches: Iterable[ad.AnnData]) -> tuple[int, i
             ad.io.sparse_dataset(file["X"], should_cache_indptr=False).append(batch.X)
             for name, layer in batch.layers.items():
                 ad.io.sparse_dataset(file["layers"][name], should_cache_indptr=False).append(layer)
+            for name, matrix in batch.obsm.items():
+                _append(file["obsm"][name], matrix)
             _append(obs[obs.attrs["_index"]], batch.obs_names.to_numpy(dtype=object))
             for key, column in batch.obs.items():
                 if isinstance(obs[key], h5py.Group):
@@ -89,7 +96,7 @@ def write_cells(path: str | Path, batches: Iterable[ad.AnnData]) -> tuple[int, i
 
 
 def _append(dataset, values: np.ndarray):
-    """To a one-dimensional HDF5 dataset."""
+    """To an HDF5 dataset, along its first dimension."""
     dataset.resize(len(dataset) + len(values), axis=0)
     dataset[-len(values) :] = values
 

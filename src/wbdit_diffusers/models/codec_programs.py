@@ -22,8 +22,8 @@ class ProgramCodec(ModelMixin, ConfigMixin):
 
     With the mixture of negative binomials `log rates = W programs + b` over the modelled genes and one bin for all
     others, and `log θ = V programs + c` (a gene that varies much in one cell type need not in another); what outliers
-    are like is a property of the gene. Row `g` of `W`, `heads["log_rates"].weight`, says how much each program raises
-    the log rate of gene `g`.
+    are like is a property of the gene. Row `g` of `W` says how much each program raises the log rate of gene `g`: see
+    [`~ProgramCodec.loadings`].
 
     The prior of the programs is the denoiser, not the standard normal distribution: the divergence from that enters
     the loss with a small weight, only to keep the encoder from fitting the noise of single counts.
@@ -91,6 +91,28 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         self.latents_mean.add_(latents.mean(0) * self.latents_std)
         self.latents_std.mul_(latents.std(0).clamp(min=1e-3))
 
+    @torch.no_grad()
+    def change_axes(self, matrix: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor):
+        """
+        Describes cells by `matrix (programs - mean)` instead of `programs`: encoder and decoder change together, and
+        no distribution that is decoded does. Call it before [`~ProgramCodec.standardize_latents`].
+
+        Args:
+            matrix (`torch.Tensor` of shape `(num_programs, num_programs)`): Invertible.
+            mean (`torch.Tensor` of shape `(num_programs,)`): The old programs that become 0.
+            variance (`torch.Tensor` of shape `(num_programs,)`):
+                Average posterior variances of the old programs. Those of the new ones are alike in all cells from now
+                on, as correlations between programs have no place in the encoder.
+        """
+        inverse = torch.linalg.inv(matrix)
+        for head in self.heads.values():
+            head.bias.add_(head.weight @ mean)
+            head.weight.copy_(head.weight @ inverse)
+        self.to_mean.bias.copy_(matrix @ (self.to_mean.bias - mean))
+        self.to_mean.weight.copy_(matrix @ self.to_mean.weight)
+        self.to_log_variance.bias.copy_((matrix.square() @ variance).log())
+        self.to_log_variance.weight.zero_()
+
     def forward(self, counts: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -110,6 +132,32 @@ class ProgramCodec(ModelMixin, ConfigMixin):
     def decoder_loss(self, programs: torch.Tensor, counts: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihood `(cells,)` of counts `(cells, genes)` given programs `(cells, num_programs)`."""
         return -self.decode_programs(programs, library_size).log_prob(_bins(counts, library_size))
+
+    # ==================== What the programs are ====================
+
+    @property
+    def loadings(self) -> torch.Tensor:
+        """
+        How much one standard deviation of each program raises a gene's log rate, `(genes, num_programs)`, against the
+        average of all counts: a program that raises all genes alike would change no cell.
+        """
+        log_rates = self.heads["log_rates"]
+        loadings = log_rates.weight.detach().float() * self.latents_std[:-1]  # (genes + 1, num_programs)
+        return (loadings - self._mean_proportions() @ loadings)[:-1]
+
+    @property
+    def weighted_loadings(self) -> torch.Tensor:
+        """
+        The loadings times `sqrt(m / (1 + m))`, where `m` is the gene's count in an average cell: the root of the
+        information that a count of Poisson noise, on a log scale with one count added, holds of its log rate.
+        """
+        mean_counts = self._mean_proportions()[:-1] * self.latents_mean[-1].exp()
+        return self.loadings * (mean_counts / (1 + mean_counts)).sqrt()[:, None]
+
+    def _mean_proportions(self) -> torch.Tensor:
+        """Each bin's share of the library of a cell with average programs, `(genes + 1,)`."""
+        log_rates = self.heads["log_rates"](self.latents_mean[:-1].to(self.dtype))
+        return torch.softmax(log_rates.detach().float(), dim=0)
 
     # ==================== Cells to latents ====================
 

@@ -17,6 +17,7 @@ from scipy import sparse
 
 from ..data.dataset import CellDataset, encode_cells
 from ..hub.model_card import push_model_card
+from ..interpretation.programs import add_programs
 from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
@@ -86,11 +87,9 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                 f" condition_sizes={needed[1]} need a denoiser of the same sizes, not sample_size={got[0]} and"
                 f" condition_sizes={got[1]}."
             )
-        if codec.config.num_genes != len(processor.var_names):
-            raise ValueError(
-                f"`codec` and `processor` are not of one model: {codec.config.num_genes} genes and"
-                f" {len(processor.var_names)} genes."
-            )
+        num_genes = codec.config.num_genes, len(processor.var_names)
+        if num_genes[0] != num_genes[1]:
+            raise ValueError("`codec` and `processor` are not of one model: {} genes and {} genes.".format(*num_genes))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "ScRNAGenerationPipeline":
@@ -386,8 +385,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         if library_size is None and self.processor.has_library_size and not self.codec.models_library_size:
             codes = self.processor.encode_conditions({}, len(latents)) if class_labels is None else class_labels
             library_size = self.processor.sample_library_size(codes, uniform)
-        num_genes = self.codec.config.num_genes
-        matrices, sizes = [], []
+        num_genes, matrices, sizes = self.codec.config.num_genes, [], []
         for part, rows in noise.parts(max(1, VALUES_AT_ONCE // (num_genes * CELLS_PER_BLOCK))):
             distribution = self.codec.decode(latents[rows], None if library_size is None else library_size[rows])
             values = distribution.icdf(part.uniform(distribution.num_values, dtype=torch.float64))
@@ -396,7 +394,10 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
             sizes.append(values.sum(1) if values.shape[1] > num_genes else distribution.library_size)
         matrix = sparse.vstack(matrices, format="csr")
         all_sizes = torch.cat(sizes) if self.processor.has_library_size else None
-        return self.processor.to_anndata(matrix, class_labels, all_sizes, first_cell=first_cell)
+        cells = self.processor.to_anndata(matrix, class_labels, all_sizes, first_cell=first_cell)
+        if isinstance(self.codec, ProgramCodec):
+            add_programs(cells, self.codec, latents)
+        return cells
 
     @torch.no_grad()
     def encode_cells(self, adata: ad.AnnData) -> torch.Tensor:
@@ -453,8 +454,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
             rows = slice(start, min(start + MAX_CELLS_PER_BATCH, len(latents)))
             batch = noise.batch(rows.start, rows.stop)
             uniform = batch.uniform(1).cpu()[:, 0]
-            labels = class_labels if class_labels is None else class_labels[rows]
-            sizes = library_size if library_size is None else library_size[rows]
+            labels, sizes = (None if values is None else values[rows] for values in (class_labels, library_size))
             device_latents = latents[rows].to(self.codec.device)
             batches.append(self._to_cells(device_latents, labels, sizes, batch, uniform, first_cell=start))
         return ad.concat(batches, merge="same")

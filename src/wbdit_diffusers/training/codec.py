@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers.optimization import get_scheduler
+from sklearn.decomposition import FastICA
+from sklearn.exceptions import ConvergenceWarning
 from tqdm.auto import tqdm
 
 from ..data.dataset import CellDataset, encode_cells
@@ -66,7 +69,8 @@ def fit_program_codec(config: TrainingConfig, dataset: CellDataset, device: torc
 
     Unless their number is given, there are twice as many programs as long as they make the loss of the cells set aside
     lower by `min_program_gain`: each one is a dimension more for the denoiser to learn, and smaller gains cost more
-    there than they bring here. Then the decoder alone is fitted once more, and the latents are standardised.
+    there than they bring here. Then the decoder alone is fitted once more, the programs are rotated to axes that can
+    be read, and the latents are standardised.
     """
     minutes = math.inf if config.max_train_minutes is None else config.max_train_minutes * config.codec_time_fraction
     deadline = time.monotonic() + 60 * minutes
@@ -78,7 +82,8 @@ def fit_program_codec(config: TrainingConfig, dataset: CellDataset, device: torc
         codec, best_loss = larger, loss
     latents = encode_cells(dataset, codec)  # not yet standardised: the programs, and the log library size
     refit_decoder(config, dataset, codec, latents[:, :-1])
-    codec.standardize_latents(latents)
+    rotate_programs(codec, dataset, latents[:, :-1], config.seed)
+    codec.standardize_latents(encode_cells(dataset, codec))
     return codec.eval()
 
 
@@ -170,6 +175,48 @@ def refit_decoder(config: TrainingConfig, dataset: CellDataset, codec: ProgramCo
         loss.backward()
         optimizer.step()
         lr_scheduler.step()
+
+
+@torch.no_grad()
+def rotate_programs(codec: ProgramCodec, dataset: CellDataset, programs: torch.Tensor, seed: int):
+    """
+    Independent component analysis of the training cells' programs. The likelihood is the same along any axes; along
+    these a response such as that to interferon is one program instead of four (lab/experiments.md).
+
+    The new programs are uncorrelated, come in the order of what they explain, and point to where they raise few genes
+    by much rather than many by little.
+
+    Args:
+        codec ([`ProgramCodec`]): Fitted; its axes are changed, and nothing that it decodes.
+        dataset ([`CellDataset`]): Training cells.
+        programs (`torch.Tensor` of shape `(cells, num_programs)`): Their programs. With fewer than two cells for each
+            program nothing is changed.
+        seed (`int`): Of the analysis.
+    """
+    if len(programs) < 2 * programs.shape[1]:
+        return
+    analysis = FastICA(whiten="unit-variance", max_iter=1000, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # any rotation will do, if there is no best one
+        analysis.fit(programs.double().numpy())
+    matrix = torch.from_numpy(
+        analysis.components_
+    )  # (num_programs, num_programs), of the old programs less their mean
+    cells = np.random.default_rng(seed).permutation(len(dataset))[:MAX_VALIDATION_CELLS]
+    counts, library_size = (values.to(codec.device) for values in dataset.cells(cells))
+    variance = codec.posterior(counts, library_size)[1].exp().mean(0)
+    mean = programs.mean(0).to(codec.device)
+    codec.change_axes(matrix.to(variance), mean, variance)
+
+    # Ordered and signed by the loadings as they are now
+    codec.standardize_latents(encode_cells(dataset, codec))
+    loadings = codec.weighted_loadings  # (genes, num_programs)
+    signs = torch.where(loadings.pow(3).sum(0) < 0, -1.0, 1.0)
+    order = loadings.square().sum(0).argsort(descending=True)
+    codec.latents_mean.zero_()
+    codec.latents_std.fill_(1.0)
+    axes = (torch.eye(len(order), device=codec.device) * signs)[order]
+    codec.change_axes(axes, torch.zeros_like(mean), codec.to_log_variance.bias.exp())
 
 
 def prior_loss(config: TrainingConfig, codec: ProgramCodec, num_cells: int) -> torch.Tensor:

@@ -1,0 +1,6 @@
+"""What a trained pipeline has learnt, to be read."""
+
+from .programs import program_table
+
+
+__all__ = ["program_table"]
