@@ -151,10 +151,11 @@ def test_independent_programs_are_found(dataset):
     assert (small < 0.15 * large).all() and set(pulled_back.argmax(0).tolist()) == {0, 1}
 
 
-def test_few_cells_are_not_rotated(dataset):
+def test_few_cells_and_flat_programs_are_not_rotated(dataset):
     codec = ProgramCodec(100, 8, hidden_size=4)
     before = codec.heads["log_rates"].weight.clone()
     rotate_programs(codec, dataset, torch.randn(15, 8), seed=0)
+    rotate_programs(codec, dataset, torch.randn(len(dataset), 8) * torch.arange(8), seed=0)  # the first is always 0
     assert torch.equal(codec.heads["log_rates"].weight, before)
 
 

@@ -190,10 +190,11 @@ def rotate_programs(codec: ProgramCodec, dataset: CellDataset, programs: torch.T
         codec ([`ProgramCodec`]): Fitted; its axes are changed, and nothing that it decodes.
         dataset ([`CellDataset`]): Training cells.
         programs (`torch.Tensor` of shape `(cells, num_programs)`): Their programs. With fewer than two cells for each
-            program nothing is changed.
+            program, or a program that is the same in all cells, nothing is changed.
         seed (`int`): Of the analysis.
     """
-    if len(programs) < 2 * programs.shape[1]:
+    is_flat = torch.linalg.matrix_rank(programs - programs.mean(0)) < programs.shape[1]
+    if len(programs) < 2 * programs.shape[1] or is_flat:
         return
     analysis = FastICA(whiten="unit-variance", max_iter=1000, random_state=seed)
     with warnings.catch_warnings():
