@@ -125,6 +125,7 @@ def test_rotation_changes_no_distribution(dataset, tmp_path):
     with torch.no_grad():
         before = codec.decode(codec.encode(*cells)).mean()
         variance = codec.posterior(*cells)[1].exp().sum(1)
+        codec.standardize_latents(codec.encode(*cells))
     rotate_programs(codec, dataset, codec.encode(*cells)[:, :-1].detach(), seed=0)
     with torch.no_grad():
         programs = codec.encode(*cells)[:, :-1]

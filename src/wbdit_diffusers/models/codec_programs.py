@@ -92,19 +92,24 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         self.latents_std.mul_(latents.std(0).clamp(min=1e-3))
 
     @torch.no_grad()
-    def change_axes(self, matrix: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor):
+    def change_axes(self, matrix: torch.Tensor, variance: torch.Tensor):
         """
-        Describes cells by `matrix (programs - mean)` instead of `programs`: encoder and decoder change together, and
-        no distribution that is decoded does. Call it before [`~ProgramCodec.standardize_latents`].
+        Describes cells by `matrix @ programs` of the standardised programs: encoder and decoder change together, and
+        no distribution that is decoded does. Call it after [`~ProgramCodec.standardize_latents`].
 
         Args:
-            matrix (`torch.Tensor` of shape `(num_programs, num_programs)`): Invertible.
-            mean (`torch.Tensor` of shape `(num_programs,)`): The old programs that become 0.
+            matrix (`torch.Tensor` of shape `(num_programs, num_programs)`):
+                Invertible; the new programs have variance 1 in the training cells, as the old ones.
             variance (`torch.Tensor` of shape `(num_programs,)`):
-                Average posterior variances of the old programs. Those of the new ones are alike in all cells from now
-                on, as correlations between programs have no place in the encoder.
+                Average posterior variances of the old programs as the encoder gives them, before they are
+                standardised. Those of the new ones are alike in all cells from now on, as correlations between
+                programs have no place in the encoder.
         """
-        inverse = torch.linalg.inv(matrix)
+        mean, std = self.latents_mean[:-1].clone(), self.latents_std[:-1].clone()
+        matrix, inverse = (
+            matrix / std,
+            std[:, None] * torch.linalg.inv(matrix),
+        )  # of programs that are not standardised
         for head in self.heads.values():
             head.bias.add_(head.weight @ mean)
             head.weight.copy_(head.weight @ inverse)
@@ -112,6 +117,7 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         self.to_mean.weight.copy_(matrix @ self.to_mean.weight)
         self.to_log_variance.bias.copy_((matrix.square() @ variance).log())
         self.to_log_variance.weight.zero_()
+        self.latents_mean[:-1], self.latents_std[:-1] = 0, 1
 
     def forward(self, counts: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """

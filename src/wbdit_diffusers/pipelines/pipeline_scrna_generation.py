@@ -1,6 +1,5 @@
 """`ScRNAGenerationPipeline`: noise in, an AnnData of cells out."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,10 +11,10 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import replace_example_docstring
-from safetensors import SafetensorError, safe_open
 from scipy import sparse
 
 from ..data.dataset import CellDataset, encode_cells
+from ..hub.folder import check_folder
 from ..hub.model_card import push_model_card
 from ..interpretation.programs import add_programs
 from ..models.codec_expression import ExpressionCodec
@@ -87,9 +86,11 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                 f" condition_sizes={needed[1]} need a denoiser of the same sizes, not sample_size={got[0]} and"
                 f" condition_sizes={got[1]}."
             )
-        num_genes = codec.config.num_genes, len(processor.var_names)
-        if num_genes[0] != num_genes[1]:
-            raise ValueError("`codec` and `processor` are not of one model: {} genes and {} genes.".format(*num_genes))
+        if codec.config.num_genes != len(processor.var_names):
+            raise ValueError(
+                f"`codec` and `processor` are not of one model: {codec.config.num_genes} genes and"
+                f" {len(processor.var_names)} genes."
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "ScRNAGenerationPipeline":
@@ -100,7 +101,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
             OSError: If the folder holds no pipeline of this class, or a damaged one.
         """
         if Path(pretrained_model_name_or_path).is_dir():
-            _check_folder(Path(pretrained_model_name_or_path))
+            check_folder(Path(pretrained_model_name_or_path), cls)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
@@ -385,7 +386,8 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         if library_size is None and self.processor.has_library_size and not self.codec.models_library_size:
             codes = self.processor.encode_conditions({}, len(latents)) if class_labels is None else class_labels
             library_size = self.processor.sample_library_size(codes, uniform)
-        num_genes, matrices, sizes = self.codec.config.num_genes, [], []
+        num_genes = self.codec.config.num_genes
+        matrices, sizes = [], []
         for part, rows in noise.parts(max(1, VALUES_AT_ONCE // (num_genes * CELLS_PER_BLOCK))):
             distribution = self.codec.decode(latents[rows], None if library_size is None else library_size[rows])
             values = distribution.icdf(part.uniform(distribution.num_values, dtype=torch.float64))
@@ -479,22 +481,3 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         """
         push_model_card(self, repo_id, private=kwargs.get("private"), token=kwargs.get("token"))
         return super().push_to_hub(repo_id, **kwargs)
-
-
-def _check_folder(folder: Path):
-    """Raises, before anything is loaded, if the folder is no pipeline of ours or a weight file is cut off."""
-    index = folder / ScRNAGenerationPipeline.config_name
-    if not index.is_file():
-        raise OSError(
-            f"{folder} is no pipeline: it has no {index.name}. Give the --output_dir of a training, a folder written"
-            " by `save_pretrained`, or a Hub id."
-        )
-    class_name = json.loads(index.read_text()).get("_class_name")
-    if class_name != ScRNAGenerationPipeline.__name__:
-        raise OSError(f"{folder} holds a {class_name}: load it with that class.")
-    for path in sorted(folder.glob("*/*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise OSError(f"{path} is truncated or damaged ({error}): copy or download it again.") from error

@@ -69,8 +69,8 @@ def fit_program_codec(config: TrainingConfig, dataset: CellDataset, device: torc
 
     Unless their number is given, there are twice as many programs as long as they make the loss of the cells set aside
     lower by `min_program_gain`: each one is a dimension more for the denoiser to learn, and smaller gains cost more
-    there than they bring here. Then the decoder alone is fitted once more, the programs are rotated to axes that can
-    be read, and the latents are standardised.
+    there than they bring here. Then the decoder alone is fitted once more, the latents are standardised, and the
+    programs rotated to axes that can be read.
     """
     minutes = math.inf if config.max_train_minutes is None else config.max_train_minutes * config.codec_time_fraction
     deadline = time.monotonic() + 60 * minutes
@@ -82,8 +82,8 @@ def fit_program_codec(config: TrainingConfig, dataset: CellDataset, device: torc
         codec, best_loss = larger, loss
     latents = encode_cells(dataset, codec)  # not yet standardised: the programs, and the log library size
     refit_decoder(config, dataset, codec, latents[:, :-1])
-    rotate_programs(codec, dataset, latents[:, :-1], config.seed)
-    codec.standardize_latents(encode_cells(dataset, codec))
+    codec.standardize_latents(latents)
+    rotate_programs(codec, dataset, encode_cells(dataset, codec)[:, :-1], config.seed)
     return codec.eval()
 
 
@@ -187,10 +187,10 @@ def rotate_programs(codec: ProgramCodec, dataset: CellDataset, programs: torch.T
     by much rather than many by little.
 
     Args:
-        codec ([`ProgramCodec`]): Fitted; its axes are changed, and nothing that it decodes.
+        codec ([`ProgramCodec`]): Fitted, its latents standardised; its axes are changed, and nothing that it decodes.
         dataset ([`CellDataset`]): Training cells.
-        programs (`torch.Tensor` of shape `(cells, num_programs)`): Their programs. With fewer than two cells for each
-            program, or a program that is the same in all cells, nothing is changed.
+        programs (`torch.Tensor` of shape `(cells, num_programs)`): Theirs, standardised. With fewer than two cells
+            for each program, or a program that is the same in all cells, nothing is changed.
         seed (`int`): Of the analysis.
     """
     is_flat = torch.linalg.matrix_rank(programs - programs.mean(0)) < programs.shape[1]
@@ -200,24 +200,15 @@ def rotate_programs(codec: ProgramCodec, dataset: CellDataset, programs: torch.T
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # any rotation will do, if there is no best one
         analysis.fit(programs.double().numpy())
-    matrix = torch.from_numpy(
-        analysis.components_
-    )  # (num_programs, num_programs), of the old programs less their mean
     cells = np.random.default_rng(seed).permutation(len(dataset))[:MAX_VALIDATION_CELLS]
     counts, library_size = (values.to(codec.device) for values in dataset.cells(cells))
     variance = codec.posterior(counts, library_size)[1].exp().mean(0)
-    mean = programs.mean(0).to(codec.device)
-    codec.change_axes(matrix.to(variance), mean, variance)
 
-    # Ordered and signed by the loadings as they are now
-    codec.standardize_latents(encode_cells(dataset, codec))
-    loadings = codec.weighted_loadings  # (genes, num_programs)
+    matrix = torch.from_numpy(analysis.components_).to(variance)  # (num_programs, num_programs), new from old
+    loadings = codec.weighted_loadings @ torch.linalg.inv(matrix)  # (genes, num_programs), of the new ones
     signs = torch.where(loadings.pow(3).sum(0) < 0, -1.0, 1.0)
     order = loadings.square().sum(0).argsort(descending=True)
-    codec.latents_mean.zero_()
-    codec.latents_std.fill_(1.0)
-    axes = (torch.eye(len(order), device=codec.device) * signs)[order]
-    codec.change_axes(axes, torch.zeros_like(mean), codec.to_log_variance.bias.exp())
+    codec.change_axes((signs[:, None] * matrix)[order], variance)
 
 
 def prior_loss(config: TrainingConfig, codec: ProgramCodec, num_cells: int) -> torch.Tensor:
