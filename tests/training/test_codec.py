@@ -12,11 +12,11 @@ from tiny import tiny_config
 from wbdit_diffusers import ExpressionCodec, ProgramCodec, ScRNAProcessor
 from wbdit_diffusers.data import CellDataset
 from wbdit_diffusers.training.codec import (
+    find_program_axes,
     fit_expression_codec,
     fit_program_codec,
     fit_programs,
     refit_decoder,
-    rotate_programs,
 )
 
 
@@ -117,22 +117,21 @@ def test_refitting_makes_the_final_programs_say_more_of_their_cells(dataset, tmp
     assert all(torch.equal(old, new) for old, new in zip(encoder, codec.encoder.parameters()))
 
 
-def test_rotation_changes_no_distribution(dataset, tmp_path):
+def test_programs_are_read_along_axes_that_change_no_cell(dataset, tmp_path):
     """Only how it is described: uncorrelated, ordered programs that raise few genes by much."""
     config = tiny_config(tmp_path, codec_max_steps=200, decoder_steps=20)
     codec, _ = fit_programs(config, dataset, 6, CPU, deadline=np.inf)
     cells = dataset.cells(slice(None))
     with torch.no_grad():
-        before = codec.decode(codec.encode(*cells)).mean()
-        variance = codec.posterior(*cells)[1].exp().sum(1)
         codec.standardize_latents(codec.encode(*cells))
-    rotate_programs(codec, dataset, codec.encode(*cells)[:, :-1].detach(), seed=0)
-    with torch.no_grad():
-        programs = codec.encode(*cells)[:, :-1]
-        torch.testing.assert_close(codec.decode(codec.encode(*cells)).mean(), before, rtol=1e-3, atol=1e-4)
-        assert codec.posterior(*cells)[1].exp().mean() < variance.max()
-    torch.testing.assert_close(programs.T.cov(), torch.eye(6), atol=0.02, rtol=0)
-    codec.standardize_latents(codec.encode(*cells).detach())
+        latents = codec.encode(*cells)
+        log_rates = latents[:, :-1] @ codec.loadings.T
+        before = codec.decode(latents).mean()
+        find_program_axes(codec, latents[:, :-1], seed=0)
+        assert torch.equal(codec.encode(*cells), latents) and torch.equal(codec.decode(latents).mean(), before)
+    activities = codec.activities(latents)
+    torch.testing.assert_close(activities @ codec.loadings.T, log_rates, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(activities.T.cov(), torch.eye(6), atol=0.02, rtol=0)
     explained = codec.weighted_loadings.square().sum(0)
     assert (explained.diff() < 1e-4).all() and (codec.weighted_loadings.pow(3).sum(0) > 0).all()
 
@@ -144,20 +143,16 @@ def test_independent_programs_are_found(dataset):
     codec = ProgramCodec(100, 2, hidden_size=4)
     codec.fit_statistics(dataset.matrix, dataset.library_size)
     mixing = torch.tensor([[1.0, 0.6], [-0.4, 1.0]])
-    old_weight = codec.heads["log_rates"].weight.clone()
-    rotate_programs(codec, dataset, sources @ mixing.T, seed=0)
-    # W' = W A⁻¹, so that W' A mixing is what the sources do to the genes
-    pulled_back = torch.linalg.lstsq(old_weight @ mixing, codec.heads["log_rates"].weight).solution.abs()
-    small, large = pulled_back.sort(dim=0).values
-    assert (small < 0.15 * large).all() and set(pulled_back.argmax(0).tolist()) == {0, 1}
+    find_program_axes(codec, sources @ mixing.T, seed=0)
+    small, large = (codec.program_axes @ mixing).abs().sort(dim=0).values  # of each source in both programs
+    assert (small < 0.15 * large).all() and set((codec.program_axes @ mixing).abs().argmax(0).tolist()) == {0, 1}
 
 
-def test_few_cells_and_flat_programs_are_not_rotated(dataset):
+def test_few_cells_and_flat_programs_keep_their_axes(dataset):
     codec = ProgramCodec(100, 8, hidden_size=4)
-    before = codec.heads["log_rates"].weight.clone()
-    rotate_programs(codec, dataset, torch.randn(15, 8), seed=0)
-    rotate_programs(codec, dataset, torch.randn(len(dataset), 8) * torch.arange(8), seed=0)  # the first is always 0
-    assert torch.equal(codec.heads["log_rates"].weight, before)
+    find_program_axes(codec, torch.randn(15, 8), seed=0)
+    find_program_axes(codec, torch.randn(len(dataset), 8) * torch.arange(8), seed=0)  # the first is always 0
+    assert torch.equal(codec.program_axes, torch.eye(8))
 
 
 def test_the_fit_follows_the_cells(searched, dataset):

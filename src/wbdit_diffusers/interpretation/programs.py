@@ -47,13 +47,13 @@ def add_programs(cells: ad.AnnData, codec: ProgramCodec, latents: torch.Tensor):
     Writes the programs into an AnnData.
 
     Args:
-        cells (`AnnData`): Cells with the codec's genes in its order. Gets `varm["programs"]` (the loadings, see
-            [`~ProgramCodec.loadings`]), `obsm["X_programs"]` (the activities, in standard deviations of the training
-            cells') and `uns["programs"]` (`name` and `explained` of each, see [`program_table`]).
+        cells (`AnnData`): Cells with the codec's genes in its order. Gets `varm["programs"]` (see
+            [`~ProgramCodec.loadings`]), `obsm["X_programs"]` (see [`~ProgramCodec.activities`]) and `uns["programs"]`
+            (`name` and `explained` of each, see [`program_table`]).
         codec ([`ProgramCodec`]): The codec.
         latents (`torch.Tensor` of shape `(cells, num_features)`): The cells' latents.
     """
     table = program_table(codec, cells.var_names)
     cells.varm["programs"] = codec.loadings.cpu().numpy()
-    cells.obsm["X_programs"] = latents[:, :-1].float().cpu().numpy()
+    cells.obsm["X_programs"] = codec.activities(latents).cpu().numpy()
     cells.uns["programs"] = {key: table[key].to_numpy() for key in ("name", "explained")}

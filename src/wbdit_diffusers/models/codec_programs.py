@@ -57,6 +57,8 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         self.register_buffer("latents_mean", torch.zeros(num_programs + 1))
         self.register_buffer("latents_std", torch.ones(num_programs + 1))
         self.register_buffer("log_library_size_range", torch.tensor([0.0, math.inf]))
+        # The axes along which programs are read, of the standardised ones; the latents keep those of the fit
+        self.register_buffer("program_axes", torch.eye(num_programs))
 
     @property
     def num_features(self) -> int:
@@ -91,34 +93,6 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         self.latents_mean.add_(latents.mean(0) * self.latents_std)
         self.latents_std.mul_(latents.std(0).clamp(min=1e-3))
 
-    @torch.no_grad()
-    def change_axes(self, matrix: torch.Tensor, variance: torch.Tensor):
-        """
-        Describes cells by `matrix @ programs` of the standardised programs: encoder and decoder change together, and
-        no distribution that is decoded does. Call it after [`~ProgramCodec.standardize_latents`].
-
-        Args:
-            matrix (`torch.Tensor` of shape `(num_programs, num_programs)`):
-                Invertible; the new programs have variance 1 in the training cells, as the old ones.
-            variance (`torch.Tensor` of shape `(num_programs,)`):
-                Average posterior variances of the old programs as the encoder gives them, before they are
-                standardised. Those of the new ones are alike in all cells from now on, as correlations between
-                programs have no place in the encoder.
-        """
-        mean, std = self.latents_mean[:-1].clone(), self.latents_std[:-1].clone()
-        matrix, inverse = (
-            matrix / std,
-            std[:, None] * torch.linalg.inv(matrix),
-        )  # of programs that are not standardised
-        for head in self.heads.values():
-            head.bias.add_(head.weight @ mean)
-            head.weight.copy_(head.weight @ inverse)
-        self.to_mean.bias.copy_(matrix @ (self.to_mean.bias - mean))
-        self.to_mean.weight.copy_(matrix @ self.to_mean.weight)
-        self.to_log_variance.bias.copy_((matrix.square() @ variance).log())
-        self.to_log_variance.weight.zero_()
-        self.latents_mean[:-1], self.latents_std[:-1] = 0, 1
-
     def forward(self, counts: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -141,14 +115,24 @@ class ProgramCodec(ModelMixin, ConfigMixin):
 
     # ==================== What the programs are ====================
 
+    def activities(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        How much of each program cells have, in standard deviations of the training cells': `(cells, num_programs)`,
+        for latents `(cells, num_features)`.
+
+        Read along `program_axes`, which the training sets: linear in the latents, whose own axes mean nothing.
+        """
+        return latents[:, :-1].float() @ self.program_axes.float().T
+
     @property
     def loadings(self) -> torch.Tensor:
         """
-        How much one standard deviation of each program raises a gene's log rate, `(genes, num_programs)`, against the
-        average of all counts: a program that raises all genes alike would change no cell.
+        How much one standard deviation of each program (see [`~ProgramCodec.activities`]) raises a gene's log rate,
+        `(genes, num_programs)`, against the average of all counts: a program that raises all genes alike would change
+        no cell.
         """
-        log_rates = self.heads["log_rates"]
-        loadings = log_rates.weight.detach().float() * self.latents_std[:-1]  # (genes + 1, num_programs)
+        weight = self.heads["log_rates"].weight.detach().float() * self.latents_std[:-1]  # (genes + 1, num_programs)
+        loadings = weight @ torch.linalg.inv(self.program_axes.float())
         return (loadings - self._mean_proportions() @ loadings)[:-1]
 
     @property

@@ -69,8 +69,8 @@ def fit_program_codec(config: TrainingConfig, dataset: CellDataset, device: torc
 
     Unless their number is given, there are twice as many programs as long as they make the loss of the cells set aside
     lower by `min_program_gain`: each one is a dimension more for the denoiser to learn, and smaller gains cost more
-    there than they bring here. Then the decoder alone is fitted once more, the latents are standardised, and the
-    programs rotated to axes that can be read.
+    there than they bring here. Then the decoder alone is fitted once more, the latents are standardised, and
+    axes are found along which programs can be read.
     """
     minutes = math.inf if config.max_train_minutes is None else config.max_train_minutes * config.codec_time_fraction
     deadline = time.monotonic() + 60 * minutes
@@ -83,7 +83,7 @@ def fit_program_codec(config: TrainingConfig, dataset: CellDataset, device: torc
     latents = encode_cells(dataset, codec)  # not yet standardised: the programs, and the log library size
     refit_decoder(config, dataset, codec, latents[:, :-1])
     codec.standardize_latents(latents)
-    rotate_programs(codec, dataset, encode_cells(dataset, codec)[:, :-1], config.seed)
+    find_program_axes(codec, encode_cells(dataset, codec)[:, :-1], config.seed)
     return codec.eval()
 
 
@@ -178,19 +178,20 @@ def refit_decoder(config: TrainingConfig, dataset: CellDataset, codec: ProgramCo
 
 
 @torch.no_grad()
-def rotate_programs(codec: ProgramCodec, dataset: CellDataset, programs: torch.Tensor, seed: int):
+def find_program_axes(codec: ProgramCodec, programs: torch.Tensor, seed: int):
     """
-    Independent component analysis of the training cells' programs. The likelihood is the same along any axes; along
-    these a response such as that to interferon is one program instead of four (lab/experiments.md).
+    Independent component analysis of the training cells' programs: what is decoded is the same along any axes, and
+    along these a response such as that to interferon is one program instead of several (lab/experiments.md). The
+    latents keep their own axes.
 
-    The new programs are uncorrelated, come in the order of what they explain, and point to where they raise few genes
-    by much rather than many by little.
+    These programs are uncorrelated, come in the order of what they explain, and point to where they raise few genes by
+    much rather than many by little.
 
     Args:
-        codec ([`ProgramCodec`]): Fitted, its latents standardised; its axes are changed, and nothing that it decodes.
-        dataset ([`CellDataset`]): Training cells.
-        programs (`torch.Tensor` of shape `(cells, num_programs)`): Theirs, standardised. With fewer than two cells
-            for each program, or a program that is the same in all cells, nothing is changed.
+        codec ([`ProgramCodec`]): Fitted, its latents standardised; gets its `program_axes`.
+        programs (`torch.Tensor` of shape `(cells, num_programs)`):
+            Standardised programs of the training cells. With fewer than two cells for each program, or one that is the
+            same in all cells, they keep their axes.
         seed (`int`): Of the analysis.
     """
     is_flat = torch.linalg.matrix_rank(programs - programs.mean(0)) < programs.shape[1]
@@ -200,15 +201,11 @@ def rotate_programs(codec: ProgramCodec, dataset: CellDataset, programs: torch.T
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # any rotation will do, if there is no best one
         analysis.fit(programs.double().numpy())
-    cells = np.random.default_rng(seed).permutation(len(dataset))[:MAX_VALIDATION_CELLS]
-    counts, library_size = (values.to(codec.device) for values in dataset.cells(cells))
-    variance = codec.posterior(counts, library_size)[1].exp().mean(0)
-
-    matrix = torch.from_numpy(analysis.components_).to(variance)  # (num_programs, num_programs), new from old
-    loadings = codec.weighted_loadings @ torch.linalg.inv(matrix)  # (genes, num_programs), of the new ones
+    codec.program_axes.copy_(torch.from_numpy(analysis.components_))
+    loadings = codec.weighted_loadings  # (genes, num_programs)
     signs = torch.where(loadings.pow(3).sum(0) < 0, -1.0, 1.0)
     order = loadings.square().sum(0).argsort(descending=True)
-    codec.change_axes((signs[:, None] * matrix)[order], variance)
+    codec.program_axes.copy_((signs[:, None] * codec.program_axes)[order])
 
 
 def prior_loss(config: TrainingConfig, codec: ProgramCodec, num_cells: int) -> torch.Tensor:
