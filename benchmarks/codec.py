@@ -42,7 +42,8 @@ def nats_per_cell(codec: ProgramCodec, dataset: CellDataset) -> float:
     total = 0.0
     for start in range(0, len(dataset), CELLS_AT_ONCE):
         counts, library_size = dataset.cells(slice(start, start + CELLS_AT_ONCE))
-        distribution = codec.decode(codec.encode(counts, library_size), library_size)
+        given = library_size if codec.models_library_size else None
+        distribution = codec.decode(codec.encode(counts, library_size), given)
         total -= distribution.log_prob(counts).sum().item()
     return total / len(dataset)
 
@@ -60,7 +61,8 @@ def draw_cells(
         counts = distribution.icdf(uniform)
         matrices.append(sparse.csr_matrix(counts[:, : codec.config.num_genes].numpy()))
         library_sizes.append(counts.sum(1))
-    return processor.to_anndata(sparse.vstack(matrices, format="csr"), class_labels, torch.cat(library_sizes))
+    sizes = torch.cat(library_sizes) if codec.models_library_size else None
+    return processor.to_anndata(sparse.vstack(matrices, format="csr"), class_labels, sizes)
 
 
 def judge_codec(adata: ad.AnnData, label_key: str, config: TrainingConfig, num_samples: int) -> dict:
@@ -78,8 +80,9 @@ def judge_codec(adata: ad.AnnData, label_key: str, config: TrainingConfig, num_s
         `excess` and `metrics` of [`~evaluation.evaluate_cells`].
     """
     fitted_cells, aside_cells = CellSplit.draw(adata, label_key=label_key, seed=1).apply(adata)
-    processor = ScRNAProcessor(layer=config.layer, label_keys=[label_key], num_genes=config.num_genes or None)
-    processor.fit(fitted_cells)
+    processor = ScRNAProcessor(
+        values=config.values, layer=config.layer, label_keys=[label_key], num_genes=config.num_genes or None
+    ).fit(fitted_cells)
     fitted, aside = CellDataset(fitted_cells, processor), CellDataset(aside_cells, processor)
     start = time.monotonic()
     codec = fit_program_codec(config, fitted, torch.device("cpu"))
@@ -95,7 +98,7 @@ def judge_codec(adata: ad.AnnData, label_key: str, config: TrainingConfig, num_s
             Cells(values.numpy(), values.numpy(), labels=aside_labels) for values in (aside_latents, latents[drawn])
         )
         aucs.append(two_sample_auc(*sides, expression_view, forest, seed))
-    report = evaluate_cells(samples, fitted_cells, aside_cells, label_key, layer=config.layer)
+    report = evaluate_cells(samples, fitted_cells, aside_cells, label_key, config.layer, config.values)
     return {
         "num_genes": report["num_genes"],
         "num_programs": codec.config.num_programs,

@@ -11,7 +11,12 @@ comes with its baselines: cells that its codec makes without the denoiser. `scvi
 prior, with library sizes of training cells (of the same type). `--development` splits the training cells once more and
 judges on those, for choices to be made.
 
-A dataset's label keys are those of the shipped config of its name, or of `--label_keys`. The report of all models is
+`--scale log1p` takes log1p(CP10k) of a file of counts, and `--scale tpm` divides them by made-up lengths of genes as
+well and rounds to 0.01 per million, so that no counts can be recovered; both are then trained on, and judged, as log
+values.
+
+A dataset's label keys, and whether it holds log values, are those of the shipped config of its name; label keys may be
+given with `--label_keys`. The report of all models is
 printed; JSON holds every number. `--table` renders a JSON as two tables: excess by dataset, and all headline metrics.
 """
 
@@ -33,6 +38,7 @@ from scipy import sparse
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
 from wbdit_diffusers.evaluation import draw_baselines, draw_samples, evaluate_cells, to_markdown
+from wbdit_diffusers.processing import log_normalize
 from wbdit_diffusers.sampling import SCHEDULERS
 from wbdit_diffusers.training import train
 from wbdit_diffusers.training.config import make_config, read_config
@@ -64,15 +70,39 @@ REFERENCE = "real reference"
 
 
 def train_ours(
-    adata: ad.AnnData, folder: Path, model: str, label_keys: list[str], args: argparse.Namespace
+    adata: ad.AnnData, folder: Path, model: str, values: str, label_keys: list[str], args: argparse.Namespace
 ) -> ScRNAGenerationPipeline:
     if not (folder / "model_index.json").exists():
-        values = {"label_keys": label_keys, "seed": args.seed, "max_train_steps": args.max_train_steps}
-        values |= {"checkpointing_steps": 10**9, **OURS[model], **args.train_flags}
-        train(adata, make_config(values | {"output_dir": folder}))
+        flags = {"label_keys": label_keys, "seed": args.seed, "max_train_steps": args.max_train_steps}
+        flags |= {"values": values, "checkpointing_steps": 10**9, **OURS[model], **args.train_flags}
+        train(adata, make_config(flags | {"output_dir": folder}))
     pipe = ScRNAGenerationPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def as_log1p(adata: ad.AnnData) -> ad.AnnData:
+    """log1p(CP10k) of counts."""
+    matrix = log_normalize(sparse.csr_matrix(adata.X), np.asarray(adata.X.sum(axis=1)).ravel())
+    return ad.AnnData(matrix, obs=adata.obs, var=adata.var)
+
+
+def as_tpm(adata: ad.AnnData) -> ad.AnnData:
+    """log2(TPM / 10 + 1) of counts, with lengths of genes that are made up, and TPM rounded to 0.01."""
+    lengths = np.random.default_rng(0).lognormal(7.5, 0.8, adata.n_vars)
+    tpm = sparse.csr_matrix(adata.X, dtype=np.float64) @ sparse.diags_array(1 / lengths)
+    tpm = sparse.csr_matrix(sparse.diags_array(1e6 / np.asarray(tpm.sum(axis=1)).ravel()) @ tpm)
+    tpm.data = np.log2(np.round(tpm.data, 2) / 10 + 1)
+    tpm.eliminate_zeros()
+    return drop_empty_cells(ad.AnnData(tpm.astype(np.float32), obs=adata.obs, var=adata.var))
+
+
+SCALES = {"log1p": as_log1p, "tpm": as_tpm}
+
+
+def name_of(path: Path, args: argparse.Namespace) -> str:
+    """Of a dataset on the scale that was asked for."""
+    return path.stem if args.scale is None else f"{path.stem} as {args.scale}"
 
 
 def draw_variants(
@@ -147,7 +177,11 @@ def machine() -> dict[str, str | int]:
 def judge_dataset(path: Path, args: argparse.Namespace) -> dict:
     """Trains all models on one dataset, and judges their cells together, beside one reference."""
     adata = drop_empty_cells(read_cells(path))
-    label_keys = args.label_keys if args.label_keys is not None else read_config(path.stem).get("label_keys", [])
+    config = read_config(path.stem)
+    label_keys = args.label_keys if args.label_keys is not None else config.get("label_keys", [])
+    values = config.get("values", "counts") if args.scale is None else "log"
+    if args.scale is not None:
+        adata = SCALES[args.scale](adata)
     label_key = label_keys[0] if label_keys else None
     if args.num_cells is not None:
         cells = np.random.default_rng(0).permutation(adata.n_obs)[: args.num_cells]
@@ -156,11 +190,11 @@ def judge_dataset(path: Path, args: argparse.Namespace) -> dict:
         adata = CellSplit.draw(adata, label_key=label_key, seed=1000).apply(adata)[0].copy()
     seconds, columns, pipe = {}, {}, None
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(args.work_dir or temporary, f"{path.stem}, seed {args.seed}")
+        folder = Path(args.work_dir or temporary, f"{name_of(path, args)}, seed {args.seed}")
         for model in args.models:
             start = time.monotonic()
             if model in OURS:
-                trained = train_ours(adata, folder / model, model, label_keys, args)
+                trained = train_ours(adata, folder / model, model, values, label_keys, args)
                 seconds[model] = time.monotonic() - start
                 train_cells, test = CellSplit.load(folder / model).apply(adata)
                 test = test[trained.processor.knows_labels(test)]
@@ -179,6 +213,7 @@ def judge_dataset(path: Path, args: argparse.Namespace) -> dict:
     report = evaluate_cells(
         *(columns[first], train_cells, test),
         label_key=label_keys,
+        values=values,
         baselines=baselines,
         donor_key="donor" if "donor" in adata.obs else None,
         seed=args.seed,
@@ -227,7 +262,7 @@ def headline_table(results: dict) -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", nargs="+", type=Path, default=[], help=".h5ad files of counts.")
+    parser.add_argument("--dataset", nargs="+", type=Path, default=[], help=".h5ad files.")
     parser.add_argument("--models", nargs="+", choices=[*OURS, "scvi", "scvi-by-type"], default=["program"])
     parser.add_argument("--max_train_steps", type=int, default=3000, help="Of each denoiser.")
     parser.add_argument("--num_samples", type=int, default=3, help="Samples to judge.")
@@ -240,6 +275,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", nargs="+", type=int, default=[None], help="Numbers of steps, judged one by one.")
     parser.add_argument("--development", action="store_true", help="Judge on cells set aside from the training cells.")
     parser.add_argument("--label_keys", nargs="*", help="obs keys, instead of the config's; none: unconditional.")
+    parser.add_argument("--scale", choices=sorted(SCALES), help="Make log values of files of counts.")
     parser.add_argument("--num_cells", type=int, help="Take only so many cells of each dataset, at random.")
     parser.add_argument("--train_flags", nargs="*", default=[], metavar="FIELD=VALUE", help="Of the training.")
     parser.add_argument("--work_dir", type=Path, help="Keeps trained pipelines; those already there are taken.")
@@ -263,10 +299,11 @@ def main():
         return
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     for path in args.dataset:
-        results[path.stem] = entry = judge_dataset(path, args)
+        name = name_of(path, args)
+        results[name] = entry = judge_dataset(path, args)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=1))
-        print(f"\n## {path.stem}, seconds: {entry['seconds']}\n\n{to_markdown(entry['report'])}", flush=True)
+        print(f"\n## {name}, seconds: {entry['seconds']}\n\n{to_markdown(entry['report'])}", flush=True)
 
 
 if __name__ == "__main__":

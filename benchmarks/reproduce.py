@@ -133,8 +133,6 @@ class Dataset:
             validation_steps = max(1, round(epochs / 16)) * self.steps_per_epoch
             if seed == 0 and model != LARGE:
                 checkpointing_steps = max(1, round(epochs / 8)) * self.steps_per_epoch
-        elif self.values == "log":  # our default is then the network of expression space
-            flags += flags_of(SHAPES[self.args.shape])
         flags += ["--config", *configs, "--dataset", self.path, "--split", self.folder / CellSplit.FILE_NAME]
         flags += ["--output_dir", self.folder / f"{model}, seed {seed}", "--seed", seed, "--num_genes", NUM_GENES]
         flags += ["--max_train_steps", 10**9, "--max_train_minutes", minutes]

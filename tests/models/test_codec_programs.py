@@ -164,7 +164,7 @@ def test_likelihood_has_a_gradient_in_the_latents(codec, few):
 
 
 def test_an_unknown_likelihood_is_named():
-    with pytest.raises(ValueError, match="is one of nb_mixture, not 'gaussian'"):
+    with pytest.raises(ValueError, match="is one of nb_mixture, quantile_hurdle, not 'gaussian'"):
         ProgramCodec(num_genes=3, likelihood="gaussian")
 
 

@@ -188,7 +188,8 @@ def test_patience_ends_a_fit_that_does_not_improve(dataset, tmp_path, capsys):
     frozen = {"codec_learning_rate": 1e-12, "dispersion_learning_rate": 1e-12, "program_prior_precision": 0}
     config = tiny_config(tmp_path, **{**ENDLESS, **frozen, "codec_patience": 150})
     fit_programs(config, dataset, 4, CPU, deadline=time.monotonic() + 200)
-    assert steps_taken(capsys) == 300  # the best loss is that of step 100, and every 100 steps there is one
+    # The first of 630 training cells' losses, one every 63 steps, is the best, and two later ones are within patience.
+    assert steps_taken(capsys) == 4 * 63
 
 
 def test_tolerance_ends_a_fit_that_gets_worse(pbmc, tmp_path, capsys):
@@ -196,4 +197,4 @@ def test_tolerance_ends_a_fit_that_gets_worse(pbmc, tmp_path, capsys):
     processor = ScRNAProcessor(num_genes=100).fit(pbmc[:60])
     config = tiny_config(tmp_path, **{**ENDLESS, "codec_learning_rate": 1e-2, "codec_stop_tolerance": 0.01})
     fit_programs(config, CellDataset(pbmc[:60], processor), 8, CPU, deadline=time.monotonic() + 200)
-    assert steps_taken(capsys) % 100 == 0  # a validation ended it, not the clock
+    assert steps_taken(capsys) % 10 == 0  # a validation ended it, not the clock

@@ -27,7 +27,7 @@ SAME = [
     ({"label_keys": []}, ["--label_keys"]),
     ({"use_ema": False, "compile": True}, ["--no-use_ema", "--compile"]),
     ({"push_to_hub": True, "hub_model_id": "me/cells"}, ["--push_to_hub", "--hub_model_id", "me/cells"]),
-    ({"values": "log", "standardize": False}, ["--values", "log", "--no-standardize"]),
+    ({"codec": "expression", "standardize": False}, ["--codec", "expression", "--no-standardize"]),
     ({"codec": "expression", "model_library_size": False}, ["--codec", "expression", "--no-model_library_size"]),
     ({"num_programs": 24, "min_program_gain": 0.02}, ["--num_programs", "24", "--min_program_gain", "0.02"]),
     ({"max_train_minutes": 0.5, "block_type": "dit"}, ["--max_train_minutes", "0.5", "--block_type", "dit"]),
@@ -206,21 +206,12 @@ def test_an_empty_config_file_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     "values, codec",
-    [({}, "program"), ({"codec": "expression"}, "expression")],
+    [({}, "program"), ({"values": "log"}, "program"), ({"codec": "expression"}, "expression")],
 )
-def test_defaults_follow_the_codec_and_the_codec_the_values(values, codec):
+def test_defaults_follow_the_codec(values, codec):
     config = TrainingConfig(output_dir="out", **values)
     assert config.codec == codec
     assert {name: getattr(config, name) for name in CODEC_DEFAULTS[codec]} == CODEC_DEFAULTS[codec]
-
-
-@pytest.mark.parametrize("has_counts, codec", [(True, "program"), (False, "expression")])
-def test_with_log_values_the_data_decide(has_counts, codec):
-    config = TrainingConfig(output_dir="out", values="log")
-    config.choose_codec(has_counts)
-    assert config.codec == codec and config.patch_size == CODEC_DEFAULTS[codec]["patch_size"]
-    with pytest.raises(ValueError, match="could not be recovered"):
-        TrainingConfig(output_dir="out", values="log", codec="program").choose_codec(has_counts=False)
 
 
 def test_a_given_value_is_kept_from_the_codec_s_defaults():

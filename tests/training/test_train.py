@@ -131,6 +131,32 @@ def test_the_paper_s_config_and_flags_over_it(pbmc, tmp_path):
     assert cells.X.min() >= 0 and cells.uns["wbdit"]["X"] == "log expression"
 
 
+def tpm_like(adata: ad.AnnData) -> ad.AnnData:
+    """Log values that no counts stand behind: divided by lengths of genes, scaled to a million, rounded to 0.01."""
+    lengths = np.random.default_rng(0).lognormal(0, 0.8, adata.n_vars)
+    tpm = adata.X.toarray() / lengths
+    tpm = np.round(1e6 * tpm / tpm.sum(axis=1, keepdims=True), 2)
+    return ad.AnnData(np.log2(tpm / 10 + 1).astype(np.float32), obs=adata.obs, var=adata.var)
+
+
+def test_values_that_are_no_counts_have_a_likelihood_of_their_own(pbmc, tmp_path):
+    """As often zero as real ones, above zero in their range, and no library size; also through a file."""
+    tpm = tpm_like(pbmc)
+    train(tpm, tiny_config(tmp_path, values="log", label_keys=["cell_type"], max_train_steps=2))
+    pipe = load(tmp_path)
+    assert pipe.codec.config.likelihood == "quantile_hurdle" and not pipe.codec.models_library_size
+    assert pipe.denoiser.config.sample_size == 8
+    cells = generate(pipe, 200)
+    assert "library_size" not in cells.obs and cells.uns["wbdit"]["X"] == "log expression"
+    real = tpm[:, cells.var_names].X
+    assert cells.X.nnz / np.prod(cells.shape) == pytest.approx((real > 0).mean(), abs=0.05)
+    assert cells.X.max() < 1.5 * real.max()
+    for name in ("obsm", "varm"):
+        assert getattr(cells, name)["X_programs" if name == "obsm" else "programs"].shape[1] == 8
+    with pytest.raises(ValueError, match="trained on log values"):
+        pipe(num_cells=3, library_size=1000)
+
+
 def test_log_normalised_counts_are_modelled_as_counts(pbmc, tmp_path):
     """Values come back on the scale of the file, with the counts beside them, also through a file."""
     log_values = pbmc.copy()

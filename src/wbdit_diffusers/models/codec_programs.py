@@ -1,4 +1,4 @@
-"""`ProgramCodec`: cells as a few linear gene programs under a likelihood of their counts."""
+"""`ProgramCodec`: cells as a few linear gene programs under a likelihood of their counts, or log values."""
 
 import math
 
@@ -17,13 +17,16 @@ from .likelihoods import LIKELIHOODS, CellDistribution
 class ProgramCodec(ModelMixin, ConfigMixin):
     r"""
     Maps counts to gene programs and back: a small variational encoder (arXiv 1312.6114), and a **linear** decoder
-    whose heads are the parameters of a likelihood. What the denoiser models is a cell's programs and its log library
-    size, standardised.
+    whose heads are the parameters of a likelihood. What the denoiser models is a cell's programs and, of counts, its
+    log library size, standardised.
 
     With the mixture of negative binomials `log rates = W programs + b` over the modelled genes and one bin for all
     others, and `log θ = V programs + c` (a gene that varies much in one cell type need not in another); what outliers
     are like is a property of the gene. Row `g` of `W` says how much each program raises the log rate of gene `g`: see
     [`~ProgramCodec.loadings`].
+
+    With the hurdle, for log values that no counts stand behind, the log odds of a zero and the normal scores of other
+    values are linear in the programs; see [`QuantileHurdle`].
 
     The prior of the programs is the denoiser, not the standard normal distribution: the divergence from that enters
     the loss with a small weight, only to keep the encoder from fitting the noise of single counts.
@@ -32,15 +35,27 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         num_genes (`int`): Modelled genes; the bin of all other genes is not counted.
         num_programs (`int`, defaults to 16): Gene programs.
         hidden_size (`int`, defaults to 256): Width of the encoder's hidden layer.
-        likelihood (`str`, defaults to `"nb_mixture"`): Name of the counts' distribution, a key of `LIKELIHOODS`.
+        likelihood (`str`, defaults to `"nb_mixture"`):
+            Name of the cells' distribution, a key of `LIKELIHOODS`: `"nb_mixture"` of counts, `"quantile_hurdle"` of
+            log values.
+        num_levels (`int`, defaults to 0):
+            Log values that occur in the training cells, to which drawn ones are rounded; set by
+            [`~ProgramCodec.fit_statistics`].
     """
 
     @register_to_config
-    def __init__(self, num_genes: int, num_programs: int = 16, hidden_size: int = 256, likelihood: str = "nb_mixture"):
+    def __init__(
+        self,
+        num_genes: int,
+        num_programs: int = 16,
+        hidden_size: int = 256,
+        likelihood: str = "nb_mixture",
+        num_levels: int = 0,
+    ):
         super().__init__()
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"`likelihood` is one of {', '.join(LIKELIHOODS)}, not {likelihood!r}.")
-        num_bins = num_genes + 1
+        num_bins = num_genes + self.models_library_size
         self.encoder = nn.Sequential(nn.Linear(num_bins, hidden_size), nn.SiLU())
         self.to_mean = nn.Linear(hidden_size, num_programs)
         self.to_log_variance = nn.Linear(hidden_size, num_programs)
@@ -54,37 +69,60 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         for name in names[1:]:  # the shape of the noise is the same in all cells until training says otherwise
             nn.init.zeros_(self.heads[name].weight)
         # Mean and deviation of the training cells' programs and log library size, with which latents are standardised
-        self.register_buffer("latents_mean", torch.zeros(num_programs + 1))
-        self.register_buffer("latents_std", torch.ones(num_programs + 1))
+        self.register_buffer("latents_mean", torch.zeros(self.num_features))
+        self.register_buffer("latents_std", torch.ones(self.num_features))
         self.register_buffer("log_library_size_range", torch.tensor([0.0, math.inf]))
+        if not self.models_library_size:  # files have log values of any base, and of any scale
+            self.register_buffer("values_mean", torch.zeros(num_genes))
+            self.register_buffer("values_std", torch.ones(1))
+            self.register_buffer("levels", torch.zeros(num_levels))
+        for name, size in LIKELIHOODS[likelihood].TABLES.items():
+            self.register_buffer(name, torch.zeros(num_genes, size))
         # The axes along which programs are read, of the standardised ones; the latents keep those of the fit
         self.register_buffer("program_axes", torch.eye(num_programs))
 
     @property
     def num_features(self) -> int:
-        """Values per cell that the denoiser sees: the programs and the log library size."""
-        return self.config.num_programs + 1
+        """Values per cell that the denoiser sees: the programs, and of counts the log library size."""
+        return self.config.num_programs + self.models_library_size
 
     @property
     def models_library_size(self) -> bool:
-        """Whether the latents hold the library size."""
-        return True
+        """Whether the cells are counts, so that the latents hold their library size."""
+        return LIKELIHOODS[self.config.likelihood].IS_OF_COUNTS
 
     # ==================== Fitting ====================
 
     @torch.no_grad()
-    def fit_statistics(self, counts: sparse.csr_matrix, library_size: np.ndarray):
+    def fit_statistics(self, matrix: sparse.csr_matrix, library_size: np.ndarray):
         """
-        Starts the decoder where the likelihood says (see its `initial_values`), and notes the range of library sizes.
+        Starts the decoder where the likelihood says (see its `initial_values`), and notes the range of library sizes,
+        or which log values occur.
 
         Args:
-            counts (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts of the training cells.
-            library_size (`np.ndarray` of shape `(cells,)`): Total counts, all other genes included.
+            matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts, or log values, of the training cells.
+            library_size (`np.ndarray` of shape `(cells,)`):
+                Total counts, all other genes included; of no use for log values.
         """
-        for name, value in LIKELIHOODS[self.config.likelihood].initial_values(counts, library_size).items():
-            (self.heads[name].bias if name in self.heads else self.gene_parameters[name]).copy_(value)
-        log_library_size = torch.from_numpy(np.log(library_size)).float()
-        self.log_library_size_range.copy_(torch.stack([log_library_size.min(), log_library_size.max()]))
+        values = LIKELIHOODS[self.config.likelihood].initial_values(matrix, library_size)
+        if self.models_library_size:
+            log_library_size = torch.from_numpy(np.log(library_size)).float()
+            self.log_library_size_range.copy_(torch.stack([log_library_size.min(), log_library_size.max()]))
+        else:
+            levels = values.pop("levels")
+            self.register_buffer("levels", levels.to(self.values_mean))
+            self.register_to_config(num_levels=len(levels))
+            mean = np.asarray(matrix.mean(axis=0), dtype=np.float64).ravel()
+            variance = np.asarray(matrix.power(2).mean(axis=0), dtype=np.float64).ravel() - mean**2
+            self.values_mean.copy_(torch.from_numpy(mean))
+            self.values_std.fill_(max(math.sqrt(max(variance.mean(), 0)), 1e-3))
+        for name, value in values.items():
+            if name in self.heads:
+                self.heads[name].bias.copy_(value)
+            elif name in self.gene_parameters:
+                self.gene_parameters[name].copy_(value)
+            else:
+                getattr(self, name).copy_(value)
 
     @torch.no_grad()
     def standardize_latents(self, latents: torch.Tensor):
@@ -93,25 +131,27 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         self.latents_mean.add_(latents.mean(0) * self.latents_std)
         self.latents_std.mul_(latents.std(0).clamp(min=1e-3))
 
-    def forward(self, counts: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, matrix: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            counts (`torch.Tensor` of shape `(cells, genes)`): Counts.
-            library_size (`torch.Tensor` of shape `(cells,)`): Total counts, all other genes included.
+            matrix (`torch.Tensor` of shape `(cells, genes)`): Counts, or log values.
+            library_size (`torch.Tensor` of shape `(cells,)`):
+                Total counts, all other genes included; of no use for log values.
 
         Returns:
-            `tuple`: for each cell, `(cells,)`, the negative log-likelihood of its genes, and of all others together,
-            given programs drawn from the posterior, and the divergence of that from the standard normal distribution,
-            both in nats.
+            `tuple`: for each cell, `(cells,)`, the negative log-likelihood of its genes (and counts of all others
+            together) given programs drawn from the posterior, and the divergence of that from the standard normal
+            distribution, both in nats.
         """
-        mean, log_variance = self.posterior(counts, library_size)
+        mean, log_variance = self.posterior(matrix, library_size)
         programs = mean + torch.randn_like(mean) * (log_variance / 2).exp()
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1)
-        return self.decoder_loss(programs, counts, library_size), divergence
+        return self.decoder_loss(programs, matrix, library_size), divergence
 
-    def decoder_loss(self, programs: torch.Tensor, counts: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
-        """Negative log-likelihood `(cells,)` of counts `(cells, genes)` given programs `(cells, num_programs)`."""
-        return -self.decode_programs(programs, library_size).log_prob(_bins(counts, library_size))
+    def decoder_loss(self, programs: torch.Tensor, matrix: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihood `(cells,)` of cells `(cells, genes)` given programs `(cells, num_programs)`."""
+        values = _bins(matrix, library_size) if self.models_library_size else matrix
+        return -self.decode_programs(programs, library_size).log_prob(values)
 
     # ==================== What the programs are ====================
 
@@ -122,25 +162,33 @@ class ProgramCodec(ModelMixin, ConfigMixin):
 
         Read along `program_axes`, which the training sets: linear in the latents, whose own axes mean nothing.
         """
-        return latents[:, :-1].float() @ self.program_axes.float().T
+        return latents[:, : self.config.num_programs].float() @ self.program_axes.float().T
 
     @property
     def loadings(self) -> torch.Tensor:
         """
-        How much one standard deviation of each program (see [`~ProgramCodec.activities`]) raises a gene's log rate,
-        `(genes, num_programs)`, against the average of all counts: a program that raises all genes alike would change
-        no cell.
+        What one standard deviation of each program (see [`~ProgramCodec.activities`]) does to a gene,
+        `(genes, num_programs)`: how much it raises its log rate, against the average of all counts (a program that
+        raises all genes alike would change no cell), or of log values, how much it raises the mean in an average cell.
         """
+        axes = torch.linalg.inv(self.program_axes.float())  # one standard deviation of each program is a column
+        if not self.models_library_size:
+            step = 0.1
+            raised, lowered = (self.decode(sign * step * axes.T).mean() for sign in (1, -1))
+            return ((raised - lowered) / (2 * step)).detach().T
         weight = self.heads["log_rates"].weight.detach().float() * self.latents_std[:-1]  # (genes + 1, num_programs)
-        loadings = weight @ torch.linalg.inv(self.program_axes.float())
+        loadings = weight @ axes
         return (loadings - self._mean_proportions() @ loadings)[:-1]
 
     @property
     def weighted_loadings(self) -> torch.Tensor:
         """
-        The loadings times `sqrt(m / (1 + m))`, where `m` is the gene's count in an average cell: the root of the
-        information that a count of Poisson noise, on a log scale with one count added, holds of its log rate.
+        The loadings of counts times `sqrt(m / (1 + m))`, where `m` is the gene's count in an average cell: the root of
+        the information that a count of Poisson noise, on a log scale with one count added, holds of its log rate.
+        Those of log values are on that scale already.
         """
+        if not self.models_library_size:
+            return self.loadings
         mean_counts = self._mean_proportions()[:-1] * self.latents_mean[-1].exp()
         return self.loadings * (mean_counts / (1 + mean_counts)).sqrt()[:, None]
 
@@ -151,31 +199,42 @@ class ProgramCodec(ModelMixin, ConfigMixin):
 
     # ==================== Cells to latents ====================
 
-    def posterior(self, counts: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def posterior(self, matrix: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log variance of the programs given a cell, each `(cells, num_programs)`; see `forward`."""
-        hidden_states = self.encoder(log_normalize(_bins(counts, library_size), library_size).to(self.dtype))
+        if self.models_library_size:
+            expression = log_normalize(_bins(matrix, library_size), library_size)
+        else:
+            expression = (matrix - self.values_mean) / self.values_std
+        hidden_states = self.encoder(expression.to(self.dtype))
         return self.to_mean(hidden_states), self.to_log_variance(hidden_states).clamp(-8, 2)
 
     @apply_forward_hook
-    def encode(self, counts: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
+    def encode(self, matrix: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            counts (`torch.Tensor` of shape `(cells, genes)`): Counts.
-            library_size (`torch.Tensor` of shape `(cells,)`): Total counts, all other genes included.
+            matrix (`torch.Tensor` of shape `(cells, genes)`): Counts, or log values.
+            library_size (`torch.Tensor` of shape `(cells,)`):
+                Total counts, all other genes included; of no use for log values.
 
         Returns:
-            `torch.Tensor` of shape `(cells, num_features)`: standardised posterior means of the programs, and log
-            library size.
+            `torch.Tensor` of shape `(cells, num_features)`: standardised posterior means of the programs, and of
+            counts the log library size.
         """
-        programs = self.posterior(counts, library_size)[0]
-        return (torch.cat([programs, library_size[:, None].log()], dim=1) - self.latents_mean) / self.latents_std
+        latents = self.posterior(matrix, library_size)[0]
+        if self.models_library_size:
+            latents = torch.cat([latents, library_size[:, None].log()], dim=1)
+        return (latents - self.latents_mean) / self.latents_std
 
     # ==================== Latents to cells ====================
 
-    def decode_programs(self, programs: torch.Tensor, library_size: torch.Tensor) -> CellDistribution:
-        """The distribution of cells with programs `(cells, num_programs)` and library sizes `(cells,)`."""
+    def decode_programs(self, programs: torch.Tensor, library_size: torch.Tensor | None) -> CellDistribution:
+        """The distribution of cells with programs `(cells, num_programs)` and, of counts, library sizes `(cells,)`."""
+        likelihood = LIKELIHOODS[self.config.likelihood]
         parameters = {name: head(programs) for name, head in self.heads.items()} | dict(self.gene_parameters)
-        return LIKELIHOODS[self.config.likelihood].from_heads(parameters, library_size)
+        parameters |= {name: getattr(self, name) for name in likelihood.TABLES}
+        if not self.models_library_size:
+            parameters["levels"] = self.levels
+        return likelihood.from_heads(parameters, library_size)
 
     @apply_forward_hook
     def decode(self, latents: torch.Tensor, library_size: torch.Tensor | None = None) -> CellDistribution:
@@ -186,12 +245,17 @@ class ProgramCodec(ModelMixin, ConfigMixin):
                 Total counts, instead of those in `latents`, which are kept within the range of the training cells'.
 
         Returns:
-            [`CellDistribution`]: of the counts of the modelled genes.
+            [`CellDistribution`]: of the counts, or log values, of the modelled genes.
+
+        Raises:
+            ValueError: If a library size is given for log values, which have none.
         """
+        if library_size is not None and not self.models_library_size:
+            raise ValueError("`library_size` was given, but the cells are log values, which have none.")
         latents = latents.float() * self.latents_std + self.latents_mean
-        if library_size is None:
+        if library_size is None and self.models_library_size:
             library_size = latents[:, -1].clamp(*self.log_library_size_range.tolist()).exp()
-        return self.decode_programs(latents[:, :-1].to(self.dtype), library_size)
+        return self.decode_programs(latents[:, : self.config.num_programs].to(self.dtype), library_size)
 
 
 def _bins(counts: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:

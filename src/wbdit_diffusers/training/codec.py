@@ -19,13 +19,17 @@ from tqdm.auto import tqdm
 from ..data.dataset import CellDataset, encode_cells
 from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
+from ..models.likelihoods import LIKELIHOODS
 from .config import TrainingConfig
 
 
 logger = get_logger(__name__)
 
 MAX_VALIDATION_CELLS = 2000
-STEPS_BETWEEN_VALIDATIONS = 100
+MAX_STEPS_BETWEEN_VALIDATIONS = 100
+MIN_STEPS = 100  # before which the loss says little
+MIN_IMPROVEMENT = 0.001  # share of the loss by which it must fall for patience to begin anew
+STOP_TOLERANCES = {"nb_mixture": 0.015, "quantile_hurdle": 0.1}
 
 
 def prepare_codec(
@@ -44,7 +48,7 @@ def prepare_codec(
         [`ProgramCodec`] or [`ExpressionCodec`]: on the CPU, whose latents of the training cells are standardised.
     """
     folder = (config.output_dir if checkpoint is None else checkpoint.parent) / "codec"
-    codec_class, fit = CODECS[str(config.codec)]
+    codec_class, fit = CODECS[config.codec]
     if accelerator.is_main_process and checkpoint is None:
         fit(config, dataset, accelerator.device).save_pretrained(folder)
     accelerator.wait_for_everyone()
@@ -77,13 +81,13 @@ def fit_program_codec(config: TrainingConfig, dataset: CellDataset, device: torc
     codec, best_loss = fit_programs(config, dataset, config.num_programs or config.min_programs, device, deadline)
     while config.num_programs is None and 2 * codec.config.num_programs <= config.max_programs:
         larger, loss = fit_programs(config, dataset, 2 * codec.config.num_programs, device, deadline)
-        if loss > (1 - config.min_program_gain) * best_loss:
+        if best_loss - loss < config.min_program_gain * abs(best_loss):
             break
         codec, best_loss = larger, loss
-    latents = encode_cells(dataset, codec)  # not yet standardised: the programs, and the log library size
-    refit_decoder(config, dataset, codec, latents[:, :-1])
+    latents = encode_cells(dataset, codec)  # not yet standardised: the programs, and of counts the log library size
+    refit_decoder(config, dataset, codec, latents[:, : codec.config.num_programs])
     codec.standardize_latents(latents)
-    find_program_axes(codec, encode_cells(dataset, codec)[:, :-1], config.seed)
+    find_program_axes(codec, encode_cells(dataset, codec)[:, : codec.config.num_programs], config.seed)
     return codec.eval()
 
 
@@ -105,15 +109,18 @@ def fit_programs(
         deadline (`float`): Time of `time.monotonic()` at which it ends at the latest.
 
     Returns:
-        `tuple[ProgramCodec, float]`: the codec, and the best loss of the cells set aside, in nats per cell.
+        `tuple[ProgramCodec, float]`: the codec, and the best loss of the cells set aside, in nats per cell; of log
+        values it is counted from where the fit begins.
     """
     generator = torch.Generator().manual_seed(config.seed)
     shuffled = torch.randperm(len(dataset), generator=generator).numpy()
     num_validation = min(max(1, int(len(dataset) * config.codec_validation_fraction)), MAX_VALIDATION_CELLS)
     validation_cells, train_cells = shuffled[:num_validation], shuffled[num_validation:]
     torch.manual_seed(config.seed)
-    codec = ProgramCodec(dataset.matrix.shape[1], num_programs, config.codec_hidden_size).to(device)
+    likelihood = "nb_mixture" if dataset.is_of_counts else "quantile_hurdle"
+    codec = ProgramCodec(dataset.matrix.shape[1], num_programs, config.codec_hidden_size, likelihood)
     codec.fit_statistics(dataset.matrix, dataset.library_size)
+    codec = codec.to(device)
     optimizer = _optimizer(config, codec, codec.parameters(), config.codec_learning_rate)
 
     def loss_of(cells: np.ndarray) -> torch.Tensor:
@@ -127,7 +134,15 @@ def fit_programs(
             losses = [loss_of(validation_cells[start : start + 512]) for start in range(0, num_validation, 512)]
         return torch.cat(losses).mean().item()
 
-    best_loss, best_step, step, stop = math.inf, 0, 0, False
+    # What the loss may rise by is a share of it; that of log values, whose density has no zero point, counts from
+    # where the fit begins.
+    zero_point = 0.0 if dataset.is_of_counts else validation_loss()
+    tolerance = config.codec_stop_tolerance
+    if tolerance is None:
+        tolerance = STOP_TOLERANCES[likelihood]
+    # Few cells are soon fitted too closely.
+    steps_between_validations = min(MAX_STEPS_BETWEEN_VALIDATIONS, max(10, len(train_cells) // 10))
+    best_loss, best_step, improved_loss, improved_step, step, stop = math.inf, 0, math.inf, 0, 0, False
     progress_bar = tqdm(desc=f"Gene programs ({num_programs})", unit=" steps", mininterval=1)
     while not stop:
         cells = torch.randint(len(train_cells), (config.codec_batch_size,), generator=generator).numpy()
@@ -138,16 +153,18 @@ def fit_programs(
         step += 1
         progress_bar.update()
         stop = step == config.codec_max_steps or time.monotonic() > deadline
-        if step % STEPS_BETWEEN_VALIDATIONS == 0 or stop:
+        if step % steps_between_validations == 0 or stop:
             aside = validation_loss()
-            if aside < best_loss:
-                best_loss, best_step = aside, step
-            stop = stop or aside > (1 + config.codec_stop_tolerance) * best_loss
-            stop = stop or step - best_step >= config.codec_patience
+            best_loss, best_step = min((best_loss, best_step), (aside, step))
+            scale = abs(best_loss - zero_point)
+            if best_loss < improved_loss - MIN_IMPROVEMENT * scale:
+                improved_loss, improved_step = best_loss, step
+            stop = stop or (aside - best_loss > tolerance * scale and step >= MIN_STEPS)
+            stop = stop or step - improved_step >= config.codec_patience
             progress_bar.set_postfix(loss=round(loss.item(), 2), loss_set_aside=round(aside, 2))
     progress_bar.close()
     logger.info(f"{num_programs} programs: {best_loss:.2f} nats per cell set aside after {best_step} steps.")
-    return codec, best_loss
+    return codec, best_loss - zero_point
 
 
 def refit_decoder(config: TrainingConfig, dataset: CellDataset, codec: ProgramCodec, programs: torch.Tensor):
@@ -210,15 +227,17 @@ def find_program_axes(codec: ProgramCodec, programs: torch.Tensor, seed: int):
 
 def prior_loss(config: TrainingConfig, codec: ProgramCodec, num_cells: int) -> torch.Tensor:
     """The Gaussian prior on what programs do to each gene, in nats per cell: few counts tell little of it."""
-    squares = sum(head.weight.square().sum() for head in codec.heads.values())
-    return squares * config.program_prior_precision / (2 * num_cells)
+    squares = sum(head.weight.square().sum() for head in codec.heads.values()) * config.program_prior_precision
+    for name, precision in LIKELIHOODS[codec.config.likelihood].PRIOR_PRECISIONS.items():
+        squares = squares + precision * codec.gene_parameters[name].square().sum()
+    return squares / (2 * num_cells)
 
 
 def _optimizer(
     config: TrainingConfig, codec: ProgramCodec, parameters: Iterable[torch.nn.Parameter], learning_rate: float
 ) -> torch.optim.Adam:
     """Adam with a learning rate of its own for what says how much each gene varies in cells of the same programs."""
-    noise = [codec.heads["log_theta"].bias, *codec.gene_parameters.values()]
+    noise = [*(head.bias for head in list(codec.heads.values())[1:]), *codec.gene_parameters.values()]
     others = [parameter for parameter in parameters if all(parameter is not one for one in noise)]
     groups = [{"params": others}, {"params": noise, "lr": config.dispersion_learning_rate}]
     return torch.optim.Adam(groups, lr=learning_rate)

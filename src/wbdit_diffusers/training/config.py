@@ -73,7 +73,7 @@ class DataConfig:
 
 @dataclass(config=pydantic_config, kw_only=True)
 class ProgramCodecConfig:
-    """Stage one with gene programs: a linear decoder under a likelihood of counts."""
+    """Stage one with gene programs: a linear decoder under a likelihood of counts, or of log values."""
 
     num_programs: PositiveInt | None = None
     """How many gene programs. When not given they are doubled for as long as cells set aside gain by it."""
@@ -97,11 +97,13 @@ class ProgramCodecConfig:
     """Steps after which stage one ends at the latest. Cells set aside mostly end it much earlier."""
     codec_validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the training cells, 2,000 at most, that stage one sets aside to decide when it ends."""
-    codec_stop_tolerance: NonNegativeFloat = 0.015
-    """Stage one ends when the loss of the cells set aside is this share above its best. Programs that follow their
-    cells a little more closely than that best give better cells, once the decoder is fitted to them."""
+    codec_stop_tolerance: NonNegativeFloat | None = None
+    """Stage one ends when the loss of the cells set aside is above its best by this share of it, or for log values by
+    this share of what the fit has gained (a density has no zero point). Programs that follow their cells a little more
+    closely than that best give better cells, once the decoder is fitted to them. Default: 0.015, or 0.1 for log
+    values."""
     codec_patience: PositiveInt = 1000
-    """Stage one also ends when that loss has not improved for so many steps."""
+    """Stage one also ends when that loss has not improved by a thousandth for so many steps."""
     codec_time_fraction: Annotated[float, Field(gt=0, lt=1)] = 1 / 3
     """The part of max_train_minutes that stage one may take."""
     kl_weight: NonNegativeFloat = 0.3
@@ -216,31 +218,12 @@ class TrainingConfig(
             effect with the codec that was chosen.
     """
 
-    codec: Literal["program", "expression"] | None = None
-    """What is denoised: gene programs under a likelihood of counts (the default for counts, and for log values from
-    which counts can be recovered), or expression itself as in the paper (the default for other log values)."""
+    codec: Literal["program", "expression"] = "program"
+    """What is denoised: gene programs under a likelihood of counts, or of log values where no counts can be recovered
+    from them; or expression itself, as in the paper."""
 
     def __post_init__(self):
-        if self.codec is not None or self.values == "counts":
-            self.choose_codec(has_counts=True)
-
-    def choose_codec(self, has_counts: bool):
-        """
-        Fills in what depends on the codec. With log values it is called once the data were seen.
-
-        Args:
-            has_counts (`bool`): Whether there are counts, given or recovered.
-
-        Raises:
-            ValueError: If the codec needs counts and there are none, or a field has no effect with it.
-        """
-        if self.codec is None:
-            self.codec = "program" if has_counts else "expression"
-        if self.codec == "program" and not has_counts:
-            raise ValueError(
-                "--codec program is a likelihood of counts, which could not be recovered from these log values: leave"
-                " it out, or give --codec expression."
-            )
+        """Refuses fields that have no effect with the codec, and fills in what depends on it."""
         other = ExpressionCodecConfig if self.codec == "program" else ProgramCodecConfig
         for field in dataclasses.fields(other):
             if getattr(self, field.name) != field.default:

@@ -70,7 +70,6 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
         label_keys=config.label_keys,
         num_genes=config.num_genes or None,
     ).fit(train_cells)
-    config.choose_codec(processor.has_library_size)
     train_dataset = CellDataset(train_cells, processor)
     batch_sizes(config, len(train_dataset), accelerator.num_processes)  # raises before work is lost
     # Labels that only held-out cells have are unknown to the model.

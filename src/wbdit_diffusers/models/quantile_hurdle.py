@@ -1,0 +1,208 @@
+"""Log values that no counts stand behind: a hurdle at zero, and each gene's own distribution above it."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import sparse
+from scipy.special import ndtr, ndtri
+
+
+SCORES = np.linspace(-3, 3, 61)  # at which each gene's quantiles are kept
+STEP = 0.1  # between them
+PRIOR_VALUES = 5  # values of an average gene that each gene's own are pooled with
+TAIL_SLOPE = 0.3  # of the quantiles beyond the outermost values, in deviations of the gene per score
+MAX_SCORE = 4.0  # of a value, however far it lies beyond those of the training cells
+MAX_LEVELS = 2**16  # of the values that occur
+SMALLEST = 1e-6  # value above zero
+
+
+class QuantileHurdle:
+    r"""
+    Values on a log scale that are no counts, such as TPM of full-length protocols.
+
+    `P(x = 0) = sigmoid(zero_logits)`, and above zero `T_g(x) ~ N(scores, exp(log_std_g)²)`, where `T_g` maps the
+    values of gene `g` to normal scores, so that its distribution over the training cells, whatever its form, is
+    what a standard normal variable gives. `T_g` is piecewise linear between quantiles of the training cells.
+
+    Args:
+        scores (`torch.Tensor` of shape `(cells, genes)`): Expected normal scores of values above zero.
+        zero_logits (`torch.Tensor` of shape `(cells, genes)`): Log odds of zero.
+        log_std (`torch.Tensor` of shape `(genes,)`): Log standard deviation of the scores.
+        quantiles (`torch.Tensor` of shape `(genes, 61)`): Values at the scores -3, -2.9 … 3, increasing.
+        levels (`torch.Tensor` of shape `(num_levels,)`, *optional*):
+            Values that occur, ascending. What is drawn is rounded to them, as the data were rounded: TPM to 0.01, say.
+    """
+
+    HEADS = ("scores", "zero_logits")  # linear in the programs
+    GENE_PARAMETERS = ("log_std",)  # alike in all cells
+    PRIOR_PRECISIONS = {"log_std": 100.0}  # without which a gene that few cells express is soon fitted exactly
+    TABLES = {"quantiles": len(SCORES)}  # what is measured, not fitted: so many values for each gene
+    IS_OF_COUNTS = False
+
+    library_size = None
+
+    def __init__(
+        self,
+        scores: torch.Tensor,
+        zero_logits: torch.Tensor,
+        log_std: torch.Tensor,
+        quantiles: torch.Tensor,
+        levels: torch.Tensor | None = None,
+    ):
+        self.scores = scores
+        self.zero_logits = zero_logits
+        self.log_std = log_std.clamp(-5, 2)
+        self.quantiles = quantiles
+        self.levels = levels if levels is not None and len(levels) else None
+
+    @classmethod
+    def from_heads(cls, heads: dict[str, torch.Tensor], library_size: torch.Tensor | None = None) -> "QuantileHurdle":
+        """From what a decoder gives: `HEADS`, `(cells, genes)` each, `GENE_PARAMETERS`, and what was measured."""
+        return cls(**{name: value.float() for name, value in heads.items()})
+
+    @classmethod
+    def initial_values(cls, matrix: sparse.csr_matrix, library_size: np.ndarray | None = None) -> dict:
+        """
+        Measures the quantiles of each gene, blended with those of a normal distribution where values are few, and the
+        values that occur; and says where the fit starts: each gene as it is over all training cells.
+
+        Args:
+            matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Values of the training cells.
+            library_size (`np.ndarray`, *optional*): Of no use.
+
+        Returns:
+            `dict[str, torch.Tensor]`: for each head's bias and each gene parameter `(genes,)`; `quantiles`, and
+            `levels` (none if most values are unique, so that rounding them would be seen).
+        """
+        columns = matrix.tocsc()
+        num_cells, num_genes = columns.shape
+        number = np.diff(columns.indptr)
+        pooled_mean, pooled_std = float(columns.data.mean()), max(float(columns.data.std()), 1e-3)
+        quantiles = np.empty((num_genes, len(SCORES)))
+        for gene in range(num_genes):
+            values = np.sort(columns.data[columns.indptr[gene] : columns.indptr[gene + 1]].astype(np.float64))
+            quantiles[gene] = _quantiles(values, pooled_mean, pooled_std)
+        quantiles = np.maximum(quantiles, min(float(columns.data.min()), 1e-3))
+        steps = 1e-5 * np.arange(len(SCORES))  # where many values are equal, quantiles must still increase
+        quantiles = np.maximum.accumulate(quantiles, axis=1) + steps
+        zeros = (num_cells - number + 0.5) / (num_cells + 1)
+        return {
+            "scores": torch.zeros(num_genes),
+            "zero_logits": torch.from_numpy(np.log(zeros / (1 - zeros))).float(),
+            "log_std": torch.zeros(num_genes),
+            "quantiles": torch.from_numpy(quantiles).float(),
+            "levels": torch.from_numpy(_levels(columns.data)),
+        }
+
+    @property
+    def num_values(self) -> int:
+        """How many values a draw has: the genes."""
+        return self.scores.shape[1]
+
+    def mean(self) -> torch.Tensor:
+        """Expected values, `(cells, genes)`: zeros included, not rounded."""
+        # A piecewise linear function of a normal variable: each change of slope adds the mean of what lies beyond it.
+        std = self.log_std.exp()
+        slopes = self.quantiles.diff(dim=1) / STEP  # (genes, 60)
+        changes = slopes.diff(dim=1)  # (genes, 59)
+        above_zero = self.quantiles[:, 0] + slopes[:, 0] * (self.scores - SCORES[0])
+        for score, change in zip(SCORES[1:-1].tolist(), changes.unbind(1)):
+            beyond = (self.scores - score) / std
+            density = torch.exp(-0.5 * beyond**2) / math.sqrt(2 * math.pi)
+            above_zero = above_zero + change * std * (density + beyond * torch.special.ndtr(beyond))
+        return torch.sigmoid(-self.zero_logits) * above_zero.clamp(min=SMALLEST)
+
+    def expression(self) -> torch.Tensor:
+        """The mean, `(cells, genes)`: the values are on a log scale already."""
+        return self.mean()
+
+    def log_prob(self, x: torch.Tensor, gene_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            x (`torch.Tensor` of shape `(cells, genes)`): Values.
+            gene_mask (`torch.BoolTensor`, *optional*): The columns of `x` to take; all by default.
+
+        Returns:
+            `torch.Tensor` of shape `(cells,)`: log-likelihood in nats, of zeros a probability, of others a density.
+        """
+        columns = slice(x.shape[1]) if gene_mask is None else gene_mask.nonzero().squeeze(1)
+        x, scores, zero_logits = x[:, columns], self.scores[:, columns], self.zero_logits[:, columns]
+        log_std = self.log_std[columns]
+        observed, log_slope = self._to_scores(x, columns)
+        deviation = (observed - scores) * torch.exp(-log_std)
+        log_density = -0.5 * deviation**2 - log_std - 0.5 * math.log(2 * math.pi) + log_slope
+        above_zero = F.logsigmoid(-zero_logits) + log_density
+        return torch.where(x > 0, above_zero, F.logsigmoid(zero_logits)).sum(1)
+
+    def icdf(self, uniform: torch.Tensor) -> torch.Tensor:
+        """
+        Values by inverting their distribution at one random number for each: the lowest are zeros.
+
+        Args:
+            uniform (`torch.DoubleTensor` of shape `(cells, genes)`): Random numbers in [0, 1).
+
+        Returns:
+            `torch.FloatTensor` of the same shape, on the CPU.
+        """
+        uniform = uniform.to(self.scores.device)
+        zero = torch.sigmoid(self.zero_logits).to(uniform.dtype)
+        share = ((uniform - zero) / (1 - zero).clamp(min=1e-12)).clamp(1e-9, 1 - 1e-9)  # of those above zero
+        scores = self.scores + self.log_std.exp() * torch.special.ndtri(share).float()
+        values = self._round(self._from_scores(scores))
+        return torch.where(uniform < zero, 0.0, values).cpu()
+
+    def _from_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        """Values of normal scores, both `(cells, genes)`; beyond the outermost quantiles, the last slope goes on."""
+        position = (scores - SCORES[0]) / STEP
+        left = position.floor().clamp(0, len(SCORES) - 2)
+        index = left.long().T  # (genes, cells)
+        low, high = self.quantiles.gather(1, index).T, self.quantiles.gather(1, index + 1).T
+        return (low + (position - left) * (high - low)).clamp(min=SMALLEST)
+
+    def _to_scores(self, values: torch.Tensor, columns) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normal scores of values, and the log of their slope, all `(cells, genes)`."""
+        quantiles = self.quantiles[columns]
+        index = torch.searchsorted(quantiles, values.T.contiguous()).clamp(1, len(SCORES) - 1)  # (genes, cells)
+        low, high = quantiles.gather(1, index - 1).T, quantiles.gather(1, index).T
+        scores = SCORES[0] + STEP * (index.T - 1 + (values - low) / (high - low))
+        return scores.clamp(-MAX_SCORE, MAX_SCORE), torch.log(STEP / (high - low))
+
+    def _round(self, values: torch.Tensor) -> torch.Tensor:
+        """To the nearest of the values that occur. Those above them all stay as they are."""
+        if self.levels is None:
+            return values
+        levels = self.levels.to(values.device)
+        above = torch.searchsorted(levels, values.contiguous()).clamp(1, len(levels) - 1)
+        low, high = levels[above - 1], levels[above]
+        nearest = torch.where(values - low < high - values, low, high)
+        return torch.where(values > levels[-1], values, nearest)
+
+
+def _quantiles(values: np.ndarray, pooled_mean: float, pooled_std: float) -> np.ndarray:
+    """Quantiles of one gene's sorted positive values at `SCORES`."""
+    number = len(values)
+    mean = (values.sum() + 2 * pooled_mean) / (number + 2)
+    squares = np.square(values - mean).sum()
+    std = math.sqrt((squares + PRIOR_VALUES * pooled_std**2) / (number + PRIOR_VALUES))
+    normal = mean + std * SCORES
+    if number < 2:
+        return normal
+    empirical = np.interp(ndtr(SCORES), (np.arange(number) + 0.5) / number, values)
+    outermost = -ndtri(0.5 / number)
+    below, above = SCORES < -outermost, SCORES > outermost
+    empirical[below] = values[0] + TAIL_SLOPE * std * (SCORES[below] + outermost)
+    empirical[above] = values[-1] + TAIL_SLOPE * std * (SCORES[above] - outermost)
+    weight = number / (number + PRIOR_VALUES)
+    return weight * empirical + (1 - weight) * normal
+
+
+def _levels(values: np.ndarray) -> np.ndarray:
+    """
+    The values that occur, ascending, the lowest `MAX_LEVELS` of them: low ones repeat, where rounding shows. None if
+    hardly any value repeats.
+    """
+    levels = np.unique(values.astype(np.float32))[:MAX_LEVELS]
+    num_values = np.count_nonzero(values <= levels[-1])
+    return levels if num_values > 1.1 * len(levels) else levels[:0]
