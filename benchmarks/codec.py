@@ -41,9 +41,11 @@ def nats_per_cell(codec: ProgramCodec, dataset: CellDataset) -> float:
     """Mean negative log-likelihood of the modelled genes, given each cell's own latents and library size."""
     total = 0.0
     for start in range(0, len(dataset), CELLS_AT_ONCE):
-        counts, library_size = dataset.cells(slice(start, start + CELLS_AT_ONCE))
+        cells = slice(start, start + CELLS_AT_ONCE)
+        counts, library_size = dataset.cells(cells)
         given = library_size if codec.models_library_size else None
-        distribution = codec.decode(codec.encode(counts, library_size), given)
+        class_labels = None if dataset.class_labels is None else dataset.class_labels[cells]
+        distribution = codec.decode(codec.encode(counts, library_size), given, class_labels)
         total -= distribution.log_prob(counts).sum().item()
     return total / len(dataset)
 
@@ -55,8 +57,8 @@ def draw_cells(
     """Cells with given latents `(cells, num_features)` and labels, as a pipeline draws them."""
     generator = torch.Generator().manual_seed(seed)
     matrices, library_sizes = [], []
-    for part in latents.split(CELLS_AT_ONCE):
-        distribution = codec.decode(part)
+    for part, labels in zip(latents.split(CELLS_AT_ONCE), class_labels.split(CELLS_AT_ONCE)):
+        distribution = codec.decode(part, class_labels=labels)
         uniform = torch.rand(len(part), distribution.num_values, generator=generator, dtype=torch.float64)
         counts = distribution.icdf(uniform)
         matrices.append(sparse.csr_matrix(counts[:, : codec.config.num_genes].numpy()))

@@ -85,8 +85,9 @@ METHODS = {"wbdit": wbdit, "nmf": nmf, "linear_scvi": linear_scvi}
 
 def paired_correlation(some: np.ndarray, others: np.ndarray) -> float:
     """Mean absolute correlation of the columns of two matrices, paired one to one for the highest sum."""
-    correlation = np.abs(np.corrcoef(some.T, others.T)[: some.shape[1], some.shape[1] :])
-    correlation = np.nan_to_num(correlation)
+    with np.errstate(invalid="ignore"):
+        correlation = np.abs(np.corrcoef(some.T, others.T)[: some.shape[1], some.shape[1] :])
+    correlation = np.nan_to_num(correlation)  # a program that does nothing correlates with none
     return float(correlation[linear_sum_assignment(-correlation)].mean())
 
 

@@ -69,8 +69,13 @@ def randomize(model: torch.nn.Module, std: float = 0.05, seed: int = 0) -> torch
 
 def make_program_codec(processor: ScRNAProcessor, adata: ad.AnnData) -> ProgramCodec:
     """A tiny codec with random weights that knows the cells' statistics."""
-    codec = randomize(ProgramCodec(num_genes=len(processor.var_names), num_programs=6, hidden_size=8), std=0.3)
+    codec = ProgramCodec(
+        num_genes=len(processor.var_names), num_programs=6, hidden_size=8, condition_sizes=processor.condition_sizes
+    )
+    randomize(codec, std=0.3)
     codec.to_mean.weight.data.mul_(0.1)  # programs of about unit variance
+    for effects in codec.label_effects.values():
+        effects.weight.data.mul_(0.3)
     cells = CellDataset(adata, processor)
     codec.fit_statistics(cells.matrix, cells.library_size)
     codec.heads["log_theta"].bias.data.fill_(2.5)  # little noise: what a cell has is what was asked for

@@ -163,6 +163,25 @@ def test_likelihood_has_a_gradient_in_the_latents(codec, few):
     assert (gain > 0).all()
 
 
+@torch.no_grad()
+def test_labels_add_their_effects(pbmc):
+    """Those of all label keys to every head; an unknown label, and no labels at all, add nothing."""
+    processor = ScRNAProcessor(num_genes=100, label_keys=["cell_type", "phase"]).fit(pbmc)
+    codec = make_program_codec(processor, pbmc)
+    num_types, num_phases = processor.condition_sizes
+    programs, library_size = torch.randn(3, 6), torch.full((3,), 1000.0)
+    plain = codec.decode_programs(programs, library_size)
+    labels = torch.tensor([[num_types - 1, 0], [-1, num_phases - 1], [-1, -1]])
+    labelled = codec.decode_programs(programs, library_size, labels)
+    effects = codec.label_effects["log_theta"].weight
+    expected = torch.stack([effects[num_types - 1] + effects[num_types], effects[-1], torch.zeros(101)])
+    torch.testing.assert_close(labelled.log_theta - plain.log_theta, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(labelled.log_proportions[2], plain.log_proportions[2])
+    rates = codec.label_effects["log_rates"].weight[[num_types - 1, num_types]].sum(0)
+    expected = torch.log_softmax(codec.heads["log_rates"](programs[:1]) + rates, dim=1)
+    torch.testing.assert_close(labelled.log_proportions[:1], expected)
+
+
 def test_an_unknown_likelihood_is_named():
     with pytest.raises(ValueError, match="is one of nb_mixture, quantile_hurdle, not 'gaussian'"):
         ProgramCodec(num_genes=3, likelihood="gaussian")

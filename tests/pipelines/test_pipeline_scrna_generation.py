@@ -169,11 +169,12 @@ def test_program_space_gives_counts_at_the_generated_library_size(program_pipe, 
 def test_program_space_output_types(program_pipe):
     latents = program_pipe(num_cells=10, generator=seeded(), output_type="latent").cells
     assert latents.shape == (10, 7)
-    decoded = program_pipe.codec.decode(latents)
+    cells = program_pipe(num_cells=10, generator=seeded()).cells
+    class_labels = program_pipe.processor.encode_labels(cells)  # those that were drawn
+    decoded = program_pipe.codec.decode(latents, class_labels=class_labels)
     expression = program_pipe(num_cells=10, generator=seeded(), output_type="pt").cells
     torch.testing.assert_close(expression, decoded.expression())
     torch.testing.assert_close(expression, torch.log1p(decoded.mean() / decoded.library_size[:, None] * 1e4))
-    cells = program_pipe(num_cells=10, generator=seeded()).cells
     np.testing.assert_allclose(cells.obs["library_size"], decoded.library_size, rtol=0.2)  # what was drawn
     given = program_pipe(num_cells=10, generator=seeded(), library_size=5000).cells
     np.testing.assert_allclose(np.asarray(given.X.sum(1)).ravel(), 5000, rtol=0.2)
@@ -203,7 +204,7 @@ def test_real_cells_survive_encoding_and_decoding(pbmc, codec):
     np.testing.assert_allclose(cells.obs["library_size"], np.asarray(pbmc.X.sum(1)).ravel(), rtol=rtol)
     drawn, real = (np.log1p(np.asarray(adata.X.mean(0)).ravel()) for adata in (cells, pbmc))
     assert np.corrcoef(drawn, real)[0, 1] > {"program": 0.85, "expression": 0.9999}[codec]  # of random weights
-    expected = pipe.codec.decode(latents).mean().detach().mean(0)
+    expected = pipe.codec.decode(latents, class_labels=class_labels).mean().detach().mean(0)
     np.testing.assert_allclose(np.asarray(cells.X.mean(0)).ravel(), expected, rtol=0.2, atol=0.05)
 
     again = pipe.decode_latents(latents, class_labels, generator=seeded())

@@ -1,5 +1,6 @@
 """Stage one: the codec that `train` fits."""
 
+import copy
 import re
 import time
 
@@ -10,7 +11,7 @@ from accelerate import PartialState
 from tiny import tiny_config
 
 from wbdit_diffusers import ExpressionCodec, ProgramCodec, ScRNAProcessor
-from wbdit_diffusers.data import CellDataset
+from wbdit_diffusers.data import CellDataset, encode_cells
 from wbdit_diffusers.training.codec import (
     find_program_axes,
     fit_expression_codec,
@@ -162,6 +163,24 @@ def test_the_fit_follows_the_cells(searched, dataset):
     programs = (dataset.latents * codec.latents_std + codec.latents_mean)[:, :-1]
     fitted = negative_log_likelihood(dataset, codec, programs)
     assert fitted < 0.95 * negative_log_likelihood(dataset, codec, programs.mean(0).expand_as(programs))
+
+
+def test_labels_get_effects_in_the_second_fit_and_a_prior_holds_them(dataset, tmp_path):
+    """Cells of a label are then described better; the more precise the prior, the smaller the effects."""
+    config = tiny_config(tmp_path, decoder_steps=0)
+    codec = fit_program_codec(config, dataset, CPU)
+    assert codec.config.condition_sizes == dataset.condition_sizes
+    assert not codec.label_effects["log_rates"].weight.any()
+    programs = encode_cells(dataset, codec)[:, :8] * codec.latents_std[:8] + codec.latents_mean[:8]
+    sizes, losses = [], []
+    for precision in (1.0, 100.0, 1e7):
+        fitted = copy.deepcopy(codec)
+        config = tiny_config(tmp_path, decoder_steps=150, label_prior_precision=precision)
+        refit_decoder(config, dataset, fitted, programs)
+        sizes.append(fitted.label_effects["log_rates"].weight.std().item())
+        with torch.no_grad():
+            losses.append(fitted.decoder_loss(programs, *dataset.cells(slice(None)), dataset.class_labels).mean())
+    assert sizes[0] > 1.5 * sizes[1] > 15 * sizes[2] and losses[0] < losses[1] < losses[2]
 
 
 def test_stage_one_ends_at_its_part_of_the_time(dataset, tmp_path):

@@ -34,6 +34,7 @@ class CellDataset(Dataset):
         self.matrix, self.library_size = processor.select(adata)
         self.is_of_counts = processor.has_library_size  # given or recovered; else of log values
         self.class_labels = processor.encode_labels(adata) if with_labels else None
+        self.condition_sizes = processor.condition_sizes if with_labels else ()
         self.codec: Encoder | None = None
         self.latents: torch.Tensor | None = None  # (cells, num_features), where they are kept
 

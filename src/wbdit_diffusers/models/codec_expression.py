@@ -96,12 +96,19 @@ class ExpressionCodec(ModelMixin, ConfigMixin):
         return (features - self.latents_mean) / self.latents_std
 
     @apply_forward_hook
-    def decode(self, latents: torch.Tensor, library_size: torch.Tensor | None = None) -> CellDistribution:
+    def decode(
+        self,
+        latents: torch.Tensor,
+        library_size: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+    ) -> CellDistribution:
         """
         Args:
             latents (`torch.Tensor` of shape `(cells, num_features)`): Standardised expression and log library size.
             library_size (`torch.Tensor` of shape `(cells,)`, *optional*):
                 Total counts, instead of those in `latents`, which are kept within the range of the training cells'.
+            class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*):
+                Of no use: all that labels say is in the latents.
 
         Returns:
             [`CellDistribution`]: all of it at one value, expression clamped at zero.

@@ -25,6 +25,9 @@ class ProgramCodec(ModelMixin, ConfigMixin):
     are like is a property of the gene. Row `g` of `W` says how much each program raises the log rate of gene `g`: see
     [`~ProgramCodec.loadings`].
 
+    Labels have effects of their own, under a strong prior: each adds to the log rates, and to log θ, of every gene
+    what the programs can't follow and its cells are many enough to tell. Where no labels are given, there are none.
+
     With the hurdle, for log values that no counts stand behind, the log odds of a zero and the normal scores of other
     values are linear in the programs; see [`QuantileHurdle`].
 
@@ -38,6 +41,7 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         likelihood (`str`, defaults to `"nb_mixture"`):
             Name of the cells' distribution, a key of `LIKELIHOODS`: `"nb_mixture"` of counts, `"quantile_hurdle"` of
             log values.
+        condition_sizes (`tuple[int, ...]`, defaults to `()`): Number of labels of each label key.
         num_levels (`int`, defaults to 0):
             Log values that occur in the training cells, to which drawn ones are rounded; set by
             [`~ProgramCodec.fit_statistics`].
@@ -50,6 +54,7 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         num_programs: int = 16,
         hidden_size: int = 256,
         likelihood: str = "nb_mixture",
+        condition_sizes: tuple[int, ...] = (),
         num_levels: int = 0,
     ):
         super().__init__()
@@ -66,6 +71,11 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         self.gene_parameters = nn.ParameterDict(
             {name: torch.zeros(num_bins) for name in LIKELIHOODS[likelihood].GENE_PARAMETERS}
         )
+        self.label_effects = nn.ModuleDict()
+        if condition_sizes:
+            self.label_effects.update({name: nn.Embedding(sum(condition_sizes), num_bins) for name in names})
+            for effects in self.label_effects.values():
+                nn.init.zeros_(effects.weight)
         for name in names[1:]:  # the shape of the noise is the same in all cells until training says otherwise
             nn.init.zeros_(self.heads[name].weight)
         # Mean and deviation of the training cells' programs and log library size, with which latents are standardised
@@ -148,10 +158,16 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1)
         return self.decoder_loss(programs, matrix, library_size), divergence
 
-    def decoder_loss(self, programs: torch.Tensor, matrix: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
-        """Negative log-likelihood `(cells,)` of cells `(cells, genes)` given programs `(cells, num_programs)`."""
+    def decoder_loss(
+        self,
+        programs: torch.Tensor,
+        matrix: torch.Tensor,
+        library_size: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Negative log-likelihood `(cells,)` of cells `(cells, genes)`, given programs and labels; see `decode`."""
         values = _bins(matrix, library_size) if self.models_library_size else matrix
-        return -self.decode_programs(programs, library_size).log_prob(values)
+        return -self.decode_programs(programs, library_size, class_labels).log_prob(values)
 
     # ==================== What the programs are ====================
 
@@ -227,22 +243,38 @@ class ProgramCodec(ModelMixin, ConfigMixin):
 
     # ==================== Latents to cells ====================
 
-    def decode_programs(self, programs: torch.Tensor, library_size: torch.Tensor | None) -> CellDistribution:
-        """The distribution of cells with programs `(cells, num_programs)` and, of counts, library sizes `(cells,)`."""
+    def decode_programs(
+        self, programs: torch.Tensor, library_size: torch.Tensor | None, class_labels: torch.Tensor | None = None
+    ) -> CellDistribution:
+        """The distribution of cells with programs `(cells, num_programs)`, not standardised; see `decode`."""
         likelihood = LIKELIHOODS[self.config.likelihood]
-        parameters = {name: head(programs) for name, head in self.heads.items()} | dict(self.gene_parameters)
-        parameters |= {name: getattr(self, name) for name in likelihood.TABLES}
+        parameters = {name: head(programs) for name, head in self.heads.items()}
+        if class_labels is not None and self.label_effects:
+            class_labels = class_labels.to(programs.device)
+            first = torch.tensor([0, *self.config.condition_sizes[:-1]], device=programs.device).cumsum(0)
+            is_known = (class_labels >= 0).to(programs.dtype)[..., None]
+            for name, effects in self.label_effects.items():
+                of_labels = effects(class_labels.clamp(min=0) + first) * is_known  # (cells, num_label_keys, genes)
+                parameters[name] = parameters[name] + of_labels.sum(1)
+        parameters |= dict(self.gene_parameters) | {name: getattr(self, name) for name in likelihood.TABLES}
         if not self.models_library_size:
             parameters["levels"] = self.levels
         return likelihood.from_heads(parameters, library_size)
 
     @apply_forward_hook
-    def decode(self, latents: torch.Tensor, library_size: torch.Tensor | None = None) -> CellDistribution:
+    def decode(
+        self,
+        latents: torch.Tensor,
+        library_size: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+    ) -> CellDistribution:
         """
         Args:
             latents (`torch.Tensor` of shape `(cells, num_features)`): Standardised programs and log library size.
             library_size (`torch.Tensor` of shape `(cells,)`, *optional*):
                 Total counts, instead of those in `latents`, which are kept within the range of the training cells'.
+            class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*):
+                Codes of the labels, whose effects are added; -1 where one is not known.
 
         Returns:
             [`CellDistribution`]: of the counts, or log values, of the modelled genes.
@@ -255,7 +287,7 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         latents = latents.float() * self.latents_std + self.latents_mean
         if library_size is None and self.models_library_size:
             library_size = latents[:, -1].clamp(*self.log_library_size_range.tolist()).exp()
-        return self.decode_programs(latents[:, : self.config.num_programs].to(self.dtype), library_size)
+        return self.decode_programs(latents[:, : self.config.num_programs].to(self.dtype), library_size, class_labels)
 
 
 def _bins(counts: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:

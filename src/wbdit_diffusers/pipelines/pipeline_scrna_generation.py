@@ -86,6 +86,11 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                 f" condition_sizes={needed[1]} need a denoiser of the same sizes, not sample_size={got[0]} and"
                 f" condition_sizes={got[1]}."
             )
+        if codec.config.get("condition_sizes") and tuple(codec.config.condition_sizes) != processor.condition_sizes:
+            raise ValueError(
+                "`codec` and `processor` are not of one model: condition_sizes are"
+                f" {tuple(codec.config.condition_sizes)} and {processor.condition_sizes}."
+            )
         if codec.config.num_genes != len(processor.var_names):
             raise ValueError(
                 f"`codec` and `processor` are not of one model: {codec.config.num_genes} genes and"
@@ -327,7 +332,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                 if output_type == "latent":
                     yield denoised
                 elif output_type != "anndata":
-                    yield self.codec.decode(denoised).expression()
+                    yield self.codec.decode(denoised, class_labels=class_labels).expression()
                 else:
                     sizes = None if asked_sizes is None else asked_sizes[batch]
                     cells = self._to_cells(denoised, class_labels, sizes, cell_noise, uniform[:, 1], first_cell=start)
@@ -389,7 +394,8 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         num_genes = self.codec.config.num_genes
         matrices, sizes = [], []
         for part, rows in noise.parts(max(1, VALUES_AT_ONCE // (num_genes * CELLS_PER_BLOCK))):
-            distribution = self.codec.decode(latents[rows], None if library_size is None else library_size[rows])
+            given = (None if values is None else values[rows] for values in (library_size, class_labels))
+            distribution = self.codec.decode(latents[rows], *given)
             values = distribution.icdf(part.uniform(distribution.num_values, dtype=torch.float64))
             matrices.append(sparse.csr_matrix(values[:, :num_genes].numpy()))
             # Where the other genes were drawn as well, the library is what was drawn.
@@ -430,7 +436,8 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
 
         Args:
             latents (`torch.Tensor` of shape `(cells, num_features)`): Denoised, or encoded, cells.
-            class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*): Codes of their labels.
+            class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*):
+                Codes of their labels. Without them nothing is added to what the latents say.
             library_size (`torch.Tensor` of shape `(cells,)`, *optional*): As in a call, instead of those in `latents`.
             generator (`torch.Generator`, *optional*): Makes the draw reproducible.
 

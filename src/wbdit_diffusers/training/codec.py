@@ -118,7 +118,9 @@ def fit_programs(
     validation_cells, train_cells = shuffled[:num_validation], shuffled[num_validation:]
     torch.manual_seed(config.seed)
     likelihood = "nb_mixture" if dataset.is_of_counts else "quantile_hurdle"
-    codec = ProgramCodec(dataset.matrix.shape[1], num_programs, config.codec_hidden_size, likelihood)
+    codec = ProgramCodec(
+        dataset.matrix.shape[1], num_programs, config.codec_hidden_size, likelihood, dataset.condition_sizes
+    )
     codec.fit_statistics(dataset.matrix, dataset.library_size)
     codec = codec.to(device)
     optimizer = _optimizer(config, codec, codec.parameters(), config.codec_learning_rate)
@@ -172,7 +174,8 @@ def refit_decoder(config: TrainingConfig, dataset: CellDataset, codec: ProgramCo
     Fits the decoder once more, to all training cells and the encoder's final programs of them.
 
     The denoiser will imitate these programs, without the noise under which the decoder was trained: what varies in the
-    cells and is not in the programs must be in the decoder's noise, no more and no less.
+    cells and is not in the programs must be in the decoder's noise, no more and no less. Here labels get their
+    effects: with them in the first fit, programs would not tell types apart.
 
     Args:
         config ([`TrainingConfig`]): How many steps, and their learning rate.
@@ -181,12 +184,14 @@ def refit_decoder(config: TrainingConfig, dataset: CellDataset, codec: ProgramCo
         programs (`torch.Tensor` of shape `(cells, num_programs)`): Programs of the training cells.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = _optimizer(config, codec, codec.heads.parameters(), config.decoder_learning_rate)
+    parameters = [*codec.heads.parameters(), *codec.label_effects.parameters()]
+    optimizer = _optimizer(config, codec, parameters, config.decoder_learning_rate)
     lr_scheduler = get_scheduler("cosine", optimizer, num_training_steps=config.decoder_steps, num_warmup_steps=0)
     for _ in tqdm(range(config.decoder_steps), desc="Decoder", unit=" steps", mininterval=1):
         cells = torch.randint(len(dataset), (2 * config.codec_batch_size,), generator=generator)
         counts, library_size = (values.to(codec.device) for values in dataset.cells(cells.numpy()))
-        loss = codec.decoder_loss(programs[cells].to(codec.device), counts, library_size).mean()
+        class_labels = None if dataset.class_labels is None else dataset.class_labels[cells]
+        loss = codec.decoder_loss(programs[cells].to(codec.device), counts, library_size, class_labels).mean()
         loss = loss + prior_loss(config, codec, len(dataset))
         optimizer.zero_grad()
         loss.backward()
@@ -226,8 +231,10 @@ def find_program_axes(codec: ProgramCodec, programs: torch.Tensor, seed: int):
 
 
 def prior_loss(config: TrainingConfig, codec: ProgramCodec, num_cells: int) -> torch.Tensor:
-    """The Gaussian prior on what programs do to each gene, in nats per cell: few counts tell little of it."""
+    """The Gaussian prior on what programs and labels do to a gene, in nats per cell: few counts tell little of it."""
     squares = sum(head.weight.square().sum() for head in codec.heads.values()) * config.program_prior_precision
+    for effects in codec.label_effects.values():
+        squares = squares + effects.weight.square().sum() * config.label_prior_precision
     for name, precision in LIKELIHOODS[codec.config.likelihood].PRIOR_PRECISIONS.items():
         squares = squares + precision * codec.gene_parameters[name].square().sum()
     return squares / (2 * num_cells)
