@@ -101,8 +101,9 @@ SCALES = {"log1p": as_log1p, "tpm": as_tpm}
 
 
 def name_of(path: Path, args: argparse.Namespace) -> str:
-    """Of a dataset on the scale that was asked for."""
-    return path.stem if args.scale is None else f"{path.stem} as {args.scale}"
+    """Of a dataset on the scale, and with as many cells, as were asked for."""
+    name = path.stem if args.scale is None else f"{path.stem} as {args.scale}"
+    return name if args.num_cells is None else f"{name}, {args.num_cells} cells"
 
 
 def draw_variants(

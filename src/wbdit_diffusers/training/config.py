@@ -91,7 +91,7 @@ class ProgramCodecConfig:
     """Learning rate of each gene's noise. It spans orders of magnitude, and must get there before programs overfit."""
     program_prior_precision: NonNegativeFloat = 30.0
     """Precision of the Gaussian prior on the decoder's weights. Genes with few counts are drawn to zero by it."""
-    label_prior_precision: NonNegativeFloat = 60.0
+    label_prior_precision: NonNegativeFloat = 4.0
     """Precision of the Gaussian prior on what labels do to a gene beside the programs."""
     codec_batch_size: PositiveInt = 128
     """Cells in a step of stage one."""
