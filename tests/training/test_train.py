@@ -10,6 +10,7 @@ import pytest
 import scanpy as sc
 import torch
 from huggingface_hub import hf_api
+from scipy import sparse
 from tiny import assert_same_weights, column, read_log, tiny_config
 
 from wbdit_diffusers import ScRNAGenerationPipeline
@@ -272,6 +273,45 @@ def test_held_out_cells_of_unknown_labels_are_left_out(pbmc, tmp_path):
     assert "CD34+" not in pipe.processor.config.categories[0]
     assert set(names[rare]) <= set(CellSplit.load(tmp_path / "out").test)
     assert np.isfinite(column(tmp_path / "out", "validation_loss")).all()
+
+
+# ==================== Unusual data ====================
+
+
+def unusual(cells: ad.AnnData, what: str) -> ad.AnnData:
+    cells, rng = cells.copy(), np.random.default_rng(0)
+    if what == "reads":  # each gene by a factor of its own, so that the largest of them have counts of a million
+        factors = np.round(10 ** rng.uniform(0, 5, cells.n_vars))
+        cells.X = (cells.X @ sparse.diags_array(factors)).tocsr()
+    elif what == "a gene everywhere":
+        counts = cells.X.tolil()
+        counts[:, 7] = rng.poisson(200, cells.n_obs) + 1
+        cells.X = counts.tocsr()
+    elif what == "100 types":
+        cells.obs["cell_type"] = [f"type {number}" for number in rng.permutation(np.arange(cells.n_obs) % 100)]
+    elif what == "60 of one type":
+        cells = cells[cells.obs["cell_type"] == "Dendritic"][:60].copy()
+    return cells
+
+
+@pytest.mark.parametrize("what", ["reads", "a gene everywhere", "100 types", "60 of one type"])
+def test_unusual_cells_are_learned(what, pbmc, tmp_path):
+    cells = unusual(pbmc, what)
+    config = tiny_config(tmp_path, label_keys=["cell_type"], codec_max_steps=150, decoder_steps=150, max_train_steps=5)
+    pipe = train(cells, config)
+    pipe.set_progress_bar_config(disable=True)
+    known = cells[CellSplit.load(tmp_path).train]
+    decoded = pipe.decode_latents(
+        pipe.encode_cells(known), pipe.processor.encode_labels(known), generator=torch.Generator().manual_seed(0)
+    )
+    assert np.isfinite(decoded.X.data).all() and (decoded.X.data == np.round(decoded.X.data)).all()
+    totals = np.asarray(known.X.sum(axis=1)).ravel()
+    np.testing.assert_allclose(np.median(decoded.obs["library_size"] / totals), 1, atol=0.15)
+    means, real_means = (np.asarray(x[:, pipe.processor.var_names].X.mean(axis=0)).ravel() for x in (decoded, known))
+    assert np.corrcoef(np.log1p(means), np.log1p(real_means))[0, 1] > 0.95
+    if what == "a gene everywhere":
+        assert (decoded[:, cells.var_names[7]].X.toarray() > 0).mean() > 0.99
+    assert generate(pipe).n_obs == 5
 
 
 # ==================== Bad data ====================
