@@ -3,9 +3,11 @@ import pytest
 import torch
 from conftest import make_program_codec
 from scipy import sparse, stats
+from sklearn.decomposition import PCA
 
 from wbdit_diffusers import ProgramCodec, ScRNAProcessor
 from wbdit_diffusers.data import CellDataset
+from wbdit_diffusers.processing import log_normalize
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,33 @@ def test_dispersions_start_above_the_moments_of_each_gene():
 
 
 # ==================== Cells to latents and back ====================
+
+
+@torch.no_grad()
+def test_programs_start_at_principal_components(processor, pbmc, cells):
+    dataset = CellDataset(pbmc, processor)
+    codec = ProgramCodec(num_genes=100, num_programs=5, hidden_size=12)
+    codec.fit_statistics(dataset.matrix, dataset.library_size)
+    flat = codec.decoder_loss(torch.zeros(len(dataset), 5), *cells).mean()
+    codec.start_programs(dataset.matrix, dataset.library_size, precision=30.0)
+    programs = codec.posterior(*cells)[0]
+    components = PCA(5).fit_transform(log_normalize(dataset.matrix, dataset.library_size).toarray())
+    correlation = np.corrcoef(programs.T, components.T)[:5, 5:]
+    np.testing.assert_allclose(np.abs(correlation), np.eye(5), atol=1e-3)
+    torch.testing.assert_close(programs.T.cov(), torch.eye(5), atol=0.01, rtol=0)
+    assert codec.decoder_loss(programs, *cells).mean() < flat - 5  # nats
+
+
+@pytest.mark.parametrize("num_cells, hidden_size", [(3, 256), (700, 6)])
+@torch.no_grad()
+def test_programs_that_cells_or_units_are_too_few_for_start_at_random(processor, pbmc, num_cells, hidden_size):
+    dataset = CellDataset(pbmc[:num_cells], processor)
+    codec = ProgramCodec(num_genes=100, num_programs=8, hidden_size=hidden_size)
+    before = codec.to_mean.weight.clone()
+    codec.start_programs(dataset.matrix, dataset.library_size, precision=30.0)
+    number = min(num_cells - 1, hidden_size // 2)
+    assert torch.equal(codec.to_mean.weight[number:], before[number:])
+    assert torch.isfinite(codec.posterior(*dataset.cells(slice(None)))[0]).all()
 
 
 @torch.no_grad()

@@ -137,6 +137,17 @@ def test_programs_are_read_along_axes_that_change_no_cell(dataset, tmp_path):
     assert (explained.diff() < 1e-4).all() and (codec.weighted_loadings.pow(3).sum(0) > 0).all()
 
 
+def test_seeds_agree_on_the_programs(dataset, tmp_path):
+    """Up to their axes. From random weights a fifth of one seed's programs is not in those of another one."""
+    codes = []
+    for seed in (0, 1):
+        codec, _ = fit_programs(tiny_config(tmp_path, seed=seed), dataset, 4, CPU, deadline=np.inf)
+        codes.append(encode_cells(dataset, codec)[:, :4].double())
+    one, other = (values - values.mean(0) for values in codes)
+    residual = one - other @ torch.linalg.lstsq(other, one).solution
+    assert residual.square().sum() < 0.02 * one.square().sum()
+
+
 def test_independent_programs_are_found(dataset):
     """Whatever axes the fit had: of two independent programs that are mixed, each comes back alone."""
     torch.manual_seed(0)

@@ -8,10 +8,15 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from scipy import sparse
+from sklearn.decomposition import PCA
 from torch import nn
 
 from ..processing.normalize import log_normalize
 from .likelihoods import LIKELIHOODS, CellDistribution
+
+
+MIN_COMPONENT = 1e-3  # share of the first component's deviation
+MAX_SLOPE = 0.5  # at the start: one linear step goes too far on a log scale
 
 
 class ProgramCodec(ModelMixin, ConfigMixin):
@@ -133,6 +138,49 @@ class ProgramCodec(ModelMixin, ConfigMixin):
                 self.gene_parameters[name].copy_(value)
             else:
                 getattr(self, name).copy_(value)
+
+    @torch.no_grad()
+    def start_programs(self, matrix: sparse.csr_matrix, library_size: np.ndarray, precision: float):
+        """
+        Starts the programs at the principal components of the training cells' log expression, of which the encoder is
+        the projection, and the decoder's weights at one step of Fisher scoring. From random weights the same fit ends
+        with programs that other seeds and other cells do not share, and later.
+
+        Args:
+            matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts, or log values, of the training cells.
+            library_size (`np.ndarray` of shape `(cells,)`): Total counts, all other genes included.
+            precision (`float`): Of the prior on the weights.
+        """
+        number = min(self.config.num_programs, self.config.hidden_size // 2, *(size - 1 for size in matrix.shape))
+        if number < 1:
+            return
+        expression = log_normalize(matrix, library_size) if self.models_library_size else matrix
+        pca = PCA(number, svd_solver="arpack", random_state=0)
+        programs = pca.fit_transform(expression)
+        scale = programs.std(axis=0)
+        number = int((scale > MIN_COMPONENT * scale[0]).sum())  # cells that are alike have no more
+        programs, scale = programs[:, :number], scale[:number]
+        # Two hidden units for each program, as silu(x) - silu(-x) = x; the others say nothing yet.
+        encoder = self.encoder[0]
+        projection = torch.from_numpy(pca.components_[:number] / scale[:, None]).to(encoder.weight)  # (number, genes)
+        projection = torch.cat([projection, -projection])
+        center = torch.from_numpy(pca.mean_).to(encoder.weight)
+        if not self.models_library_size:  # the encoder sees standardised values
+            center = (center - self.values_mean) / self.values_std
+            projection = projection * self.values_std
+        units, places = 2 * number, torch.arange(number)
+        encoder.weight[:units] = 0
+        encoder.weight[:units, : len(center)] = projection
+        encoder.bias[:units] = -projection @ center
+        self.to_mean.weight[:number] = 0
+        self.to_mean.weight[places, places] = 1
+        self.to_mean.weight[places, number + places] = -1
+        self.to_mean.bias[:number] = 0
+        slopes = LIKELIHOODS[self.config.likelihood].initial_slopes(
+            matrix, library_size, programs / scale, {name: head.bias for name, head in self.heads.items()}, precision
+        )
+        for name, slope in slopes.items():
+            self.heads[name].weight[:, :number] = slope.clamp(-MAX_SLOPE, MAX_SLOPE).to(encoder.weight)
 
     @torch.no_grad()
     def standardize_latents(self, latents: torch.Tensor):

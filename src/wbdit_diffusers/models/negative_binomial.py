@@ -90,6 +90,42 @@ class NegativeBinomialMixture:
             "outlier_log_theta": torch.full((len(totals),), -0.5),
         }
 
+    @classmethod
+    def initial_slopes(
+        cls,
+        counts: sparse.csr_matrix,
+        library_size: np.ndarray,
+        programs: np.ndarray,
+        biases: dict[str, torch.Tensor],
+        precision: float,
+    ) -> dict[str, torch.Tensor]:
+        """
+        One step of Fisher scoring from cells that are all alike, for each weight by itself.
+
+        Args:
+            counts (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts of the training cells.
+            library_size (`np.ndarray` of shape `(cells,)`): Their total counts.
+            programs (`np.ndarray` of shape `(cells, num_programs)`): Their programs, centred.
+            biases (`dict[str, torch.Tensor]`): Of the heads, `(genes + 1,)` each, see `initial_values`.
+            precision (`float`): Of the prior on the weights.
+
+        Returns:
+            `dict[str, torch.Tensor]`: for the heads that depend on the programs from the start,
+            `(genes + 1, num_programs)`.
+        """
+        share = torch.softmax(biases["log_rates"].double(), dim=0).cpu().numpy()
+        theta = biases["log_theta"].double().exp().cpu().numpy()
+        score, information = np.zeros((len(share), programs.shape[1])), precision
+        for start in range(0, counts.shape[0], 1024):
+            cells = slice(start, start + 1024)
+            of_genes = counts[cells].toarray()
+            values = np.column_stack([of_genes, library_size[cells] - of_genes.sum(axis=1)])
+            rates = library_size[cells, None] * share  # (cells, genes + 1)
+            weights = 1 / (1 + rates / theta)
+            score += ((values - rates) * weights).T @ programs[cells]
+            information = information + (rates * weights).T @ programs[cells] ** 2
+        return {"log_rates": torch.from_numpy(score / information)}
+
     @property
     def num_values(self) -> int:
         """How many counts a draw has: the genes, and the bin of all others."""

@@ -96,6 +96,35 @@ class QuantileHurdle:
             "levels": torch.from_numpy(_levels(columns.data)),
         }
 
+    @classmethod
+    def initial_slopes(
+        cls,
+        matrix: sparse.csr_matrix,
+        library_size: np.ndarray | None,
+        programs: np.ndarray,
+        biases: dict[str, torch.Tensor],
+        precision: float,
+    ) -> dict[str, torch.Tensor]:
+        """
+        One step of Fisher scoring from cells that are all alike, for each weight by itself; see
+        [`NegativeBinomialMixture.initial_slopes`].
+
+        Returns:
+            `dict[str, torch.Tensor]`: for the heads, `(genes, num_programs)` each.
+        """
+        is_zero = torch.sigmoid(biases["zero_logits"].double()).cpu().numpy()
+        observed = (matrix != 0).astype(np.float64)
+        zero_slopes = -(observed.T @ programs)
+        zero_slopes /= (is_zero * (1 - is_zero))[:, None] * np.square(programs).sum(axis=0) + precision
+        # Normal scores are about the values themselves, standardised among those of the gene.
+        number = np.maximum(np.diff(matrix.tocsc().indptr), 1)
+        mean = np.asarray(matrix.sum(axis=0)).ravel() / number
+        variance = np.asarray(matrix.power(2).sum(axis=0)).ravel() / number - mean**2
+        scores = sparse.csr_matrix(matrix, dtype=np.float64)
+        scores.data = (scores.data - mean[scores.indices]) / np.sqrt(variance[scores.indices] + 1e-6)
+        slopes = (scores.T @ programs) / (observed.T @ np.square(programs) + precision)
+        return {"zero_logits": torch.from_numpy(zero_slopes), "scores": torch.from_numpy(slopes)}
+
     @property
     def num_values(self) -> int:
         """How many values a draw has: the genes."""

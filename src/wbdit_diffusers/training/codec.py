@@ -29,7 +29,8 @@ MAX_VALIDATION_CELLS = 2000
 MAX_STEPS_BETWEEN_VALIDATIONS = 100
 MIN_STEPS = 100  # before which the loss says little
 MIN_IMPROVEMENT = 0.001  # share of the loss by which it must fall for patience to begin anew
-STOP_TOLERANCES = {"nb_mixture": 0.015, "quantile_hurdle": 0.1}
+STOP_TOLERANCES = {"nb_mixture": 0.003, "quantile_hurdle": 0.1}
+MIN_PROGRAM_GAINS = {"nb_mixture": 0.01, "quantile_hurdle": 0.1}
 
 
 def prepare_codec(
@@ -79,9 +80,12 @@ def fit_program_codec(config: TrainingConfig, dataset: CellDataset, device: torc
     minutes = math.inf if config.max_train_minutes is None else config.max_train_minutes * config.codec_time_fraction
     deadline = time.monotonic() + 60 * minutes
     codec, best_loss = fit_programs(config, dataset, config.num_programs or config.min_programs, device, deadline)
+    min_gain = config.min_program_gain
+    if min_gain is None:
+        min_gain = MIN_PROGRAM_GAINS[codec.config.likelihood]
     while config.num_programs is None and 2 * codec.config.num_programs <= config.max_programs:
         larger, loss = fit_programs(config, dataset, 2 * codec.config.num_programs, device, deadline)
-        if best_loss - loss < config.min_program_gain * abs(best_loss):
+        if best_loss - loss < min_gain * abs(best_loss):
             break
         codec, best_loss = larger, loss
     latents = encode_cells(dataset, codec)  # not yet standardised: the programs, and of counts the log library size
@@ -137,8 +141,10 @@ def fit_programs(
         return torch.cat(losses).mean().item()
 
     # What the loss may rise by is a share of it; that of log values, whose density has no zero point, counts from
-    # where the fit begins.
+    # programs that say nothing.
     zero_point = 0.0 if dataset.is_of_counts else validation_loss()
+    fitted = dataset.matrix[train_cells], dataset.library_size[train_cells]
+    codec.start_programs(*fitted, config.program_prior_precision)
     tolerance = config.codec_stop_tolerance
     if tolerance is None:
         tolerance = STOP_TOLERANCES[likelihood]

@@ -81,8 +81,10 @@ class ProgramCodecConfig:
     """The number of programs that the search begins with."""
     max_programs: PositiveInt = 64
     """The number of programs that the search does not exceed."""
-    min_program_gain: Fraction = 0.01
-    """By which share twice as many programs must lower the loss of the cells set aside to be worth their cost."""
+    min_program_gain: Fraction | None = None
+    """By which share twice as many programs must lower the loss of the cells set aside to be worth their cost, or for
+    log values by which share of what the fit has gained (a density has no zero point). Default: 0.01, or 0.1 for log
+    values."""
     codec_hidden_size: PositiveInt = 256
     """Width of the encoder's hidden layer."""
     codec_learning_rate: PositiveFloat = 1e-3
@@ -102,7 +104,7 @@ class ProgramCodecConfig:
     codec_stop_tolerance: NonNegativeFloat | None = None
     """Stage one ends when the loss of the cells set aside is above its best by this share of it, or for log values by
     this share of what the fit has gained (a density has no zero point). Programs that follow their cells a little more
-    closely than that best give better cells, once the decoder is fitted to them. Default: 0.015, or 0.1 for log
+    closely than that best give better cells, once the decoder is fitted to them. Default: 0.003, or 0.1 for log
     values."""
     codec_patience: PositiveInt = 1000
     """Stage one also ends when that loss has not improved by a thousandth for so many steps."""
