@@ -146,3 +146,13 @@ def test_programs_of_log_values_start_at_principal_components():
     programs = codec.posterior(x, None)[0]
     assert np.abs(np.corrcoef(programs[:, 0], kind[:, 0])[0, 1]) > 0.9
     assert codec.decoder_loss(programs, x, None).mean() < flat - 3  # nats
+
+
+def test_start_of_genes_whose_values_hardly_vary():
+    """In single precision, the variance of equal values of some size is a rounding error, and may be below zero."""
+    rng = np.random.default_rng(0)
+    values = sparse.csr_matrix((rng.random((500, 60)) < 0.5) * np.linspace(5, 8, 60), dtype=np.float32)
+    programs = rng.normal(size=(500, 2))
+    slopes = Hurdle.initial_slopes(values, None, programs, Hurdle.initial_values(values), precision=30.0)
+    assert all(torch.isfinite(slope).all() for slope in slopes.values())
+    assert slopes["scores"].abs().max() < 0.1

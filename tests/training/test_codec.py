@@ -194,6 +194,14 @@ def test_labels_get_effects_in_the_second_fit_and_a_prior_holds_them(dataset, tm
     assert sizes[0] > 1.5 * sizes[1] > 15 * sizes[2] and losses[0] < losses[1] < losses[2]
 
 
+@pytest.mark.parametrize(
+    "stage, changes", [("gene programs", {"codec_learning_rate": 1e30}), ("decoder", {"decoder_learning_rate": 1e34})]
+)
+def test_a_diverged_fit_is_refused(stage, changes, dataset, tmp_path):
+    with pytest.raises(ValueError, match=f"{stage}.*Lower --{next(iter(changes))}"):
+        fit_program_codec(tiny_config(tmp_path, **changes), dataset, CPU)
+
+
 def test_stage_one_ends_at_its_part_of_the_time(dataset, tmp_path):
     limits = {"max_train_minutes": 3 / 60, "codec_time_fraction": 0.5, "decoder_steps": 0}
     config = tiny_config(tmp_path, **ENDLESS, **limits)

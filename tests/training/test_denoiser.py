@@ -128,6 +128,17 @@ def test_accumulated_gradients_are_those_of_one_larger_batch(pbmc, tmp_path, mon
     assert large["proj_out.weight"].abs().max() > 1e-3  # it starts at zero
 
 
+@pytest.mark.parametrize("changes", [{"validation_steps": 2}, {"checkpointing_steps": 2, "validation_steps": 10}])
+def test_a_diverged_denoiser_is_refused_and_not_saved(changes, pbmc, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "wbdit_diffusers.training.denoiser.diffusion_loss", lambda *_: torch.tensor(np.nan).requires_grad_()
+    )
+    config = tiny_config(tmp_path, codec="expression", max_train_steps=10, **changes)
+    with pytest.raises(ValueError, match="denoiser's loss is nan at step 2. Lower --learning_rate"):
+        train(pbmc, config)
+    assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "model_index.json").exists()
+
+
 def test_more_batches_in_a_step_than_in_an_epoch_are_refused(pbmc, tmp_path):
     config = tiny_config(tmp_path, codec="expression", gradient_accumulation_steps=9)
     with pytest.raises(ValueError, match="--gradient_accumulation_steps 9: an epoch has only 8 batches of 64 cells"):

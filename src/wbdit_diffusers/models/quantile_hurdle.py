@@ -117,11 +117,11 @@ class QuantileHurdle:
         zero_slopes = -(observed.T @ programs)
         zero_slopes /= (is_zero * (1 - is_zero))[:, None] * np.square(programs).sum(axis=0) + precision
         # Normal scores are about the values themselves, standardised among those of the gene.
-        number = np.maximum(np.diff(matrix.tocsc().indptr), 1)
-        mean = np.asarray(matrix.sum(axis=0)).ravel() / number
-        variance = np.asarray(matrix.power(2).sum(axis=0)).ravel() / number - mean**2
-        scores = sparse.csr_matrix(matrix, dtype=np.float64)
-        scores.data = (scores.data - mean[scores.indices]) / np.sqrt(variance[scores.indices] + 1e-6)
+        scores = sparse.csr_matrix(matrix, dtype=np.float64)  # in single precision, a variance may be below zero
+        number = np.maximum(scores.getnnz(axis=0), 1)
+        mean = np.asarray(scores.sum(axis=0)).ravel() / number
+        variance = np.asarray(scores.power(2).sum(axis=0)).ravel() / number - mean**2
+        scores.data = (scores.data - mean[scores.indices]) / np.sqrt(variance[scores.indices].clip(min=1e-6))
         slopes = (scores.T @ programs) / (observed.T @ np.square(programs) + precision)
         return {"zero_logits": torch.from_numpy(zero_slopes), "scores": torch.from_numpy(slopes)}
 

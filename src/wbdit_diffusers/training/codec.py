@@ -115,6 +115,9 @@ def fit_programs(
     Returns:
         `tuple[ProgramCodec, float]`: the codec, and the best loss of the cells set aside, in nats per cell; of log
         values it is counted from where the fit begins.
+
+    Raises:
+        `ValueError`: if the loss is not finite.
     """
     generator = torch.Generator().manual_seed(config.seed)
     shuffled = torch.randperm(len(dataset), generator=generator).numpy()
@@ -163,6 +166,10 @@ def fit_programs(
         stop = step == config.codec_max_steps or time.monotonic() > deadline
         if step % steps_between_validations == 0 or stop:
             aside = validation_loss()
+            if not math.isfinite(aside):
+                raise ValueError(
+                    f"The loss of the gene programs is {aside} after {step} steps. Lower --codec_learning_rate."
+                )
             best_loss, best_step = min((best_loss, best_step), (aside, step))
             scale = abs(best_loss - zero_point)
             if best_loss < improved_loss - MIN_IMPROVEMENT * scale:
@@ -203,6 +210,8 @@ def refit_decoder(config: TrainingConfig, dataset: CellDataset, codec: ProgramCo
         loss.backward()
         optimizer.step()
         lr_scheduler.step()
+    if not all(torch.isfinite(parameter).all() for parameter in parameters):
+        raise ValueError("The decoder's weights are not finite. Lower --decoder_learning_rate.")
 
 
 @torch.no_grad()

@@ -241,6 +241,7 @@ class DenoiserTraining:
             if self.global_step % config.validation_steps == 0 or stop:
                 self._write_log()
             if self.global_step % config.checkpointing_steps == 0:
+                self._check_loss(loss.detach())
                 limit = config.checkpoints_total_limit
                 save_checkpoint(accelerator, self.ema, config.output_dir, self.global_step, limit)
             if stop:
@@ -255,9 +256,19 @@ class DenoiserTraining:
             self.accelerator.set_trigger()  # one process's clock stops all of them
         return self.accelerator.check_trigger()
 
+    def _check_loss(self, loss: torch.Tensor) -> float:
+        """The mean over processes, all of which stop if it is not finite: what follows would be saved for nothing."""
+        mean_loss = self.accelerator.reduce(loss, "mean").item()
+        if not math.isfinite(mean_loss):
+            raise ValueError(
+                f"The denoiser's loss is {mean_loss} at step {self.global_step}. Lower --learning_rate, or go on from "
+                "an earlier checkpoint with --resume_from_checkpoint."
+            )
+        return mean_loss
+
     def _write_log(self):
         """Every process joins the mean of the losses; the main one writes."""
-        mean_loss = self.accelerator.reduce(torch.stack(self.logged_losses).mean(), "mean").item()
+        mean_loss = self._check_loss(torch.stack(self.logged_losses).mean())
         self.logged_losses.clear()
         if not self.accelerator.is_main_process:
             return
