@@ -1,16 +1,17 @@
 """Generation of single-cell RNA-seq data with a White-Box Diffusion Transformer (arXiv 2411.06785)."""
 
 from ._registration import register
-from .models import ExpressionCodec, ProgramCodec, WhiteBoxDiTModel
+from .models import ExpressionCodec, GaussianMixtureDenoiser, ProgramCodec, WhiteBoxDiTModel
 from .pipelines import ScRNAGenerationPipeline, ScRNAPipelineOutput
 from .processing import ScRNAProcessor
 from .version import __version__
 
 
-register("WhiteBoxDiTModel", "ProgramCodec", "ExpressionCodec", "ScRNAProcessor")
+register("WhiteBoxDiTModel", "GaussianMixtureDenoiser", "ProgramCodec", "ExpressionCodec", "ScRNAProcessor")
 
 __all__ = [
     "ExpressionCodec",
+    "GaussianMixtureDenoiser",
     "ProgramCodec",
     "ScRNAGenerationPipeline",
     "ScRNAPipelineOutput",

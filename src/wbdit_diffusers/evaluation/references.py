@@ -3,11 +3,8 @@
 from collections.abc import Callable
 
 import numpy as np
-from sklearn.mixture import GaussianMixture
 
-
-PSEUDO_CELLS = 20  # weight of the pooled covariance in that of one label
-MAX_COMPONENTS = 8
+from ..models.gaussian_mixture import PSEUDO_CELLS, mixture_responsibilities
 
 
 # ==================== Real cells ====================
@@ -95,7 +92,7 @@ def mixture_latents(
     """
 
     def draw(own: np.ndarray, pooled: np.ndarray, number: int) -> np.ndarray:
-        responsibilities = _mixture_responsibilities(own, pooled, seed=int(rng.integers(2**31)))
+        responsibilities = mixture_responsibilities(own, pooled, seed=int(rng.integers(2**31)))
         sizes = responsibilities.sum(axis=0)
         drawn = np.concatenate(
             [
@@ -160,16 +157,3 @@ def _draw_gaussian(
     drawn = rng.standard_normal((number, len(own))) @ deviations
     drawn += np.sqrt(PSEUDO_CELLS / len(pooled)) * rng.standard_normal((number, len(pooled))) @ pooled
     return mean + drawn / np.sqrt(total + PSEUDO_CELLS)
-
-
-def _mixture_responsibilities(own: np.ndarray, pooled: np.ndarray, seed: int) -> np.ndarray:
-    """Which component each cell belongs to, `(cells, components)`, of the mixture with the best BIC."""
-    # A full covariance of fewer cells than dimensions is degenerate, and its likelihood has no bound.
-    most = max(1, min(MAX_COMPONENTS, len(own) // (own.shape[1] + 1)))
-    if most == 1:
-        return np.ones((len(own), 1))
-    floor = 0.01 * pooled.var(axis=0).mean() + 1e-12
-    fits = [
-        GaussianMixture(components, reg_covar=floor, random_state=seed).fit(own) for components in range(1, most + 1)
-    ]
-    return min(fits, key=lambda fit: fit.bic(own)).predict_proba(own)

@@ -253,6 +253,11 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
         self.gradient_checkpointing = False
         self._init_weights()
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one cell."""
+        return self.pos_embed.shape[1]
+
     @staticmethod
     def _position_embedding(num_patches: int, dim: int) -> torch.Tensor:
         # The authors use a 2-D table of width 1, so the half for the column is constant: sin 0 and cos 0.

@@ -19,6 +19,7 @@ from ..hub.model_card import push_model_card
 from ..interpretation.programs import add_programs
 from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
+from ..models.gaussian_mixture import GaussianMixtureDenoiser
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..processing.processor import ScRNAProcessor
 from ..sampling.denoise import denoise
@@ -50,7 +51,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
     Generates single cells by denoising.
 
     Args:
-        denoiser ([`WhiteBoxDiTModel`]): Predicts the noise in a batch of latents.
+        denoiser ([`WhiteBoxDiTModel`] or [`GaussianMixtureDenoiser`]): Predicts the noise in a batch of latents.
         scheduler ([`SchedulerMixin`]):
             The reverse process: [`DDPMScheduler`], or any other through `from_config`, e.g.
             `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
@@ -67,7 +68,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        denoiser: WhiteBoxDiTModel,
+        denoiser: WhiteBoxDiTModel | GaussianMixtureDenoiser,
         scheduler: SchedulerMixin,
         processor: ScRNAProcessor,
         codec: ProgramCodec | ExpressionCodec,
@@ -354,8 +355,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         return conditions
 
     def _default_batch_size(self) -> int:
-        tokens_per_cell = self.denoiser.pos_embed.shape[1]
-        return min(max(CELLS_PER_BLOCK, TOKENS_PER_BATCH // tokens_per_cell), MAX_CELLS_PER_BATCH)
+        return min(max(CELLS_PER_BLOCK, TOKENS_PER_BATCH // self.denoiser.num_tokens), MAX_CELLS_PER_BATCH)
 
     def _denoise(
         self,

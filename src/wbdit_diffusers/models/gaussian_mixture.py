@@ -1,0 +1,252 @@
+"""The best denoiser of a Gaussian mixture, in closed form: the control of what a network does."""
+
+import copy
+import math
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from sklearn.mixture import GaussianMixture
+
+
+PSEUDO_CELLS = 20  # weight of the covariance pooled within labels in that of one component
+MAX_COMPONENTS = 8  # of one combination of labels
+SMALLEST_VARIANCE = 1e-3  # of a direction, of standardised latents
+
+
+class GaussianMixtureDenoiser(ModelMixin, ConfigMixin):
+    r"""
+    Predicts what the best possible denoiser would, if latents were a Gaussian mixture for each combination of labels.
+
+    A component `N(μ, U diag(λ) Uᵀ)` is, with noise (`a² = ᾱ_t`, `s² = 1 - ᾱ_t`), `N(a μ, U diag(a² λ + s²) Uᵀ)`. So
+    the velocity that is expected of a noisy cell `x`, if it is of that component, is
+    `s (a U diag((1 - λ) / (a² λ + s²)) Uᵀ (x - a μ) - μ)`, and the prediction is the mean over the components, by how
+    likely each of them made `x`. Nothing is approximated but the latents' distribution.
+
+    It takes the place of [`WhiteBoxDiTModel`] in a pipeline.
+
+    Args:
+        sample_size (`int`): Values per cell.
+        num_components (`int`): Components of all labels together.
+        condition_sizes (`tuple[int]`, defaults to `()`): Number of categories of each label key.
+        num_train_timesteps (`int`, defaults to 1000): Of the noise schedule.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int,
+        num_components: int,
+        condition_sizes: tuple[int, ...] = (),
+        num_train_timesteps: int = 1000,
+    ):
+        super().__init__()
+        fitted = {
+            "means": torch.zeros(num_components, sample_size),
+            "directions": torch.eye(sample_size).repeat(num_components, 1, 1),  # U, in columns
+            "variances": torch.ones(num_components, sample_size),  # λ
+            "log_weights": torch.full((num_components,), -math.log(num_components)),
+        }
+        for name, value in fitted.items():
+            self.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+        self.register_buffer("component_labels", torch.zeros(num_components, len(condition_sizes), dtype=torch.long))
+        self.register_buffer("alphas_cumprod", torch.ones(num_train_timesteps))
+
+    @property
+    def num_tokens(self) -> int:
+        """What a cell needs of memory, as [`WhiteBoxDiTModel.num_tokens`] says it of a network."""
+        return self.config.num_components
+
+    @classmethod
+    def fit(
+        cls,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor,
+        condition_sizes: tuple[int, ...],
+        noise_scheduler: DDPMScheduler,
+        max_components: int = MAX_COMPONENTS,
+        seed: int = 0,
+    ) -> "GaussianMixtureDenoiser":
+        """
+        Fits full covariances, with as many components for each combination of labels as the Bayesian information
+        criterion says. Each covariance is shrunk towards the one pooled within labels with the weight of 20 cells.
+
+        Args:
+            latents (`torch.Tensor` of shape `(cells, sample_size)`): Latents of the training cells.
+            class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`): Their labels.
+            condition_sizes (`tuple[int]`): Number of categories of each label key.
+            noise_scheduler ([`DDPMScheduler`]): Its noise schedule is the denoiser's; it must predict the velocity.
+            max_components (`int`, defaults to 8): Of one combination of labels.
+            seed (`int`, defaults to 0): Of the fit.
+
+        Raises:
+            ValueError: If the scheduler does not take a velocity.
+        """
+        if noise_scheduler.config.prediction_type != "v_prediction":
+            prediction_type = noise_scheduler.config.prediction_type
+            raise ValueError(f"The mixture predicts the velocity, and the scheduler takes {prediction_type!r}.")
+        values, codes = latents.double().cpu().numpy(), class_labels.cpu().numpy()
+        combinations, index = np.unique(codes, axis=0, return_inverse=True)
+        index = np.zeros(len(values), dtype=int) if codes.shape[1] == 0 else index.ravel()
+        pooled = values.copy()
+        for i in range(len(combinations)):
+            pooled[index == i] -= pooled[index == i].mean(axis=0)
+        pooled_covariance = pooled.T @ pooled / len(pooled)
+        means, covariances, weights, labels = [], [], [], []
+        for i, combination in enumerate(combinations):
+            own = values[index == i]
+            for share in mixture_responsibilities(own, pooled, seed, max_components).T:
+                number = share.sum()
+                mean = share @ own / number
+                scatter = (own - mean).T @ (share[:, None] * (own - mean))
+                covariances.append((scatter + PSEUDO_CELLS * pooled_covariance) / (number + PSEUDO_CELLS))
+                means.append(mean)
+                weights.append(number / len(values))
+                labels.append(combination)
+        model = cls(values.shape[1], len(means), tuple(condition_sizes), noise_scheduler.config.num_train_timesteps)
+        model.component_labels.copy_(torch.from_numpy(np.array(labels)))
+        model.alphas_cumprod.copy_(noise_scheduler.alphas_cumprod)
+        return model._set(np.array(means), np.array(covariances), np.log(weights))
+
+    def _set(self, means: np.ndarray, covariances: np.ndarray, log_weights: np.ndarray) -> "GaussianMixtureDenoiser":
+        variances, directions = np.linalg.eigh(covariances)
+        self.means.copy_(torch.from_numpy(means))
+        self.directions.copy_(torch.from_numpy(directions))
+        self.variances.copy_(torch.from_numpy(np.maximum(variances, SMALLEST_VARIANCE)))
+        self.log_weights.copy_(torch.from_numpy(log_weights))
+        return self.eval()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+        label_index: torch.Tensor | None = None,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """The velocity of noisy latents; the arguments are those of [`WhiteBoxDiTModel`]."""
+        if class_labels is not None and label_index is not None:
+            class_labels = class_labels.reshape(len(class_labels), -1)[label_index]
+        a, s = self._signal_and_noise(timestep, len(hidden_states))  # (batch, 1) each
+        projected, total, responsibilities = self._responsibilities(hidden_states.float(), a, s, class_labels)
+        shrunk = (1 - self.variances) / total * projected  # (batch, components, sample_size)
+        back = torch.einsum("bkd,ked->bke", shrunk, self.directions)
+        velocities = s[..., None] * (a[..., None] * back - self.means)  # (batch, components, sample_size)
+        sample = (responsibilities[..., None] * velocities).sum(1).to(hidden_states.dtype)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def responsibilities(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor | int, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """How likely each component made each noisy cell, `(batch, components)`, given its labels."""
+        a, s = self._signal_and_noise(timestep, len(hidden_states))
+        return self._responsibilities(hidden_states.float(), a, s, class_labels)[2]
+
+    def covariance_times(
+        self,
+        vector: torch.Tensor,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | int,
+        class_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        The covariance of what a noisy cell may be without its noise, times a vector: `(batch, sample_size)`. That is
+        within components, and between them.
+
+        Args:
+            vector (`torch.Tensor` of shape `(sample_size,)`): A direction in latent space.
+            hidden_states (`torch.Tensor` of shape `(batch, sample_size)`): Noisy cells.
+            timestep (`torch.Tensor` or `int`): Their timestep.
+            class_labels (`torch.LongTensor` of shape `(batch, num_label_keys)`, *optional*): Their labels.
+        """
+        a, s = self._signal_and_noise(timestep, len(hidden_states))
+        projected, total, responsibilities = self._responsibilities(hidden_states.float(), a, s, class_labels)
+        shrunk = a[..., None] * self.variances / total * projected
+        means = self.means + torch.einsum("bkd,ked->bke", shrunk, self.directions)  # of each component, given x
+        of_vector = torch.einsum("ked,e->kd", self.directions, vector)  # (components, sample_size)
+        within = torch.einsum("bkd,ked->bke", s[..., None] ** 2 * self.variances / total * of_vector, self.directions)
+        mean = (responsibilities[..., None] * means).sum(1, keepdim=True)
+        between = (means - mean) * ((means - mean) @ vector)[..., None]
+        return (responsibilities[..., None] * (within + between)).sum(1)
+
+    def conditioned(self, direction: torch.Tensor, value: float) -> "GaussianMixtureDenoiser":
+        """
+        The mixture of those cells for which `direction · latents` is `value`: a Gaussian mixture again, exactly.
+
+        Args:
+            direction (`torch.Tensor` of shape `(sample_size,)`): What is held.
+            value (`float`): At what.
+        """
+        d = direction.double().cpu().numpy()
+        u, variances = self.directions.double().cpu().numpy(), self.variances.double().cpu().numpy()
+        covariances = (u * variances[:, None, :]) @ u.transpose(0, 2, 1)  # (components, sample_size, sample_size)
+        means = self.means.double().cpu().numpy()
+        along = covariances @ d  # (components, sample_size)
+        variance = along @ d
+        missing = value - means @ d
+        return copy.deepcopy(self)._set(
+            means + along * (missing / variance)[:, None],
+            covariances - along[:, :, None] * along[:, None, :] / variance[:, None, None],
+            self.log_weights.double().cpu().numpy() - 0.5 * missing**2 / variance - 0.5 * np.log(variance),
+        )
+
+    def sample(self, class_labels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Draws latents `(cells, sample_size)` of labels `(cells, num_label_keys)`, without any denoising."""
+        log_weights = self.log_weights + self._mask(class_labels, len(class_labels))
+        component = torch.multinomial(log_weights.softmax(-1), 1, generator=generator)[:, 0]
+        noise = torch.randn(len(component), self.config.sample_size, generator=generator)
+        scaled = self.variances[component].sqrt() * noise
+        return self.means[component] + torch.einsum("bd,bed->be", scaled, self.directions[component])
+
+    def _signal_and_noise(self, timestep: torch.Tensor | float | int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        timestep = torch.as_tensor(timestep, device=self.means.device).reshape(-1).long()
+        alphas_cumprod = self.alphas_cumprod[timestep].expand(batch)[:, None]
+        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+    def _mask(self, class_labels: torch.Tensor | None, batch: int) -> torch.Tensor:
+        """0 for the components of a cell's labels, else -inf. The null label, and labels that training never saw
+        together, leave all components."""
+        allowed = torch.ones(batch, self.config.num_components, dtype=torch.bool, device=self.means.device)
+        if class_labels is not None and self.config.condition_sizes:
+            labels = class_labels.reshape(batch, -1).to(self.means.device)
+            is_null = labels == torch.tensor(self.config.condition_sizes, device=labels.device)
+            matches = (labels[:, None] == self.component_labels) | is_null[:, None]  # (batch, components, keys)
+            allowed = matches.all(-1)
+            allowed = allowed | ~allowed.any(1, keepdim=True)
+        return torch.where(allowed, 0.0, -math.inf)
+
+    def _responsibilities(self, x: torch.Tensor, a: torch.Tensor, s: torch.Tensor, class_labels: torch.Tensor | None):
+        """`Uᵀ (x - a μ)` and `a² λ + s²`, both `(batch, components, sample_size)`, and the responsibilities."""
+        deviation = x[:, None] - a[..., None] * self.means
+        projected = torch.einsum("bke,ked->bkd", deviation, self.directions)
+        total = a[..., None] ** 2 * self.variances + s[..., None] ** 2
+        log_likelihood = -0.5 * (projected**2 / total + total.log()).sum(-1)
+        log_joint = log_likelihood + self.log_weights + self._mask(class_labels, len(x))
+        return projected, total, log_joint.softmax(-1)
+
+
+def mixture_responsibilities(
+    own: np.ndarray, pooled: np.ndarray, seed: int, max_components: int = MAX_COMPONENTS
+) -> np.ndarray:
+    """
+    Which component each cell belongs to, `(cells, components)`, of the mixture with the best Bayesian information
+    criterion.
+
+    Args:
+        own (`np.ndarray` of shape `(cells, sample_size)`): Latents of cells of one combination of labels.
+        pooled (`np.ndarray` of shape `(all cells, sample_size)`): Deviations of all cells from their label's mean.
+        seed (`int`): Of the fit.
+        max_components (`int`, defaults to 8): At most.
+    """
+    # A full covariance of fewer cells than dimensions is degenerate, and its likelihood has no bound.
+    most = max(1, min(max_components, len(own) // (own.shape[1] + 1)))
+    if most == 1:
+        return np.ones((len(own), 1))
+    floor = 0.01 * pooled.var(axis=0).mean() + 1e-12
+    fits = [
+        GaussianMixture(components, reg_covar=floor, random_state=seed).fit(own) for components in range(1, most + 1)
+    ]
+    return min(fits, key=lambda fit: fit.bic(own)).predict_proba(own)

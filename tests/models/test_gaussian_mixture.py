@@ -1,0 +1,118 @@
+"""The closed form of a Gaussian mixture's denoiser, against brute force and as a pipeline's denoiser."""
+
+import numpy as np
+import pytest
+import torch
+
+from wbdit_diffusers import GaussianMixtureDenoiser, ScRNAGenerationPipeline
+from wbdit_diffusers.sampling import SCHEDULERS, training_scheduler
+
+
+SCHEDULER = training_scheduler("v_prediction")
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    """2,000 cells of three kinds, one of which is in two parts, and five dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (2000, 1), generator=generator)
+    part = torch.where(labels[:, 0] == 2, torch.randint(2, (2000,), generator=generator), 0)
+    shift = torch.randn(4, 5, generator=generator) * 2
+    mix = torch.randn(4, 5, 5, generator=generator) * 0.5
+    kind = labels[:, 0] + part
+    latents = shift[kind] + torch.einsum("bd,bde->be", torch.randn(2000, 5, generator=generator), mix[kind])
+    return (latents - latents.mean(0)) / latents.std(0), labels
+
+
+@pytest.fixture(scope="module")
+def denoiser(data) -> GaussianMixtureDenoiser:
+    return GaussianMixtureDenoiser.fit(*data, condition_sizes=(3,), noise_scheduler=SCHEDULER)
+
+
+def velocity_by_sampling(denoiser, x, timestep, labels, number: int = 400_000) -> torch.Tensor:
+    """The mean velocity of clean cells drawn from the mixture, weighted by how likely they made `x`."""
+    clean = denoiser.sample(labels.expand(number, -1), torch.Generator().manual_seed(1)).double()
+    a = SCHEDULER.alphas_cumprod[timestep].double().sqrt()
+    s = (1 - a**2).sqrt()
+    weight = (-0.5 * ((x.double() - a * clean) / s).square().sum(1)).softmax(0)[:, None]
+    expected = (weight * clean).sum(0)
+    return (a * x.double() - expected) / s  # v = a ε - s x₀ with ε = (x - a x₀) / s
+
+
+@pytest.mark.parametrize("timestep", [150, 400, 700, 999])
+@pytest.mark.parametrize("label", [0, 2, 3])  # 3 is the null label
+def test_the_closed_form_is_what_brute_force_gives(timestep, label, denoiser, data):
+    generator = torch.Generator().manual_seed(timestep)
+    clean = data[0][data[1][:, 0] == min(label, 2)][:1]
+    noise = torch.randn(clean.shape, generator=generator)
+    x = SCHEDULER.add_noise(clean, noise, torch.tensor([timestep]))
+    labels = torch.tensor([[label]])
+    v = denoiser(x, timestep, labels, return_dict=False)[0][0]
+    torch.testing.assert_close(v.double(), velocity_by_sampling(denoiser, x[0], timestep, labels), atol=0.03, rtol=0)
+
+
+def test_labels_are_given_by_cell_or_by_combination(denoiser, data):
+    x, labels = data[0][:50], data[1][:50]
+    timesteps = torch.arange(50) * 20
+    v = denoiser(x, timesteps, labels).sample
+    for cell in (0, 17):
+        one = denoiser(x[cell : cell + 1], timesteps[cell], labels[cell]).sample
+        torch.testing.assert_close(one[0], v[cell])
+    combinations, index = labels.unique(dim=0, return_inverse=True)
+    torch.testing.assert_close(
+        denoiser(x, 300, combinations, label_index=index).sample, denoiser(x, 300, labels).sample
+    )
+    null = torch.full_like(labels, 3)
+    torch.testing.assert_close(denoiser(x, 300, null).sample, denoiser(x, 300).sample)
+
+
+def test_the_part_that_no_label_names_is_found(denoiser):
+    assert denoiser.component_labels[:, 0].tolist() == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("timestep", [200, 600])
+def test_covariance_is_that_of_the_clean_cell(timestep, denoiser, data):
+    """Tweedie's second formula: the covariance is s² / a times the derivative of the clean cell that is expected."""
+    x, labels = data[0][:8].clone().requires_grad_(), data[1][:8]
+    a = SCHEDULER.alphas_cumprod[timestep].sqrt()
+    s = (1 - a**2).sqrt()
+    direction = torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0])
+    clean = a * x - s * denoiser(x, timestep, labels, return_dict=False)[0]
+    (gradient,) = torch.autograd.grad((clean @ direction).sum(), x)
+    covariance = denoiser.covariance_times(direction, x.detach(), timestep, labels)
+    torch.testing.assert_close(covariance, s**2 / a * gradient, atol=1e-3, rtol=1e-3)
+
+
+def test_conditioning_holds_a_value_and_keeps_the_rest_as_it_is_in_such_cells(denoiser):
+    generator = torch.Generator().manual_seed(2)
+    direction = torch.tensor([1.0, 0.5, 0.0, 0.0, -0.5])
+    labels = torch.full((400_000, 1), 3)
+    cells = denoiser.sample(labels, generator)
+    near = cells[(cells @ direction - 0.7).abs() < 0.02]
+    held = denoiser.conditioned(direction, 0.7).sample(labels[:20_000], generator)
+    np.testing.assert_allclose(held @ direction, 0.7, atol=0.15)  # variances have a floor
+    torch.testing.assert_close(held.mean(0), near.mean(0), atol=0.06, rtol=0)
+    torch.testing.assert_close(torch.cov(held.T), torch.cov(near.T), atol=0.08, rtol=0)
+
+
+def test_it_denoises_in_a_pipeline_and_is_saved(program_pipe, pbmc, tmp_path):
+    latents = program_pipe.encode_cells(pbmc)
+    labels = program_pipe.processor.encode_labels(pbmc)
+    denoiser = GaussianMixtureDenoiser.fit(latents, labels, program_pipe.processor.condition_sizes, SCHEDULER)
+    scheduler = SCHEDULERS["dpmsolver++"].from_config(SCHEDULER.config)
+    pipe = ScRNAGenerationPipeline(**{**program_pipe.components, "denoiser": denoiser, "scheduler": scheduler})
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path)
+    loaded = ScRNAGenerationPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    call = {"num_cells": 2000, "cell_types": "Dendritic", "output_type": "latent", "num_inference_steps": 20}
+    drawn = loaded(**call, generator=torch.Generator().manual_seed(0)).cells
+    torch.testing.assert_close(drawn, pipe(**call, generator=torch.Generator().manual_seed(0)).cells)
+    own = latents[(pbmc.obs["cell_type"] == "Dendritic").to_numpy()]
+    torch.testing.assert_close(drawn.mean(0), own.mean(0), atol=0.12, rtol=0)
+    assert 0.85 < (drawn.var(0) / own.var(0)).mean() < 1.15
+
+
+def test_a_scheduler_that_takes_noise_is_refused(data):
+    with pytest.raises(ValueError, match="predicts the velocity, and the scheduler takes 'epsilon'"):
+        GaussianMixtureDenoiser.fit(*data, condition_sizes=(3,), noise_scheduler=training_scheduler("epsilon"))
