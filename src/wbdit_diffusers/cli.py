@@ -25,6 +25,16 @@ def build_parser() -> argparse.ArgumentParser:
     programs.add_argument("model", help="A folder that a training wrote, or a Hub id.")
     programs.add_argument("--output", type=Path, help="The .csv file for all loadings, genes × programs.")
     programs.add_argument("--num_genes", type=int, default=10, help="Genes to list of each program. Default: 10.")
+    explain = commands.add_parser(
+        "explain",
+        help="Look inside a model: a page with figures (explain.html), explain.json and explain.h5ad.",
+        description="Programs, layers, decisions and interventions, measured on the held-out cells, beside controls.",
+    )
+    explain.add_argument("model", help="A folder that a training wrote.")
+    explain.add_argument("--dataset", required=True, help="The .h5ad file that the model was trained on.")
+    explain.add_argument("--output_dir", type=Path, default=Path("explain"), help="Folder to write. Default: explain.")
+    explain.add_argument("--max_cells", type=int, default=3000, help="Held-out cells to use at most. Default: 3000.")
+    explain.add_argument("--seed", type=int, default=0, help="Seed of noise and cells. Default: 0.")
     prepare = commands.add_parser("prepare", help="Fetch a public dataset of the paper's reproduction.")
     prepare.add_argument("dataset", help="Its name; `wbdit prepare list` prints them.")
     prepare.add_argument("--output", type=Path, help="The .h5ad file to write; DATASET.h5ad by default.")
@@ -188,6 +198,27 @@ def programs(args: argparse.Namespace):
         print(f"The loadings of {len(var_names)} genes are in {args.output}.")
 
 
+def explain(args: argparse.Namespace):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from .data import CellSplit, read_cells
+    from .interpretation import explain as measure
+    from .interpretation import render_page
+    from .pipelines import ScRNAGenerationPipeline
+
+    if args.max_cells < 20:
+        raise ValueError(f"--max_cells is at least 20, not {args.max_cells}.")
+    train, test = CellSplit.load(args.model).apply(read_cells(args.dataset))
+    pipe = ScRNAGenerationPipeline.from_pretrained(args.model)
+    report, cells = measure(pipe, train, test, args.max_cells, args.seed)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "explain.json").write_text(json.dumps(report, indent=1))
+    (args.output_dir / "explain.html").write_text(render_page(report, cells, Path(args.model).resolve().name))
+    cells.write_h5ad(args.output_dir / "explain.h5ad")
+    print(f"Look at {args.output_dir / 'explain.html'}; the numbers are in explain.json, the cells in explain.h5ad.")
+
+
 def prepare(args: argparse.Namespace):
     from .data.datasets import RECIPES
     from .data.datasets import prepare as fetch
@@ -211,7 +242,8 @@ def main(argv: list[str] | None = None):
         return train(argv[1:], prog="wbdit train")
     args = build_parser().parse_args(argv)
     try:
-        {"generate": generate, "evaluate": evaluate, "programs": programs, "prepare": prepare}[args.command](args)
+        commands = {"generate": generate, "evaluate": evaluate, "programs": programs, "explain": explain}
+        {**commands, "prepare": prepare}[args.command](args)
     except (ValueError, OSError) as error:
         print(f"wbdit {args.command}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,6 +7,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
 
+from ..models.gaussian_mixture import GaussianMixtureDenoiser
 from ..version import __version__
 
 
@@ -32,10 +33,7 @@ def render_model_card(
     processor, denoiser, scheduler = pipeline.processor.config, pipeline.denoiser, pipeline.scheduler
     network = [
         ("codec", _describe_codec(pipeline.codec)),
-        ("block", {"white_box": "White-Box DiT (MSSA, ISTA)", "dit": "DiT"}[denoiser.config.block_type]),
-        ("layers", denoiser.config.num_layers),
-        ("heads × head dimension", f"{denoiser.config.num_attention_heads} × {denoiser.config.attention_head_dim}"),
-        ("values per token", denoiser.config.patch_size),
+        *_describe_denoiser(denoiser),
         ("parameters", f"{denoiser.num_parameters():,}"),
         ("scheduler", f"{type(scheduler).__name__}, prediction_type {scheduler.config.get('prediction_type')}"),
         ("default steps", pipeline.config.num_inference_steps),
@@ -58,6 +56,18 @@ def render_model_card(
         training=training,
         evaluation=evaluation,
     )
+
+
+def _describe_denoiser(denoiser: ModelMixin) -> list[tuple[str, Any]]:
+    config = denoiser.config
+    if isinstance(denoiser, GaussianMixtureDenoiser):
+        return [("denoiser", f"closed form of a Gaussian mixture with {config.num_components} components")]
+    return [
+        ("block", {"white_box": "White-Box DiT (MSSA, ISTA)", "dit": "DiT"}[config.block_type]),
+        ("layers", config.num_layers),
+        ("heads × head dimension", f"{config.num_attention_heads} × {config.attention_head_dim}"),
+        ("values per token", config.patch_size),
+    ]
 
 
 def _describe_codec(codec: ModelMixin) -> str:

@@ -1,6 +1,18 @@
 """What a trained pipeline has learnt, to be read."""
 
-from .programs import program_table
+from ..pipelines.programs import program_table
+from .explain import explain
+from .interventions import fit_mixture, hold_program, program_direction
+from .layers import record_blocks
+from .page import render_page
 
 
-__all__ = ["program_table"]
+__all__ = [
+    "explain",
+    "fit_mixture",
+    "hold_program",
+    "program_direction",
+    "program_table",
+    "record_blocks",
+    "render_page",
+]

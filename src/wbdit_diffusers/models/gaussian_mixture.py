@@ -106,16 +106,23 @@ class GaussianMixtureDenoiser(ModelMixin, ConfigMixin):
                 means.append(mean)
                 weights.append(number / len(values))
                 labels.append(combination)
-        model = cls(values.shape[1], len(means), tuple(condition_sizes), noise_scheduler.config.num_train_timesteps)
+        model = cls(
+            sample_size=values.shape[1],
+            num_components=len(means),
+            condition_sizes=tuple(condition_sizes),
+            num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+        )
         model.component_labels.copy_(torch.from_numpy(np.array(labels)))
         model.alphas_cumprod.copy_(noise_scheduler.alphas_cumprod)
-        return model._set(np.array(means), np.array(covariances), np.log(weights))
+        return model._set(np.array(means), np.array(covariances), np.log(weights), SMALLEST_VARIANCE)
 
-    def _set(self, means: np.ndarray, covariances: np.ndarray, log_weights: np.ndarray) -> "GaussianMixtureDenoiser":
+    def _set(
+        self, means: np.ndarray, covariances: np.ndarray, log_weights: np.ndarray, floor: float
+    ) -> "GaussianMixtureDenoiser":
         variances, directions = np.linalg.eigh(covariances)
         self.means.copy_(torch.from_numpy(means))
         self.directions.copy_(torch.from_numpy(directions))
-        self.variances.copy_(torch.from_numpy(np.maximum(variances, SMALLEST_VARIANCE)))
+        self.variances.copy_(torch.from_numpy(np.maximum(variances, floor)))
         self.log_weights.copy_(torch.from_numpy(log_weights))
         return self.eval()
 
@@ -130,7 +137,7 @@ class GaussianMixtureDenoiser(ModelMixin, ConfigMixin):
         """The velocity of noisy latents; the arguments are those of [`WhiteBoxDiTModel`]."""
         if class_labels is not None and label_index is not None:
             class_labels = class_labels.reshape(len(class_labels), -1)[label_index]
-        a, s = self._signal_and_noise(timestep, len(hidden_states))  # (batch, 1) each
+        a, s = self.signal_and_noise(timestep, len(hidden_states))  # (batch, 1) each
         projected, total, responsibilities = self._responsibilities(hidden_states.float(), a, s, class_labels)
         shrunk = (1 - self.variances) / total * projected  # (batch, components, sample_size)
         back = torch.einsum("bkd,ked->bke", shrunk, self.directions)
@@ -142,7 +149,7 @@ class GaussianMixtureDenoiser(ModelMixin, ConfigMixin):
         self, hidden_states: torch.Tensor, timestep: torch.Tensor | int, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
         """How likely each component made each noisy cell, `(batch, components)`, given its labels."""
-        a, s = self._signal_and_noise(timestep, len(hidden_states))
+        a, s = self.signal_and_noise(timestep, len(hidden_states))
         return self._responsibilities(hidden_states.float(), a, s, class_labels)[2]
 
     def covariance_times(
@@ -162,7 +169,7 @@ class GaussianMixtureDenoiser(ModelMixin, ConfigMixin):
             timestep (`torch.Tensor` or `int`): Their timestep.
             class_labels (`torch.LongTensor` of shape `(batch, num_label_keys)`, *optional*): Their labels.
         """
-        a, s = self._signal_and_noise(timestep, len(hidden_states))
+        a, s = self.signal_and_noise(timestep, len(hidden_states))
         projected, total, responsibilities = self._responsibilities(hidden_states.float(), a, s, class_labels)
         shrunk = a[..., None] * self.variances / total * projected
         means = self.means + torch.einsum("bkd,ked->bke", shrunk, self.directions)  # of each component, given x
@@ -191,6 +198,7 @@ class GaussianMixtureDenoiser(ModelMixin, ConfigMixin):
             means + along * (missing / variance)[:, None],
             covariances - along[:, :, None] * along[:, None, :] / variance[:, None, None],
             self.log_weights.double().cpu().numpy() - 0.5 * missing**2 / variance - 0.5 * np.log(variance),
+            floor=0.0,  # along the direction there is none
         )
 
     def sample(self, class_labels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -201,7 +209,8 @@ class GaussianMixtureDenoiser(ModelMixin, ConfigMixin):
         scaled = self.variances[component].sqrt() * noise
         return self.means[component] + torch.einsum("bd,bed->be", scaled, self.directions[component])
 
-    def _signal_and_noise(self, timestep: torch.Tensor | float | int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def signal_and_noise(self, timestep: torch.Tensor | float | int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`sqrt(ᾱ_t)` and `sqrt(1 - ᾱ_t)`, `(batch, 1)` each."""
         timestep = torch.as_tensor(timestep, device=self.means.device).reshape(-1).long()
         alphas_cumprod = self.alphas_cumprod[timestep].expand(batch)[:, None]
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()

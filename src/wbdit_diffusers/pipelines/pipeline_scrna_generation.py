@@ -16,7 +16,6 @@ from scipy import sparse
 from ..data.dataset import CellDataset, encode_cells
 from ..hub.folder import check_folder
 from ..hub.model_card import push_model_card
-from ..interpretation.programs import add_programs
 from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
@@ -26,6 +25,7 @@ from ..sampling.denoise import denoise
 from ..sampling.guidance import LabelBatch, predict_guided
 from ..sampling.noise import CELLS_PER_BLOCK, CellNoise, NoiseBatch
 from .pipeline_output import ScRNAPipelineOutput
+from .programs import add_programs
 from .provenance import provenance_of, public_name
 
 

@@ -1,0 +1,246 @@
+"""All that can be said of a trained pipeline, measured on held-out cells: numbers, and an AnnData to look at."""
+
+import anndata as ad
+import numpy as np
+import torch
+from scipy import sparse
+from sklearn.metrics import roc_auc_score
+
+from ..evaluation.metrics import rank_markers
+from ..models.codec_programs import ProgramCodec
+from ..models.gaussian_mixture import GaussianMixtureDenoiser
+from ..models.transformer_white_box_dit import WhiteBoxDiTModel
+from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
+from ..pipelines.programs import add_programs, program_table
+from ..processing.normalize import log_normalize
+from .denoising import measure_decisions, measure_knowledge, measure_listening
+from .interventions import fit_mixture, hold_program, program_direction
+from .layers import measure_layers
+
+
+TIMESTEPS = list(range(99, 1000, 100))
+LAYER_TIMESTEPS = [99, 299, 499, 799]
+LISTENING_TIMESTEP = 299
+NUM_MARKERS = 50
+MIN_CELLS = 5  # of a type, for a program to be judged on it
+HELD_ACTIVITIES = [-1.0, 0.0, 1.0, 2.0]
+DECIDING_CELLS = 500  # that are denoised again
+HELD_CELLS = 500  # for each activity
+
+
+def explain(
+    pipe: ScRNAGenerationPipeline, train: ad.AnnData, test: ad.AnnData, max_cells: int = 3000, seed: int = 0
+) -> tuple[dict, ad.AnnData]:
+    """
+    Measures a pipeline's programs, layers, decisions and interventions, each beside its control.
+
+    Args:
+        pipe ([`ScRNAGenerationPipeline`]): With a [`ProgramCodec`] and a [`WhiteBoxDiTModel`].
+        train (`AnnData`): The cells that it was trained on: the closed form is fitted to them.
+        test (`AnnData`): Held-out cells, on which everything is measured.
+        max_cells (`int`, defaults to 3000): Held-out cells to use at most.
+        seed (`int`, defaults to 0): Of all random numbers.
+
+    Returns:
+        `tuple[dict, AnnData]`: the report, with `"programs"` (a row for each), `"types"` (the best program of each
+        type), `"layers"` (see [`measure_layers`]), `"knowledge"` (see [`measure_knowledge`]), `"decisions"` (see
+        [`measure_decisions`]), `"listening"` (see [`measure_listening`]) and `"interventions"` (see
+        [`measure_interventions`]); and the held-out cells, with programs as in a generated AnnData and a UMAP of their
+        latents in `obsm["X_umap"]`.
+
+    Raises:
+        ValueError: If the pipeline has no programs, or no network, or no held-out cell has labels that it knows.
+    """
+    if not isinstance(pipe.codec, ProgramCodec):
+        raise ValueError(f"The pipeline has no gene programs: it was trained with {type(pipe.codec).__name__}.")
+    if not isinstance(pipe.denoiser, WhiteBoxDiTModel):
+        raise ValueError(
+            f"The pipeline has no network to look into: its denoiser is a {type(pipe.denoiser).__name__}."
+        )
+    test = test[pipe.processor.knows_labels(test)]
+    if test.n_obs < 20:
+        raise ValueError(f"{test.n_obs} held-out cells have labels that training knows: 20 are needed at least.")
+    chosen = np.random.default_rng(seed).permutation(test.n_obs)[:max_cells]
+    test, train = test[chosen], train[pipe.processor.knows_labels(train)]
+    latents, train_latents = pipe.encode_cells(test), pipe.encode_cells(train)
+    labels = pipe.processor.encode_labels(test) if pipe.processor.label_keys else None
+    mixture = fit_mixture(pipe, train)
+    denoiser, codec, scheduler = pipe.denoiser.cpu().eval(), pipe.codec, pipe.scheduler
+    if pipe.processor.label_keys:
+        types, train_types = (
+            cells.obs[pipe.processor.label_keys[0]].astype(str).to_numpy() for cells in (test, train)
+        )
+    else:
+        types, train_types = np.full(test.n_obs, ""), np.full(train.n_obs, "")
+
+    cells = _cells(pipe, test, latents)
+    rows, by_type = describe_programs(pipe, cells, types)
+    report = {
+        "num_cells": test.n_obs,
+        "num_components": mixture.config.num_components,
+        "label_key": pipe.processor.label_keys[0] if pipe.processor.label_keys else None,
+        "programs": rows,
+        "types": by_type,
+        "layers": measure_layers(denoiser, scheduler, latents, labels, LAYER_TIMESTEPS, seed),
+        "knowledge": measure_knowledge(denoiser, mixture, codec, latents, labels, TIMESTEPS, seed),
+        "decisions": measure_decisions(
+            denoiser, mixture, scheduler, codec, (train_latents, train_types), latents[:DECIDING_CELLS], seed
+        ),
+        "listening": {
+            "timestep": LISTENING_TIMESTEP,
+            **{
+                name: measure_listening(
+                    one,
+                    mixture,
+                    codec,
+                    latents[:500],
+                    None if labels is None else labels[:500],
+                    LISTENING_TIMESTEP,
+                    seed,
+                ).tolist()
+                for name, one in (("network", denoiser), ("mixture", mixture))
+            },
+        },
+        "interventions": measure_interventions(pipe, mixture, latents, labels, seed),
+    }
+    return report, cells
+
+
+def _cells(pipe: ScRNAGenerationPipeline, test: ad.AnnData, latents: torch.Tensor) -> ad.AnnData:
+    """The held-out cells with the modelled genes as log expression, their programs and a UMAP of their latents."""
+    import scanpy as sc  # slow to import
+
+    config = pipe.processor.config
+    matrix = sparse.csr_matrix(test.X if config.layer is None else test.layers[config.layer])
+    if config.values == "counts":
+        matrix = log_normalize(matrix, np.asarray(matrix.sum(axis=1)).ravel())
+    cells = ad.AnnData(matrix, obs=test.obs[list(pipe.processor.label_keys)].copy(), var=test.var[[]].copy())
+    cells = cells[:, pipe.processor.var_names].copy()
+    add_programs(cells, pipe.codec, latents)
+    cells.obsm["X_latents"] = latents.cpu().numpy()
+    sc.pp.neighbors(cells, n_neighbors=min(15, cells.n_obs - 1), use_rep="X_latents", random_state=0)
+    sc.tl.umap(cells, random_state=0)
+    return cells
+
+
+def describe_programs(pipe: ScRNAGenerationPipeline, cells: ad.AnnData, types: np.ndarray) -> tuple[list, list]:
+    """
+    Programs by their genes and by the types that have them.
+
+    Args:
+        pipe ([`ScRNAGenerationPipeline`]): Whose programs.
+        cells (`AnnData`): Held-out cells, with log expression in `X` and `obsm["X_programs"]`.
+        types (`np.ndarray` of shape `(cells,)`): Their types.
+
+    Returns:
+        `tuple[list, list]`: a row for each program, with `"mean_activity"` by type; and for each type of at least five
+        cells the program that tells it best from all others: its AUC, that of the second, and how many of the type's
+        50 markers are among the 50 genes that the program raises most.
+    """
+    table = program_table(pipe.codec, pipe.processor.var_names)
+    activities = cells.obsm["X_programs"]
+    names, numbers = np.unique(types, return_counts=True)
+    names = [str(name) for name, number in zip(names, numbers) if number >= MIN_CELLS]
+    rows = [
+        {
+            "program": program,
+            **{key: float(value) if key == "explained" else value for key, value in row.items()},
+            "mean_activity": {name: float(activities[types == name, i].mean()) for name in names},
+        }
+        for i, (program, row) in enumerate(table.iterrows())
+    ]
+    weighted = pipe.codec.weighted_loadings.cpu().numpy()
+    expression, by_type = cells.X.toarray(), []
+    for name in names if len(names) > 1 else []:
+        aucs = np.array([roc_auc_score(types == name, activity) for activity in activities.T])
+        order = np.argsort(-np.maximum(aucs, 1 - aucs))
+        best = int(order[0])
+        sign = 1 if aucs[best] >= 0.5 else -1
+        markers = rank_markers(expression, types, name)[:NUM_MARKERS]
+        top = np.argsort(-sign * weighted[:, best])[:NUM_MARKERS]
+        second = float(max(aucs[order[1]], 1 - aucs[order[1]])) if len(order) > 1 else None
+        by_type.append(
+            {
+                "type": name,
+                "cells": int((types == name).sum()),
+                "program": f"program_{best}",
+                "sign": sign,
+                "auc": float(max(aucs[best], 1 - aucs[best])),
+                "second_auc": second,
+                "markers": len(set(markers) & set(top)),
+            }
+        )
+    return rows, by_type
+
+
+def measure_interventions(
+    pipe: ScRNAGenerationPipeline,
+    mixture: GaussianMixtureDenoiser,
+    latents: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    seed: int = 0,
+) -> list[dict]:
+    """
+    Do other programs follow a held one as they follow it in cells? The two programs that explain most are held at
+    -1, 0, 1 and 2 standard deviations.
+
+    Args:
+        pipe ([`ScRNAGenerationPipeline`]): Its network is held by the mixture's covariance.
+        mixture ([`GaussianMixtureDenoiser`]): Also held itself, exactly, as the control.
+        latents (`torch.Tensor` of shape `(cells, num_features)`): Held-out cells, whose regression is the truth.
+        class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*): Their labels; the cells that
+            are drawn have these.
+        seed (`int`, defaults to 0): Of the cells.
+
+    Returns:
+        `list[dict]`: for each program and denoiser (`"network"`, `"mixture"`): `"held"`, the mean deviation of the
+        program from what was asked for; `"slope"` and `"correlation"` of the other programs' responses against their
+        regression on the program among cells of the same labels (1 is as in the data; where a value is written over
+        another, the slope is 0).
+    """
+    rows, codec = [], pipe.codec
+    codes = None if class_labels is None else np.unique(class_labels.numpy(), axis=0, return_inverse=True)[1].ravel()
+    activities = codec.activities(latents).cpu().numpy()
+    within = activities.copy()
+    for code in np.unique(codes) if codes is not None else [0]:
+        own = slice(None) if codes is None else codes == code
+        within[own] -= within[own].mean(axis=0)
+    num_cells = min(HELD_CELLS, len(latents))
+    conditions = {}
+    if class_labels is not None:
+        conditions = {
+            key: [pipe.processor.config.categories[k][code] for code in class_labels[:num_cells, k].tolist()]
+            for k, key in enumerate(pipe.processor.label_keys)
+        }
+    closed = ScRNAGenerationPipeline(**{**pipe.components, "denoiser": mixture})
+    quiet = dict(getattr(pipe, "_progress_bar_config", {}))
+    for program in range(min(2, codec.config.num_programs)):
+        truth = within.T @ within[:, program] / (within[:, program] @ within[:, program])
+        for name, source in (("network", pipe), ("mixture", closed)):
+            means, misses = [], []
+            for activity in HELD_ACTIVITIES:
+                held = hold_program(source, mixture, program, activity)
+                held.set_progress_bar_config(**{**quiet, "disable": True})
+                drawn = held(
+                    num_cells=num_cells,
+                    conditions=conditions,
+                    num_inference_steps=pipe.config.num_inference_steps,
+                    generator=torch.Generator().manual_seed(seed),
+                    output_type="latent",
+                ).cells
+                misses.append((drawn @ program_direction(codec, program) - activity).abs().mean().item())
+                means.append(codec.activities(drawn).mean(0).cpu().numpy())
+            slopes = np.polyfit(HELD_ACTIVITIES, np.array(means), 1)[0]
+            others = np.arange(len(slopes)) != program
+            rows.append(
+                {
+                    "program": f"program_{program}",
+                    "denoiser": name,
+                    "held": float(np.mean(misses)),
+                    "slope": float(slopes[others] @ truth[others] / (truth[others] @ truth[others])),
+                    "correlation": float(np.corrcoef(slopes[others], truth[others])[0, 1]),
+                    "responses": slopes.tolist(),
+                    "regression": truth.tolist(),
+                }
+            )
+    return rows

@@ -1,0 +1,191 @@
+"""What each layer does: recorded with hooks, and measured against what its equations say."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from sklearn.linear_model import RidgeCV
+from torch import nn
+
+from ..models.transformer_white_box_dit import ISTA, MSSA, WhiteBoxDiTModel
+
+
+PRECISION = 0.5  # ε of the coding rate, as in CRATE
+
+
+@contextmanager
+def record_blocks(denoiser: WhiteBoxDiTModel) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """
+    Records the tokens around every block of the next call; without it, nothing is recorded and nothing costs.
+
+    Args:
+        denoiser ([`WhiteBoxDiTModel`]): Either kind of block.
+
+    Yields:
+        `list[dict[str, torch.Tensor]]`: for each block, after the call, `"input"` and `"output"` of the block,
+        `"attn_input"`, `"attn_output"`, `"ff_input"` and `"ff_output"`: `(batch, tokens, hidden)` each.
+    """
+    records: list[dict[str, torch.Tensor]] = [{} for _ in denoiser.blocks]
+    handles = []
+
+    def keep(record: dict[str, torch.Tensor], prefix: str):
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor):
+            record[f"{prefix}input"], record[f"{prefix}output"] = args[0].detach(), output.detach()
+
+        return hook
+
+    for block, record in zip(denoiser.blocks, records):
+        for prefix, module in (("", block), ("attn_", block.attn), ("ff_", block.ff)):
+            handles.append(module.register_forward_hook(keep(record, prefix)))
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def untrained_copy(denoiser: WhiteBoxDiTModel, seed: int = 0) -> WhiteBoxDiTModel:
+    """The network with attention and dictionaries as they were before training, the control of every curve. Embeddings
+    and gates are those of the trained one: at the start of a training the gates are closed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = WhiteBoxDiTModel.from_config(dict(denoiser.config))
+    control = copy.deepcopy(denoiser)
+    for block, fresh_block in zip(control.blocks, fresh.blocks):
+        block.attn.load_state_dict(fresh_block.attn.state_dict())
+        block.ff.load_state_dict(fresh_block.ff.state_dict())
+    return control.eval()
+
+
+def coding_rate(tokens: torch.Tensor, subspaces: torch.Tensor) -> torch.Tensor:
+    """
+    The rate that it takes to code a cell's tokens in subspaces, `½ Σ_h log det(I + p / (n ε²) Z U_hᵀ U_h Zᵀ)` (CRATE,
+    arXiv 2306.01129, equation 5), which MSSA is derived to lower.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(batch, n, hidden)`): Tokens Z.
+        subspaces (`torch.Tensor` of shape `(heads, p, hidden)`): Their bases U.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`: in nats.
+    """
+    w = torch.einsum("bnd,hpd->bhnp", tokens, subspaces)
+    number, dim = w.shape[-2:]
+    gram = torch.eye(number, device=w.device) + dim / (number * PRECISION**2) * w @ w.transpose(-1, -2)
+    return 0.5 * torch.logdet(gram).sum(1)
+
+
+def step_of_mssa(attn: MSSA, tokens: torch.Tensor, output: torch.Tensor, seed: int = 0) -> dict[str, float]:
+    """
+    What one attention does to the coding rate of its tokens.
+
+    Args:
+        attn ([`MSSA`]): Whose projection gives the subspaces.
+        tokens (`torch.Tensor` of shape `(batch, n, hidden)`): Its input.
+        output (`torch.Tensor` of shape `(batch, n, hidden)`): Its output, which is added to the tokens.
+        seed (`int`, defaults to 0): Of the random subspaces.
+
+    Returns:
+        `dict[str, float]`: `"own"` and `"random"`, the relative change of the coding rate in its own subspaces and in
+        random ones of the same size; `"cosine"` of the step and the steepest descent of its own coding rate.
+    """
+    own = attn.to_w.weight.detach().float().unflatten(0, (attn.heads, -1))  # (heads, p, hidden)
+    noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed)).to(own)
+    random = noise * (own.norm() / noise.norm())
+    changes = {}
+    for name, subspaces in (("own", own), ("random", random)):
+        before, after = coding_rate(tokens, subspaces), coding_rate(tokens + output, subspaces)
+        changes[name] = (after.sum() / before.sum() - 1).item()
+    with torch.enable_grad():
+        free = tokens.detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(coding_rate(free, own).sum(), free)
+    cosine = torch.cosine_similarity(output.flatten(1), -gradient.flatten(1)).mean().item()
+    return {**changes, "cosine": cosine}
+
+
+def step_of_ista(ff: ISTA, tokens: torch.Tensor, output: torch.Tensor) -> dict[str, float]:
+    """
+    How sparse ISTA makes its tokens.
+
+    Returns:
+        `dict[str, float]`: `"zeros"`, the share of zeros in its output; `"zeros_of_relu"`, in `relu(x - ηλ)` of its
+        input alone, without any dictionary; `"curvature"`, η times the largest eigenvalue of DᵀD: below 2 the step
+        descends.
+    """
+    largest = torch.linalg.matrix_norm(ff.dictionary.detach().float(), 2).item()
+    return {
+        "zeros": (output == 0).float().mean().item(),
+        "zeros_of_relu": (tokens <= ff.step_size * ff.lambd).float().mean().item(),
+        "curvature": ff.step_size * largest**2,
+    }
+
+
+def explained_by_tokens(tokens: np.ndarray, clean: np.ndarray) -> float:
+    """
+    How much of the clean cells a linear map of their noisy cells' tokens says: the share of their variance, of cells
+    that the map was not fitted to. `share / (1 - share)` is a signal-to-noise ratio.
+
+    Args:
+        tokens (`np.ndarray` of shape `(cells, values)`): All tokens of each cell.
+        clean (`np.ndarray` of shape `(cells, sample_size)`): The clean cells.
+    """
+    half = len(tokens) // 2
+    fit = RidgeCV(alphas=10.0 ** np.arange(-1, 6)).fit(tokens[:half], clean[:half])
+    residual = np.square(clean[half:] - fit.predict(tokens[half:])).sum()
+    return float(1 - residual / np.square(clean[half:] - clean[:half].mean(axis=0)).sum())
+
+
+@torch.no_grad()
+def measure_layers(
+    denoiser: WhiteBoxDiTModel,
+    scheduler: SchedulerMixin,
+    latents: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    timesteps: list[int],
+    seed: int = 0,
+) -> list[dict]:
+    """
+    What every layer does at some timesteps, trained and untrained.
+
+    Args:
+        denoiser ([`WhiteBoxDiTModel`]): The network.
+        scheduler ([`SchedulerMixin`]): Its noise schedule.
+        latents (`torch.Tensor` of shape `(cells, sample_size)`): Clean latents of held-out cells.
+        class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*): Their labels.
+        timesteps (`list[int]`): At which noise is added.
+        seed (`int`, defaults to 0): Of the noise, and of the untrained network.
+
+    Returns:
+        `list[dict]`: a row for each network (`"trained"`, `"untrained"`), timestep and layer (0 is before the first
+        block), with `"explained"` (see [`explained_by_tokens`]), and, from layer 1 on, `"step"` (the size of what the
+        block adds, over that of its tokens) and what [`step_of_mssa`] and [`step_of_ista`] say, where the block has
+        them.
+    """
+    rows = []
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
+    clean = latents.cpu().numpy()
+    forward_process = DDPMScheduler.from_config(scheduler.config)  # solvers add noise by their own, fewer, timesteps
+    for name, network in (("trained", denoiser), ("untrained", untrained_copy(denoiser, seed))):
+        for timestep in timesteps:
+            noisy = forward_process.add_noise(latents, noise, torch.tensor([timestep], device=latents.device))
+            with record_blocks(network) as records:
+                network(noisy, timestep, class_labels, return_dict=False)
+            for layer in range(len(records) + 1):
+                record = records[max(layer - 1, 0)]
+                tokens = record["output" if layer else "input"]
+                row = {"network": name, "timestep": timestep, "layer": layer}
+                row["explained"] = explained_by_tokens(tokens.flatten(1).cpu().numpy(), clean)
+                rows.append(row)
+                if layer == 0:
+                    continue
+                block = network.blocks[layer - 1]
+                row["step"] = ((record["output"] - record["input"]).norm() / record["input"].norm()).item()
+                if isinstance(block.attn, MSSA):
+                    row |= step_of_mssa(block.attn, record["attn_input"], record["attn_output"], seed)
+                if isinstance(block.ff, ISTA):
+                    row |= step_of_ista(block.ff, record["ff_input"], record["ff_output"])
+    return rows

@@ -1,0 +1,241 @@
+"""The report of `explain` as one HTML page: figures from its numbers, each curve beside its control."""
+
+import base64
+import io
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from ..version import __version__
+
+
+NETWORK, CONTROL = "tab:red", "tab:grey"
+MAX_TYPES = 20
+SHOWN_PROGRAMS = 3  # on the UMAP
+
+
+def render_page(report: dict, cells: ad.AnnData, title: str) -> str:
+    """
+    Args:
+        report (`dict`): Of [`explain`].
+        cells (`AnnData`): Of [`explain`].
+        title (`str`): The pipeline's name.
+
+    Returns:
+        `str`: HTML without any other file; all names in it are escaped.
+    """
+    figures = {
+        "programs": _programs_figure(report, cells),
+        "layers": _layers_figure(report),
+        "steps": _steps_figure(report),
+        "decisions": _decisions_figure(report),
+        "knowledge": _knowledge_figure(report),
+        "listening": _listening_figure(report),
+        "interventions": _interventions_figure(report),
+    }
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape())
+    template = environment.get_template("page.html")
+    images = {name: _as_png(figure) for name, figure in figures.items()}
+    return template.render(report=report, images=images, title=title, version=__version__, facts=summarize(report))
+
+
+def summarize(report: dict) -> dict[str, float]:
+    """The numbers that the page's sentences quote."""
+    layers = [row for row in report["layers"] if row["layer"]]
+    trained, untrained = ([row for row in layers if row["network"] == name] for name in ("trained", "untrained"))
+    facts = {"closed_form_early": report["knowledge"][0]["closed_form"]}
+    gains = [row["network_mean"] - row["mixture_mean"] for row in report["knowledge"]]
+    facts["gain_of_network"] = float(np.mean(gains))
+    last = max(row["layer"] for row in layers)
+    for name, rows in (("trained", trained), ("untrained", untrained)):
+        facts[f"explained_{name}"] = float(np.mean([row["explained"] for row in rows if row["layer"] == last]))
+    facts["explained_before"] = float(
+        np.mean([row["explained"] for row in report["layers"] if row["layer"] == 0 and row["network"] == "trained"])
+    )
+    for key in ("own", "random", "cosine", "zeros", "zeros_of_relu", "curvature"):
+        values = [row[key] for row in trained if key in row]
+        if values:
+            facts[key] = float(np.mean(values))
+    for name in ("network", "mixture"):
+        rows = [row for row in report["interventions"] if row["denoiser"] == name]
+        facts[f"slope_{name}"] = float(np.mean([row["slope"] for row in rows]))
+    network, mixture = (np.array(report["listening"][name]) for name in ("network", "mixture"))
+    facts["listening_correlation"] = _correlation(network, mixture)
+    changed = [row for row in report["decisions"] if row["denoiser"] == "network" and "changed" in row]
+    decided = [row["timestep"] for row in changed if row["changed"] > row["chance"] / 2]
+    if decided:
+        facts["decided"] = decided[0]
+    return facts
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Of what is not on the diagonal, less each column's mean: how loud a program is says little."""
+    off = ~np.eye(len(a), dtype=bool)
+    centred = []
+    for matrix in (a, b):
+        means = np.nanmean(np.where(off, matrix, np.nan), axis=0)
+        centred.append((matrix - means)[off])
+    return float(np.corrcoef(*centred)[0, 1])
+
+
+def _as_png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    plt.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _programs_figure(report: dict, cells: ad.AnnData) -> Figure:
+    programs = report["programs"]
+    key = report["label_key"]
+    number = len(programs)
+    shown = min(SHOWN_PROGRAMS, number)
+    figure = plt.figure(figsize=(15, 4.2 + 0.26 * number), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[3.6, 0.6 + 0.26 * number])
+    axes = top.subplots(1, shown + (key is not None), squeeze=False)[0]
+    points = cells.obsm["X_umap"]
+    size = float(np.clip(9000 / len(points), 2, 14))
+    if key is not None:
+        types = cells.obs[key].astype(str).value_counts().index[:MAX_TYPES]
+        colours = plt.get_cmap("tab20" if len(types) > 10 else "tab10")
+        for i, name in enumerate(types):
+            own = (cells.obs[key].astype(str) == name).to_numpy()
+            axes[0].scatter(*points[own].T, s=size, color=colours(i % colours.N), label=name, linewidths=0)
+        axes[0].legend(fontsize=7, markerscale=2, frameon=False, loc="center right", bbox_to_anchor=(-0.1, 0.5))
+        axes[0].set_title(f"held-out cells by {key}")
+    for i, axis in enumerate(axes[key is not None :]):
+        values = cells.obsm["X_programs"][:, i]
+        limit = np.quantile(np.abs(values), 0.98)
+        dots = axis.scatter(*points.T, s=size, c=values, cmap="RdBu_r", vmin=-limit, vmax=limit, linewidths=0)
+        axis.set_title(f"program_{i}: {programs[i]['name']}", fontsize=9)
+        top.colorbar(dots, ax=axis, shrink=0.7)
+    for axis in axes:
+        axis.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
+    types = list(programs[0]["mean_activity"])[: 2 * MAX_TYPES]
+    matrix = np.array([[row["mean_activity"][name] for name in types] for row in programs])
+    axis = bottom.subplots()
+    image = axis.imshow(matrix, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
+    axis.set_xticks(range(len(types)), types, rotation=45, ha="right", fontsize=8)
+    axis.set_yticks(range(number), [f"program_{i}: {row['name']}" for i, row in enumerate(programs)], fontsize=8)
+    axis.set_title("mean activity of each program, in standard deviations of the training cells")
+    bottom.colorbar(image, ax=axis)
+    return figure
+
+
+def _layers_figure(report: dict) -> Figure:
+    rows = report["layers"]
+    timesteps = sorted({row["timestep"] for row in rows})
+    figure, axes = plt.subplots(1, len(timesteps), figsize=(15, 3.4), layout="constrained", sharex=True)
+    for axis, timestep in zip(np.atleast_1d(axes), timesteps):
+        for name, style in (("trained", {"color": NETWORK}), ("untrained", {"color": CONTROL, "linestyle": "--"})):
+            own = [row for row in rows if row["timestep"] == timestep and row["network"] == name]
+            axis.plot(
+                [row["layer"] for row in own], [row["explained"] for row in own], marker="o", label=name, **style
+            )
+        axis.set(title=f"timestep {timestep}", xlabel="after block")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    np.atleast_1d(axes)[0].set_ylabel("share of the clean cell that\na linear map of the tokens says")
+    np.atleast_1d(axes)[0].legend(frameon=False)
+    return figure
+
+
+def _steps_figure(report: dict) -> Figure:
+    rows = [row for row in report["layers"] if row["layer"] and row["network"] == "trained"]
+    control = [row for row in report["layers"] if row["layer"] and row["network"] == "untrained"]
+    layers = sorted({row["layer"] for row in rows})
+    panels = [
+        ("coding rate: relative change by MSSA", [("own", "own subspaces"), ("random", "random subspaces")]),
+        ("cosine of MSSA's step and steepest descent", [("cosine", "trained")]),
+        ("ISTA: share of zeros", [("zeros", "ISTA"), ("zeros_of_relu", "ReLU of its input alone")]),
+        ("size of a block's step, over its tokens", [("step", "trained")]),
+    ]
+    panels = [panel for panel in panels if panel[1][0][0] in rows[0]]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.75 * len(panels), 3.4), layout="constrained", squeeze=False)
+    for axis, (title, curves) in zip(axes[0], panels):
+        for (key, label), colour in zip(curves, (NETWORK, CONTROL)):
+            means = [np.mean([row[key] for row in rows if row["layer"] == layer]) for layer in layers]
+            axis.plot(layers, means, "o-", color=colour, label=label)
+        key = curves[0][0]
+        means = [np.mean([row[key] for row in control if row["layer"] == layer]) for layer in layers]
+        axis.plot(layers, means, "--", color="black", linewidth=1, label="untrained")
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.set(title=title, xlabel="block", xticks=layers)
+        axis.title.set_fontsize(9)
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _decisions_figure(report: dict) -> Figure:
+    rows = report["decisions"]
+    has_types = "changed" in rows[0]
+    figure, axes = plt.subplots(1, 1 + has_types, figsize=(6.5 * (1 + has_types), 3.6), layout="constrained")
+    axes = np.atleast_1d(axes)
+    for name, style in (("network", {"color": NETWORK}), ("mixture", {"color": CONTROL, "linestyle": "--"})):
+        own = [row for row in rows if row["denoiser"] == name]
+        timesteps = [row["timestep"] for row in own]
+        label = {"network": "network", "mixture": "closed form of a Gaussian mixture"}[name]
+        axes[0].plot(timesteps, [row["correlation_mean"] for row in own], marker="o", label=label, **style)
+        if name == "network":
+            for program in np.array([row["correlation"] for row in own]).T:
+                axes[0].plot(timesteps, program, color=NETWORK, linewidth=0.4, alpha=0.5)
+        if has_types:
+            axes[1].plot(timesteps, [row["changed"] for row in own], marker="o", label=label, **style)
+    axes[0].set(title="programs before and after (thin: each)", xlabel="noise up to timestep", ylabel="correlation")
+    axes[0].legend(frameon=False)
+    if has_types:
+        axes[1].axhline(rows[0]["chance"], color="black", linestyle=":", label="cells mixed up")
+        axes[1].set(title="cells that are of another type afterwards", xlabel="noise up to timestep", ylabel="share")
+        axes[1].legend(frameon=False)
+    return figure
+
+
+def _knowledge_figure(report: dict) -> Figure:
+    rows = report["knowledge"]
+    timesteps = [row["timestep"] for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(13, 3.6), layout="constrained")
+    axes[0].plot(timesteps, [row["network_mean"] for row in rows], "o-", color=NETWORK, label="network")
+    axes[0].plot(timesteps, [row["mixture_mean"] for row in rows], "o--", color=CONTROL, label="closed form")
+    axes[0].set(title="share of the programs' variance that is foretold", xlabel="timestep")
+    axes[1].plot(timesteps, [row["closed_form"] for row in rows], "o-", color=NETWORK)
+    axes[1].set(
+        title="share of the network's prediction that the closed form makes too", xlabel="timestep", ylim=(0, 1.02)
+    )
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def _listening_figure(report: dict) -> Figure:
+    matrices = [np.array(report["listening"][name]) for name in ("network", "mixture")]
+    off = [matrix - np.diag(np.diag(matrix)) for matrix in matrices]
+    limit = max(np.abs(matrix).max() for matrix in off)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
+    for axis, matrix, title in zip(axes, off, ("network", "closed form of a Gaussian mixture")):
+        image = axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axis.set(title=title, xlabel="noisy program", ylabel="expected clean program")
+    figure.colorbar(image, ax=axes, label="response (without the diagonal)")
+    return figure
+
+
+def _interventions_figure(report: dict) -> Figure:
+    programs = sorted({row["program"] for row in report["interventions"]})
+    figure, axes = plt.subplots(1, len(programs), figsize=(6 * len(programs), 4), layout="constrained", squeeze=False)
+    for axis, program in zip(axes[0], programs):
+        for name, colour, label in (("network", NETWORK, "network"), ("mixture", CONTROL, "closed form")):
+            row = next(r for r in report["interventions"] if (r["program"], r["denoiser"]) == (program, name))
+            others = [i for i in range(len(row["responses"])) if f"program_{i}" != program]
+            axis.scatter(
+                np.array(row["regression"])[others],
+                np.array(row["responses"])[others],
+                color=colour,
+                s=22,
+                label=f"{label}: slope {row['slope']:.2f}",
+            )
+        axis.axline((0, 0), slope=1, color="black", linewidth=0.7)
+        axis.axline((0, 0), slope=0, color="black", linewidth=0.7, linestyle=":")
+        axis.set(title=f"{program} held", xlabel="regression in held-out cells", ylabel="response of other programs")
+        axis.legend(frameon=False)
+    return figure

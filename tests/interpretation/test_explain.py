@@ -1,0 +1,133 @@
+"""`wbdit explain`: what it measures has the answer that is known, and the page holds it."""
+
+import json
+import re
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipeline
+
+from wbdit_diffusers import ScRNAGenerationPipeline
+from wbdit_diffusers.cli import main
+from wbdit_diffusers.data import CellSplit
+from wbdit_diffusers.interpretation import explain, fit_mixture
+from wbdit_diffusers.interpretation.denoising import measure_decisions, measure_knowledge, measure_listening
+from wbdit_diffusers.sampling import SCHEDULERS, training_scheduler
+
+
+@pytest.fixture(scope="module")
+def explained(pbmc, tmp_path_factory) -> dict:
+    """The command's files, for a pipeline with random weights and the solver of a trained one."""
+    folder = tmp_path_factory.mktemp("explained")
+    pipe = make_pipeline(pbmc, codec="program", label_keys=["cell_type", "phase"])
+    pipe.scheduler = SCHEDULERS["dpmsolver++"].from_config(training_scheduler("v_prediction").config)
+    pipe.save_pretrained(folder / "pipe <b>")
+    CellSplit.draw(pbmc, 0.2, label_key="cell_type", seed=0).save(folder / "pipe <b>")
+    pbmc.write_h5ad(folder / "cells.h5ad")
+    main(["explain", str(folder / "pipe <b>"), "--dataset", str(folder / "cells.h5ad"), "--output_dir", str(folder)])
+    return {
+        "report": json.loads((folder / "explain.json").read_text()),
+        "page": (folder / "explain.html").read_text(),
+        "cells": ad.read_h5ad(folder / "explain.h5ad"),
+    }
+
+
+def test_the_report_has_every_part_with_its_control(explained):
+    report = explained["report"]
+    assert report["num_cells"] == 142 and len(report["programs"]) == 6
+    assert {row["network"] for row in report["layers"]} == {"trained", "untrained"}
+    assert {row["denoiser"] for row in report["decisions"]} == {"network", "mixture"}
+    assert {(row["program"], row["denoiser"]) for row in report["interventions"]} == {
+        (program, name) for program in ("program_0", "program_1") for name in ("network", "mixture")
+    }
+    # The closed form knows nearly all where there is little noise, nothing at the end, and more than random weights.
+    first, last = report["knowledge"][0], report["knowledge"][-1]
+    assert first["mixture_mean"] > 0.8 and abs(last["mixture_mean"]) < 0.05
+    assert all(row["mixture_mean"] > row["network_mean"] for row in report["knowledge"][:5])
+    for row in report["interventions"]:
+        assert row["held"] < 0.2
+
+
+def test_types_are_told_by_programs(explained):
+    by_type = {row["type"]: row for row in explained["report"]["types"]}
+    assert set(by_type) <= set(explained["cells"].obs["cell_type"]) and len(by_type) > 4
+    assert all(row["auc"] >= row["second_auc"] >= 0.5 and 0 <= row["markers"] <= 50 for row in by_type.values())
+
+
+def test_the_cells_are_for_scanpy(explained):
+    cells = explained["cells"]
+    assert cells.obsm["X_programs"].shape == (142, 6) and cells.obsm["X_umap"].shape == (142, 2)
+    assert cells.varm["programs"].shape == (cells.n_vars, 6) and list(cells.uns["programs"]) == ["explained", "name"]
+
+
+def test_the_page_holds_all_figures_and_escapes_names(explained):
+    page = explained["page"]
+    assert len(re.findall(r"data:image/png;base64,iVBOR", page)) == 7
+    assert "<b>" not in page and "pipe &lt;b&gt;" in page
+    assert "nan" not in re.sub(r"base64,[^\"]+", "", page).replace("nance", "")
+
+
+def test_a_model_without_labels_is_explained(pbmc):
+    pipe = make_pipeline(pbmc, codec="program")
+    report, cells = explain(pipe, pbmc[:500], pbmc[500:560])
+    assert report["types"] == [] and "changed" not in report["decisions"][0] and cells.n_obs == 60
+
+
+def test_the_closed_form_in_the_networks_place_is_all_that_is_said(pbmc):
+    pipe = make_pipeline(pbmc, codec="program")
+    mixture, latents = fit_mixture(pipe, pbmc), pipe.encode_cells(pbmc)
+    rows = measure_knowledge(mixture, mixture, pipe.codec, latents, None, [100, 500])
+    assert [row["closed_form"] for row in rows] == [1, 1]
+    assert rows[0]["network"] == rows[0]["mixture"]
+
+
+def test_little_noise_changes_few_cells_and_much_of_it_all(pbmc):
+    pipe = make_pipeline(pbmc, codec="program")
+    mixture, latents = fit_mixture(pipe, pbmc), pipe.encode_cells(pbmc)
+    types = pbmc.obs["cell_type"].astype(str).to_numpy()
+    rows = measure_decisions(mixture, mixture, pipe.scheduler, pipe.codec, (latents, types), latents[:200])
+    first, last = rows[0], rows[-1]
+    assert first["changed"] < 0.5 * first["chance"] and last["changed"] > 0.7 * last["chance"]
+    assert first["correlation_mean"] > 0.8 and abs(last["correlation_mean"]) < 0.3
+
+
+def test_listening_is_the_derivative_of_what_is_expected(program_pipe, pbmc):
+    mixture = fit_mixture(program_pipe, pbmc)
+    latents = program_pipe.encode_cells(pbmc)[:40]
+    codec = program_pipe.codec
+    matrix = measure_listening(mixture, mixture, codec, latents, None, 300)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    a, s = mixture.signal_and_noise(300, 40)
+    step = torch.zeros(codec.num_features)
+    step[:6] = 0.01 * torch.linalg.inv(codec.program_axes)[:, 2]  # program 2, the others left as they are
+    expected = []
+    for sign in (1, -1):
+        x = a * latents + s * noise + sign * step
+        expected.append(codec.activities(a * x - s * mixture(x, 300, return_dict=False)[0]))
+    torch.testing.assert_close(matrix[:, 2], ((expected[0] - expected[1]) / 0.02).mean(0), atol=2e-3, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        ("codec", "no gene programs: it was trained with ExpressionCodec"),
+        ("mixture", "no network to look into: its denoiser is a GaussianMixtureDenoiser"),
+        ("cells", "5 held-out cells have labels that training knows: 20 are needed"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused(spoil, message, program_pipe, pipe, pbmc):
+    chosen = pipe if spoil == "codec" else program_pipe
+    if spoil == "mixture":
+        mixture = fit_mixture(program_pipe, pbmc)
+        chosen = ScRNAGenerationPipeline(**{**program_pipe.components, "denoiser": mixture})
+    with pytest.raises(ValueError, match=message):
+        explain(chosen, pbmc[:500], pbmc[500:505] if spoil == "cells" else pbmc[500:])
+
+
+def test_too_few_cells_are_refused_by_the_command(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["explain", str(tmp_path), "--dataset", "cells.h5ad", "--max_cells", "3"])
+    assert error.value.code == 2 and "--max_cells is at least 20, not 3" in capsys.readouterr().err
+    assert np.size(list(tmp_path.iterdir())) == 0
