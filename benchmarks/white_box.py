@@ -1,0 +1,230 @@
+"""What holding a program does, beside real cells and beside simpler edits; three training seeds.
+
+    python benchmarks/white_box.py --dataset ../shared/data/kang_ifnb_pbmc.h5ad --work_dir WORK \\
+        --output lab/results/interventions_cpu.json
+    python benchmarks/white_box.py --table lab/results/interventions_cpu.json
+
+Networks (White-Box and DiT) are trained on cell types alone; which cells were stimulated is hidden from them. The
+program that tells stimulated training cells best is then held at what control cells of a type have, at what stimulated
+ones have, and at two doses between. The change of the 100 genes that respond most in training cells is compared with
+that of held-out cells, by type. Beside the network:
+
+    closed form        a Gaussian mixture for each label, conditioned exactly, without any network
+    random direction   another direction in the space of programs, held with the same shift
+    shift of the mean  the program alone is moved in cells that were generated as controls
+    regression         those cells are moved along what other programs regress on it
+    arithmetic         those cells are moved by the mean difference of the *other* types' latents, for which the
+                       condition must be known (scGen's)
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import torch
+from scipy import sparse
+from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+from wbdit_diffusers import ScRNAGenerationPipeline
+from wbdit_diffusers.data import CellSplit, read_cells
+from wbdit_diffusers.interpretation import fit_mixture, hold_program, program_direction
+from wbdit_diffusers.interpretation.interventions import HeldDenoiser
+from wbdit_diffusers.processing import log_normalize
+from wbdit_diffusers.training import train
+from wbdit_diffusers.training.config import make_config
+
+
+NUM_GENES = 100
+NUM_CELLS = 300  # for each type and dose
+MIN_CELLS = 10  # held out, of a type and condition
+DOSES = np.array([0, 1 / 3, 2 / 3, 1])
+METRICS = ("slope", "correlation", "dose", "identity")
+
+
+def trained_pipeline(adata: ad.AnnData, folder: Path, block_type: str, seed: int, args) -> ScRNAGenerationPipeline:
+    if not (folder / "model_index.json").exists():
+        flags = {"label_keys": [args.label_key], "seed": seed, "max_train_steps": args.max_train_steps}
+        flags |= {"block_type": block_type, "checkpointing_steps": 10**9, "output_dir": folder}
+        train(adata, make_config(flags))
+    pipe = ScRNAGenerationPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def expression(cells: ad.AnnData, genes) -> np.ndarray:
+    """log1p(CP10k) by the total of all genes, `(cells, genes)`."""
+    matrix = sparse.csr_matrix(cells.X)
+    sizes = np.asarray(cells.obs["library_size"]) if "library_size" in cells.obs else np.asarray(matrix.sum(1)).ravel()
+    return log_normalize(matrix, sizes)[:, cells.var_names.get_indexer(genes)].toarray()
+
+
+class Edits:
+    """Cells of one type at each dose, by the name of the way in which they are made."""
+
+    def __init__(self, pipe: ScRNAGenerationPipeline, train_cells: ad.AnnData, condition: np.ndarray, label_key: str):
+        self.pipe, self.mixture, self.label_key = pipe, fit_mixture(pipe, train_cells), label_key
+        self.latents = pipe.encode_cells(train_cells)
+        self.types = train_cells.obs[label_key].astype(str).to_numpy()
+        self.condition = condition
+        activities = pipe.codec.activities(self.latents).numpy()
+        aucs = np.array([roc_auc_score(condition, values) for values in activities.T])
+        self.program = int(np.argmax(np.abs(aucs - 0.5)))
+        self.auc = float(max(aucs[self.program], 1 - aucs[self.program]))
+        self.activities = activities[:, self.program]
+        self.direction = program_direction(pipe.codec, self.program)
+        noise = torch.randn(len(self.direction), generator=torch.Generator().manual_seed(0))
+        noise[-1] = 0
+        noise -= self.direction * (noise @ self.direction) / self.direction.square().sum()
+        self.random = noise / (self.latents @ noise).std()
+        self.closed = ScRNAGenerationPipeline(
+            **{**pipe.components, "denoiser": self.mixture}, num_inference_steps=pipe.config.num_inference_steps
+        )
+
+    def doses(self, cell_type: str) -> np.ndarray:
+        own = self.types == cell_type
+        low, high = (self.activities[own & (self.condition == value)].mean() for value in (0, 1))
+        return low + DOSES * (high - low)
+
+    def draw(self, way: str, cell_type: str, dose: float, seed: int) -> ad.AnnData:
+        doses = self.doses(cell_type)
+        activity = float(np.interp(dose, DOSES, doses))
+        labels = self.pipe.processor.encode_conditions({self.label_key: cell_type}, NUM_CELLS)
+        if way in ("network", "closed form"):
+            held = hold_program(self.pipe if way == "network" else self.closed, self.mixture, self.program, activity)
+        elif way == "random direction":
+            start = float((self.latents[(self.types == cell_type) & (self.condition == 0)] @ self.random).mean())
+            denoiser = HeldDenoiser(self.pipe.denoiser, self.mixture, self.random, start + activity - doses[0])
+            held = ScRNAGenerationPipeline(**{**self.pipe.components, "denoiser": denoiser}, num_inference_steps=20)
+        else:
+            held = hold_program(self.pipe, self.mixture, self.program, float(doses[0]))
+        held.set_progress_bar_config(disable=True)
+        latents = held(
+            num_cells=NUM_CELLS,
+            conditions={self.label_key: cell_type},
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+        ).cells
+        if way == "shift of the mean":
+            step = torch.zeros(len(self.direction))
+            step[: self.pipe.codec.config.num_programs] = torch.linalg.inv(self.pipe.codec.program_axes)[
+                :, self.program
+            ]
+            latents = latents + (activity - doses[0]) * step
+        elif way == "regression":
+            own = self.latents[self.types == cell_type]
+            along = torch.cov(own.T) @ self.direction
+            latents = latents + (activity - doses[0]) * along / (along @ self.direction)
+        elif way == "arithmetic":
+            others = self.types != cell_type
+            means = [self.latents[others & (self.condition == value)].mean(0) for value in (0, 1)]
+            latents = latents + dose * (means[1] - means[0])
+        return self.pipe.decode_latents(latents, labels, generator=torch.Generator().manual_seed(seed))
+
+
+def judge(edits: Edits, train_cells: ad.AnnData, test_cells: ad.AnnData, test_condition: np.ndarray, ways: list[str]):
+    genes = edits.pipe.processor.var_names
+    x, y = expression(train_cells, genes), expression(test_cells, genes)
+    test_types = test_cells.obs[edits.label_key].astype(str).to_numpy()
+    classifier = LogisticRegression(max_iter=500, C=0.1).fit(x, edits.types)
+    rows = []
+    for cell_type in np.unique(test_types):
+        of_type = test_types == cell_type
+        if min((of_type & (test_condition == value)).sum() for value in (0, 1)) < MIN_CELLS:
+            continue
+        own = edits.types == cell_type
+        in_training = x[own & (edits.condition == 1)].mean(0) - x[own & (edits.condition == 0)].mean(0)
+        chosen = np.argsort(-np.abs(in_training))[:NUM_GENES]
+        held_out = y[of_type & (test_condition == 1)].mean(0) - y[of_type & (test_condition == 0)].mean(0)
+        rows.append({"type": cell_type, "way": "training cells", **agreement(in_training[chosen], held_out[chosen])})
+        for way in ways:
+            means, identity = [], []
+            for dose in DOSES:
+                drawn = expression(edits.draw(way, cell_type, dose, seed=0), genes)
+                means.append(drawn.mean(0))
+                identity.append((classifier.predict(drawn) == cell_type).mean())
+            response = (means[-1] - means[0])[chosen]
+            doses = [spearmanr(DOSES, np.array(means)[:, gene] * np.sign(in_training[gene]))[0] for gene in chosen]
+            rows.append(
+                {
+                    "type": cell_type,
+                    "way": way,
+                    **agreement(response, held_out[chosen]),
+                    "dose": float(np.nanmean(doses)),
+                    "identity": float(identity[-1] / max(identity[0], 1e-9)),
+                }
+            )
+    return rows
+
+
+def agreement(response: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    return {
+        "slope": float(response @ real / (real @ real)),
+        "correlation": float(np.corrcoef(response, real)[0, 1]),
+    }
+
+
+def table(results: dict) -> str:
+    lines = ["| way | slope | correlation | dose | identity |", "|---|---|---|---|---|"]
+    rows = [row for entry in results.values() for row in entry["rows"]]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        cells = []
+        for metric in METRICS:
+            # Of each training, the mean over types; ± over trainings.
+            values = [
+                np.mean([row[metric] for row in entry["rows"] if row["way"] == way and metric in row])
+                for entry in results.values()
+                if any(row["way"] == way and metric in row for row in entry["rows"])
+            ]
+            cells.append(f"{np.mean(values):.2f} ± {np.std(values):.2f}" if values else "–")
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", type=Path, help="An .h5ad file of counts.")
+    parser.add_argument("--label_key", default="cell_type", help="obs key of the cell type.")
+    parser.add_argument("--condition_key", default="condition", help="obs key of the stimulation.")
+    parser.add_argument("--stimulated", default="STIM", help="Its value in stimulated cells.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--blocks", nargs="+", choices=["white_box", "dit"], default=["white_box"])
+    parser.add_argument("--max_train_steps", type=int, default=3000)
+    parser.add_argument("--work_dir", type=Path, help="Keeps trained pipelines; those already there are taken.")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", type=Path, help="Print the table of a JSON file, and nothing else.")
+    args = parser.parse_args()
+    if args.table is not None:
+        print(table(json.loads(args.table.read_text())))
+        return
+    results = {}
+    adata = read_cells(args.dataset)
+    for block in args.blocks:
+        for seed in args.seeds:
+            folder = args.work_dir / f"{args.dataset.stem}, {args.label_key}, {block}, seed {seed}"
+            pipe = trained_pipeline(adata, folder, block, seed, args)
+            train_cells, test_cells = CellSplit.load(folder).apply(adata)
+            condition, test_condition = (
+                (cells.obs[args.condition_key].astype(str) == args.stimulated).to_numpy().astype(int)
+                for cells in (train_cells, test_cells)
+            )
+            edits = Edits(pipe, train_cells, condition, args.label_key)
+            ways = ["network"]
+            if block == "white_box":
+                ways += ["closed form", "random direction", "shift of the mean", "regression", "arithmetic"]
+            rows = judge(edits, train_cells, test_cells, test_condition, ways)
+            for row in rows:
+                row["way"] = "network, DiT block" if block == "dit" and row["way"] == "network" else row["way"]
+            rows = [row for row in rows if block == "white_box" or row["way"] != "training cells"]
+            results[f"{block}, seed {seed}"] = {"program": edits.program, "auc": edits.auc, "rows": rows}
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(results, indent=1))
+            print(f"{block}, seed {seed}: program_{edits.program}, AUC {edits.auc:.3f}", flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
