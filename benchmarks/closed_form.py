@@ -1,0 +1,113 @@
+"""What the network adds to the closed form of a Gaussian mixture, on held-out cells.
+
+    python benchmarks/closed_form.py --work_dir WORK --output lab/results/closed_form_cpu.json \\
+        --dataset ../shared/data/{pbmc3k,kang_ifnb_pbmc,zheng_facs_pbmc,paul15,pollen_smartseq}.h5ad
+    python benchmarks/closed_form.py --table lab/results/closed_form_cpu.json
+
+`--work_dir` is that of `benchmarks/quality.py`, whose pipelines (model `program`) are taken. For each dataset, at the
+same noise and timesteps: the loss of the network, of the mixture, of a single Gaussian for each label, and of network
+and mixture averaged with one weight for all timesteps, which is chosen on every second cell and judged on the others.
+The excess of the mixture's cells stands in quality.py's JSON, as "Gaussian mixture per label".
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from wbdit_diffusers import ScRNAGenerationPipeline
+from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
+from wbdit_diffusers.interpretation import fit_mixture
+from wbdit_diffusers.sampling import training_scheduler
+
+
+DRAWS = 8  # of noise and timesteps, for each cell
+WEIGHTS = np.linspace(0, 1, 21)  # of the network
+COLUMNS = {"gaussian": "Gaussian per label", "mixture": "mixture", "network": "network", "average": "both, averaged"}
+
+
+@torch.no_grad()
+def measure(folder: Path, dataset: Path, seed: int) -> dict:
+    pipe = ScRNAGenerationPipeline.from_pretrained(folder)
+    train_cells, test_cells = CellSplit.load(folder).apply(drop_empty_cells(read_cells(dataset)))
+    test_cells = test_cells[pipe.processor.knows_labels(test_cells)]
+    latents, labels = pipe.encode_cells(test_cells), pipe.processor.encode_labels(test_cells)
+    labels = labels if labels.shape[1] else None
+    mixture, gaussian = fit_mixture(pipe, train_cells), fit_mixture(pipe, train_cells, max_components=1)
+    scheduler, generator = training_scheduler("v_prediction"), torch.Generator().manual_seed(seed)
+    errors = {name: [] for name in ("gaussian", "mixture", "network")}
+    by_weight = []
+    for _ in range(DRAWS):
+        # Stratified timesteps: every draw has all of them.
+        share = torch.randperm(len(latents), generator=generator) + torch.rand(len(latents), generator=generator)
+        timesteps = (1 + share / len(latents) * 999).long().clamp(1, 999)
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        target = scheduler.get_velocity(latents, noise, timesteps)
+        predictions = {
+            name: one(noisy, timesteps, labels, return_dict=False)[0]
+            for name, one in (("gaussian", gaussian), ("mixture", mixture), ("network", pipe.denoiser))
+        }
+        for name, prediction in predictions.items():
+            errors[name].append((prediction - target).square().mean(1))
+        by_weight.append(
+            torch.stack(
+                [
+                    (w * predictions["network"] + (1 - w) * predictions["mixture"] - target).square().mean(1)
+                    for w in WEIGHTS
+                ]
+            )
+        )
+    per_cell = torch.stack(by_weight).mean(0)  # (weights, cells)
+    chosen = [int(per_cell[:, half::2].mean(1).argmin()) for half in (0, 1)]
+    losses = {name: float(torch.stack(values).mean()) for name, values in errors.items()}
+    losses["average"] = float((per_cell[chosen[0], 1::2].mean() + per_cell[chosen[1], ::2].mean()) / 2)
+    difference = torch.stack(errors["network"]).mean(0) - torch.stack(errors["mixture"]).mean(0)
+    return {
+        "num_test": len(latents),
+        "num_components": mixture.config.num_components,
+        "losses": losses,
+        "standard_error": float(difference.std() / len(difference) ** 0.5),  # of network less mixture, over cells
+        "weights": [float(WEIGHTS[i]) for i in chosen],
+        "spread": float((latents.var(0) / pipe.encode_cells(train_cells).var(0)).mean()),
+    }
+
+
+def table(results: dict) -> str:
+    lines = [
+        "| dataset | components | " + " | ".join(COLUMNS.values()) + " | network − mixture | weight of the network |",
+        "|---" * (4 + len(COLUMNS)) + "|",
+    ]
+    for name, row in results.items():
+        losses = row["losses"]
+        cells = [f"{losses[key]:.4f}" for key in COLUMNS]
+        cells.append(f"{losses['network'] - losses['mixture']:+.4f} ± {row['standard_error']:.4f}")
+        cells.append(", ".join(f"{weight:.2f}" for weight in row["weights"]))
+        lines.append(f"| {name} | {row['num_components']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", nargs="+", type=Path, default=[], help=".h5ad files.")
+    parser.add_argument("--work_dir", type=Path, help="That of quality.py.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the training that is looked at, and of the noise.")
+    parser.add_argument("--output", type=Path, help="JSON file; datasets are added to it.")
+    parser.add_argument("--table", type=Path, help="Print the table of a JSON file, and nothing else.")
+    args = parser.parse_args()
+    if args.table is not None:
+        print(table(json.loads(args.table.read_text())))
+        return
+    results = json.loads(args.output.read_text()) if args.output.exists() else {}
+    for dataset in args.dataset:
+        folder = args.work_dir / f"{dataset.stem}, seed {args.seed}" / "program"
+        name = dataset.stem if args.seed == 0 else f"{dataset.stem}, seed {args.seed}"
+        results[name] = measure(folder, dataset, args.seed)
+        args.output.write_text(json.dumps(results, indent=1))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
