@@ -8,7 +8,7 @@ generates 5,000 cells. The output folder then holds
     cells.h5ad      the generated cells: integer counts, gene names, cell types
     figure.png      generated cells beside real ones
     metrics.md      how real they are, beside what real cells themselves reach
-    explain.html    a look inside: programs, layers, decisions and interventions, beside their controls
+    inside/         explain.html, a look inside: programs, layers, decisions and interventions, beside their controls
     wbdit-pbmc/     the pipeline, for `ScRNAGenerationPipeline.from_pretrained`
 """
 
@@ -25,7 +25,7 @@ from wbdit_diffusers.data import CellSplit, load_pbmc
 from wbdit_diffusers.evaluation import evaluate, to_markdown
 from wbdit_diffusers.evaluation.figure import report_figure
 from wbdit_diffusers.hub import add_evaluation
-from wbdit_diffusers.interpretation import explain, render_page
+from wbdit_diffusers.interpretation import explain, write_report
 from wbdit_diffusers.training import TrainingConfig, train
 
 
@@ -77,13 +77,12 @@ def main():
 
     print("5. Looking inside", flush=True)
     inside, held_out = explain(pipe, train_cells, test_cells)
-    (args.output_dir / "explain.json").write_text(json.dumps(inside, indent=1))
-    (args.output_dir / "explain.html").write_text(render_page(inside, held_out, folder.name))
+    write_report(args.output_dir / "inside", inside, held_out, folder.name)
 
     figure = report_figure(test_cells, cells[: test_cells.n_obs], "cell_type")
     figure.savefig(args.output_dir / "figure.png", dpi=110)
     print(
-        f"Look at {args.output_dir / 'figure.png'} and {args.output_dir / 'explain.html'}; the cells are in"
+        f"Look at {args.output_dir / 'figure.png'} and {args.output_dir / 'inside' / 'explain.html'}; the cells are in"
         f" {args.output_dir / 'cells.h5ad'}."
     )
 

@@ -22,6 +22,7 @@ def test_quickstart(tmp_path):
     cells = ad.read_h5ad(tmp_path / "cells.h5ad")
     assert cells.shape == (150, 765)
     assert (cells.X.data == np.rint(cells.X.data)).all()
+    assert (tmp_path / "inside" / "explain.html").stat().st_size > 100_000
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     report = json.loads((tmp_path / "metrics.json").read_text())
     columns = report["metrics"]

@@ -204,7 +204,7 @@ def explain(args: argparse.Namespace):
     matplotlib.use("Agg")
     from .data import CellSplit, read_cells
     from .interpretation import explain as measure
-    from .interpretation import render_page
+    from .interpretation import write_report
     from .pipelines import ScRNAGenerationPipeline
 
     if args.max_cells < 20:
@@ -212,10 +212,7 @@ def explain(args: argparse.Namespace):
     train, test = CellSplit.load(args.model).apply(read_cells(args.dataset))
     pipe = ScRNAGenerationPipeline.from_pretrained(args.model)
     report, cells = measure(pipe, train, test, args.max_cells, args.seed)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "explain.json").write_text(json.dumps(report, indent=1))
-    (args.output_dir / "explain.html").write_text(render_page(report, cells, Path(args.model).resolve().name))
-    cells.write_h5ad(args.output_dir / "explain.h5ad")
+    write_report(args.output_dir, report, cells, Path(args.model).resolve().name)
     print(f"Look at {args.output_dir / 'explain.html'}; the numbers are in explain.json, the cells in explain.h5ad.")
 
 

@@ -4,7 +4,7 @@ from ..pipelines.programs import program_table
 from .explain import explain
 from .interventions import fit_mixture, hold_program, program_direction
 from .layers import record_blocks
-from .page import render_page
+from .page import write_report
 
 
 __all__ = [
@@ -14,5 +14,5 @@ __all__ = [
     "program_direction",
     "program_table",
     "record_blocks",
-    "render_page",
+    "write_report",
 ]

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
+from tqdm.auto import tqdm
 
 from ..evaluation.metrics import rank_markers
 from ..models.codec_programs import ProgramCodec
@@ -23,6 +24,7 @@ LAYER_TIMESTEPS = [99, 299, 499, 799]
 LISTENING_TIMESTEP = 299
 NUM_MARKERS = 50
 MIN_CELLS = 5  # of a type, for a program to be judged on it
+LISTENING_CELLS = 500
 HELD_ACTIVITIES = [-1.0, 0.0, 1.0, 2.0]
 DECIDING_CELLS = 500  # that are denoised again
 HELD_CELLS = 500  # for each activity
@@ -73,36 +75,40 @@ def explain(
     else:
         types, train_types = np.full(test.n_obs, ""), np.full(train.n_obs, "")
 
-    cells = _cells(pipe, test, latents)
-    rows, by_type = describe_programs(pipe, cells, types)
-    report = {
-        "num_cells": test.n_obs,
-        "num_components": mixture.config.num_components,
-        "label_key": pipe.processor.label_keys[0] if pipe.processor.label_keys else None,
-        "programs": rows,
-        "types": by_type,
-        "layers": measure_layers(denoiser, scheduler, latents, labels, LAYER_TIMESTEPS, seed),
-        "knowledge": measure_knowledge(denoiser, mixture, codec, latents, labels, TIMESTEPS, seed),
-        "decisions": measure_decisions(
+    few = slice(LISTENING_CELLS)
+    few_labels = None if labels is None else labels[few]
+    listeners = {"network": denoiser, "mixture": mixture}
+    parts = {
+        "layers": lambda: measure_layers(denoiser, scheduler, latents, labels, LAYER_TIMESTEPS, seed),
+        "knowledge": lambda: measure_knowledge(denoiser, mixture, codec, latents, labels, TIMESTEPS, seed),
+        "decisions": lambda: measure_decisions(
             denoiser, mixture, scheduler, codec, (train_latents, train_types), latents[:DECIDING_CELLS], seed
         ),
-        "listening": {
-            "timestep": LISTENING_TIMESTEP,
-            **{
+        "listening": lambda: (
+            {"timestep": LISTENING_TIMESTEP}
+            | {
                 name: measure_listening(
-                    one,
-                    mixture,
-                    codec,
-                    latents[:500],
-                    None if labels is None else labels[:500],
-                    LISTENING_TIMESTEP,
-                    seed,
+                    one, mixture, codec, latents[few], few_labels, LISTENING_TIMESTEP, seed
                 ).tolist()
-                for name, one in (("network", denoiser), ("mixture", mixture))
-            },
-        },
-        "interventions": measure_interventions(pipe, mixture, latents, labels, seed),
+                for name, one in listeners.items()
+            }
+        ),
+        "interventions": lambda: measure_interventions(pipe, mixture, latents, labels, seed),
     }
+    with tqdm(total=1 + len(parts), desc="Looking inside", unit=" parts") as progress_bar:
+        cells = _cells(pipe, test, latents)
+        programs, by_type = describe_programs(pipe, cells, types)
+        report = {
+            "num_cells": test.n_obs,
+            "num_components": mixture.config.num_components,
+            "label_key": pipe.processor.label_keys[0] if pipe.processor.label_keys else None,
+            "programs": programs,
+            "types": by_type,
+        }
+        progress_bar.update()
+        for name, measure in parts.items():
+            report[name] = measure()
+            progress_bar.update()
     return report, cells
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from pathlib import Path
 
 import anndata as ad
@@ -18,17 +19,16 @@ MAX_TYPES = 20
 SHOWN_PROGRAMS = 3  # on the UMAP
 
 
-def render_page(report: dict, cells: ad.AnnData, title: str) -> str:
+def draw_figures(report: dict, cells: ad.AnnData) -> dict[str, Figure]:
     """
     Args:
         report (`dict`): Of [`explain`].
         cells (`AnnData`): Of [`explain`].
-        title (`str`): The pipeline's name.
 
     Returns:
-        `str`: HTML without any other file; all names in it are escaped.
+        `dict[str, matplotlib.figure.Figure]`: by the part of the report that they show.
     """
-    figures = {
+    return {
         "programs": _programs_figure(report, cells),
         "layers": _layers_figure(report),
         "steps": _steps_figure(report),
@@ -37,10 +37,43 @@ def render_page(report: dict, cells: ad.AnnData, title: str) -> str:
         "listening": _listening_figure(report),
         "interventions": _interventions_figure(report),
     }
+
+
+def render_page(report: dict, figures: dict[str, Figure], title: str) -> str:
+    """
+    Args:
+        report (`dict`): Of [`explain`].
+        figures (`dict`): Of [`draw_figures`].
+        title (`str`): The pipeline's name.
+
+    Returns:
+        `str`: HTML without any other file; all names in it are escaped.
+    """
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape())
     template = environment.get_template("page.html")
     images = {name: _as_png(figure) for name, figure in figures.items()}
     return template.render(report=report, images=images, title=title, version=__version__, facts=summarize(report))
+
+
+def write_report(folder: Path, report: dict, cells: ad.AnnData, title: str):
+    """
+    Writes `explain.html`, `explain.json`, `explain.h5ad` and the folder `figures`.
+
+    Args:
+        folder (`Path`): Is made if it does not exist.
+        report (`dict`): Of [`explain`].
+        cells (`AnnData`): Of [`explain`].
+        title (`str`): The pipeline's name.
+    """
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    (folder / "explain.json").write_text(json.dumps(report, indent=1))
+    cells.write_h5ad(folder / "explain.h5ad")
+    figures = draw_figures(report, cells)
+    for name, figure in figures.items():
+        figure.savefig(folder / "figures" / f"{name}.png", dpi=100)
+    (folder / "explain.html").write_text(render_page(report, figures, title))
+    for figure in figures.values():
+        plt.close(figure)
 
 
 def summarize(report: dict) -> dict[str, float]:
@@ -85,7 +118,6 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 def _as_png(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
-    plt.close(figure)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
