@@ -27,6 +27,7 @@ logger = get_logger(__name__)
 
 MAX_VALIDATION_CELLS = 2000
 MAX_STEPS_BETWEEN_VALIDATIONS = 100
+SKEWED = 0.75  # skewness of a program's activities from which a few cells have it
 MIN_STEPS = 100  # before which the loss says little
 MIN_IMPROVEMENT = 0.001  # share of the loss by which it must fall for patience to begin anew
 STOP_TOLERANCES = {"nb_mixture": 0.003, "quantile_hurdle": 0.1}
@@ -91,7 +92,7 @@ def fit_program_codec(config: TrainingConfig, dataset: CellDataset, device: torc
     latents = encode_cells(dataset, codec)  # not yet standardised: the programs, and of counts the log library size
     refit_decoder(config, dataset, codec, latents[:, : codec.config.num_programs])
     codec.standardize_latents(latents)
-    find_program_axes(codec, encode_cells(dataset, codec)[:, : codec.config.num_programs], config.seed)
+    find_program_axes(codec, encode_cells(dataset, codec)[:, : codec.config.num_programs])
     return codec.eval()
 
 
@@ -215,32 +216,36 @@ def refit_decoder(config: TrainingConfig, dataset: CellDataset, codec: ProgramCo
 
 
 @torch.no_grad()
-def find_program_axes(codec: ProgramCodec, programs: torch.Tensor, seed: int):
+def find_program_axes(codec: ProgramCodec, programs: torch.Tensor):
     """
     Independent component analysis of the training cells' programs: what is decoded is the same along any axes, and
     along these a response such as that to interferon is one program instead of several (lab/experiments.md). The
     latents keep their own axes.
 
-    These programs are uncorrelated, come in the order of what they explain, and point to where they raise few genes by
-    much rather than many by little.
+    These programs are uncorrelated, come in the order of what they explain, and point to the few cells that have them;
+    where about as many do as don't, to where they raise few genes by much rather than many by little.
 
     Args:
         codec ([`ProgramCodec`]): Fitted, its latents standardised; gets its `program_axes`.
         programs (`torch.Tensor` of shape `(cells, num_programs)`):
             Standardised programs of the training cells. With fewer than two cells for each program, or one that is the
             same in all cells, they keep their axes.
-        seed (`int`): Of the analysis.
     """
     is_flat = torch.linalg.matrix_rank(programs - programs.mean(0)) < programs.shape[1]
     if len(programs) < 2 * programs.shape[1] or is_flat:
         return
-    analysis = FastICA(whiten="unit-variance", max_iter=1000, random_state=seed)
+    centered = (programs - programs.mean(0)).double()
+    variances, directions = torch.linalg.eigh(centered.T @ centered / len(centered))
+    # The whitening that moves the programs least: from the same start, fits to other cells find the same components.
+    whitening = directions @ torch.diag(variances.rsqrt()) @ directions.T
+    analysis = FastICA(whiten=False, w_init=np.eye(len(whitening)), max_iter=1000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # any rotation will do, if there is no best one
-        analysis.fit(programs.double().numpy())
-    codec.program_axes.copy_(torch.from_numpy(analysis.components_))
+        analysis.fit((centered @ whitening).numpy())
+    codec.program_axes.copy_(torch.from_numpy(analysis.components_) @ whitening)
     loadings = codec.weighted_loadings  # (genes, num_programs)
-    signs = torch.where(loadings.pow(3).sum(0) < 0, -1.0, 1.0)
+    skewness = (centered.to(loadings) @ codec.program_axes.T).pow(3).mean(0)  # of activities, whose variance is 1
+    signs = torch.where(skewness.abs() > SKEWED, skewness, loadings.pow(3).sum(0)).sign()
     order = loadings.square().sum(0).argsort(descending=True)
     codec.program_axes.copy_((signs[:, None] * codec.program_axes)[order])
 
