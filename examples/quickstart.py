@@ -1,4 +1,4 @@
-"""From real cells to generated ones, in under 8 minutes on two cores.
+"""From real cells to generated ones, in nine minutes on two cores, installation included.
 
     python examples/quickstart.py --output_dir demo
 
