@@ -16,13 +16,13 @@ from wbdit_diffusers import ScRNAGenerationPipeline
 def test_quickstart(tmp_path):
     command = [sys.executable, ROOT / "examples" / "quickstart.py", "--output_dir", tmp_path]
     command += ["--max_train_minutes", "0.05", "--num_cells", "150", "--num_samples", "1"]
+    command += ["--no-inside"]  # tests/interpretation/test_explain.py looks inside
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
 
     cells = ad.read_h5ad(tmp_path / "cells.h5ad")
     assert cells.shape == (150, 765)
     assert (cells.X.data == np.rint(cells.X.data)).all()
-    assert (tmp_path / "inside" / "explain.html").stat().st_size > 100_000
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     report = json.loads((tmp_path / "metrics.json").read_text())
     columns = report["metrics"]
