@@ -1,7 +1,8 @@
 """What the network adds to the closed form of a Gaussian mixture, on held-out cells.
 
     python benchmarks/closed_form.py --work_dir WORK --output lab/results/closed_form_cpu.json \\
-        --dataset ../shared/data/{pbmc3k,kang_ifnb_pbmc,zheng_facs_pbmc,paul15,pollen_smartseq}.h5ad
+        --dataset ../shared/data/{pbmc3k,kang_ifnb_pbmc,zheng_facs_pbmc,paul15}.h5ad \\
+        ../shared/data/{pancreas_endocrinogenesis,pollen_smartseq}.h5ad
     python benchmarks/closed_form.py --table lab/results/closed_form_cpu.json
 
 `--work_dir` is that of `benchmarks/quality.py`, whose pipelines (model `program`) are taken. For each dataset, at the

@@ -24,42 +24,24 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import torch
-from scipy import sparse
+from quality import train_ours
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, read_cells
+from wbdit_diffusers.evaluation.cells import generated_cells, real_cells
 from wbdit_diffusers.interpretation import fit_mixture, hold_program, program_direction
-from wbdit_diffusers.interpretation.interventions import HeldDenoiser
-from wbdit_diffusers.processing import log_normalize
-from wbdit_diffusers.training import train
-from wbdit_diffusers.training.config import make_config
+from wbdit_diffusers.interpretation.interventions import HeldDenoiser, with_denoiser
 
 
 NUM_GENES = 100
 NUM_CELLS = 300  # for each type and dose
 MIN_CELLS = 10  # held out, of a type and condition
 DOSES = np.array([0, 1 / 3, 2 / 3, 1])
+MODELS = {"white_box": "program", "dit": "program-dit"}  # of quality.py
 METRICS = ("slope", "correlation", "dose", "identity")
-
-
-def trained_pipeline(adata: ad.AnnData, folder: Path, block_type: str, seed: int, args) -> ScRNAGenerationPipeline:
-    if not (folder / "model_index.json").exists():
-        flags = {"label_keys": [args.label_key], "seed": seed, "max_train_steps": args.max_train_steps}
-        flags |= {"block_type": block_type, "checkpointing_steps": 10**9, "output_dir": folder}
-        train(adata, make_config(flags))
-    pipe = ScRNAGenerationPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def expression(cells: ad.AnnData, genes) -> np.ndarray:
-    """log1p(CP10k) by the total of all genes, `(cells, genes)`."""
-    matrix = sparse.csr_matrix(cells.X)
-    sizes = np.asarray(cells.obs["library_size"]) if "library_size" in cells.obs else np.asarray(matrix.sum(1)).ravel()
-    return log_normalize(matrix, sizes)[:, cells.var_names.get_indexer(genes)].toarray()
 
 
 class Edits:
@@ -80,9 +62,7 @@ class Edits:
         noise[-1] = 0
         noise -= self.direction * (noise @ self.direction) / self.direction.square().sum()
         self.random = noise / (self.latents @ noise).std()
-        self.closed = ScRNAGenerationPipeline(
-            **{**pipe.components, "denoiser": self.mixture}, num_inference_steps=pipe.config.num_inference_steps
-        )
+        self.closed = with_denoiser(pipe, self.mixture)
 
     def doses(self, cell_type: str) -> np.ndarray:
         own = self.types == cell_type
@@ -98,7 +78,7 @@ class Edits:
         elif way == "random direction":
             start = float((self.latents[(self.types == cell_type) & (self.condition == 0)] @ self.random).mean())
             denoiser = HeldDenoiser(self.pipe.denoiser, self.mixture, self.random, start + activity - doses[0])
-            held = ScRNAGenerationPipeline(**{**self.pipe.components, "denoiser": denoiser}, num_inference_steps=20)
+            held = with_denoiser(self.pipe, denoiser)
         else:
             held = hold_program(self.pipe, self.mixture, self.program, float(doses[0]))
         held.set_progress_bar_config(disable=True)
@@ -127,7 +107,7 @@ class Edits:
 
 def judge(edits: Edits, train_cells: ad.AnnData, test_cells: ad.AnnData, test_condition: np.ndarray, ways: list[str]):
     genes = edits.pipe.processor.var_names
-    x, y = expression(train_cells, genes), expression(test_cells, genes)
+    x, y = (real_cells(cells, genes).expression for cells in (train_cells, test_cells))
     test_types = test_cells.obs[edits.label_key].astype(str).to_numpy()
     classifier = LogisticRegression(max_iter=500, C=0.1).fit(x, edits.types)
     rows = []
@@ -143,7 +123,7 @@ def judge(edits: Edits, train_cells: ad.AnnData, test_cells: ad.AnnData, test_co
         for way in ways:
             means, identity = [], []
             for dose in DOSES:
-                drawn = expression(edits.draw(way, cell_type, dose, seed=0), genes)
+                drawn = generated_cells(edits.draw(way, cell_type, dose, seed=0)).expression
                 means.append(drawn.mean(0))
                 identity.append((classifier.predict(drawn) == cell_type).mean())
             response = (means[-1] - means[0])[chosen]
@@ -205,7 +185,8 @@ def main():
     for block in args.blocks:
         for seed in args.seeds:
             folder = args.work_dir / f"{args.dataset.stem}, {args.label_key}, {block}, seed {seed}"
-            pipe = trained_pipeline(adata, folder, block, seed, args)
+            flags = argparse.Namespace(seed=seed, max_train_steps=args.max_train_steps, train_flags={})
+            pipe = train_ours(adata, folder, MODELS[block], "counts", [args.label_key], flags)
             train_cells, test_cells = CellSplit.load(folder).apply(adata)
             condition, test_condition = (
                 (cells.obs[args.condition_key].astype(str) == args.stimulated).to_numpy().astype(int)

@@ -25,7 +25,8 @@ from wbdit_diffusers.data import CellSplit, load_pbmc
 from wbdit_diffusers.evaluation import evaluate, to_markdown
 from wbdit_diffusers.evaluation.figure import report_figure
 from wbdit_diffusers.hub import add_evaluation
-from wbdit_diffusers.interpretation import explain, write_report
+from wbdit_diffusers.interpretation import explain
+from wbdit_diffusers.interpretation.page import write_report
 from wbdit_diffusers.training import TrainingConfig, train
 
 

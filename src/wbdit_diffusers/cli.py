@@ -179,9 +179,9 @@ def _cells_of_files(args: argparse.Namespace) -> tuple[list, Any, Any, dict[str,
 def programs(args: argparse.Namespace):
     import pandas as pd
 
-    from .interpretation import program_table
     from .models import ProgramCodec
     from .pipelines import ScRNAGenerationPipeline
+    from .pipelines.programs import program_table
 
     pipe = ScRNAGenerationPipeline.from_pretrained(args.model)
     if not isinstance(pipe.codec, ProgramCodec):
@@ -204,7 +204,7 @@ def explain(args: argparse.Namespace):
     matplotlib.use("Agg")
     from .data import CellSplit, read_cells
     from .interpretation import explain as measure
-    from .interpretation import write_report
+    from .interpretation.page import write_report
     from .pipelines import ScRNAGenerationPipeline
 
     if args.max_cells < 20:
@@ -239,8 +239,13 @@ def main(argv: list[str] | None = None):
         return train(argv[1:], prog="wbdit train")
     args = build_parser().parse_args(argv)
     try:
-        commands = {"generate": generate, "evaluate": evaluate, "programs": programs, "explain": explain}
-        {**commands, "prepare": prepare}[args.command](args)
+        {
+            "generate": generate,
+            "evaluate": evaluate,
+            "programs": programs,
+            "explain": explain,
+            "prepare": prepare,
+        }[args.command](args)
     except (ValueError, OSError) as error:
         print(f"wbdit {args.command}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,9 +4,9 @@ from ..pipelines.programs import program_table
 from .explain import explain
 from .interventions import fit_mixture, hold_program, program_direction
 from .layers import record_blocks
-from .page import write_report
 
 
+# `interpretation.page` is imported where it is used: it needs matplotlib.
 __all__ = [
     "explain",
     "fit_mixture",
@@ -14,5 +14,4 @@ __all__ = [
     "program_direction",
     "program_table",
     "record_blocks",
-    "write_report",
 ]

@@ -7,15 +7,15 @@ from scipy import sparse
 from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
 
+from ..evaluation.cells import real_cells
 from ..evaluation.metrics import rank_markers
 from ..models.codec_programs import ProgramCodec
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..pipelines.programs import add_programs, program_table
-from ..processing.normalize import log_normalize
 from .denoising import measure_decisions, measure_knowledge, measure_listening
-from .interventions import fit_mixture, hold_program, program_direction
+from .interventions import fit_mixture, hold_program, program_direction, with_denoiser
 from .layers import measure_layers
 
 
@@ -116,12 +116,13 @@ def _cells(pipe: ScRNAGenerationPipeline, test: ad.AnnData, latents: torch.Tenso
     """The held-out cells with the modelled genes as log expression, their programs and a UMAP of their latents."""
     import scanpy as sc  # slow to import
 
-    config = pipe.processor.config
-    matrix = sparse.csr_matrix(test.X if config.layer is None else test.layers[config.layer])
-    if config.values == "counts":
-        matrix = log_normalize(matrix, np.asarray(matrix.sum(axis=1)).ravel())
-    cells = ad.AnnData(matrix, obs=test.obs[list(pipe.processor.label_keys)].copy(), var=test.var[[]].copy())
-    cells = cells[:, pipe.processor.var_names].copy()
+    config, genes = pipe.processor.config, pipe.processor.var_names
+    expression = real_cells(test, genes, config.values, config.layer).expression
+    cells = ad.AnnData(
+        sparse.csr_matrix(expression),
+        obs=test.obs[list(pipe.processor.label_keys)].copy(),
+        var=test.var.loc[genes, []],
+    )
     add_programs(cells, pipe.codec, latents)
     cells.obsm["X_latents"] = latents.cpu().numpy()
     sc.pp.neighbors(cells, n_neighbors=min(15, cells.n_obs - 1), use_rep="X_latents", random_state=0)
@@ -218,19 +219,17 @@ def measure_interventions(
             key: [pipe.processor.config.categories[k][code] for code in class_labels[:num_cells, k].tolist()]
             for k, key in enumerate(pipe.processor.label_keys)
         }
-    closed = ScRNAGenerationPipeline(**{**pipe.components, "denoiser": mixture})
-    quiet = dict(getattr(pipe, "_progress_bar_config", {}))
+    closed = with_denoiser(pipe, mixture)
     for program in range(min(2, codec.config.num_programs)):
         truth = within.T @ within[:, program] / (within[:, program] @ within[:, program])
         for name, source in (("network", pipe), ("mixture", closed)):
             means, misses = [], []
             for activity in HELD_ACTIVITIES:
                 held = hold_program(source, mixture, program, activity)
-                held.set_progress_bar_config(**{**quiet, "disable": True})
+                held.set_progress_bar_config(disable=True)
                 drawn = held(
                     num_cells=num_cells,
                     conditions=conditions,
-                    num_inference_steps=pipe.config.num_inference_steps,
                     generator=torch.Generator().manual_seed(seed),
                     output_type="latent",
                 ).cells

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..models.codec_programs import ProgramCodec
-from ..models.gaussian_mixture import GaussianMixtureDenoiser
+from ..models.gaussian_mixture import GaussianMixtureDenoiser, labels_of_cells
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 
@@ -47,8 +47,7 @@ class HeldDenoiser(nn.Module):
     ) -> tuple[torch.Tensor]:
         """The arguments are those of [`WhiteBoxDiTModel`]; always a tuple."""
         velocity = self.denoiser(hidden_states, timestep, class_labels, return_dict=False, label_index=label_index)[0]
-        if class_labels is not None and label_index is not None:
-            class_labels = class_labels.reshape(len(class_labels), -1)[label_index]
+        class_labels = labels_of_cells(class_labels, label_index)
         a, s = self.mixture.signal_and_noise(timestep, len(hidden_states))
         clean = a * hidden_states - s * velocity  # (batch, sample_size)
         along = self.mixture.covariance_times(self.direction, hidden_states, timestep, class_labels)
@@ -122,8 +121,13 @@ def hold_program(
         denoiser = pipe.denoiser.conditioned(direction, activity)
     else:
         denoiser = HeldDenoiser(pipe.denoiser, mixture.to(pipe.denoiser.device), direction, activity)
-    held = ScRNAGenerationPipeline(
+    return with_denoiser(pipe, denoiser)
+
+
+def with_denoiser(pipe: ScRNAGenerationPipeline, denoiser: nn.Module) -> ScRNAGenerationPipeline:
+    """The pipeline with another denoiser, such as the closed form, and all else as it is."""
+    other = ScRNAGenerationPipeline(
         **{**pipe.components, "denoiser": denoiser}, num_inference_steps=pipe.config.num_inference_steps
     )
-    held.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
-    return held
+    other.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return other

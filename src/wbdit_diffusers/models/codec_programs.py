@@ -8,7 +8,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from scipy import sparse
-from sklearn.decomposition import PCA
 from torch import nn
 
 from ..processing.normalize import log_normalize
@@ -151,6 +150,8 @@ class ProgramCodec(ModelMixin, ConfigMixin):
             library_size (`np.ndarray` of shape `(cells,)`): Total counts, all other genes included.
             precision (`float`): Of the prior on the weights.
         """
+        from sklearn.decomposition import PCA  # slow to import
+
         number = min(self.config.num_programs, self.config.hidden_size // 2, *(size - 1 for size in matrix.shape))
         if number < 1:
             return

@@ -9,7 +9,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from sklearn.mixture import GaussianMixture
 
 
 PSEUDO_CELLS = 20  # weight of the covariance pooled within labels in that of one component
@@ -135,8 +134,7 @@ class GaussianMixtureDenoiser(ModelMixin, ConfigMixin):
         label_index: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """The velocity of noisy latents; the arguments are those of [`WhiteBoxDiTModel`]."""
-        if class_labels is not None and label_index is not None:
-            class_labels = class_labels.reshape(len(class_labels), -1)[label_index]
+        class_labels = labels_of_cells(class_labels, label_index)
         a, s = self.signal_and_noise(timestep, len(hidden_states))  # (batch, 1) each
         projected, total, responsibilities = self._responsibilities(hidden_states.float(), a, s, class_labels)
         shrunk = (1 - self.variances) / total * projected  # (batch, components, sample_size)
@@ -237,6 +235,13 @@ class GaussianMixtureDenoiser(ModelMixin, ConfigMixin):
         return projected, total, log_joint.softmax(-1)
 
 
+def labels_of_cells(class_labels: torch.Tensor | None, label_index: torch.Tensor | None) -> torch.Tensor | None:
+    """Labels `(cells, num_label_keys)`, where a denoiser was given each combination once; see [`WhiteBoxDiTModel`]."""
+    if class_labels is None or label_index is None:
+        return class_labels
+    return class_labels.reshape(len(class_labels), -1)[label_index]
+
+
 def mixture_responsibilities(
     own: np.ndarray, pooled: np.ndarray, seed: int, max_components: int = MAX_COMPONENTS
 ) -> np.ndarray:
@@ -250,6 +255,8 @@ def mixture_responsibilities(
         seed (`int`): Of the fit.
         max_components (`int`, defaults to 8): At most.
     """
+    from sklearn.mixture import GaussianMixture  # slow to import
+
     # A full covariance of fewer cells than dimensions is degenerate, and its likelihood has no bound.
     most = max(1, min(max_components, len(own) // (own.shape[1] + 1)))
     if most == 1:
