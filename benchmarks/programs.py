@@ -1,4 +1,4 @@
-"""Whether gene programs hold for other cells, and mean something, beside those of NMF and LinearSCVI.
+"""Whether gene programs hold for other cells, and mean something, beside those of NMF, LinearSCVI and DRVI.
 
     python benchmarks/programs.py --dataset ../shared/data/kang_ifnb_pbmc.h5ad --condition_key condition \
         --output lab/results/programs_cpu.json --num_programs 16
@@ -14,7 +14,7 @@ cells, on held-out cells:
   program raises most, mean over types;
 - `condition_aucs`: the best two AUCs with which single programs tell one condition from the other.
 
-`linear_scvi` needs `pip install "wbdit_diffusers[benchmark]"`.
+`linear_scvi` and `drvi` need `pip install "wbdit_diffusers[benchmark]"`.
 """
 
 import argparse
@@ -80,7 +80,30 @@ def linear_scvi(cells: CellDataset, config: TrainingConfig, seed: int) -> Progra
     return weighted, lambda others: model.get_latent_representation(as_anndata(others))
 
 
-METHODS = {"wbdit": wbdit, "nmf": nmf, "linear_scvi": linear_scvi}
+def drvi(cells: CellDataset, config: TrainingConfig, seed: int) -> Programs:
+    """DRVI (Moinfar and Theis 2024), whose decoder adds up what each latent does. A latent has an effect on a gene in
+    both directions; their difference stands for the loading."""
+    import scvi
+    from drvi.model import DRVI
+
+    scvi.settings.seed = seed
+    scvi.settings.verbosity = 40
+
+    def as_anndata(dataset: CellDataset) -> ad.AnnData:
+        return ad.AnnData(dataset.matrix.astype(np.float32))
+
+    modelled = as_anndata(cells)
+    DRVI.setup_anndata(modelled, is_count_data=True)
+    model = DRVI(modelled, n_latent=config.num_programs)
+    model.train(accelerator="cpu", early_stopping=True, enable_progress_bar=False)
+    latents = ad.AnnData(model.get_latent_representation(modelled))
+    model.set_latent_dimension_stats(latents)
+    effects = model.calculate_interpretability_scores(latents, methods="OOD", inplace=False)
+    loadings = (effects["OOD_combined_positive"] - effects["OOD_combined_negative"]).T
+    return loadings, lambda others: model.get_latent_representation(as_anndata(others))
+
+
+METHODS = {"wbdit": wbdit, "nmf": nmf, "linear_scvi": linear_scvi, "drvi": drvi}
 
 
 def paired_correlation(some: np.ndarray, others: np.ndarray) -> float:

@@ -73,7 +73,7 @@ def train_ours(
     adata: ad.AnnData, folder: Path, model: str, values: str, label_keys: list[str], args: argparse.Namespace
 ) -> ScRNAGenerationPipeline:
     if not (folder / "model_index.json").exists():
-        flags = {"label_keys": label_keys, "seed": args.seed, "max_train_steps": args.max_train_steps}
+        flags = {"label_keys": label_keys, "seed": args.seed}
         flags |= {"values": values, "checkpointing_steps": 10**9, **OURS[model], **args.train_flags}
         train(adata, make_config(flags | {"output_dir": folder}))
     pipe = ScRNAGenerationPipeline.from_pretrained(folder)
@@ -265,7 +265,6 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", nargs="+", type=Path, default=[], help=".h5ad files.")
     parser.add_argument("--models", nargs="+", choices=[*OURS, "scvi", "scvi-by-type"], default=["program"])
-    parser.add_argument("--max_train_steps", type=int, default=3000, help="Of each denoiser.")
     parser.add_argument("--num_samples", type=int, default=3, help="Samples to judge.")
     parser.add_argument("--seed", type=int, default=0, help="Of training and sampling, and of the split.")
     parser.add_argument("--guidance_scales", nargs="+", type=float, default=[1.0], help="Judged one by one.")

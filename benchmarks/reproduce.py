@@ -135,7 +135,7 @@ class Dataset:
                 checkpointing_steps = max(1, round(epochs / 8)) * self.steps_per_epoch
         flags += ["--config", *configs, "--dataset", self.path, "--split", self.folder / CellSplit.FILE_NAME]
         flags += ["--output_dir", self.folder / f"{model}, seed {seed}", "--seed", seed, "--num_genes", NUM_GENES]
-        flags += ["--max_train_steps", 10**9, "--max_train_minutes", minutes]
+        flags += ["--max_train_steps", 10**9, "--max_train_epochs", 10**9, "--max_train_minutes", minutes]
         flags += ["--validation_steps", validation_steps, "--checkpointing_steps", checkpointing_steps]
         return [str(flag) for flag in flags]
 

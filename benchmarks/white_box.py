@@ -172,7 +172,6 @@ def main():
     parser.add_argument("--stimulated", default="STIM", help="Its value in stimulated cells.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--blocks", nargs="+", choices=["white_box", "dit"], default=["white_box"])
-    parser.add_argument("--max_train_steps", type=int, default=3000)
     parser.add_argument("--work_dir", type=Path, help="Keeps trained pipelines; those already there are taken.")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--table", type=Path, help="Print the table of a JSON file, and nothing else.")
@@ -185,7 +184,7 @@ def main():
     for block in args.blocks:
         for seed in args.seeds:
             folder = args.work_dir / f"{args.dataset.stem}, {args.label_key}, {block}, seed {seed}"
-            flags = argparse.Namespace(seed=seed, max_train_steps=args.max_train_steps, train_flags={})
+            flags = argparse.Namespace(seed=seed, train_flags={})
             pipe = train_ours(adata, folder, MODELS[block], "counts", [args.label_key], flags)
             train_cells, test_cells = CellSplit.load(folder).apply(adata)
             condition, test_condition = (

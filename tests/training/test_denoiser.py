@@ -45,11 +45,11 @@ def prepare(adata, config, num_train: int = 500) -> tuple[DenoiserTraining, Cell
 
 def test_learning_rate_warms_up_to_its_highest(tmp_path):
     config = tiny_config(tmp_path, learning_rate=1e-3, lr_warmup_steps=10, max_train_steps=100)
-    rates = [learning_rate(config, step, 0.0) for step in range(20)]
+    rates = [learning_rate(config, 100, step, 0.0) for step in range(20)]
     np.testing.assert_allclose(rates[:10], 1e-3 * np.arange(1, 11) / 10)
     assert rates[10:] == [1e-3] * 10
     config = tiny_config(tmp_path, learning_rate=1e-3, lr_warmup_steps=0, max_train_steps=100)
-    assert learning_rate(config, 0, 0.0) == 1e-3
+    assert learning_rate(config, 100, 0, 0.0) == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -69,15 +69,15 @@ def test_learning_rate_warms_up_to_its_highest(tmp_path):
 def test_learning_rate_decays_by_steps_or_by_minutes(step, seconds, expected, tmp_path):
     limits = {"max_train_steps": 1000, "max_train_minutes": 1, "lr_warmup_steps": 5, "lr_decay_fraction": 0.3}
     config = tiny_config(tmp_path, learning_rate=1.0, **limits)
-    assert learning_rate(config, step, seconds) == pytest.approx(expected)
+    assert learning_rate(config, 1000, step, seconds) == pytest.approx(expected)
     if seconds == 0:
         config = tiny_config(tmp_path, learning_rate=1.0, **{**limits, "max_train_minutes": None})
-        assert learning_rate(config, step, 1e9) == pytest.approx(expected)
+        assert learning_rate(config, 1000, step, 1e9) == pytest.approx(expected)
 
 
 def test_learning_rate_without_decay_is_flat(tmp_path):
     config = tiny_config(tmp_path, learning_rate=1e-3, lr_decay_fraction=0, max_train_steps=10)
-    assert learning_rate(config, 10, 0.0) == 1e-3
+    assert learning_rate(config, 10, 10, 0.0) == 1e-3
 
 
 # ==================== The log ====================
@@ -106,6 +106,16 @@ def test_a_training_ends_when_its_time_is_over(pbmc, tmp_path):
     last = read_log(tmp_path)[-1]
     assert 1.8 <= float(last["seconds"]) < 30 and 0 < int(last["step"]) < 1_000_000
     assert float(last["learning_rate"]) < 2e-3  # it fell with the time
+
+
+def test_few_cells_are_not_passed_over_without_end(pbmc, tmp_path, caplog):
+    cells = pbmc[:60]  # 48 to train on: one batch, as it is no larger than the data
+    with caplog.at_level("INFO"):
+        train(cells, tiny_config(tmp_path, codec="expression", max_train_steps=100, max_train_epochs=6))
+    last = read_log(tmp_path)[-1]
+    assert (int(last["step"]), int(last["epoch"])) == (6, 6)
+    assert float(last["learning_rate"]) < 2e-3  # it fell with the passes
+    assert "6 passes over the training cells are over after 6 steps, before --max_train_steps 100" in caplog.text
 
 
 # ==================== Gradients ====================

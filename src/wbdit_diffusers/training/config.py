@@ -157,8 +157,11 @@ class DenoiserConfig:
 class OptimizationConfig:
     """How the denoiser is trained."""
 
-    max_train_steps: PositiveInt = 10_000
+    max_train_steps: PositiveInt = 3000
     """Steps of the optimizer after which training ends."""
+    max_train_epochs: PositiveInt = 1000
+    """Passes over the training cells after which training ends, if they are over before the steps. With more of them
+    a network learns few cells by heart."""
     max_train_minutes: PositiveFloat | None = None
     """Minutes after which training ends, if they are over before the steps. Stage one is included."""
     train_batch_size: PositiveInt | None = None

@@ -50,9 +50,9 @@ def diffusion_loss(
     return F.mse_loss(prediction.float(), target)
 
 
-def learning_rate(config: TrainingConfig, step: int, seconds: float) -> float:
+def learning_rate(config: TrainingConfig, max_train_steps: int, step: int, seconds: float) -> float:
     """Warm-up, a plateau, and a linear decay that ends with the training, be that by steps or by time."""
-    progress = step / config.max_train_steps
+    progress = step / max_train_steps
     if config.max_train_minutes is not None:
         progress = max(progress, seconds / (config.max_train_minutes * 60))
     warmup = min(1.0, (step + 1) / max(config.lr_warmup_steps, 1))
@@ -135,6 +135,7 @@ class DenoiserTraining:
         dataloader = self._dataloader(train_dataset)
         self.model, self.optimizer, self.dataloader = accelerator.prepare(model, optimizer, dataloader)
         self.steps_per_epoch = math.ceil(len(self.dataloader) / config.gradient_accumulation_steps)
+        self.max_train_steps = min(config.max_train_steps, config.max_train_epochs * self.steps_per_epoch)
 
         self.validation_model = WhiteBoxDiTModel.from_config(model.config).to(accelerator.device).eval()
         # A random sample: files are often sorted by population.
@@ -192,9 +193,14 @@ class DenoiserTraining:
     def run(self):
         """Trains to the last step, or until the time is over."""
         config = self.config
+        if self.max_train_steps < config.max_train_steps and config.max_train_minutes is None:
+            logger.info(
+                f"{config.max_train_epochs:,} passes over the training cells are over after {self.max_train_steps:,}"
+                f" steps, before --max_train_steps {config.max_train_steps}. --max_train_epochs makes them more."
+            )
         self.progress_bar = tqdm(
             # With a time limit nobody knows the number of steps.
-            total=config.max_train_steps if config.max_train_minutes is None else None,
+            total=self.max_train_steps if config.max_train_minutes is None else None,
             initial=self.global_step,
             desc="Denoiser",
             unit=" steps",
@@ -202,7 +208,7 @@ class DenoiserTraining:
             disable=not self.accelerator.is_local_main_process,
         )
         self.logged_losses: list[torch.Tensor] = []  # since the last line of the log
-        stop = self.global_step >= config.max_train_steps
+        stop = self.global_step >= self.max_train_steps
         self.model.train()
         while not stop:
             epoch, steps_done = divmod(self.global_step, self.steps_per_epoch)
@@ -221,7 +227,9 @@ class DenoiserTraining:
         batch_of_step = 0
         for batch in batches:
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(config, self.global_step, time.monotonic() - self.start_time)
+                group["lr"] = learning_rate(
+                    config, self.max_train_steps, self.global_step, time.monotonic() - self.start_time
+                )
             with accelerator.accumulate(self.model):
                 loss = diffusion_loss(self.model, self.noise_scheduler, batch, self.batch_generator(batch_of_step))
                 accelerator.backward(loss)
@@ -237,7 +245,7 @@ class DenoiserTraining:
             self.global_step += 1
             batch_of_step = 0
             self.progress_bar.update()
-            stop = self.global_step >= config.max_train_steps or self._time_is_over()
+            stop = self.global_step >= self.max_train_steps or self._time_is_over()
             if self.global_step % config.validation_steps == 0 or stop:
                 self._write_log()
             if self.global_step % config.checkpointing_steps == 0:
