@@ -30,16 +30,13 @@ COLUMNS = {"gaussian": "Gaussian per label", "mixture": "mixture", "network": "n
 
 
 @torch.no_grad()
-def measure(folder: Path, dataset: Path, seed: int) -> dict:
-    pipe = ScRNAGenerationPipeline.from_pretrained(folder)
-    train_cells, test_cells = CellSplit.load(folder).apply(drop_empty_cells(read_cells(dataset)))
-    test_cells = test_cells[pipe.processor.knows_labels(test_cells)]
-    latents, labels = pipe.encode_cells(test_cells), pipe.processor.encode_labels(test_cells)
-    labels = labels if labels.shape[1] else None
-    mixture, gaussian = fit_mixture(pipe, train_cells), fit_mixture(pipe, train_cells, max_components=1)
+def held_out_losses(
+    denoisers: dict[str, torch.nn.Module], latents: torch.Tensor, labels: torch.Tensor | None, seed: int = 0
+) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Squared errors of the velocity for each cell, `(cells,)`, at noise and timesteps that are the same for all; and
+    for every draw of these the errors themselves, `(cells, values)`."""
     scheduler, generator = training_scheduler("v_prediction"), torch.Generator().manual_seed(seed)
-    errors = {name: [] for name in ("gaussian", "mixture", "network")}
-    by_weight = []
+    errors = []
     for _ in range(DRAWS):
         # Stratified timesteps: every draw has all of them.
         share = torch.randperm(len(latents), generator=generator) + torch.rand(len(latents), generator=generator)
@@ -47,25 +44,30 @@ def measure(folder: Path, dataset: Path, seed: int) -> dict:
         noise = torch.randn(latents.shape, generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = scheduler.get_velocity(latents, noise, timesteps)
-        predictions = {
-            name: one(noisy, timesteps, labels, return_dict=False)[0]
-            for name, one in (("gaussian", gaussian), ("mixture", mixture), ("network", pipe.denoiser))
-        }
-        for name, prediction in predictions.items():
-            errors[name].append((prediction - target).square().mean(1))
-        by_weight.append(
-            torch.stack(
-                [
-                    (w * predictions["network"] + (1 - w) * predictions["mixture"] - target).square().mean(1)
-                    for w in WEIGHTS
-                ]
-            )
+        errors.append(
+            {name: one(noisy, timesteps, labels, return_dict=False)[0] - target for name, one in denoisers.items()}
         )
-    per_cell = torch.stack(by_weight).mean(0)  # (weights, cells)
-    chosen = [int(per_cell[:, half::2].mean(1).argmin()) for half in (0, 1)]
-    losses = {name: float(torch.stack(values).mean()) for name, values in errors.items()}
-    losses["average"] = float((per_cell[chosen[0], 1::2].mean() + per_cell[chosen[1], ::2].mean()) / 2)
-    difference = torch.stack(errors["network"]).mean(0) - torch.stack(errors["mixture"]).mean(0)
+    return {name: torch.stack([e[name].square().mean(1) for e in errors]).mean(0) for name in denoisers}, errors
+
+
+def measure(folder: Path, dataset: Path, seed: int) -> dict:
+    pipe = ScRNAGenerationPipeline.from_pretrained(folder)
+    train_cells, test_cells = CellSplit.load(folder).apply(drop_empty_cells(read_cells(dataset)))
+    test_cells = test_cells[pipe.processor.knows_labels(test_cells)]
+    latents, labels = pipe.encode_cells(test_cells), pipe.processor.encode_labels(test_cells)
+    labels = labels if labels.shape[1] else None
+    mixture, gaussian = fit_mixture(pipe, train_cells), fit_mixture(pipe, train_cells, max_components=1)
+    denoisers = {"gaussian": gaussian, "mixture": mixture, "network": pipe.denoiser}
+    per_cell, errors = held_out_losses(denoisers, latents, labels, seed)
+    averages = [
+        torch.stack([(w * e["network"] + (1 - w) * e["mixture"]).square().mean(1) for e in errors]).mean(0)
+        for w in WEIGHTS
+    ]
+    averages = torch.stack(averages)  # (weights, cells)
+    chosen = [int(averages[:, half::2].mean(1).argmin()) for half in (0, 1)]
+    losses = {name: values.mean().item() for name, values in per_cell.items()}
+    losses["average"] = float((averages[chosen[0], 1::2].mean() + averages[chosen[1], ::2].mean()) / 2)
+    difference = per_cell["network"] - per_cell["mixture"]
     return {
         "num_test": len(latents),
         "num_components": mixture.config.num_components,

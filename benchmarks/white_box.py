@@ -40,7 +40,8 @@ NUM_GENES = 100
 NUM_CELLS = 300  # for each type and dose
 MIN_CELLS = 10  # held out, of a type and condition
 DOSES = np.array([0, 1 / 3, 2 / 3, 1])
-MODELS = {"white_box": "program", "dit": "program-dit"}  # of quality.py
+MODELS = {"descent": "program", "white_box": "program-white-box", "dit": "program-dit"}  # of quality.py
+NAMES = {"descent": "network", "white_box": "network, published block", "dit": "network, DiT block"}
 METRICS = ("slope", "correlation", "dose", "identity")
 
 
@@ -171,7 +172,7 @@ def main():
     parser.add_argument("--condition_key", default="condition", help="obs key of the stimulation.")
     parser.add_argument("--stimulated", default="STIM", help="Its value in stimulated cells.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--blocks", nargs="+", choices=["white_box", "dit"], default=["white_box"])
+    parser.add_argument("--blocks", nargs="+", choices=sorted(MODELS), default=["descent"])
     parser.add_argument("--work_dir", type=Path, help="Keeps trained pipelines; those already there are taken.")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--table", type=Path, help="Print the table of a JSON file, and nothing else.")
@@ -193,12 +194,13 @@ def main():
             )
             edits = Edits(pipe, train_cells, condition, args.label_key)
             ways = ["network"]
-            if block == "white_box":
+            if block == "descent":
                 ways += ["closed form", "random direction", "shift of the mean", "regression", "arithmetic"]
             rows = judge(edits, train_cells, test_cells, test_condition, ways)
             for row in rows:
-                row["way"] = "network, DiT block" if block == "dit" and row["way"] == "network" else row["way"]
-            rows = [row for row in rows if block == "white_box" or row["way"] != "training cells"]
+                if row["way"] == "network":
+                    row["way"] = NAMES[block]
+            rows = [row for row in rows if block == "descent" or row["way"] != "training cells"]
             results[f"{block}, seed {seed}"] = {"program": edits.program, "auc": edits.auc, "rows": rows}
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(results, indent=1))

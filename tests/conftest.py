@@ -105,6 +105,7 @@ def make_pipeline(
         num_layers=2,
         num_attention_heads=2,
         attention_head_dim=8,
+        block_type={"program": "descent", "expression": "white_box"}[codec],
         condition_sizes=processor.condition_sizes,
     )
     pipe = ScRNAGenerationPipeline(

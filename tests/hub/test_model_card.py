@@ -25,17 +25,20 @@ def test_card_says_how_to_load_the_model_and_what_it_makes(program_pipe, pbmc):
 
 
 @pytest.mark.parametrize(
-    "codec, row",
+    "codec, row, block",
     [
-        ("program", "| codec | ProgramCodec: 6 gene programs, likelihood nb_mixture |"),
-        ("expression", "| codec | ExpressionCodec: 765 genes, standardize=True |"),
+        (
+            "program",
+            "ProgramCodec: 6 gene programs, likelihood nb_mixture",
+            "with steps that descend (contraction, ISTA)",
+        ),
+        ("expression", "ExpressionCodec: 765 genes, standardize=True", "as published (MSSA, ISTA)"),
     ],
 )
-def test_table_of_the_network(pbmc, codec, row):
+def test_table_of_the_network(pbmc, codec, row, block):
     pipe = make_pipeline(pbmc, codec=codec)
     lines = render_model_card(pipe, "me/wbdit-pbmc").text.splitlines()
-    assert row in lines
-    assert "| block | White-Box DiT (MSSA, ISTA) |" in lines
+    assert f"| codec | {row} |" in lines and f"| block | White-Box DiT, {block} |" in lines
     assert "| heads × head dimension | 2 × 8 |" in lines
     assert f"| parameters | {sum(parameter.numel() for parameter in pipe.denoiser.parameters()):,} |" in lines
     assert "| scheduler | DDPMScheduler, prediction_type v_prediction |" in lines

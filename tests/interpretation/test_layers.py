@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import randomize
 
 from wbdit_diffusers import WhiteBoxDiTModel
 from wbdit_diffusers.interpretation import record_blocks
@@ -10,11 +11,13 @@ from wbdit_diffusers.interpretation.layers import (
     coding_rate,
     explained_by_tokens,
     measure_layers,
+    step_of_attention,
     step_of_ista,
-    step_of_mssa,
+    subspaces_of,
     untrained_copy,
 )
 from wbdit_diffusers.models.transformer_white_box_dit import ISTA, MSSA
+from wbdit_diffusers.sampling import training_scheduler
 
 
 def test_hooks_record_every_block_and_leave_no_trace(program_pipe):
@@ -52,14 +55,13 @@ def test_the_coding_rate_is_that_of_the_covariances():
 
 def test_a_step_of_steepest_descent_is_seen_as_one():
     torch.manual_seed(0)
-    attn = MSSA(12, heads=3)
     tokens = torch.randn(6, 5, 12)
-    subspaces = attn.to_w.weight.detach().unflatten(0, (3, -1))
+    subspaces = subspaces_of(MSSA(12, heads=3))
     free = tokens.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(coding_rate(free, subspaces).sum(), free)
-    step = step_of_mssa(attn, tokens, -0.05 * gradient)
+    step = step_of_attention(subspaces, tokens, -0.05 * gradient)
     assert step["cosine"] == pytest.approx(1, abs=1e-4) and step["own"] < -0.01
-    up = step_of_mssa(attn, tokens, 0.05 * gradient)
+    up = step_of_attention(subspaces, tokens, 0.05 * gradient)
     assert up["cosine"] == pytest.approx(-1, abs=1e-4) and up["own"] > 0.01
 
 
@@ -71,6 +73,10 @@ def test_zeros_of_ista_and_of_its_relu():
         step = step_of_ista(ista, tokens, ista(tokens))
     assert step["zeros"] == step["zeros_of_relu"] == pytest.approx((tokens <= 0.01).float().mean().item())
     assert step["curvature"] == pytest.approx(0.1)
+    # ReLU and threshold alone: what is above λη is explained as well as before, less the threshold.
+    codes = tokens.relu(), (tokens - 0.01).relu()
+    before, after = (0.5 * (tokens - code).square().sum() + 0.1 * code.sum() for code in codes)
+    assert step["objective"] == pytest.approx((after / before - 1).item(), rel=1e-3) and step["objective"] < 0
 
 
 def test_what_tokens_say_of_the_clean_cell():
@@ -81,15 +87,33 @@ def test_what_tokens_say_of_the_clean_cell():
     assert explained_by_tokens(rng.normal(size=(4000, 8)), clean) == pytest.approx(0, abs=0.02)
 
 
-def test_more_noise_leaves_less_of_the_cell_in_the_tokens(program_pipe, pbmc):
+@pytest.mark.parametrize("block_type", ["descent", "white_box"])
+def test_more_noise_leaves_less_of_the_cell_in_the_tokens(block_type, program_pipe, pbmc):
+    config = {**program_pipe.denoiser.config, "block_type": block_type}
+    denoiser = randomize(WhiteBoxDiTModel.from_config(config)).eval()
     latents = program_pipe.encode_cells(pbmc)
     labels = program_pipe.processor.encode_labels(pbmc)
-    rows = measure_layers(program_pipe.denoiser, program_pipe.scheduler, latents, labels, [50, 500])
+    rows = measure_layers(denoiser, program_pipe.scheduler, latents, labels, [50, 500])
     assert len(rows) == 2 * 2 * 3
     at_input = [row["explained"] for row in rows if row["layer"] == 0 and row["network"] == "trained"]
     assert at_input[0] > 0.9 and at_input[0] > at_input[1] + 0.3
     blocks = [row for row in rows if row["layer"]]
-    assert all(np.isfinite([row[key] for key in ("step", "own", "random", "cosine", "zeros")]).all() for row in blocks)
+    keys = ("step", "own", "random", "cosine", "zeros", "objective", "curvature")
+    assert all(np.isfinite([row[key] for key in keys]).all() for row in blocks)
+    if block_type == "descent":
+        assert all(row["objective"] < 0 and row["curvature"] <= 1 for row in blocks)
+
+
+def test_the_step_of_a_descent_block_is_what_it_adds(program_pipe, pbmc):
+    denoiser, latents = program_pipe.denoiser, program_pipe.encode_cells(pbmc)[:50]
+    (row,) = [row for row in measure_layers(denoiser, program_pipe.scheduler, latents, None, [300])][1:2]
+    with record_blocks(denoiser) as records:
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        noisy = training_scheduler("v_prediction").add_noise(latents, noise, torch.tensor([300]))
+        denoiser(noisy, 300)
+    gate = records[0]["ff_input"] - records[0]["attn_input"]
+    expected = step_of_attention(subspaces_of(denoiser.blocks[0].attn), records[0]["attn_input"], gate)
+    assert {key: row[key] for key in expected} == pytest.approx(expected)
 
 
 def test_a_dit_block_has_no_step_that_an_equation_says(program_pipe, pbmc):
@@ -105,6 +129,6 @@ def test_the_control_has_the_gates_and_other_matrices(program_pipe):
     control = untrained_copy(denoiser)
     assert torch.equal(control.blocks[0].modulation.weight, denoiser.blocks[0].modulation.weight)
     assert torch.equal(control.proj_in.weight, denoiser.proj_in.weight)
-    assert not torch.equal(control.blocks[1].attn.to_w.weight, denoiser.blocks[1].attn.to_w.weight)
+    assert not torch.equal(control.blocks[1].attn.subspaces, denoiser.blocks[1].attn.subspaces)
     assert not torch.equal(control.blocks[1].ff.dictionary, denoiser.blocks[1].ff.dictionary)
-    assert torch.equal(untrained_copy(denoiser).blocks[1].attn.to_w.weight, control.blocks[1].attn.to_w.weight)
+    assert torch.equal(untrained_copy(denoiser).blocks[1].attn.subspaces, control.blocks[1].attn.subspaces)

@@ -8,9 +8,11 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 
 from wbdit_diffusers import WhiteBoxDiTModel
+from wbdit_diffusers.interpretation.layers import coding_rate, subspaces_of
+from wbdit_diffusers.models.transformer_white_box_dit import BoundedISTA, Contraction, DescentBlock
 
 
-BLOCK_TYPES = ["white_box", "dit"]
+BLOCK_TYPES = ["white_box", "descent", "dit"]
 
 
 def make_model(block_type="white_box", **kwargs) -> WhiteBoxDiTModel:
@@ -221,7 +223,74 @@ def test_wrong_inputs_are_named():
         model(**{**inputs, "class_labels": torch.zeros(5, dtype=torch.long)})
     with pytest.raises(ValueError, match="unconditional"):
         make_model(condition_sizes=())(**inputs)
-    with pytest.raises(ValueError, match="'white_box' or 'dit'"):
+    with pytest.raises(ValueError, match="'white_box', 'descent' or 'dit'"):
         make_model(block_type="unet")
     with pytest.raises(ValueError, match="multiple of 4"):
         make_model(num_attention_heads=1, attention_head_dim=6)
+
+
+# ==================== The block whose steps descend ====================
+
+
+@torch.no_grad()
+def test_the_descent_block_is_its_equations():
+    def bound(matrix: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvalsh(matrix.T @ matrix).pow(16).sum() ** (1 / 16)
+
+    block = randomize(DescentBlock(12, heads=3), std=0.5).double()
+    x, temb = torch.randn(2, 5, 12, dtype=torch.double), torch.randn(2, 12, dtype=torch.double)
+    expected = []
+    for tokens, shift, gates in zip(x, *(block.modulation(temb).split([12, 2], dim=1))):
+        gate_attn, gate_ff = 1 / (1 + torch.exp(1 - gates))
+        y = tokens + shift
+        y = (y - y.mean(1, keepdim=True)) / (y.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
+        step, norm = torch.zeros_like(y), bound(block.attn.subspaces)
+        for basis in block.attn.subspaces.unflatten(0, (3, 4)):
+            w = y @ basis.T
+            weights = torch.exp(w @ w.T / 2)
+            step += (weights / weights.sum(1, keepdim=True) @ w - w) @ basis / norm
+        y = y + gate_attn * step
+        dictionary, code = block.ff.dictionary, y.clamp(min=0)
+        eta = 1 / bound(dictionary)
+        code = code + eta * (y - code @ dictionary.T) @ dictionary - eta * block.ff.log_lambda.exp()
+        expected.append((1 - gate_ff) * y + gate_ff * code.clamp(min=0))
+    torch.testing.assert_close(block(x, temb), torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("std", [0.01, 0.3, 10.0])
+@torch.no_grad()
+def test_sparse_coding_descends_whatever_the_dictionary(std):
+    ista = randomize(BoundedISTA(24), std=std)
+    curvature = ista.step_size * torch.linalg.matrix_norm(ista.dictionary, 2) ** 2
+    assert 0.5 < curvature <= 1 + 1e-5
+    x = torch.randn(100, 24)
+
+    def objective(code: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (x - code @ ista.dictionary.T).square().sum(1) + ista.lambd * code.sum(1)
+
+    assert (objective(ista(x)) <= objective(x.relu()) * (1 + 1e-6)).all()
+    assert (ista(x) >= 0).all() and (ista(x) == 0).float().mean() > 0.2
+
+
+@torch.no_grad()
+def test_contraction_lowers_the_coding_rate_at_any_gate():
+    torch.manual_seed(0)
+    attn, x = Contraction(24, heads=4), torch.randn(50, 9, 24)
+    subspaces = subspaces_of(attn)
+    rates = torch.stack([coding_rate(x + gate * attn(x), subspaces) for gate in (0.0, 0.1, 0.3, 1.0)])
+    assert (rates.diff(dim=0) < 0).all()  # for every cell
+    alike = x[:, :1].expand(-1, 9, -1)
+    torch.testing.assert_close(attn(alike), torch.zeros_like(alike))  # tokens that are alike stay as they are
+
+
+@torch.no_grad()
+def test_tokens_of_the_descent_block_have_projections_of_their_own():
+    model = make_model("descent", patch_size=1, condition_sizes=())
+    assert model.num_tokens == 45
+    model.proj_in.weight[7].zero_()
+    x = make_inputs()["hidden_states"]
+    changed, elsewhere = x.clone(), x.clone()
+    changed[:, 7] += 1
+    elsewhere[:, 8] += 1
+    assert torch.equal(model(changed, 300).sample, model(x, 300).sample)
+    assert not torch.equal(model(elsewhere, 300).sample, model(x, 300).sample)

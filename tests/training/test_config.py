@@ -60,7 +60,7 @@ REFUSED = [
     ("seed", -1, "greater than or equal to 0"),
     ("values", "raw", "'counts' or 'log'"),
     ("codec", "vae", "'program' or 'expression'"),
-    ("block_type", "unet", "'white_box' or 'dit'"),
+    ("block_type", "unet", "'descent', 'white_box' or 'dit'"),
     ("prediction_type", "score", "'epsilon', 'v_prediction' or 'sample'"),
     ("mixed_precision", "fp8", "'no', 'fp16' or 'bf16'"),
 ]

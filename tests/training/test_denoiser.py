@@ -80,6 +80,17 @@ def test_learning_rate_without_decay_is_flat(tmp_path):
     assert learning_rate(config, 10, 10, 0.0) == 1e-3
 
 
+# ==================== The network ====================
+
+
+@pytest.mark.parametrize("num_programs, expected", [(8, (1, 9)), (40, (2, 21))])
+def test_each_program_is_a_token_unless_there_are_many(num_programs, expected, pbmc, tmp_path):
+    config = tiny_config(tmp_path, num_programs=num_programs, patch_size=None, codec_max_steps=5, max_train_steps=1)
+    denoiser = train(pbmc, config).denoiser
+    assert (denoiser.config.patch_size, denoiser.num_tokens) == expected
+    assert denoiser.config.block_type == "descent"
+
+
 # ==================== The log ====================
 
 

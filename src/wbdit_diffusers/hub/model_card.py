@@ -12,6 +12,11 @@ from ..version import __version__
 
 
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
+BLOCKS = {
+    "descent": "White-Box DiT, with steps that descend (contraction, ISTA)",
+    "white_box": "White-Box DiT, as published (MSSA, ISTA)",
+    "dit": "DiT",
+}
 
 
 def render_model_card(
@@ -63,7 +68,7 @@ def _describe_denoiser(denoiser: ModelMixin) -> list[tuple[str, Any]]:
     if isinstance(denoiser, GaussianMixtureDenoiser):
         return [("denoiser", f"closed form of a Gaussian mixture with {config.num_components} components")]
     return [
-        ("block", {"white_box": "White-Box DiT (MSSA, ISTA)", "dit": "DiT"}[config.block_type]),
+        ("block", BLOCKS[config.block_type]),
         ("layers", config.num_layers),
         ("heads × head dimension", f"{config.num_attention_heads} × {config.attention_head_dim}"),
         ("values per token", config.patch_size),

@@ -11,7 +11,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from sklearn.linear_model import RidgeCV
 from torch import nn
 
-from ..models.transformer_white_box_dit import ISTA, MSSA, WhiteBoxDiTModel
+from ..models.transformer_white_box_dit import (
+    ISTA,
+    MSSA,
+    BoundedISTA,
+    Contraction,
+    DescentBlock,
+    WhiteBoxDiTModel,
+)
 
 
 PRECISION = 0.5  # ε of the coding rate, as in CRATE
@@ -79,48 +86,63 @@ def coding_rate(tokens: torch.Tensor, subspaces: torch.Tensor) -> torch.Tensor:
     return 0.5 * torch.logdet(gram).sum(1)
 
 
-def step_of_mssa(attn: MSSA, tokens: torch.Tensor, output: torch.Tensor, seed: int = 0) -> dict[str, float]:
+def subspaces_of(attn: MSSA | Contraction) -> torch.Tensor:
+    """The bases U of an attention's subspaces, `(heads, p, hidden)`."""
+    bases = attn.subspaces if isinstance(attn, Contraction) else attn.to_w.weight
+    return bases.detach().float().unflatten(0, (attn.heads, -1))
+
+
+def step_of_attention(own: torch.Tensor, tokens: torch.Tensor, step: torch.Tensor, seed: int = 0) -> dict[str, float]:
     """
     What one attention does to the coding rate of its tokens.
 
     Args:
-        attn ([`MSSA`]): Whose projection gives the subspaces.
+        own (`torch.Tensor` of shape `(heads, p, hidden)`): Its subspaces.
         tokens (`torch.Tensor` of shape `(batch, n, hidden)`): Its input.
-        output (`torch.Tensor` of shape `(batch, n, hidden)`): Its output, which is added to the tokens.
+        step (`torch.Tensor` of shape `(batch, n, hidden)`): What is added to them.
         seed (`int`, defaults to 0): Of the random subspaces.
 
     Returns:
         `dict[str, float]`: `"own"` and `"random"`, the relative change of the coding rate in its own subspaces and in
         random ones of the same size; `"cosine"` of the step and the steepest descent of its own coding rate.
     """
-    own = attn.to_w.weight.detach().float().unflatten(0, (attn.heads, -1))  # (heads, p, hidden)
     noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed)).to(own)
     random = noise * (own.norm() / noise.norm())
     changes = {}
     for name, subspaces in (("own", own), ("random", random)):
-        before, after = coding_rate(tokens, subspaces), coding_rate(tokens + output, subspaces)
+        before, after = coding_rate(tokens, subspaces), coding_rate(tokens + step, subspaces)
         changes[name] = (after.sum() / before.sum() - 1).item()
     with torch.enable_grad():
         free = tokens.detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(coding_rate(free, own).sum(), free)
-    cosine = torch.cosine_similarity(output.flatten(1), -gradient.flatten(1)).mean().item()
+    cosine = torch.cosine_similarity(step.flatten(1), -gradient.flatten(1)).mean().item()
     return {**changes, "cosine": cosine}
 
 
-def step_of_ista(ff: ISTA, tokens: torch.Tensor, output: torch.Tensor) -> dict[str, float]:
+def step_of_ista(ff: ISTA | BoundedISTA, tokens: torch.Tensor, output: torch.Tensor) -> dict[str, float]:
     """
-    How sparse ISTA makes its tokens.
+    What one step of sparse coding does.
+
+    Args:
+        ff ([`ISTA`] or [`BoundedISTA`]): Whose dictionary.
+        tokens (`torch.Tensor` of shape `(batch, n, hidden)`): Its input.
+        output (`torch.Tensor` of shape `(batch, n, hidden)`): Its output.
 
     Returns:
         `dict[str, float]`: `"zeros"`, the share of zeros in its output; `"zeros_of_relu"`, in `relu(x - ηλ)` of its
         input alone, without any dictionary; `"curvature"`, η times the largest eigenvalue of DᵀD: below 2 the step
-        descends.
+        descends; `"objective"`, the relative change of `½‖x - Da‖² + λ‖a‖₁` from the code `a = relu(x)` to the output.
     """
-    largest = torch.linalg.matrix_norm(ff.dictionary.detach().float(), 2).item()
+    dictionary, step_size, lambd = ff.dictionary.detach().float(), float(ff.step_size), float(ff.lambd)
+
+    def objective(code: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (tokens - code @ dictionary.t()).square().sum() + lambd * code.abs().sum()
+
     return {
         "zeros": (output == 0).float().mean().item(),
-        "zeros_of_relu": (tokens <= ff.step_size * ff.lambd).float().mean().item(),
-        "curvature": ff.step_size * largest**2,
+        "zeros_of_relu": (tokens <= step_size * lambd).float().mean().item(),
+        "curvature": step_size * torch.linalg.matrix_norm(dictionary, 2).item() ** 2,
+        "objective": (objective(output) / objective(tokens.relu()) - 1).item(),
     }
 
 
@@ -162,8 +184,9 @@ def measure_layers(
     Returns:
         `list[dict]`: a row for each network (`"trained"`, `"untrained"`), timestep and layer (0 is before the first
         block), with `"explained"` (see [`explained_by_tokens`]), and, from layer 1 on, `"step"` (the size of what the
-        block adds, over that of its tokens) and what [`step_of_mssa`] and [`step_of_ista`] say, where the block has
-        them.
+        block adds, over that of its tokens) and what [`step_of_attention`] and [`step_of_ista`] say, where the block
+        has subspaces and a dictionary. The attention's step is what a [`DescentBlock`] adds to its tokens, gate
+        included; in the published block it is the attention's output, which a gate for each channel then turns.
     """
     rows = []
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
@@ -184,8 +207,11 @@ def measure_layers(
                     continue
                 block = network.blocks[layer - 1]
                 row["step"] = ((record["output"] - record["input"]).norm() / record["input"].norm()).item()
-                if isinstance(block.attn, MSSA):
-                    row |= step_of_mssa(block.attn, record["attn_input"], record["attn_output"], seed)
-                if isinstance(block.ff, ISTA):
+                if isinstance(block.attn, MSSA | Contraction):
+                    tokens, step = record["attn_input"], record["attn_output"]
+                    if isinstance(block, DescentBlock):
+                        step = record["ff_input"] - tokens
+                    row |= step_of_attention(subspaces_of(block.attn), tokens, step, seed)
+                if isinstance(block.ff, ISTA | BoundedISTA):
                     row |= step_of_ista(block.ff, record["ff_input"], record["ff_output"])
     return rows

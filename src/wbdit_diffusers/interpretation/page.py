@@ -89,7 +89,7 @@ def summarize(report: dict) -> dict[str, float]:
     facts["explained_before"] = float(
         np.mean([row["explained"] for row in report["layers"] if row["layer"] == 0 and row["network"] == "trained"])
     )
-    for key in ("own", "random", "cosine", "zeros", "zeros_of_relu", "curvature"):
+    for key in ("own", "random", "cosine", "zeros", "zeros_of_relu", "curvature", "objective"):
         values = [row[key] for row in trained if key in row]
         if values:
             facts[key] = float(np.mean(values))
@@ -180,20 +180,20 @@ def _steps_figure(report: dict) -> Figure:
     control = [row for row in report["layers"] if row["layer"] and row["network"] == "untrained"]
     layers = sorted({row["layer"] for row in rows})
     panels = [
-        ("coding rate: relative change by MSSA", [("own", "own subspaces"), ("random", "random subspaces")]),
-        ("cosine of MSSA's step and steepest descent", [("cosine", "trained")]),
-        ("ISTA: share of zeros", [("zeros", "ISTA"), ("zeros_of_relu", "ReLU of its input alone")]),
+        ("coding rate: change by attention", [("own", "own subspaces"), ("random", "random subspaces")]),
+        ("attention's step and steepest descent: cosine", [("cosine", "trained")]),
+        ("objective of sparse coding: change by ISTA", [("objective", "trained")]),
         ("size of a block's step, over its tokens", [("step", "trained")]),
     ]
     panels = [panel for panel in panels if panel[1][0][0] in rows[0]]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.75 * len(panels), 3.4), layout="constrained", squeeze=False)
     for axis, (title, curves) in zip(axes[0], panels):
-        for (key, label), colour in zip(curves, (NETWORK, CONTROL)):
+        for (key, label), colour, dark in zip(curves, (NETWORK, CONTROL), ("black", CONTROL)):
             means = [np.mean([row[key] for row in rows if row["layer"] == layer]) for layer in layers]
             axis.plot(layers, means, "o-", color=colour, label=label)
-        key = curves[0][0]
-        means = [np.mean([row[key] for row in control if row["layer"] == layer]) for layer in layers]
-        axis.plot(layers, means, "--", color="black", linewidth=1, label="untrained")
+            means = [np.mean([row[key] for row in control if row["layer"] == layer]) for layer in layers]
+            label = "untrained" if label == "trained" else f"{label}, untrained"
+            axis.plot(layers, means, "--", color=dark, linewidth=1, label=label)
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set(title=title, xlabel="block", xticks=layers)
         axis.title.set_fontsize(9)

@@ -1,11 +1,13 @@
 """White-Box Diffusion Transformer (arXiv 2411.06785) and, as its baseline, the plain DiT block (arXiv 2212.09748).
 
 A cell's latents are cut into patches of consecutive values; every patch is a token. Each block does two steps of one
-objective, the sparse rate reduction of CRATE (arXiv 2306.01129): MSSA compresses the tokens against learned subspaces
-`U`, ISTA sparsifies them in a learned dictionary `D`. Timestep and conditions enter through adaLN-Zero.
+objective, the sparse rate reduction of CRATE (arXiv 2306.01129): attention compresses the tokens against learned
+subspaces `U`, ISTA sparsifies them in a learned dictionary `D`. There are two such blocks. `WhiteBoxDiTBlock` is the
+published one, whose steps training is free to turn elsewhere; `DescentBlock` can only take steps that descend.
 """
 
 import math
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -119,16 +121,79 @@ class ISTA(nn.Module):
         return F.relu(hidden_states + self.step_size * gradient - self.step_size * self.lambd)
 
 
-class MLP(nn.Module):
-    """The DiT block's second half: Linear, tanh-approximated GELU, Linear, four times as wide inside."""
+def largest_eigenvalue(matrix: torch.Tensor) -> torch.Tensor:
+    """A bound from above of the largest eigenvalue of `AᵀA`: the 16-norm of all of them, which needs no iteration."""
+    gram = matrix.t().float() @ matrix.float()
+    scale = gram.norm()  # no eigenvalue is larger: their powers stay finite
+    power = gram / scale
+    for _ in range(3):
+        power = power @ power
+    return scale * power.norm() ** (1 / 8)
+
+
+class ContractionProcessor:
+    """Each token moves towards what attention makes of all, within each subspace: `softmax(w wᵀ / sqrt(p)) w - w`."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "Contraction", hidden_states: torch.Tensor) -> torch.Tensor:
+        w = F.linear(hidden_states, attn.subspaces).unflatten(-1, (attn.heads, -1))  # (batch, tokens, heads, head_dim)
+        step = attend(w, w, w, self._attention_backend, self._parallel_config) - w
+        lift = attn.subspaces.t() / largest_eigenvalue(attn.subspaces).to(w.dtype)
+        return F.linear(step.flatten(2), lift)  # (batch, tokens, hidden)
+
+
+class Contraction(nn.Module, AttentionModuleMixin):
+    """The step of MSSA as it is derived: `Uᵀ(softmax(w wᵀ / sqrt(p)) w - w) / ‖U‖²` with `w = U x`.
+
+    Descent of the coding rate (CRATE, arXiv 2306.01129, equation 11) takes from each token what it alone has in a
+    subspace. [`MSSA`] leaves out the `- w`, and learns a matrix of its own in the place of `Uᵀ`: its steps, once
+    trained, raise the coding rate (docs/white_box.md). Divided by ‖U‖², as ISTA's step is by ‖D‖², no step overshoots.
+    """
+
+    _default_processor_cls = ContractionProcessor
+    _available_processors = [ContractionProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.subspaces = nn.Parameter(torch.empty(dim, dim))  # U, the bases of all heads in rows
+        nn.init.orthogonal_(self.subspaces)
+        self.set_processor(ContractionProcessor())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)
+
+
+class BoundedISTA(nn.Module):
+    """One step of ISTA that can't miss, `relu(a + η Dᵀ(x - Da) - ηλ)` from the code `a = relu(x)`.
+
+    With `η ≤ 1 / ‖D‖²` it lowers `½‖x - Da‖² + λ‖a‖₁` (Beck and Teboulle 2009, lemma 2.3), in which λ is learned.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
+        self.dictionary = nn.Parameter(torch.empty(dim, dim))  # D
+        nn.init.orthogonal_(self.dictionary)
+        self.log_lambda = nn.Parameter(torch.tensor(math.log(0.1)))
+
+    @property
+    def lambd(self) -> torch.Tensor:
+        """λ, the weight of sparsity; above zero."""
+        return self.log_lambda.exp()
+
+    @property
+    def step_size(self) -> torch.Tensor:
+        """η, at most 1 / ‖D‖²."""
+        return 1 / largest_eigenvalue(self.dictionary)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(hidden_states), approximate="tanh"))
+        step_size, code = self.step_size.to(hidden_states.dtype), F.relu(hidden_states)  # a
+        residual = hidden_states - F.linear(code, self.dictionary)  # x - Da
+        gradient = F.linear(residual, self.dictionary.t())  # Dᵀ(x - Da)
+        return F.relu(code + step_size * gradient - step_size * self.lambd)
 
 
 class AdaLNZeroBlock(nn.Module):
@@ -167,11 +232,54 @@ class WhiteBoxDiTBlock(AdaLNZeroBlock):
         super().__init__(dim, attn=MSSA(dim, heads), ff=ISTA(dim, ista_step_size, ista_lambda))
 
 
-class DiTBlock(AdaLNZeroBlock):
-    """Self-attention and MLP (arXiv 2212.09748): the baseline of every comparison."""
+class DescentBlock(nn.Module):
+    """Two steps of the sparse rate reduction: contraction in the subspaces, then sparse coding in the dictionary.
+
+    Timestep and labels add a vector to all tokens, and say how far to go, between not at all (0) and all the way (1):
+    gates for each channel, or of either sign, would turn the steps. It is the tokens that take them, not a branch
+    beside. That ISTA's step descends is a theorem, that attention's does was measured (docs/white_box.md).
+    """
 
     def __init__(self, dim: int, heads: int):
-        super().__init__(dim, attn=SelfAttention(dim, heads), ff=MLP(dim))
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(dim, dim + 2)
+        self.attn = Contraction(dim, heads)
+        self.ff = BoundedISTA(dim)
+
+    def forward(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, label_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        modulation = self.modulation(temb)  # (batch, 1 or combinations, hidden + 2)
+        if label_index is not None:
+            modulation = modulation[label_index]
+        shift, gates = modulation[:, None].split([hidden_states.shape[-1], 2], dim=-1)
+        gate_attn, gate_ff = torch.sigmoid(gates - 1).chunk(2, dim=-1)  # (batch or 1, 1, 1) each
+
+        hidden_states = self.norm(hidden_states + shift)
+        hidden_states = hidden_states + gate_attn * self.attn(hidden_states)
+        return hidden_states + gate_ff * (self.ff(hidden_states) - hidden_states)  # (batch, tokens, hidden)
+
+
+class DiTBlock(AdaLNZeroBlock):
+    """Self-attention, and an MLP four times as wide inside (arXiv 2212.09748): the baseline of every comparison."""
+
+    def __init__(self, dim: int, heads: int):
+        layers = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU("tanh"), "fc2": nn.Linear(4 * dim, dim)}
+        super().__init__(dim, attn=SelfAttention(dim, heads), ff=nn.Sequential(OrderedDict(layers)))
+
+
+class TokenLinear(nn.Module):
+    """A linear map of its own for each token, `(batch, tokens, in_features)` to `(batch, tokens, out_features)`."""
+
+    def __init__(self, num_tokens: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_tokens, in_features, out_features))
+        self.bias = nn.Parameter(torch.zeros(num_tokens, out_features))
+        nn.init.normal_(self.weight, std=in_features**-0.5)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bni,nio->bno", hidden_states, self.weight) + self.bias
 
 
 class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
@@ -193,7 +301,9 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
             multiple of 4.
         ista_step_size (`float`, defaults to 0.1): η of the ISTA step.
         ista_lambda (`float`, defaults to 0.1): λ, the weight of the ISTA step's sparsity.
-        block_type (`str`, defaults to `"white_box"`): `"white_box"` (MSSA, ISTA) or `"dit"` (self-attention, MLP).
+        block_type (`str`, defaults to `"white_box"`):
+            `"white_box"` ([`WhiteBoxDiTBlock`], as published), `"descent"` ([`DescentBlock`], whose steps descend, and
+            each token has projections of its own) or `"dit"` ([`DiTBlock`], self-attention and MLP).
         condition_sizes (`tuple[int]`, defaults to `()`):
             Number of categories of each label key that conditions the cells. Empty: unconditional.
         condition_dropout (`float`, defaults to 0.1):
@@ -202,8 +312,8 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["WhiteBoxDiTBlock", "DiTBlock"]
-    _repeated_blocks = ["WhiteBoxDiTBlock", "DiTBlock"]
+    _no_split_modules = ["WhiteBoxDiTBlock", "DescentBlock", "DiTBlock"]
+    _repeated_blocks = ["WhiteBoxDiTBlock", "DescentBlock", "DiTBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "proj_in", "norm"]
 
     @register_to_config
@@ -227,29 +337,26 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
                 f"The hidden size num_attention_heads * attention_head_dim = {dim} must be a multiple of 4, because"
                 " the position embedding is made of pairs of sines and cosines."
             )
-        if block_type not in ("white_box", "dit"):
-            raise ValueError(f"`block_type` is 'white_box' or 'dit', not {block_type!r}.")
+        make_block = {
+            "white_box": lambda: WhiteBoxDiTBlock(dim, num_attention_heads, ista_step_size, ista_lambda),
+            "descent": lambda: DescentBlock(dim, num_attention_heads),
+            "dit": lambda: DiTBlock(dim, num_attention_heads),
+        }.get(block_type)
+        if make_block is None:
+            raise ValueError(f"`block_type` is 'white_box', 'descent' or 'dit', not {block_type!r}.")
 
         num_patches = math.ceil(sample_size / patch_size)
-        self.proj_in = nn.Linear(patch_size, dim)
+        named = block_type == "descent"  # tokens have projections of their own
+        self.proj_in = TokenLinear(num_patches, patch_size, dim) if named else nn.Linear(patch_size, dim)
         self.register_buffer("pos_embed", self._position_embedding(num_patches, dim))
-
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedder = TimestepEmbedding(256, dim)
         # One category more than given: the last is the null label.
         self.condition_embedders = nn.ModuleList(nn.Embedding(size + 1, dim) for size in condition_sizes)
-
-        self.blocks = nn.ModuleList(
-            WhiteBoxDiTBlock(dim, num_attention_heads, ista_step_size, ista_lambda)
-            if block_type == "white_box"
-            else DiTBlock(dim, num_attention_heads)
-            for _ in range(num_layers)
-        )
-
+        self.blocks = nn.ModuleList(make_block() for _ in range(num_layers))
         self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.modulation_out = nn.Linear(dim, 2 * dim)
-        self.proj_out = nn.Linear(dim, patch_size)
-
+        self.proj_out = TokenLinear(num_patches, dim, patch_size) if named else nn.Linear(dim, patch_size)
         self.gradient_checkpointing = False
         self._init_weights()
 
@@ -273,7 +380,7 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        # adaLN-Zero: every block starts as the identity, and the network's output as zero.
+        # adaLN-Zero: a block with residuals starts as the identity, and the network's output as zero.
         for linear in [block.modulation for block in self.blocks] + [self.modulation_out, self.proj_out]:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)

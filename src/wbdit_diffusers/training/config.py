@@ -28,16 +28,17 @@ from pydantic_core import PydanticUndefined
 
 SHIPPED_CONFIGS = resources.files(__package__) / "configs"
 
-# Defaults that depend on what is denoised. With an expression codec they are the published shape.
+# Defaults that depend on what is denoised. With an expression codec they are the published network.
 CODEC_DEFAULTS = {
     "program": {
-        "patch_size": 8,
+        "block_type": "descent",
         "num_layers": 4,
         "num_attention_heads": 4,
-        "attention_head_dim": 48,
+        "attention_head_dim": 24,
         "train_batch_size": 256,
     },
     "expression": {
+        "block_type": "white_box",
         "patch_size": 10,
         "num_layers": 3,
         "num_attention_heads": 8,
@@ -133,10 +134,12 @@ class ExpressionCodecConfig:
 class DenoiserConfig:
     """The network that denoises latents."""
 
-    block_type: Literal["white_box", "dit"] = "white_box"
-    """The White-Box block (MSSA and ISTA), or the plain DiT block as a baseline."""
+    block_type: Literal["descent", "white_box", "dit"] | None = None
+    """The block whose two steps descend what they are derived from, the published White-Box block (MSSA and ISTA), or
+    the plain DiT block as a baseline."""
     patch_size: PositiveInt | None = None
-    """How many values of a cell make one token."""
+    """How many values of a cell make one token. Default: 10 with expression; one with gene programs, so that each is a
+    token, or as many as keep a cell at 32 tokens."""
     num_layers: PositiveInt | None = None
     """Number of blocks."""
     num_attention_heads: PositiveInt | None = None

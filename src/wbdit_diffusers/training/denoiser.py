@@ -23,6 +23,7 @@ from .config import TrainingConfig
 
 logger = get_logger(__name__)
 
+MAX_TOKENS = 32  # of a cell, where no patch size is given: steps of more take minutes too many on a CPU
 VALIDATION_CELLS = 512
 VALIDATION_DRAWS = 4  # of noise and timesteps, for each of these cells
 LOG_COLUMNS = ["step", "epoch", "seconds", "learning_rate", "loss", "validation_loss"]
@@ -109,7 +110,7 @@ class DenoiserTraining:
         self.log_path = config.output_dir / "training_log.csv"
         model = WhiteBoxDiTModel(
             sample_size=sample_size,
-            patch_size=config.patch_size,
+            patch_size=config.patch_size or math.ceil(sample_size / MAX_TOKENS),
             num_layers=config.num_layers,
             num_attention_heads=config.num_attention_heads,
             attention_head_dim=config.attention_head_dim,
