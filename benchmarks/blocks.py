@@ -73,13 +73,14 @@ def measure(dataset: Path, args: argparse.Namespace) -> list[dict]:
     cells = tuple(CellDataset(part, pipe.processor) for part in (train_cells, test_cells))
     for part in cells:
         part.encode(pipe.codec)
-    latents, labels = pipe.encode_cells(test_cells), pipe.processor.encode_labels(test_cells)
-    mixture = fit_mixture(pipe, train_cells)
+    latents, labels = cells[1].latents, cells[1].class_labels
+    losses, _ = held_out_losses({"mixture": fit_mixture(pipe, train_cells)}, latents, labels)
+    loss_of_mixture = losses["mixture"].mean().item()
     rows = []
     for seed in args.seeds:
         for name in args.blocks:
             denoiser, seconds = train_block(pipe, cells, seed, args.max_train_steps, BLOCKS[name])
-            losses, _ = held_out_losses({"block": denoiser, "mixture": mixture}, latents, labels, seed=0)
+            losses, _ = held_out_losses({"block": denoiser}, latents, labels)
             few = slice(LAYER_CELLS)
             layers = measure_layers(denoiser, pipe.scheduler, latents[few], labels[few], LAYER_TIMESTEPS)
             trained = [row for row in layers if row["network"] == "trained" and row["layer"]]
@@ -91,7 +92,7 @@ def measure(dataset: Path, args: argparse.Namespace) -> list[dict]:
                 "parameters": denoiser.num_parameters(),
                 "seconds": round(seconds, 1),
                 "loss": losses["block"].mean().item(),
-                "loss_of_mixture": losses["mixture"].mean().item(),
+                "loss_of_mixture": loss_of_mixture,
             }
             row |= {key: float(np.mean([one[key] for one in trained])) for key in STEPS if key in trained[0]}
             if "own" in row:
