@@ -15,9 +15,13 @@ that of held-out cells, by type. Beside the network:
     regression         those cells are moved along what other programs regress on it
     arithmetic         those cells are moved by the mean difference of the *other* types' latents, for which the
                        condition must be known (scGen's)
+
+and, to see what writes the response, with parts taken out: of the held network all attention, or all ISTA; or the
+program itself, which the decoder then reads as in controls, while the other programs have followed it.
 """
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
@@ -43,6 +47,18 @@ DOSES = np.array([0, 1 / 3, 2 / 3, 1])
 MODELS = {"descent": "program", "white_box": "program-white-box", "dit": "program-dit"}  # of quality.py
 NAMES = {"descent": "network", "white_box": "network, published block", "dit": "network, DiT block"}
 METRICS = ("slope", "correlation", "dose", "identity")
+WAYS = ["network", "closed form", "random direction", "shift of the mean", "regression", "arithmetic"]
+ABLATIONS = {"without attention": "attn", "without ISTA": "ff", "without reading the program": None}
+
+
+def without(pipe: ScRNAGenerationPipeline, part: str) -> ScRNAGenerationPipeline:
+    """The pipeline, in whose network `"attn"` or `"ff"` of every block does nothing."""
+    denoiser = copy.deepcopy(pipe.denoiser)
+    for block in denoiser.blocks:
+        # Attention is added to the tokens, ISTA's code takes their place.
+        nothing = (lambda module, args, out: out * 0) if part == "attn" else (lambda module, args, out: args[0])
+        getattr(block, part).register_forward_hook(nothing)
+    return with_denoiser(pipe, denoiser)
 
 
 class Edits:
@@ -74,8 +90,11 @@ class Edits:
         doses = self.doses(cell_type)
         activity = float(np.interp(dose, DOSES, doses))
         labels = self.pipe.processor.encode_conditions({self.label_key: cell_type}, NUM_CELLS)
-        if way in ("network", "closed form"):
-            held = hold_program(self.pipe if way == "network" else self.closed, self.mixture, self.program, activity)
+        if way in ("network", "closed form", *ABLATIONS):
+            pipe = self.closed if way == "closed form" else self.pipe
+            if ABLATIONS.get(way) is not None:
+                pipe = without(pipe, ABLATIONS[way])
+            held = hold_program(pipe, self.mixture, self.program, activity)
         elif way == "random direction":
             start = float((self.latents[(self.types == cell_type) & (self.condition == 0)] @ self.random).mean())
             denoiser = HeldDenoiser(self.pipe.denoiser, self.mixture, self.random, start + activity - doses[0])
@@ -89,12 +108,12 @@ class Edits:
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
         ).cells
+        step = torch.zeros(len(self.direction))
+        step[: self.pipe.codec.config.num_programs] = torch.linalg.inv(self.pipe.codec.program_axes)[:, self.program]
         if way == "shift of the mean":
-            step = torch.zeros(len(self.direction))
-            step[: self.pipe.codec.config.num_programs] = torch.linalg.inv(self.pipe.codec.program_axes)[
-                :, self.program
-            ]
             latents = latents + (activity - doses[0]) * step
+        elif way == "without reading the program":
+            latents = latents - (activity - doses[0]) * step
         elif way == "regression":
             own = self.latents[self.types == cell_type]
             along = torch.cov(own.T) @ self.direction
@@ -180,7 +199,7 @@ def main():
     if args.table is not None:
         print(table(json.loads(args.table.read_text())))
         return
-    results = {}
+    results = json.loads(args.output.read_text()) if args.output.exists() else {}
     adata = read_cells(args.dataset)
     for block in args.blocks:
         for seed in args.seeds:
@@ -193,9 +212,7 @@ def main():
                 for cells in (train_cells, test_cells)
             )
             edits = Edits(pipe, train_cells, condition, args.label_key)
-            ways = ["network"]
-            if block == "descent":
-                ways += ["closed form", "random direction", "shift of the mean", "regression", "arithmetic"]
+            ways = [*WAYS, *ABLATIONS] if block == "descent" else WAYS[:1]
             rows = judge(edits, train_cells, test_cells, test_condition, ways)
             for row in rows:
                 if row["way"] == "network":
