@@ -49,8 +49,8 @@ def test_number_of_parameters_at_the_published_shape(block_type, num_parameters)
 @pytest.mark.parametrize("block_type", BLOCK_TYPES)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"variant": "fp16"}, {"max_shard_size": "4KB"}, {"safe_serialization": False}],
-    ids=["plain", "variant", "sharded", "pickled"],
+    [{}, {"variant": "fp16"}, {"max_shard_size": "4KB"}],
+    ids=["plain", "variant", "sharded"],
 )
 @torch.no_grad()
 def test_save_and_load(block_type, options, tmp_path):

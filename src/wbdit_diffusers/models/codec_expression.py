@@ -5,18 +5,18 @@ import math
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from scipy import sparse
 
 from ..processing.normalize import to_expression
 from .likelihoods import CellDistribution, PointMass
+from .loading import CheckedModel, check_integer
 
 
 CHUNK_SIZE = 4096  # cells whose expression is summed up at once
 
 
-class ExpressionCodec(ModelMixin, ConfigMixin):
+class ExpressionCodec(CheckedModel, ConfigMixin):
     r"""
     Maps counts to log1p(CP10k), or log values to themselves, and back without any noise: all it learns are means and
     deviations. The denoisers that the authors published work in this space (`standardize=False`,
@@ -37,6 +37,7 @@ class ExpressionCodec(ModelMixin, ConfigMixin):
         super().__init__()
         if values not in ("counts", "log"):
             raise ValueError(f"`values` is 'counts' or 'log', not {values!r}.")
+        check_integer("num_genes", num_genes)
         self.register_buffer("latents_mean", torch.zeros(self.num_features))
         self.register_buffer("latents_std", torch.ones(self.num_features))
         self.register_buffer("log_library_size_range", torch.tensor([0.0, math.inf]))

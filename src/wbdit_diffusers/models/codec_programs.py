@@ -5,20 +5,20 @@ import math
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from scipy import sparse
 from torch import nn
 
 from ..processing.normalize import log_normalize
 from .likelihoods import LIKELIHOODS, CellDistribution
+from .loading import CheckedModel, check_integer, check_num_parameters, check_sizes
 
 
 MIN_COMPONENT = 1e-3  # share of the first component's deviation
 MAX_SLOPE = 0.5  # at the start: one linear step goes too far on a log scale
 
 
-class ProgramCodec(ModelMixin, ConfigMixin):
+class ProgramCodec(CheckedModel, ConfigMixin):
     r"""
     Maps counts to gene programs and back: a small variational encoder (arXiv 1312.6114), and a **linear** decoder
     whose heads are the parameters of a likelihood. What the denoiser models is a cell's programs and, of counts, its
@@ -64,6 +64,11 @@ class ProgramCodec(ModelMixin, ConfigMixin):
         super().__init__()
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"`likelihood` is one of {', '.join(LIKELIHOODS)}, not {likelihood!r}.")
+        for name, size in (("num_genes", num_genes), ("num_programs", num_programs), ("hidden_size", hidden_size)):
+            check_integer(name, size)
+        check_integer("num_levels", num_levels, smallest=0)
+        per_gene = hidden_size + 2 * (num_programs + sum(check_sizes(condition_sizes)))
+        check_num_parameters("ProgramCodec", num_genes * per_gene + 2 * num_programs * hidden_size + num_programs**2)
         num_bins = num_genes + self.models_library_size
         self.encoder = nn.Sequential(nn.Linear(num_bins, hidden_size), nn.SiLU())
         self.to_mean = nn.Linear(hidden_size, num_programs)

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+from .loading import CheckedModel, check_integer, check_num_parameters, check_sizes
 
 
 PSEUDO_CELLS = 20  # weight of the covariance pooled within labels in that of one component
@@ -16,7 +17,7 @@ MAX_COMPONENTS = 8  # of one combination of labels
 SMALLEST_VARIANCE = 1e-3  # of a direction, of standardised latents
 
 
-class GaussianMixtureDenoiser(ModelMixin, ConfigMixin):
+class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
     r"""
     Predicts what the best possible denoiser would, if latents were a Gaussian mixture for each combination of labels.
 
@@ -43,6 +44,11 @@ class GaussianMixtureDenoiser(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
     ):
         super().__init__()
+        check_sizes(condition_sizes)
+        for name, size in (("sample_size", sample_size), ("num_components", num_components)):
+            check_integer(name, size)
+        check_integer("num_train_timesteps", num_train_timesteps, largest=10**6)
+        check_num_parameters("GaussianMixtureDenoiser", num_components * sample_size**2)
         fitted = {
             "means": torch.zeros(num_components, sample_size),
             "directions": torch.eye(sample_size).repeat(num_components, 1, 1),  # U, in columns

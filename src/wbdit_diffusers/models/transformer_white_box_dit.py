@@ -17,10 +17,10 @@ from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_sincos_pos_embed_from_grid
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .convert_original import convert_original_checkpoint
+from .loading import CheckedModel, check_number, check_transformer
 
 
 def attend(
@@ -282,7 +282,7 @@ class TokenLinear(nn.Module):
         return torch.einsum("bni,nio->bno", hidden_states, self.weight) + self.bias
 
 
-class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
+class WhiteBoxDiTModel(CheckedModel, AttentionMixin, ConfigMixin):
     r"""
     Predicts the noise (or the velocity, as the scheduler's `prediction_type` says) in a batch of noisy cells.
 
@@ -331,20 +331,17 @@ class WhiteBoxDiTModel(ModelMixin, AttentionMixin, ConfigMixin):
         condition_dropout: float = 0.1,
     ):
         super().__init__()
+        sizes = (sample_size, patch_size, num_layers, num_attention_heads, attention_head_dim, condition_sizes)
+        check_transformer(*sizes, block_type)
+        for name, value in (("ista_step_size", ista_step_size), ("ista_lambda", ista_lambda)):
+            check_number(name, value, 0, 1000)
+        check_number("condition_dropout", condition_dropout, 0, 1)
         dim = num_attention_heads * attention_head_dim
-        if dim % 4:
-            raise ValueError(
-                f"The hidden size num_attention_heads * attention_head_dim = {dim} must be a multiple of 4, because"
-                " the position embedding is made of pairs of sines and cosines."
-            )
         make_block = {
             "white_box": lambda: WhiteBoxDiTBlock(dim, num_attention_heads, ista_step_size, ista_lambda),
             "descent": lambda: DescentBlock(dim, num_attention_heads),
             "dit": lambda: DiTBlock(dim, num_attention_heads),
-        }.get(block_type)
-        if make_block is None:
-            raise ValueError(f"`block_type` is 'white_box', 'descent' or 'dit', not {block_type!r}.")
-
+        }[block_type]
         num_patches = math.ceil(sample_size / patch_size)
         named = block_type == "descent"  # tokens have projections of their own
         self.proj_in = TokenLinear(num_patches, patch_size, dim) if named else nn.Linear(patch_size, dim)
