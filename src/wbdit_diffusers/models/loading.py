@@ -61,9 +61,7 @@ def check_finite(model: torch.nn.Module, where: str):
 def check_integer(name: str, value: Any, smallest: int = 1, largest: int = MAX_SIZE) -> int:
     """Raises a `ValueError` that names the value, unless it is a whole number within the bounds."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not smallest <= value <= largest:
-        raise ValueError(
-            f"`{name}` is a whole number from {smallest:,} to {largest:,}, not {reprlib.repr(value)}."
-        )
+        raise ValueError(f"`{name}` is a whole number from {smallest:,} to {largest:,}, not {reprlib.repr(value)}.")
     return int(value)
 
 
@@ -85,7 +83,8 @@ def check_num_parameters(model: str, num_parameters: int):
     """Raises a `ValueError` if a model is larger than any that this package can mean: before it is built."""
     if num_parameters > MAX_PARAMETERS:
         raise ValueError(
-            f"This {model} would have {num_parameters:.1e} parameters, more than {MAX_PARAMETERS:.0e}: check its sizes."
+            f"This {model} would have {num_parameters:.1e} parameters, more than {MAX_PARAMETERS:.0e}: check its"
+            " sizes."
         )
 
 

@@ -195,6 +195,8 @@ class NegativeBinomialMixture:
         outlier_theta = self.outlier_log_theta[:num_columns].exp()
         probability_above_zero = -(1 - weight) * torch.expm1(-theta * torch.log1p(rates / theta))
         probability_above_zero -= weight * torch.expm1(-outlier_theta * torch.log1p(outlier_rates / outlier_theta))
+        if not torch.isfinite(probability_above_zero).all():  # every comparison with NaN would give an empty cell
+            raise ValueError("The codec's rates are NaN or infinite: its weights, or the latents, are damaged.")
         above = 1 - uniform.to(rates.device)  # the share of the distribution that lies above the count
         cells, genes = (above < probability_above_zero).nonzero(as_tuple=True)  # most counts are zero
         tail, rates, theta, outlier_rates, weight, outlier_theta = (

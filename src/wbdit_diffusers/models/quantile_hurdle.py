@@ -175,6 +175,8 @@ class QuantileHurdle:
         Returns:
             `torch.FloatTensor` of the same shape, on the CPU.
         """
+        if not (torch.isfinite(self.zero_logits).all() and torch.isfinite(self.scores).all()):
+            raise ValueError("The codec's scores are NaN or infinite: its weights, or the latents, are damaged.")
         uniform = uniform.to(self.scores.device)
         zero = torch.sigmoid(self.zero_logits).to(uniform.dtype)
         share = ((uniform - zero) / (1 - zero).clamp(min=1e-12)).clamp(1e-9, 1 - 1e-9)  # of those above zero

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -14,22 +13,26 @@ from diffusers.utils import replace_example_docstring
 from scipy import sparse
 
 from ..data.dataset import CellDataset, encode_cells
-from ..hub.folder import check_folder
+from ..hub.folder import check_folder, load_or_explain, write_beside
+from ..hub.identity import check_format, check_identity, mark
 from ..hub.model_card import push_model_card
 from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
+from ..models.loading import check_integer
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..processing.processor import ScRNAProcessor
 from ..sampling.denoise import denoise
 from ..sampling.guidance import LabelBatch, predict_guided
 from ..sampling.noise import CELLS_PER_BLOCK, CellNoise, NoiseBatch
+from .inputs import MAX_CELLS, check_callback, check_cells, check_decoded, check_returned, check_sampling
 from .pipeline_output import ScRNAPipelineOutput
 from .programs import add_programs
 from .provenance import provenance_of, public_name
 
 
-OUTPUT_TYPES = ("anndata", "np", "pt", "latent")
+HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")  # arguments of a download
+PARTS = ("denoiser", "scheduler", "processor", "codec")
 TOKENS_PER_BATCH = 32_768  # what the default batch size aims at
 MAX_CELLS_PER_BATCH = 2048  # of few tokens: larger batches are no faster, and cells × genes fill the memory
 VALUES_AT_ONCE = 2**21  # cells × genes that are dense in memory while counts are drawn
@@ -76,7 +79,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler, processor=processor, codec=codec)
-        self.register_to_config(num_inference_steps=num_inference_steps)
+        self.register_to_config(num_inference_steps=check_integer("num_inference_steps", num_inference_steps))
         if denoiser is None or processor is None or codec is None:  # `from_pretrained` may be told to leave some out
             return
         needed = (codec.num_features, tuple(processor.condition_sizes))
@@ -104,11 +107,25 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         Loads a pipeline from a folder or a Hub id; see [`DiffusionPipeline.from_pretrained`] for the arguments.
 
         Raises:
-            OSError: If the folder holds no pipeline of this class, or a damaged one.
+            OSError: If the folder or repository holds no pipeline of this class, a damaged one, or parts of several.
+            ValueError: If `use_safetensors=False` asks for pickle files.
         """
-        if Path(pretrained_model_name_or_path).is_dir():
-            check_folder(Path(pretrained_model_name_or_path), cls)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors=False` would load pickle files, which can run any code: leave it out.")
+        kwargs["use_safetensors"] = True
+        where = str(pretrained_model_name_or_path)
+        given = {name for name in PARTS if name in kwargs}
+        if Path(where).exists() or Path(where).is_absolute():
+            index = check_folder(Path(where), cls, [name for name in PARTS if name not in given])
+        else:
+            index = load_or_explain(
+                lambda: cls.load_config(where, **{k: kwargs[k] for k in HUB if k in kwargs}), where
+            )
+            check_format(index, where)
+        pipeline = load_or_explain(lambda: super(ScRNAGenerationPipeline, cls).from_pretrained(where, **kwargs), where)
+        as_saved = all(kwargs.get(key) is None for key in ("dtype", "torch_dtype", "quantization_config"))
+        check_identity(pipeline, index, where, given, check_weights=as_saved)
+        return pipeline
 
     @property
     def guidance_scale(self) -> float:
@@ -117,61 +134,6 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
     @property
     def num_timesteps(self) -> int:
         return self._num_timesteps
-
-    def check_inputs(
-        self,
-        num_cells: int,
-        conditions: dict[str, str | list[str]],
-        library_size: float | list[float] | None,
-        guidance_scale: float,
-        num_inference_steps: int | None,
-        batch_size: int | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> int:
-        """Raises on arguments that don't fit each other. Returns the number of cells."""
-        if not isinstance(num_cells, (int, np.integer)) or num_cells < 1:
-            raise ValueError(f"`num_cells` is a positive integer, not {num_cells!r}.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"`batch_size` is a positive integer, not {batch_size!r}.")
-        if num_inference_steps is not None and num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` is a positive integer, not {num_inference_steps!r}.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` is one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
-        if guidance_scale != 1.0 and not self.processor.label_keys:
-            raise ValueError("`guidance_scale` was given, but this model is unconditional (it has no label keys).")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` knows {self._callback_tensor_inputs}, not {sorted(unknown)}."
-            )
-        lengths = {key: len(value) for key, value in conditions.items() if not isinstance(value, str)}
-        if isinstance(generator, list):
-            lengths["generator"] = len(generator)
-        if library_size is not None:
-            if not self.processor.has_library_size:
-                raise ValueError("`library_size` was given, but this model was trained on log values, not on counts.")
-            if output_type != "anndata":
-                raise ValueError(f"`library_size` has no effect on output_type={output_type!r}: leave it out.")
-            if not np.all(np.isfinite(library_size)) or np.min(library_size) <= 0:
-                raise ValueError("`library_size` is a positive number of counts, or one per cell.")
-            if np.ndim(library_size):
-                lengths["library_size"] = np.size(library_size)
-        if latents is not None:
-            if latents.ndim != 2 or latents.shape[1] != self.denoiser.config.sample_size:
-                expected = (num_cells, self.denoiser.config.sample_size)
-                raise ValueError(f"`latents` has shape {tuple(latents.shape)}, expected {expected}.")
-            lengths["latents"] = len(latents)
-        if num_cells == 1 and lengths:  # a list makes as many cells as it is long
-            num_cells = max(lengths.values())
-        if num_cells == 0:
-            raise ValueError("An empty list was given: give one entry per cell.")
-        for argument, length in lengths.items():
-            if length != num_cells:
-                raise ValueError(f"{argument} has {length} entries for {num_cells} cells: give one per cell.")
-        return num_cells
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -254,17 +216,20 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        first_cell: int = 0,
     ) -> Iterator[ad.AnnData]:
         """
         The cells of a call, batch by batch, so that the memory does not grow with `num_cells`:
-        `write_cells("cells.h5ad", pipe.stream(num_cells=1_000_000))`. The arguments are those of a call.
+        `write_cells("cells.h5ad", pipe.stream(num_cells=1_000_000))`. The arguments are those of a call, and
+        `first_cell` (`int`, defaults to 0), the number of the first cell: cells have their random numbers by it, so
+        `stream(num_cells=1, first_cell=k, generator=...)` makes cell `k` alone again.
 
         Yields:
             `AnnData`: the next cells; all batches have the same categories.
         """
         return self._generate(
             *(num_cells, cell_types, conditions, library_size, guidance_scale, num_inference_steps, batch_size),
-            generator,
+            *(generator, None, "anndata", None, ["latents"], first_cell),
         )
 
     @torch.no_grad()
@@ -278,24 +243,26 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         num_inference_steps: int | None,
         batch_size: int | None,
         generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "anndata",
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str],
+        first_cell: int = 0,
     ) -> Iterator[Any]:
         # 1. Check the arguments
-        conditions = self._all_conditions(cell_types, conditions)
-        num_cells = self.check_inputs(
-            *(num_cells, conditions, library_size, guidance_scale, num_inference_steps, batch_size),
-            *(generator, latents, output_type, callback_on_step_end_tensor_inputs),
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
+        check_sampling(*(self.processor, self.scheduler, guidance_scale, num_inference_steps, batch_size, output_type))
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        asked = check_cells(
+            *(self.processor, self.denoiser.config.sample_size, num_cells, cell_types, conditions, library_size),
+            *(generator, latents, output_type),
         )
-        asked_labels = self.processor.encode_conditions(conditions, num_cells)  # (num_cells, num_label_keys)
-        asked_sizes = None
-        if library_size is not None:
-            asked_sizes = torch.as_tensor(np.broadcast_to(library_size, num_cells).copy(), dtype=torch.float32)
+        check_integer("first_cell", first_cell, smallest=0, largest=MAX_CELLS)
+        if first_cell and isinstance(generator, list):
+            raise ValueError("`first_cell` has no effect on a list of generators, one for each cell: leave it out.")
 
         # 2. Steps, batches and random numbers
-        num_inference_steps = num_inference_steps or self.config.num_inference_steps
         batch_size = batch_size or self._default_batch_size()
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         num_timesteps = len(self.scheduler.timesteps)
@@ -304,7 +271,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         provenance = provenance_of(self, num_inference_steps, guidance_scale, generator)
         noise = CellNoise(generator)
 
-        starts = range(0, num_cells, batch_size)
+        starts = range(0, asked.num_cells, batch_size)
         with self.progress_bar(total=len(starts) * num_timesteps) as progress_bar, ExitStack() as at_the_end:
             at_the_end.callback(self.maybe_free_model_hooks)  # also of a stream that is given up
 
@@ -314,14 +281,16 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                     return latents
                 tensors = {"latents": latents}
                 tensors = {key: tensors[key] for key in callback_on_step_end_tensor_inputs}
-                return callback_on_step_end(self, i, t, tensors).get("latents", latents)
+                return check_returned(callback_on_step_end(self, i, t, tensors), latents)
 
             for start in starts:
                 # 3. Labels of the batch: those not asked for are drawn
-                batch = slice(start, min(start + batch_size, num_cells))
-                cell_noise = noise.batch(batch.start, batch.stop)
+                batch = slice(start, min(start + batch_size, asked.num_cells))
+                cell_noise = noise.batch(first_cell + batch.start, first_cell + batch.stop)
                 uniform = cell_noise.uniform(2).cpu()  # (batch, 2)
-                class_labels = self.processor.complete_labels(asked_labels[batch], uniform[:, 0])
+                class_labels = self.processor.complete_labels(
+                    asked.class_labels(self.processor, batch.start, batch.stop), uniform[:, 0]
+                )
 
                 # 4. Denoise
                 # For each batch anew: a callback, or another stream, may have changed them.
@@ -333,26 +302,14 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                 if output_type == "latent":
                     yield denoised
                 elif output_type != "anndata":
-                    yield self.codec.decode(denoised, class_labels=class_labels).expression()
+                    yield check_decoded(self.codec.decode(denoised, class_labels=class_labels).expression())
                 else:
-                    sizes = None if asked_sizes is None else asked_sizes[batch]
-                    cells = self._to_cells(denoised, class_labels, sizes, cell_noise, uniform[:, 1], first_cell=start)
+                    sizes = asked.library_sizes(batch.start, batch.stop)
+                    cells = self._to_cells(
+                        *(denoised, class_labels, sizes, cell_noise, uniform[:, 1]), first_cell=first_cell + start
+                    )
                     cells.uns["wbdit"] = provenance
                     yield cells
-
-    def _all_conditions(
-        self, cell_types: str | list[str] | None, conditions: dict[str, str | list[str]] | None
-    ) -> dict[str, str | list[str]]:
-        """`conditions` with the cell types under the first label key."""
-        conditions = dict(conditions or {})
-        if cell_types is not None:
-            if not self.processor.label_keys:
-                raise ValueError("`cell_types` was given, but this model is unconditional (it has no label keys).")
-            key = self.processor.label_keys[0]
-            if key in conditions:
-                raise ValueError(f"`cell_types` and conditions[{key!r}] say the same thing: give one of them.")
-            conditions[key] = cell_types
-        return conditions
 
     def _default_batch_size(self) -> int:
         return min(max(CELLS_PER_BLOCK, TOKENS_PER_BATCH // self.denoiser.num_tokens), MAX_CELLS_PER_BATCH)
@@ -400,6 +357,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
             matrices.append(sparse.csr_matrix(values[:, :num_genes].numpy()))
             # Where the other genes were drawn as well, the library is what was drawn.
             sizes.append(values.sum(1) if values.shape[1] > num_genes else distribution.library_size)
+            check_decoded(values, sizes[-1])
         matrix = sparse.vstack(matrices, format="csr")
         all_sizes = torch.cat(sizes) if self.processor.has_library_size else None
         cells = self.processor.to_anndata(matrix, class_labels, all_sizes, first_cell=first_cell)
@@ -473,10 +431,21 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         Writes the pipeline to a folder; see [`DiffusionPipeline.save_pretrained`]. Where it was loaded from is
         recorded as a Hub id or a folder's name, never as a path of this machine.
         """
+        if kwargs.get("safe_serialization") is False:
+            raise ValueError(
+                "`safe_serialization=False` would write pickle files, which are never loaded: leave it out."
+            )
         for part in (self, *self.components.values()):
             if "_name_or_path" in part.config:
                 part.register_to_config(_name_or_path=public_name(part.config["_name_or_path"]))
-        super().save_pretrained(save_directory, **kwargs)
+        mark(self)
+        folder = Path(save_directory)
+        if folder.exists() and not folder.is_dir():
+            raise OSError(f"{folder} is a file: give a folder to save the pipeline to.")
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", folder.name)
+        save = super().save_pretrained
+        write_beside(folder, self.config_name, lambda beside: save(beside, **kwargs))
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """

@@ -6,11 +6,15 @@ codes that the denoiser sees: one column for each label key, -1 where no label i
 """
 
 import difflib
+import reprlib
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
+
+
+NUM_NAMED = 20  # labels in a message at most, the closest first
 
 
 def read_labels(adata: ad.AnnData, label_key: str) -> np.ndarray:
@@ -32,9 +36,14 @@ def encode(labels: str | list[str] | np.ndarray, label_key: str, categories: lis
     codes = known.get_indexer(labels)
     if (codes < 0).any():
         unknown = str(labels[codes < 0][0])
-        close = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(unknown, known, n=NUM_NAMED, cutoff=0.5)
+        names = [*close, *(name for name in known if name not in close)]
+        more = f" and {len(names) - NUM_NAMED} others" if len(names) > NUM_NAMED else ""
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{unknown!r} is not a {label_key} of this model, which knows {', '.join(known)}.{hint}")
+        raise ValueError(
+            f"{reprlib.repr(unknown)} is not a {label_key} of this model, which knows"
+            f" {', '.join(names[:NUM_NAMED])}{more}.{hint}"
+        )
     return codes.astype(np.int64)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from scipy import sparse
 
 from . import labels, library_size
+from .checks import check_config, check_statistics
 from .genes import align_genes, check_names, choose_genes
 from .matrix import iter_matrix
 from .recover import MAX_LOG_VALUE, LogScale, find_log_scale, recover_counts
@@ -65,10 +66,7 @@ class ScRNAProcessor(ConfigMixin):
         categories: list[list[str]] | None = None,
         log_scale: dict | None = None,
     ):
-        if values not in ("counts", "log"):
-            raise ValueError(f"`values` is 'counts' or 'log', not {values!r}.")
-        if isinstance(label_keys, str):
-            raise ValueError(f"`label_keys` is a list of obs keys: write [{label_keys!r}].")
+        check_config(values, label_keys, num_genes, min_cells, var_names, categories, log_scale)
         # Of the log library size, for each combination of labels: (num_combinations, 101)
         self.library_size_quantiles: torch.Tensor | None = None
         self.label_combinations: torch.Tensor | None = None  # (num_combinations, num_label_keys)
@@ -300,6 +298,11 @@ class ScRNAProcessor(ConfigMixin):
 
     # ==================== Saving and loading ====================
 
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """What was measured on the training cells, as it is saved: quantiles, combinations and shares of labels."""
+        self._check_fitted()
+        return {name: getattr(self, name).contiguous() for name in STATISTICS}
+
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):
         """
         Writes `config.json` and the arrays as safetensors.
@@ -309,8 +312,7 @@ class ScRNAProcessor(ConfigMixin):
         """
         self._check_fitted()
         self.save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-        arrays = {name: getattr(self, name).contiguous() for name in STATISTICS}
-        save_file(arrays, Path(save_directory) / SAFETENSORS_WEIGHTS_NAME)
+        save_file(self.statistics(), Path(save_directory) / SAFETENSORS_WEIGHTS_NAME)
 
     @classmethod
     def from_pretrained(
@@ -332,10 +334,11 @@ class ScRNAProcessor(ConfigMixin):
             )
         try:
             arrays = load_file(path)
-            for name in STATISTICS:
-                setattr(processor, name, arrays[name])
-        except (FileNotFoundError, SafetensorError, KeyError) as error:
+            check_statistics(arrays, processor.config.categories or [])
+        except (FileNotFoundError, SafetensorError, KeyError, ValueError) as error:
             raise OSError(
                 f"{path} is missing, truncated or not a ScRNAProcessor's ({error}): copy or download it again."
             ) from error
+        for name in STATISTICS:
+            setattr(processor, name, arrays[name])
         return processor
