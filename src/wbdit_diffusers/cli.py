@@ -44,8 +44,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_generate(parser: argparse.ArgumentParser):
     parser.add_argument("model", help="A folder that a training wrote, or a Hub id.")
-    parser.add_argument("--output", type=Path, required=True, help="The .h5ad file to write.")
-    parser.add_argument("--num_cells", type=int, default=1000, help="How many cells to make. Default: 1000.")
+    parser.add_argument(
+        "--output",
+        required=True,
+        help="The .h5ad file or .zarr folder to write, or a folder for parquet files. If the command is interrupted,"
+        " the same one goes on where it stopped.",
+    )
+    parser.add_argument("--num_cells", type=whole_number, default=1000, help="How many cells to make. Default: 1000.")
+    parser.add_argument("--num_processes", type=int, default=1, help="Processes to share the work. Default: 1.")
     parser.add_argument("--cell_types", help="One type for all cells; the training frequencies by default.")
     parser.add_argument(
         "--conditions", nargs="*", default=[], metavar="KEY=NAME", help="Labels of other obs keys: condition=stim."
@@ -85,41 +91,50 @@ def _add_sampling(parser: argparse.ArgumentParser):
     parser.add_argument("--device", help="Where to compute, such as cuda or cpu. A GPU by default, if there is one.")
 
 
-def load_pipeline(args: argparse.Namespace):
-    """The pipeline that a command names, on its device."""
-    import torch
+def whole_number(text: str) -> int:
+    """`1000000`, `1_000_000` or `1e6`."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
 
+
+def load_pipeline(model: str, device: str | None = "cpu"):
+    """The pipeline that a command names, on a device."""
     from .pipelines import ScRNAGenerationPipeline
+    from .pipelines.generate import choose_device, quiet
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return ScRNAGenerationPipeline.from_pretrained(args.model).to(device)
+    quiet()
+    return ScRNAGenerationPipeline.from_pretrained(model).to(choose_device(device))
 
 
 def generate(args: argparse.Namespace):
-    import torch
+    from .pipelines.generate import GenerationRequest, generate_cells
 
-    from .data import write_cells
-    from .sampling import SCHEDULERS
-
+    conditions = {}
     for condition in args.conditions:
-        if "=" not in condition:
+        key, equals, name = condition.partition("=")
+        if not equals or not key:
             raise ValueError(f"--conditions {condition!r} is not of the form KEY=NAME.")
-    if args.scheduler is not None and args.scheduler not in SCHEDULERS:
-        raise ValueError(f"--scheduler is one of {', '.join(SCHEDULERS)}, not {args.scheduler!r}.")
-    pipe = load_pipeline(args)
-    if args.scheduler is not None:
-        pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
-    batches = pipe.stream(
+        if key in conditions:
+            raise ValueError(f"--conditions names {key!r} twice.")
+        conditions[key] = name
+    request = GenerationRequest(
+        model=args.model,
         num_cells=args.num_cells,
         cell_types=args.cell_types,
-        conditions=dict(condition.split("=", 1) for condition in args.conditions),
+        conditions=conditions,
         guidance_scale=args.guidance_scale,
         num_inference_steps=args.num_inference_steps,
         batch_size=args.batch_size,
-        generator=torch.Generator().manual_seed(args.seed),
+        seed=args.seed,
+        scheduler=args.scheduler,
+        device=args.device,
     )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    num_cells, num_genes = write_cells(args.output, batches)
+    num_cells, num_genes = generate_cells(request, args.output, args.num_processes)
     print(f"{num_cells} cells × {num_genes} genes in {args.output}.")
 
 
@@ -155,7 +170,7 @@ def _cells_of_model(args: argparse.Namespace) -> tuple[list, Any, Any, dict[str,
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} has no effect on a model, which knows its own cells and labels: leave it out.")
     train, test = CellSplit.load(args.model).apply(read_cells(args.dataset))
-    pipe = load_pipeline(args)
+    pipe = load_pipeline(args.model, args.device)
     pipe.set_progress_bar_config(disable=True)
     call = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
     samples, test = draw_samples(pipe, test, args.num_samples, args.seed, **call)
@@ -180,10 +195,9 @@ def programs(args: argparse.Namespace):
     import pandas as pd
 
     from .models import ProgramCodec
-    from .pipelines import ScRNAGenerationPipeline
     from .pipelines.programs import program_table
 
-    pipe = ScRNAGenerationPipeline.from_pretrained(args.model)
+    pipe = load_pipeline(args.model)
     if not isinstance(pipe.codec, ProgramCodec):
         raise ValueError(f"{args.model} has no gene programs: it was trained with {type(pipe.codec).__name__}.")
     if args.num_genes < 1:
@@ -205,12 +219,11 @@ def explain(args: argparse.Namespace):
     from .data import CellSplit, read_cells
     from .interpretation import explain as measure
     from .interpretation.page import write_report
-    from .pipelines import ScRNAGenerationPipeline
 
     if args.max_cells < 20:
         raise ValueError(f"--max_cells is at least 20, not {args.max_cells}.")
     train, test = CellSplit.load(args.model).apply(read_cells(args.dataset))
-    pipe = ScRNAGenerationPipeline.from_pretrained(args.model)
+    pipe = load_pipeline(args.model)
     report, cells = measure(pipe, train, test, args.max_cells, args.seed)
     write_report(args.output_dir, report, cells, Path(args.model).resolve().name)
     print(f"Look at {args.output_dir / 'explain.html'}; the numbers are in explain.json, the cells in explain.h5ad.")
@@ -247,8 +260,11 @@ def main(argv: list[str] | None = None):
             "prepare": prepare,
         }[args.command](args)
     except (ValueError, OSError) as error:
-        print(f"wbdit {args.command}: {error}", file=sys.stderr)
+        print(f"wbdit {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(f"wbdit {args.command}: interrupted. {interrupt}".strip(), file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from ..processing.processor import ScRNAProcessor
 from ..sampling.denoise import denoise
 from ..sampling.guidance import LabelBatch, predict_guided
 from ..sampling.noise import CELLS_PER_BLOCK, CellNoise, NoiseBatch
-from .inputs import MAX_CELLS, check_callback, check_cells, check_decoded, check_returned, check_sampling
+from .inputs import MAX_CELLS, AskedCells, check_callback, check_cells, check_decoded, check_returned, check_sampling
 from .pipeline_output import ScRNAPipelineOutput
 from .programs import add_programs
 from .provenance import provenance_of, public_name
@@ -232,7 +232,6 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
             *(generator, None, "anndata", None, ["latents"], first_cell),
         )
 
-    @torch.no_grad()
     def _generate(
         self,
         num_cells: int,
@@ -249,7 +248,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str],
         first_cell: int = 0,
     ) -> Iterator[Any]:
-        # 1. Check the arguments
+        """Checks the arguments, at once, and returns what makes the cells."""
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
         check_sampling(*(self.processor, self.scheduler, guidance_scale, num_inference_steps, batch_size, output_type))
@@ -261,9 +260,27 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         check_integer("first_cell", first_cell, smallest=0, largest=MAX_CELLS)
         if first_cell and isinstance(generator, list):
             raise ValueError("`first_cell` has no effect on a list of generators, one for each cell: leave it out.")
+        return self._batches(
+            *(asked, guidance_scale, num_inference_steps, batch_size, generator, latents, output_type),
+            *(callback_on_step_end, callback_on_step_end_tensor_inputs, first_cell),
+        )
 
-        # 2. Steps, batches and random numbers
-        batch_size = batch_size or self._default_batch_size()
+    @torch.no_grad()
+    def _batches(
+        self,
+        asked: AskedCells,
+        guidance_scale: float,
+        num_inference_steps: int,
+        batch_size: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str],
+        first_cell: int,
+    ) -> Iterator[Any]:
+        # 1. Steps, batches and random numbers
+        batch_size = batch_size or self.default_batch_size
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         num_timesteps = len(self.scheduler.timesteps)
         if generator is None:  # drawn from the global generator, so that `uns` can say which seed it was
@@ -284,7 +301,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                 return check_returned(callback_on_step_end(self, i, t, tensors), latents)
 
             for start in starts:
-                # 3. Labels of the batch: those not asked for are drawn
+                # 2. Labels of the batch: those not asked for are drawn
                 batch = slice(start, min(start + batch_size, asked.num_cells))
                 cell_noise = noise.batch(first_cell + batch.start, first_cell + batch.stop)
                 uniform = cell_noise.uniform(2).cpu()  # (batch, 2)
@@ -292,13 +309,13 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                     asked.class_labels(self.processor, batch.start, batch.stop), uniform[:, 0]
                 )
 
-                # 4. Denoise
+                # 3. Denoise
                 # For each batch anew: a callback, or another stream, may have changed them.
                 self._guidance_scale, self._num_timesteps = guidance_scale, num_timesteps
                 start_latents = None if latents is None else latents[batch]
                 denoised = self._denoise(cell_noise, class_labels, start_latents, num_inference_steps, on_step_end)
 
-                # 5. Back to cells
+                # 4. Back to cells
                 if output_type == "latent":
                     yield denoised
                 elif output_type != "anndata":
@@ -311,7 +328,9 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                     cells.uns["wbdit"] = provenance
                     yield cells
 
-    def _default_batch_size(self) -> int:
+    @property
+    def default_batch_size(self) -> int:
+        """Cells denoised at once when a call does not say how many."""
         return min(max(CELLS_PER_BLOCK, TOKENS_PER_BATCH // self.denoiser.num_tokens), MAX_CELLS_PER_BATCH)
 
     def _denoise(
