@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("--dataset", required=True, help="The .h5ad file that the model was trained on.")
     explain.add_argument("--output_dir", type=Path, default=Path("explain"), help="Folder to write. Default: explain.")
     explain.add_argument("--max_cells", type=int, default=3000, help="Held-out cells to use at most. Default: 3000.")
-    explain.add_argument("--seed", type=int, default=0, help="Seed of noise and cells. Default: 0.")
+    explain.add_argument("--seed", type=seed, default=0, help="Seed of noise and cells. Default: 0.")
     prepare = commands.add_parser("prepare", help="Fetch a public dataset of the paper's reproduction.")
     prepare.add_argument("dataset", help="Its name; `wbdit prepare list` prints them.")
     prepare.add_argument("--output", type=Path, help="The .h5ad file to write; DATASET.h5ad by default.")
@@ -87,7 +88,7 @@ def _add_sampling(parser: argparse.ArgumentParser):
         "--guidance_scale", type=float, default=1.0, help="Classifier-free guidance. Default: 1, none."
     )
     parser.add_argument("--num_inference_steps", type=int, help="The pipeline's own number by default.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the cells. Default: 0.")
+    parser.add_argument("--seed", type=seed, default=0, help="Seed of the cells. Default: 0.")
     parser.add_argument("--device", help="Where to compute, such as cuda or cpu. A GPU by default, if there is one.")
 
 
@@ -100,6 +101,23 @@ def whole_number(text: str) -> int:
         if not number.is_integer():
             raise
         return int(number)
+
+
+def seed(text: str) -> int:
+    """Of a generator: `2**32` and beyond are not known to all of those that are used."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise ValueError
+    return number
+
+
+def check_folder(path: Path):
+    """Raises an `OSError` if a folder can't be written to, before the work whose results it is for; makes none."""
+    existing = next(one for one in [path, *path.absolute().parents] if one.exists())
+    if not existing.is_dir():
+        raise OSError(f"{existing} is no folder: give another path.")
+    if not os.access(existing, os.W_OK):
+        raise OSError(f"{existing} cannot be written to: give another path.")
 
 
 def load_pipeline(model: str, device: str | None = "cpu"):
@@ -142,6 +160,9 @@ def evaluate(args: argparse.Namespace):
     import matplotlib
 
     matplotlib.use("Agg")
+    check_folder(args.output_dir)
+    if args.num_samples < 1:
+        raise ValueError(f"--num_samples is at least 1, not {args.num_samples}.")
     from .evaluation import evaluate_cells, to_markdown
     from .evaluation.figure import report_figure
 
@@ -197,6 +218,10 @@ def programs(args: argparse.Namespace):
     from .models import ProgramCodec
     from .pipelines.programs import program_table
 
+    if args.output is not None:
+        check_folder(args.output.parent)
+        if args.output.exists() and not args.output.is_file():
+            raise OSError(f"{args.output} is no file, and is not replaced: give another path.")
     pipe = load_pipeline(args.model)
     if not isinstance(pipe.codec, ProgramCodec):
         raise ValueError(f"{args.model} has no gene programs: it was trained with {type(pipe.codec).__name__}.")
@@ -220,6 +245,7 @@ def explain(args: argparse.Namespace):
     from .interpretation import explain as measure
     from .interpretation.page import write_report
 
+    check_folder(args.output_dir)
     if args.max_cells < 20:
         raise ValueError(f"--max_cells is at least 20, not {args.max_cells}.")
     train, test = CellSplit.load(args.model).apply(read_cells(args.dataset))
@@ -260,7 +286,8 @@ def main(argv: list[str] | None = None):
             "prepare": prepare,
         }[args.command](args)
     except (ValueError, OSError) as error:
-        print(f"wbdit {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        reason = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        print(f"wbdit {args.command}: {' '.join(reason.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"wbdit {args.command}: interrupted. {interrupt}".strip(), file=sys.stderr)

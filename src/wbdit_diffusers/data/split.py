@@ -77,7 +77,8 @@ class CellSplit:
             split = json.loads(path.read_text())
         except ValueError:  # cut off, or no JSON at all
             split = None
-        if not isinstance(split, dict) or not split.get("train") or not split.get("test"):
+        split = split if isinstance(split, dict) else {}
+        if not all(split.get(side) and _is_list_of_names(split[side]) for side in ("train", "test")):
             raise ValueError(f"{path} is no split.json of a training: it does not name train and test cells.")
         names = split["train"] + split["test"]
         if len(set(names)) < len(names):
@@ -103,6 +104,10 @@ class CellSplit:
                 " that it was made for."
             )
         return adata[self.train], adata[self.test]
+
+
+def _is_list_of_names(names) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def _check_names(adata: ad.AnnData):

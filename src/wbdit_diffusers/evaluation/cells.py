@@ -95,8 +95,10 @@ def real_cells(
             f"{len(missing)} generated genes are not among the real cells', e.g. {missing[0]!r}: give the generated"
             " cells the names of the real ones, or leave these genes out."
         )
+    if layer is not None and layer not in adata.layers:
+        raise ValueError(f"The real cells have no layer {layer!r}; they have {list(adata.layers)}.")
     adata = adata[:, genes] if within_genes else adata
-    library_size = total_counts(adata.X if layer is None else adata.layers[layer], values)
+    library_size = total_counts(_checked(adata.X if layer is None else adata.layers[layer], values, "real"), values)
     judged = adata[:, genes]
     return _cells(judged, judged.X if layer is None else judged.layers[layer], library_size, values, label_keys)
 
@@ -108,11 +110,27 @@ def generated_cells(
     Generated cells for judging: their library size is `obs["library_size"]`, or the sum over their genes if that is
     absent. The arguments are those of [`real_cells`]; labels that are not in `obs` are left out.
     """
-    library_size = total_counts(adata.X, values)
+    library_size = total_counts(_checked(adata.X, values, "generated"), values)
     if library_size is not None and not within_genes and "library_size" in adata.obs:
         library_size = adata.obs["library_size"].to_numpy(dtype=np.float64)
     has_labels = all(key in adata.obs for key in label_keys)
     return _cells(adata, adata.X, library_size, values, label_keys if has_labels else ())
+
+
+def _checked(matrix, values: str, whose: str):
+    """The matrix. Raises a `ValueError` if there is none, or if it does not hold what `values` says."""
+    if matrix is None:
+        raise ValueError(f"The {whose} cells have no matrix in X, so that there is nothing to compare.")
+    numbers = np.asarray(matrix.data if hasattr(matrix, "toarray") else matrix)
+    if numbers.dtype.kind not in "iufb" or not np.isfinite(numbers).all():
+        raise ValueError(f"The {whose} cells hold NaN or infinite values, or no numbers: remove or replace them.")
+    if (numbers < 0).any():
+        raise ValueError(f"The {whose} cells hold negative values: expression is never negative.")
+    if values == "counts" and (numbers != np.rint(numbers)).any():
+        raise ValueError(
+            f"The {whose} cells hold values that are no integer counts: give counts, or say --values log."
+        )
+    return matrix
 
 
 def _cells(
