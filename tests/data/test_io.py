@@ -1,12 +1,10 @@
 import logging
 
-import anndata as ad
-import h5py
 import numpy as np
 import pytest
 from scipy import sparse
 
-from wbdit_diffusers.data import drop_empty_cells, load_pbmc, read_cells, write_cells
+from wbdit_diffusers.data import drop_empty_cells, load_pbmc, read_cells
 
 
 def test_read_cells_names_the_file(pbmc_path, tmp_path):
@@ -49,36 +47,3 @@ def test_pbmc_are_integer_counts_with_labels():
     pbmc = load_pbmc()
     assert pbmc.shape == (700, 765) and list(pbmc.obs) == ["cell_type", "phase"]
     assert sparse.isspmatrix_csr(pbmc.X) and (pbmc.X.data == np.rint(pbmc.X.data)).all() and pbmc.X.min() == 0
-
-
-def test_written_batches_are_one_file(pbmc, tmp_path):
-    pbmc = pbmc.copy()
-    pbmc.obs["library_size"] = np.asarray(pbmc.X.sum(1)).ravel()
-    path = tmp_path / "cells.h5ad"
-    batches = [pbmc[start : start + 300].copy() for start in range(0, 700, 300)]
-    for batch in batches:
-        for key in ("cell_type", "phase"):
-            batch.obs[key] = batch.obs[key].cat.set_categories(pbmc.obs[key].cat.categories)
-        batch.uns["wbdit"] = {"seed": 1, "model_id": "me/model"}
-    assert write_cells(path, iter(batches)) == (700, 765)
-    cells = ad.read_h5ad(path)
-    assert (cells.X != pbmc.X).nnz == 0
-    with h5py.File(path) as file:
-        assert file["X"]["indptr"].dtype == np.int64  # int32 ends at 2³¹ values
-    assert cells.obs.equals(pbmc.obs) and cells.var_names.equals(pbmc.var_names)
-    assert cells.uns["wbdit"] == {"seed": 1, "model_id": "me/model"}
-    assert [file.name for file in tmp_path.iterdir()] == ["cells.h5ad"]
-
-
-def test_a_failure_leaves_the_file_that_was_there(pbmc, tmp_path):
-    def failing():
-        yield pbmc[:10].copy()
-        raise ValueError("no more")
-
-    path = tmp_path / "cells.h5ad"
-    with pytest.raises(ValueError, match="no cells to write"):
-        write_cells(path, iter([]))
-    pbmc[:5].write_h5ad(path)
-    with pytest.raises(ValueError, match="no more"):
-        write_cells(path, failing())
-    assert read_cells(path).n_obs == 5

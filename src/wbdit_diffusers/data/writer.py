@@ -1,6 +1,5 @@
 """Cells into files, batch by batch: what is named at the end is whole, checked, and on the disk."""
 
-import fcntl
 import os
 import shutil
 import stat
@@ -13,6 +12,7 @@ import anndata as ad
 import numpy as np
 from scipy import sparse
 
+from .hdf5_sink import HDF5Sink
 from .verify import check_group, check_parquet
 
 
@@ -41,16 +41,16 @@ def write_cells(path: str | Path, batches: Iterable[ad.AnnData]) -> tuple[int, i
         ValueError: If there are no cells.
         OSError: If the path can't be written to, the disk is full, or what was written can't be read again.
     """
-    path = check_output(path)
+    kind, path = output_format(path), check_output(path)
     batches = iter(batches)
     first = next(batches, None)  # what was asked for is checked here, before a file is touched
     if first is None:
         raise ValueError("There are no cells to write.")
     partial = path.with_name(f"{path.name}.partial")  # what a killed process left is written over
-    write = {"h5ad": _write_h5ad, "zarr": _write_zarr, "parquet": _write_parquet}[output_format(path)]
+    write = {"h5ad": _write_h5ad, "zarr": _write_zarr, "parquet": _write_parquet}[kind]
     try:
         num_cells = write(partial, first, batches)
-        check_cells_file(partial, output_format(path), num_cells, first.n_vars)
+        check_cells_file(partial, kind, num_cells, first.n_vars)
         _replace(partial, path)
     except BlockingIOError as error:  # what is there is another's
         raise OSError(f"{path} was not written: {_reason(error)}.") from error
@@ -142,58 +142,10 @@ def remove(path: Path):
 # ==================== Formats ====================
 
 
-class _Sink:
-    """
-    A file for HDF5 that keeps the first error to itself, for [`_Sink.check`] to raise. HDF5 does not survive a write
-    that fails: it goes on with wrong numbers, and the process ends in a segmentation fault.
-    """
-
-    def __init__(self, path: Path):
-        self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise BlockingIOError("another process is writing to it") from error
-        self._file.truncate(0)
-        self._error: BaseException | None = None  # also a Ctrl-C that comes here
-        for name in ("seek", "tell", "read", "readinto"):
-            setattr(self, name, getattr(self._file, name))
-
-    def write(self, data) -> int:
-        view = memoryview(data).cast("B")
-        size = len(view)
-        while len(view) and self._error is None:
-            try:
-                view = view[self._file.write(view) :]
-            except BaseException as error:
-                self._error = error
-        return size
-
-    def truncate(self, size: int):
-        try:
-            self._file.truncate(size)
-        except BaseException as error:
-            self._error = self._error or error
-
-    def flush(self):
-        """HDF5 asks for it often; what counts is [`_Sink.check`]."""
-
-    def check(self):
-        """Raises what went wrong; else everything is on the disk."""
-        if self._error is None:
-            os.fsync(self._file.fileno())
-            return
-        raise self._error
-
-    def close(self):
-        self._file.close()
-
-
 def _write_h5ad(path: Path, first: ad.AnnData, batches: Iterator[ad.AnnData]) -> int:
     import h5py
 
-    sink = _Sink(path)
+    sink = HDF5Sink(path)
     try:
         with h5py.File(sink, "w") as file:
             num_cells = _write_group(file, first, batches, lambda: (file.flush(), sink.check()))
@@ -297,17 +249,17 @@ def _write_parquet(path: Path, first: ad.AnnData, batches: Iterator[ad.AnnData])
     remove(path)
     path.mkdir()
     schema = _schema(first)
-    num_cells, writer = 0, None
+    num_cells, in_file, writer = 0, 0, None
     batch: ad.AnnData | None = first
     try:
         while batch is not None:
-            if num_cells % CELLS_PER_FILE + batch.n_obs > CELLS_PER_FILE and writer is not None:
-                writer = writer.close()
+            if in_file + batch.n_obs > CELLS_PER_FILE and writer is not None:
+                writer, in_file = writer.close(), 0
             if writer is None:
                 number = len(list(path.glob("cells-*.parquet")))
                 writer = pq.ParquetWriter(path / f"cells-{number:05d}.parquet", schema, compression="zstd")
             writer.write_table(pa.table(_columns(batch), schema=schema))
-            num_cells += batch.n_obs
+            num_cells, in_file = num_cells + batch.n_obs, in_file + batch.n_obs
             batch = next(batches, None)
     finally:
         if writer is not None:
