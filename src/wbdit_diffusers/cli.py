@@ -258,13 +258,15 @@ def explain(args: argparse.Namespace):
 def prepare(args: argparse.Namespace):
     from .data.datasets import RECIPES
     from .data.datasets import prepare as fetch
+    from .data.writer import check_output
 
     if args.dataset == "list":
         print("\n".join(f"{name}: {recipe.source}" for name, recipe in RECIPES.items()))
         return
-    cells = fetch(args.dataset, args.folder / args.dataset)
     output = args.output or Path(f"{args.dataset}.h5ad")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if args.dataset in RECIPES:
+        check_output(output)
+    cells = fetch(args.dataset, args.folder / args.dataset)
     cells.write_h5ad(output)
     print(f"{cells.n_obs} cells × {cells.n_vars} genes in {output}: {RECIPES[args.dataset].source}.")
 
@@ -286,7 +288,9 @@ def main(argv: list[str] | None = None):
             "prepare": prepare,
         }[args.command](args)
     except (ValueError, OSError) as error:
-        reason = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        reason = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            reason = f"{error.filename}: {error.strerror}"
         print(f"wbdit {args.command}: {' '.join(reason.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:

@@ -1,3 +1,6 @@
+import ast
+import re
+
 import anndata as ad
 import numpy as np
 import pytest
@@ -62,3 +65,30 @@ def test_training_and_evaluation_are_there_when_they_are_given(pipe):
     assert "## Training\n\n| | |\n|---|---|\n| cells | 560 |\n| steps | 3000 |\n" in text
     assert "## Evaluation\n\n| excess | 0.05 |\n" in text
     assert text.index("## The network") < text.index("## Training") < text.index("## Limits")
+
+
+def test_names_can_stand_as_nothing_but_names(pbmc):
+    """A label, a gene or a repository id is text of someone else: no code, markup, table or metadata."""
+    label = 'B"); import os; os.system("x") #\n```\n# Hacked\n<script>x</script> | [a](https://x.y) `b` {{ 7 * 7 }}'
+    adata = pbmc.copy()
+    adata.obs["type`\n## key"] = [label if i % 2 else "**bold**" for i in range(adata.n_obs)]
+    adata.var_names = ["<b>gene</b>|", *adata.var_names[1:]]
+    pipe = make_pipeline(adata, codec="program", label_keys=["type`\n## key"])
+    repo_id = 'me/"]\n---\nlicense: evil'
+    card = render_model_card(pipe, repo_id, training={"row | <i>": "a\n\n# b"})
+    text = card.text
+    code = re.search(r"```python\n(.*?)\n```", text, re.DOTALL)[1]
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert [ast.unparse(call.func) for call in calls].count("pipe") == 2 and len(calls) == 3
+    strings = {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
+    assert {repo_id, pipe.processor.config.categories[0][0]} <= strings
+    assert (
+        yaml.safe_load(str(card).split("---")[1])["library_name"] == "diffusers"
+        and "license" not in card.data.to_dict()
+    )
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == ["## What it makes", "## The network", "## Training", "## Limits"]
+    assert text.count("```") == 2 and "{{ 7 * 7 }}" in text
+    for markup in ("<script", "<b>", "<i>", "](https:", " **bold"):
+        assert markup not in text
+    assert r"| row \| &lt;i&gt; | a \# b |" in text

@@ -11,6 +11,8 @@ import pandas as pd
 from anndata.utils import make_index_unique
 from scipy import sparse
 
+from .checksums import check_recorded
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -33,6 +35,8 @@ class Recipe:
             raise ValueError('Fetching data needs `pip install "wbdit_diffusers[data]"`.') from error
         for name, (address, sha256) in self.files.items():
             pooch.retrieve(address, known_hash=sha256, fname=name, path=folder, progressbar=True)
+            if sha256 is None:
+                check_recorded(folder, name, address)
 
 
 def prepare(name: str, folder: str | Path) -> ad.AnnData:

@@ -1,5 +1,7 @@
 """The model card of a pipeline, rendered from its own configuration."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +51,39 @@ def render_model_card(
             tags=["wbdit_diffusers", "single-cell", "scRNA-seq", "biology", "white-box-transformer"],
         ),
         template_path=TEMPLATE_PATH,
-        title=repo_id.split("/")[-1],
-        repo_id=repo_id,
+        title=as_text(repo_id.split("/")[-1]),
+        repo_id=as_code(repo_id),
         version=__version__,
         contents=_contents(pipeline),
         num_genes=len(processor.var_names),
-        genes=list(processor.var_names[:3]),
-        labels=list(zip(processor.label_keys, processor.categories)),
-        label_names=processor.categories[0] if processor.categories else [],
-        network=network,
-        training=training,
+        genes=[as_text(name) for name in processor.var_names[:3]],
+        labels=[
+            (as_code_span(f"obs[{as_code(key)}]"), [as_text(name) for name in names])
+            for key, names in zip(processor.label_keys, processor.categories)
+        ],
+        cell_type=as_code(processor.categories[0][0]) if processor.categories else None,
+        network=[(name, as_text(value)) for name, value in network],
+        training=None if training is None else {as_text(name): as_text(value) for name, value in training.items()},
         evaluation=evaluation,
     )
+
+
+def as_code(text: str) -> str:
+    """A string as Python has it in quotes: whatever is in it, it ends where it ends, on one line."""
+    return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")  # three of which would end the block of code
+
+
+def as_code_span(code: str) -> str:
+    """Code within a line of Markdown; `as_code` has left no backtick in it."""
+    return f"`{code}`"
+
+
+def as_text(value: Any) -> str:
+    """Anything as one line of plain Markdown, in a table or out of one: nothing in it is markup, HTML or a link."""
+    text = " ".join(str(value).split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*\[\]|#~!$]|__)", r"\\\1", text)
+    return re.sub(r"(https?|www)([:.])", r"\1\\\2", text)
 
 
 def _describe_denoiser(denoiser: ModelMixin) -> list[tuple[str, Any]]:

@@ -60,14 +60,14 @@ def check_finite(model: torch.nn.Module, where: str):
 
 def check_integer(name: str, value: Any, smallest: int = 1, largest: int = MAX_SIZE) -> int:
     """Raises a `ValueError` that names the value, unless it is a whole number within the bounds."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not smallest <= value <= largest:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not smallest <= int(value) <= largest:
         raise ValueError(f"`{name}` is a whole number from {smallest:,} to {largest:,}, not {reprlib.repr(value)}.")
     return int(value)
 
 
 def check_number(name: str, value: Any, smallest: float, largest: float) -> float:
     """Raises a `ValueError` that names the value, unless it is a number within the bounds; NaN is not."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not smallest <= value <= largest:
+    if isinstance(value, bool) or not isinstance(value, Real) or not smallest <= float(value) <= largest:
         raise ValueError(f"`{name}` is a number from {smallest:g} to {largest:g}, not {reprlib.repr(value)}.")
     return float(value)
 

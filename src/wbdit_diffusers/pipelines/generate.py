@@ -80,7 +80,7 @@ class GenerationRequest:
         return pipe.stream(
             num_cells=num_cells,
             cell_types=self.cell_types,
-            conditions=self.conditions,
+            conditions=dict(self.conditions),
             guidance_scale=self.guidance_scale,
             num_inference_steps=self.num_inference_steps,
             batch_size=self.batch_size,
@@ -271,7 +271,8 @@ class Parts:
 
 def _run_processes(request: GenerationRequest, parts: Parts, num_processes: int):
     """Makes the missing parts with processes of their own. Raises what the first of them that fails raised."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # everything is imported once, and no GPU is touched before
+    context.set_forkserver_preload([__name__])
     failures = context.SimpleQueue()
     workers = [
         context.Process(target=_work, args=(request, parts, rank, num_processes, failures), daemon=True)

@@ -47,7 +47,7 @@ class AskedCells:
         """The library sizes of some cells, `(stop - start,)`; `None` if none were asked for."""
         if self.library_size is None:
             return None
-        sizes = self.library_size if np.ndim(self.library_size) == 0 else self.library_size[start:stop]
+        sizes = self.library_size[start:stop] if isinstance(self.library_size, np.ndarray) else self.library_size
         return torch.as_tensor(np.broadcast_to(sizes, stop - start).copy(), dtype=torch.float32)
 
 
@@ -77,7 +77,7 @@ def check_cells(
     sizes = None
     if library_size is not None:
         sizes = _check_library_size(processor, library_size, output_type)
-        if np.ndim(sizes):
+        if isinstance(sizes, np.ndarray):
             lengths["library_size"] = len(sizes)
     if latents is not None:
         _check_latents(latents, num_cells, num_features)
