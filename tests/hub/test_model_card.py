@@ -89,6 +89,6 @@ def test_names_can_stand_as_nothing_but_names(pbmc):
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert headings == ["## What it makes", "## The network", "## Training", "## Limits"]
     assert text.count("```") == 2 and r"{{ 7 \* 7 }}" in text
-    for markup in ("<script", "<b>", "<i>", "](https:", " **bold"):
-        assert markup not in text
+    for markup in ("<script", "<b>", "<i>", "](https://x.y", " **bold"):
+        assert markup not in text.replace(code, "")  # where it is in a string of the code
     assert r"| row \| &lt;i&gt; | a \# b |" in text
