@@ -51,7 +51,7 @@ REFUSED = [
     ("codec_validation_fraction", 0, "greater than 0"),
     ("test_fraction", 0, "greater than 0"),
     ("test_fraction", 1, "less than 1"),
-    ("condition_dropout", 1.1, "less than or equal to 1"),
+    ("condition_dropout", 1, "less than 1"),
     ("ema_decay", -0.1, "greater than or equal to 0"),
     ("max_train_steps", 0, "greater than 0"),
     ("max_train_minutes", 0, "greater than 0"),

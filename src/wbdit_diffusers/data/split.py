@@ -77,7 +77,8 @@ class CellSplit:
             split = json.loads(path.read_text())
         except ValueError:  # cut off, or no JSON at all
             split = None
-        if not isinstance(split, dict) or not split.get("train") or not split.get("test"):
+        parts = [split.get(name) for name in ("train", "test")] if isinstance(split, dict) else [None]
+        if not all(isinstance(part, list) and part and all(isinstance(name, str) for name in part) for part in parts):
             raise ValueError(f"{path} is no split.json of a training: it does not name train and test cells.")
         names = split["train"] + split["test"]
         if len(set(names)) < len(names):

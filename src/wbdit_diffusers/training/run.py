@@ -18,7 +18,15 @@ from scipy import sparse
 
 from ..data.split import CellSplit
 from ..version import __version__
-from .checkpoints import find_checkpoints, latest_checkpoint, read_state, remove, remove_checkpoint, write_whole
+from .checkpoints import (
+    find_checkpoints,
+    latest_checkpoint,
+    read_state,
+    remove,
+    remove_checkpoint,
+    step_of,
+    write_whole,
+)
 from .config import TrainingConfig
 from .processes import together
 
@@ -193,7 +201,7 @@ class Run:
         step = -1 if self.checkpoint is None else int(read_state(self.checkpoint)["step"])
         if self.origin == self.folder:
             for checkpoint in find_checkpoints(self.folder):
-                if int(checkpoint.name.split("-")[1]) > step:  # or the next `latest` would not be of this run
+                if step_of(checkpoint) > step:  # or the next `latest` would not be of this run
                     remove_checkpoint(checkpoint)
         # The record last: what has one was begun.
         write_whole(self.folder / CellSplit.FILE_NAME, lambda path: _write_split(split, path))
@@ -232,11 +240,9 @@ def open_run(config: TrainingConfig, accelerator: Accelerator) -> Iterator[Run]:
         yield run
     finally:
         if lock.is_locked:
-            began = bool(written_files(folder))
-            if not began:
-                (folder / LOCK_NAME).unlink(missing_ok=True)
+            (folder / LOCK_NAME).unlink(missing_ok=True)
             lock.release()
-            if run.is_new_folder and not began and not any(folder.iterdir()):
+            if run.is_new_folder and not any(folder.iterdir()):
                 folder.rmdir()
 
 
@@ -269,6 +275,8 @@ def _find_origin(run: Run, config: TrainingConfig):
                 f"--overwrite_output_dir: {run.folder} holds {', '.join(names[:3])}, but no {RECORD_NAME}: no training"
                 " wrote them there. Give another folder."
             )
+    elif asked != "latest" and config.overwrite_output_dir:
+        raise ValueError("--overwrite_output_dir removes what --resume_from_checkpoint goes on from: leave one out.")
     if asked is None:
         return
     if asked != "latest":

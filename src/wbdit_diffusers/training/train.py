@@ -25,12 +25,12 @@ from ..hub.model_card import render_model_card
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..processing.processor import ScRNAProcessor
 from ..sampling.schedulers import SCHEDULERS, training_scheduler
+from .cells import read_source, split_cells
 from .codec import prepare_codec
 from .config import TrainingConfig
 from .denoiser import DenoiserTraining, batch_sizes
 from .processes import interruption, together
 from .run import Run, check_cells, describe_cells, make_record, open_run, read_record
-from .source import read_source, split_cells
 
 
 logger = get_logger(__name__)

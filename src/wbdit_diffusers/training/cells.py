@@ -74,7 +74,26 @@ def split_cells(adata: ad.AnnData, config: TrainingConfig, origin: Path | None) 
         split = CellSplit.load(origin)
     else:
         label_key = config.label_keys[0] if config.label_keys else None
+        if label_key is not None:
+            _check_label_sizes(adata, label_key, config.test_fraction)
         split = CellSplit.draw(adata, config.test_fraction, label_key=label_key, seed=config.seed)
     if len(split.train) < MIN_CELLS:
         raise ValueError(f"{len(split.train)} training cells are too few to learn from: {MIN_CELLS} are the least.")
     return split
+
+
+def _check_label_sizes(adata: ad.AnnData, label_key: str, test_fraction: float):
+    """Of enough cells none is held out if each label has one or two: then the labels are to blame."""
+    missing = adata.obs[label_key].isna()
+    if missing.any():
+        raise ValueError(f"`adata.obs[{label_key!r}]` is missing for {missing.sum()} cells: name or remove them.")
+    largest = int(adata.obs[label_key].value_counts().max())
+
+    def holds_out(number: int) -> bool:
+        return (number - 0.5) / number > 1 - test_fraction
+
+    if holds_out(adata.n_obs) and not holds_out(largest):
+        raise ValueError(
+            f"No label in obs[{label_key!r}] has cells enough to hold out a share of {test_fraction}: the largest has"
+            f" {largest}. Labels are groups of many cells: give such a column."
+        )
