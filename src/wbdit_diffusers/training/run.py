@@ -37,10 +37,9 @@ FORMAT_VERSION = 1
 RECORD_NAME = "run.json"
 STAGE_ONE_NAME = "stage_one"  # the finished codec, or what an unfinished one goes on from
 LOCK_NAME = ".lock"
-# What a training writes, and all that --overwrite_output_dir removes.
+# What a training writes besides checkpoints, and all that --overwrite_output_dir removes.
 FILES = ["README.md", "model_index.json", CellSplit.FILE_NAME, RECORD_NAME, "training_log.csv", STAGE_ONE_NAME]
 FILES += ["codec", "denoiser", "processor", "scheduler", "logs/wbdit_diffusers"]
-PATTERNS = ["checkpoint-*", ".*.partial"]
 
 # What a resumed run may have otherwise. The number of processes is no field.
 MAY_CHANGE = {
@@ -215,7 +214,7 @@ def _write_split(split: CellSplit, path: Path):
 def written_files(folder: Path) -> list[Path]:
     """What a training has written into a folder."""
     files = [folder / name for name in FILES if (folder / name).exists()]
-    return files + [path for pattern in PATTERNS for path in sorted(folder.glob(pattern))]
+    return files + find_checkpoints(folder) + sorted(folder.glob(".checkpoint-*.partial"))
 
 
 @contextmanager
