@@ -34,15 +34,16 @@ FLAGS += " --max_train_steps 60 --checkpointing_steps 4 --checkpoints_total_limi
 COMPONENTS = ("codec", "denoiser", "processor")
 TIMEOUT = 300.0  # seconds, of one run
 
-MOMENTS: dict[str, Callable[[Path], bool]] = {
-    "reading cells": lambda folder: (folder / ".lock").exists(),
-    "stage one": lambda folder: (folder / "run.json").exists(),
-    "stage one, second fit": lambda folder: (folder / "stage_one" / "programs-4.pt").exists(),
-    "stage one, decoder": lambda folder: (folder / "stage_one" / "programs-8.pt").exists(),
-    "first steps": lambda folder: (folder / "stage_one" / "codec").exists(),
-    "steps": lambda folder: any(folder.glob("checkpoint-*")),
-    "save": lambda folder: any(folder.glob(".checkpoint-*.partial")),
-    "final save": lambda folder: len(read_log(folder)) == 12,
+# When each comes: what must have been written since the start, and what must be there besides.
+MOMENTS: dict[str, tuple[str, Callable[[Path], bool]]] = {
+    "reading cells": (".lock", lambda folder: True),
+    "stage one": ("run.json", lambda folder: True),
+    "stage one, second fit": ("run.json", lambda folder: (folder / "stage_one" / "programs-4.pt").exists()),
+    "stage one, decoder": ("run.json", lambda folder: (folder / "stage_one" / "programs-8.pt").exists()),
+    "first steps": ("training_log.csv", lambda folder: True),
+    "steps": ("training_log.csv", lambda folder: any(folder.glob("checkpoint-*"))),
+    "save": ("training_log.csv", lambda folder: any(folder.glob(".checkpoint-*.partial"))),
+    "final save": ("training_log.csv", lambda folder: len(read_log(folder)) == 12),
 }
 
 
@@ -82,14 +83,19 @@ def kill(process: subprocess.Popen, rng: np.random.Generator) -> str:
     for left in alive:
         left.kill()
     process.wait()
-    return f"{'one' if one else 'all'} of {len(family)}" + (f", {len(alive)} had to be killed" if alive else "")
+    return f"{'one' if one else 'all'} of {len(family)}" + (f", {len(alive)} lived on" if alive else "")
 
 
-def run_until(process: subprocess.Popen, folder: Path, moment: str) -> bool:
-    """Whether the moment came before the training had ended."""
+def written_at(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def run_until(process: subprocess.Popen, folder: Path, moment: str, before: int) -> bool:
+    """Whether the moment came before the training had ended. Its file had the time `before` at the start."""
     deadline = time.monotonic() + TIMEOUT
+    name, is_there = MOMENTS[moment]
     while process.poll() is None and time.monotonic() < deadline:
-        if MOMENTS[moment](folder):
+        if written_at(folder / name) not in (0, before) and is_there(folder):
             return True
         time.sleep(0.002)
     return False
@@ -128,12 +134,13 @@ def measure(work_dir: Path, num_processes: int, num_kills: int, seed: int) -> di
     # In the order in which they come, so that the training goes on from each to the next.
     order = sorted(np.resize(np.arange(len(MOMENTS)), num_kills).tolist())
     for moment in [list(MOMENTS)[number] for number in order]:
+        before = written_at(killed / MOMENTS[moment][0])
         process = start(num_processes, flags, log)
-        came = run_until(process, killed, moment)
+        came = run_until(process, killed, moment, before)
         time.sleep(rng.uniform(0, 0.4) if came else 0)
         whom = kill(process, rng) if process.poll() is None else "it had ended"
         left = [path.name for path in killed.glob("*") if path.name.startswith((".checkpoint", "checkpoint"))]
-        kills.append({"moment": moment, "killed": whom, "exit_code": process.returncode, "left": sorted(left)})
+        kills.append({"moment": moment, "killed": whom, "left": sorted(left)})
         print(kills[-1], flush=True)
     code = start(num_processes, flags, log).wait(TIMEOUT)
     if code != 0:

@@ -29,7 +29,7 @@ SAME = [
     ({"push_to_hub": True, "hub_model_id": "me/cells"}, ["--push_to_hub", "--hub_model_id", "me/cells"]),
     ({"codec": "expression", "standardize": False}, ["--codec", "expression", "--no-standardize"]),
     ({"codec": "expression", "model_library_size": False}, ["--codec", "expression", "--no-model_library_size"]),
-    ({"num_programs": 24, "min_program_gain": 0.02}, ["--num_programs", "24", "--min_program_gain", "0.02"]),
+    ({"max_programs": 24, "min_program_gain": 0.02}, ["--max_programs", "24", "--min_program_gain", "0.02"]),
     ({"max_train_minutes": 0.5, "block_type": "dit"}, ["--max_train_minutes", "0.5", "--block_type", "dit"]),
     ({"mixed_precision": "bf16"}, ["--mixed_precision", "bf16"]),
     ({"resume_from_checkpoint": "latest"}, ["--resume_from_checkpoint", "latest"]),

@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None):
     argv = sys.argv[1:] if argv is None else list(argv)
     config = config_from_args(argv, prog)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "accelerate"):  # each request, and each file of a checkpoint
+        logging.getLogger(name).setLevel(logging.WARNING)
     limit_threads()
     try:
         train(None, config)

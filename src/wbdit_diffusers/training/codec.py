@@ -123,8 +123,8 @@ def fit_program_codec(
     start_time = time.monotonic() if start_time is None else start_time
     minutes = math.inf if config.max_train_minutes is None else config.max_train_minutes * config.codec_time_fraction
     deadline = start_time + 60 * minutes
-    # What is left from here: reading cells, and an interrupted run, may have taken a part.
-    search_deadline = deadline - REFIT_SHARE * 60 * minutes if math.isfinite(minutes) else deadline
+    has_refit = config.decoder_steps > 0 and math.isfinite(minutes)
+    search_deadline = deadline - REFIT_SHARE * 60 * minutes if has_refit else deadline
     first = config.num_programs or min(config.min_programs, num_genes)
     codec, best_loss = fit_programs(config, dataset, first, device, search_deadline, folder, start_time)
     min_gain = config.min_program_gain
