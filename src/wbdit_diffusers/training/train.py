@@ -105,8 +105,7 @@ def _train(
             check_cells(read_record(run.origin), record)
     with together(accelerator), interruption.deferred():
         if accelerator.is_main_process:
-            if config.push_to_hub:
-                create_repo(config.hub_model_id or config.output_dir.resolve().name, exist_ok=True)
+            _create_repo(config)  # what can't be uploaded must be known before the work
             run.start(record, split)
 
     # 2. The codec: what the denoiser sees
@@ -152,12 +151,21 @@ def _train(
     return pipeline
 
 
+def _create_repo(config: TrainingConfig) -> str:
+    """The repository to upload to, or the folder's name if there is none."""
+    repo_id = config.hub_model_id or config.output_dir.resolve().name
+    if not config.push_to_hub:
+        return repo_id
+    try:
+        return create_repo(repo_id, exist_ok=True).repo_id
+    except Exception as error:  # of the Hub and of the network
+        raise OSError(f"--push_to_hub: there is no writing to {repo_id}: {error}") from error
+
+
 def _save(pipeline: ScRNAGenerationPipeline, config: TrainingConfig, training: DenoiserTraining, split: CellSplit):
     """Writes the pipeline and its model card, and uploads them if asked to."""
     pipeline.save_pretrained(config.output_dir)
-    repo_id = config.hub_model_id or config.output_dir.resolve().name
-    if config.push_to_hub:
-        repo_id = create_repo(repo_id, exist_ok=True).repo_id
+    repo_id = _create_repo(config)
     with training.log_path.open() as file:
         rows = list(csv.DictReader(file))
     facts = {
