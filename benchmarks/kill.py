@@ -13,26 +13,31 @@ bit.
 import argparse
 import csv
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import socket
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from wbdit_diffusers.data import load_pbmc
 
 
 FLAGS = "--label_keys cell_type --num_genes 100 --patch_size 4 --num_layers 1 --num_attention_heads 2"
 FLAGS += " --attention_head_dim 8 --train_batch_size 32 --lr_warmup_steps 2 --mixed_precision no"
-FLAGS += " --min_programs 4 --max_programs 8 --codec_hidden_size 32 --codec_max_steps 150 --decoder_steps 50"
-FLAGS += " --max_train_steps 60 --checkpointing_steps 4 --checkpoints_total_limit 3 --validation_steps 5"
+FLAGS += " --min_programs 4 --max_programs 8 --codec_hidden_size 32 --codec_max_steps 60 --decoder_steps 30"
+FLAGS += " --max_train_steps 40 --checkpointing_steps 4 --checkpoints_total_limit 3 --validation_steps 5"
+NUM_ROWS = 8  # of the log
 COMPONENTS = ("codec", "denoiser", "processor")
-TIMEOUT = 300.0  # seconds, of one run
+TIMEOUT = 600.0  # seconds, of one run
+
+# Processes are forked from one that has imported everything: that takes longer than the training.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["wbdit_diffusers.training.__main__", "scanpy"])
 
 # When each comes: what must have been written since the start, and what must be there besides.
 MOMENTS: dict[str, tuple[str, Callable[[Path], bool]]] = {
@@ -43,7 +48,7 @@ MOMENTS: dict[str, tuple[str, Callable[[Path], bool]]] = {
     "first steps": ("training_log.csv", lambda folder: True),
     "steps": ("training_log.csv", lambda folder: any(folder.glob("checkpoint-*"))),
     "save": ("training_log.csv", lambda folder: any(folder.glob(".checkpoint-*.partial"))),
-    "final save": ("training_log.csv", lambda folder: len(read_log(folder)) == 12),
+    "final save": ("training_log.csv", lambda folder: len(read_log(folder)) == NUM_ROWS),
 }
 
 
@@ -56,45 +61,69 @@ def read_log(folder: Path) -> list[dict[str, str]]:
         return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
 
 
-def start(num_processes: int, flags: list[str], log: Path) -> subprocess.Popen:
-    """The training, its output in a file."""
-    launcher = []
+def train(rank: int, num_processes: int, port: int, flags: list[str], log: Path):
+    """One process of a training, as a launcher would start it; its output goes to a file."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     if num_processes > 1:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes), "-m"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    with log.open("a") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", *launcher, "wbdit_diffusers.training", *flags],
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import torch
+
+    from wbdit_diffusers.training.__main__ import main
+
+    torch.set_num_threads(1)
+    main(flags)
+
+
+def start(num_processes: int, flags: list[str], log: Path) -> list[BaseProcess]:
+    """A training, as that many processes."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    processes = [
+        CONTEXT.Process(target=train, args=(rank, num_processes, port, flags, log)) for rank in range(num_processes)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: list[BaseProcess], log: Path):
+    """Waits for the end of a training that nobody kills."""
+    for process in processes:
+        process.join(TIMEOUT)
+    if any(process.exitcode != 0 for process in processes):
+        kill(processes, processes)
+        raise RuntimeError(
+            f"The training ended as {[process.exitcode for process in processes]}: {log.read_text()[-3000:]}"
         )
 
 
-def kill(process: subprocess.Popen, rng: np.random.Generator) -> str:
-    """SIGKILL to all of its processes, or to one; in the end none is left."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    one = bool(rng.random() < 0.3)
-    victims = [family[rng.integers(len(family))]] if one else family
-    for victim in victims:
-        victim.kill()
-    # The others must end by themselves: a worker without its launcher, a launcher without its worker.
-    _, alive = psutil.wait_procs(family, timeout=60)
-    for left in alive:
-        left.kill()
-    process.wait()
-    return f"{'one' if one else 'all'} of {len(family)}" + (f", {len(alive)} lived on" if alive else "")
+def kill(processes: list[BaseProcess], victims: list[BaseProcess]) -> int:
+    """SIGKILL to some of a training's processes. The others must end by themselves; returns how many did not."""
+    for process in victims:
+        process.kill()
+    for process in processes:
+        process.join(120)
+    alive = [process for process in processes if process.is_alive()]
+    for process in alive:
+        process.kill()
+        process.join()
+    return len(alive)
 
 
 def written_at(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def run_until(process: subprocess.Popen, folder: Path, moment: str, before: int) -> bool:
+def run_until(processes: list[BaseProcess], folder: Path, moment: str, before: int) -> bool:
     """Whether the moment came before the training had ended. Its file had the time `before` at the start."""
     deadline = time.monotonic() + TIMEOUT
     name, is_there = MOMENTS[moment]
-    while process.poll() is None and time.monotonic() < deadline:
+    while all(process.is_alive() for process in processes) and time.monotonic() < deadline:
         if written_at(folder / name) not in (0, before) and is_there(folder):
             return True
         time.sleep(0.002)
@@ -126,8 +155,7 @@ def measure(work_dir: Path, num_processes: int, num_kills: int, seed: int) -> di
     flags = ["--dataset", str(work_dir / "cells.h5ad"), *FLAGS.split()]
     whole, killed, log = work_dir / "whole", work_dir / "killed", work_dir / "log.txt"
     begun = time.monotonic()
-    if start(num_processes, [*flags, "--output_dir", str(whole)], log).wait(TIMEOUT) != 0:
-        raise RuntimeError(log.read_text()[-3000:])
+    finish(start(num_processes, [*flags, "--output_dir", str(whole)], log), log)
     seconds = time.monotonic() - begun
     flags += ["--output_dir", str(killed), "--resume_from_checkpoint", "latest"]
     kills = []
@@ -135,22 +163,23 @@ def measure(work_dir: Path, num_processes: int, num_kills: int, seed: int) -> di
     order = sorted(np.resize(np.arange(len(MOMENTS)), num_kills).tolist())
     for moment in [list(MOMENTS)[number] for number in order]:
         before = written_at(killed / MOMENTS[moment][0])
-        process = start(num_processes, flags, log)
-        came = run_until(process, killed, moment, before)
-        time.sleep(rng.uniform(0, 0.4) if came else 0)
-        whom = kill(process, rng) if process.poll() is None else "it had ended"
-        left = [path.name for path in killed.glob("*") if path.name.startswith((".checkpoint", "checkpoint"))]
-        kills.append({"moment": moment, "killed": whom, "left": sorted(left)})
+        processes = start(num_processes, flags, log)
+        came = run_until(processes, killed, moment, before)
+        time.sleep(rng.uniform(0, 0.2) if came else 0)
+        victims = [processes[rng.integers(num_processes)]] if rng.random() < 0.3 else processes
+        had_ended = not any(process.is_alive() for process in processes)
+        lived_on = kill(processes, victims)
+        left = sorted(path.name for path in killed.glob("*checkpoint-*"))
+        whom = "none: it had ended" if had_ended else f"{len(victims)} of {num_processes}"
+        kills.append({"moment": moment, "killed": whom, "lived_on": lived_on, "left": left})
         print(kills[-1], flush=True)
-    code = start(num_processes, flags, log).wait(TIMEOUT)
-    if code != 0:
-        raise RuntimeError(log.read_text()[-3000:])
+    finish(start(num_processes, flags, log), log)
     return {
         "processes": num_processes,
         "kills": kills,
         "seconds_of_the_whole_training": round(seconds, 1),
         "same_weights": same_files(killed, whole),
-        "same_log": read_log(killed) == read_log(whole) and len(read_log(whole)) == 12,
+        "same_log": read_log(killed) == read_log(whole) and len(read_log(whole)) == NUM_ROWS,
         "same_split": (killed / "split.json").read_bytes() == (whole / "split.json").read_bytes(),
         "partial_files_left": [path.name for path in killed.glob(".*.partial")],
     }
