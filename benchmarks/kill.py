@@ -162,15 +162,15 @@ def measure(work_dir: Path, num_processes: int, num_kills: int, seed: int) -> di
     # In the order in which they come, so that the training goes on from each to the next.
     order = sorted(np.resize(np.arange(len(MOMENTS)), num_kills).tolist())
     for moment in [list(MOMENTS)[number] for number in order]:
+        (killed / ".lock").unlink(missing_ok=True)  # whose time would stay as it was
         before = written_at(killed / MOMENTS[moment][0])
         processes = start(num_processes, flags, log)
         came = run_until(processes, killed, moment, before)
-        time.sleep(rng.uniform(0, 0.2) if came else 0)
+        time.sleep(rng.uniform(0, 0.02 if moment == "save" else 0.3) if came else 0)
         victims = [processes[rng.integers(num_processes)]] if rng.random() < 0.3 else processes
-        had_ended = not any(process.is_alive() for process in processes)
         lived_on = kill(processes, victims)
         left = sorted(path.name for path in killed.glob("*checkpoint-*"))
-        whom = "none: it had ended" if had_ended else f"{len(victims)} of {num_processes}"
+        whom = "none: it had ended" if not came else f"{len(victims)} of {num_processes}"
         kills.append({"moment": moment, "killed": whom, "lived_on": lived_on, "left": left})
         print(kills[-1], flush=True)
     finish(start(num_processes, flags, log), log)
