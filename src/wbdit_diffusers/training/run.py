@@ -263,6 +263,8 @@ def _find_origin(run: Run, config: TrainingConfig):
     """Which run is gone on with, if one is."""
     asked, written = config.resume_from_checkpoint, written_files(run.folder)
     names = [path.name for path in written if not path.name.startswith(".")]
+    if asked is not None and asked != "latest":
+        read_state(Path(asked))
     if asked is None or (asked != "latest" and Path(asked).resolve().parent != run.folder.resolve()):
         if names and not config.overwrite_output_dir:
             raise ValueError(
@@ -280,7 +282,6 @@ def _find_origin(run: Run, config: TrainingConfig):
         return
     if asked != "latest":
         run.checkpoint = Path(asked)
-        read_state(run.checkpoint)
         origin = run.checkpoint.resolve().parent
         run.origin = run.folder if origin == run.folder.resolve() else origin
         if not (run.origin / STAGE_ONE_NAME / "codec").is_dir():
