@@ -77,7 +77,7 @@ def train_ours(
     adata: ad.AnnData, folder: Path, model: str, values: str, label_keys: list[str], args: argparse.Namespace
 ) -> ScRNAGenerationPipeline:
     if not (folder / "model_index.json").exists():
-        flags = {"label_keys": label_keys, "seed": args.seed}
+        flags = {"label_keys": label_keys, "seed": args.seed, "resume_from_checkpoint": "latest"}
         flags |= {"values": values, "checkpointing_steps": 10**9, **OURS[model], **args.train_flags}
         train(adata, make_config(flags | {"output_dir": folder}))
     pipe = ScRNAGenerationPipeline.from_pretrained(folder)

@@ -56,6 +56,7 @@ def main():
     config = TrainingConfig(
         label_keys=["cell_type"],
         output_dir=folder,
+        overwrite_output_dir=True,
         max_train_minutes=args.max_train_minutes,
         max_train_steps=1_000_000,  # the minutes end it
         validation_steps=500,

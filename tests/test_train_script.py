@@ -21,8 +21,8 @@ SHAPE = "--num_genes 100 --patch_size 20 --num_layers 1 --num_attention_heads 2 
 SPEED = "--train_batch_size 64 --lr_warmup_steps 2 --num_inference_steps 3 --mixed_precision no"
 CODEC = "--codec_max_steps 100 --num_programs 8 --codec_hidden_size 16 --decoder_steps 20"
 TINY = f"{SHAPE} {SPEED} {CODEC}".split()
-FILES = ["README.md", "model_index.json", "split.json", "training_log.csv"]
-COMPONENTS = ["codec", "denoiser", "processor", "scheduler"]
+FILES = ["README.md", "model_index.json", "run.json", "split.json", "training_log.csv"]
+FOLDERS = ["codec", "denoiser", "processor", "scheduler", "stage_one"]
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def launch(*command: str | Path, **environment: str):
 
 
 def assert_complete(folder: Path):
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES + COMPONENTS)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES + FOLDERS)
     pipe = ScRNAGenerationPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     assert pipe(num_cells=3).cells.shape == (3, 100)
@@ -112,7 +112,7 @@ BAD = [
     (["--dataset", "absent.h5ad"], "no file absent.h5ad"),
     (["--gradient_accumulation_steps", "9"], "an epoch has only 8 batches of 64 cells"),
     (["--label_keys", "celltype"], "has no column 'celltype'"),
-    (["--layer", "raw"], "has no layer 'raw'"),
+    (["--layer", "raw"], "have no layer 'raw'"),
     (["--values", "log"], "which is no logarithm of expression: pass values='counts'"),
     (["--test_fraction", "0"], "--test_fraction 0: Input should be greater than 0"),
     (["--resume_from_checkpoint", "absent"], "absent: this is no checkpoint"),

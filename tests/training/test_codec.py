@@ -215,16 +215,36 @@ def test_labels_get_effects_in_the_second_fit_and_a_prior_holds_them(dataset, tm
     "stage, changes", [("gene programs", {"codec_learning_rate": 1e30}), ("decoder", {"decoder_learning_rate": 1e34})]
 )
 def test_a_diverged_fit_is_refused(stage, changes, dataset, tmp_path):
+    config = tiny_config(tmp_path)
+    for name, value in changes.items():
+        setattr(config, name, value)  # above what a configuration lets pass
     with pytest.raises(ValueError, match=f"{stage}.*Lower --{next(iter(changes))}"):
-        fit_program_codec(tiny_config(tmp_path, **changes), dataset, CPU)
+        fit_program_codec(config, dataset, CPU)
 
 
 def test_stage_one_ends_at_its_part_of_the_time(dataset, tmp_path):
-    limits = {"max_train_minutes": 3 / 60, "codec_time_fraction": 0.5, "decoder_steps": 0}
-    config = tiny_config(tmp_path, **ENDLESS, **limits)
-    start = time.monotonic()
-    fit_program_codec(config, dataset, CPU)
-    assert 1.5 <= time.monotonic() - start < 20
+    limits = {"max_train_minutes": 3 / 60, "codec_time_fraction": 0.5}
+    for decoder_steps in (0, 10_000_000):
+        config = tiny_config(tmp_path, **{**ENDLESS, **limits, "decoder_steps": decoder_steps})
+        start = time.monotonic()
+        fit_program_codec(config, dataset, CPU)
+        assert 1.5 <= time.monotonic() - start < 20
+
+
+def test_the_decoder_s_learning_rate_falls_with_its_time(dataset, tmp_path, monkeypatch, caplog):
+    """Along the cosine to its end, so that few steps end as well as many."""
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    config = tiny_config(tmp_path, decoder_steps=10_000_000)
+    codec, _ = fit_programs(tiny_config(tmp_path, codec_max_steps=1), dataset, 4, CPU)
+    programs = encode_cells(dataset, codec)[:, :4]
+    rates.clear()
+    refit_decoder(config, dataset, codec, programs, deadline=time.monotonic() + 1)
+    assert rates[0] == pytest.approx(3e-3, rel=1e-3) and all(np.diff(rates) <= 0) and rates[-1] < 1e-3
+    assert "of 10000000 steps, as --max_train_minutes are few" in caplog.text
+    rates.clear()
+    refit_decoder(tiny_config(tmp_path, decoder_steps=4), dataset, codec, programs)
+    np.testing.assert_allclose(rates, 3e-3 * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2)
 
 
 def test_a_deadline_in_the_past_leaves_one_step(dataset, tmp_path, caplog):

@@ -155,7 +155,7 @@ def test_a_diverged_denoiser_is_refused_and_not_saved(changes, pbmc, tmp_path, m
         "wbdit_diffusers.training.denoiser.diffusion_loss", lambda *_: torch.tensor(np.nan).requires_grad_()
     )
     config = tiny_config(tmp_path, codec="expression", max_train_steps=10, **changes)
-    with pytest.raises(ValueError, match="denoiser's loss is nan at step 2. Lower --learning_rate"):
+    with pytest.raises(ValueError, match="denoiser's loss is nan at step 2. Train again with a lower --learning_rate"):
         train(pbmc, config)
     assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "model_index.json").exists()
 

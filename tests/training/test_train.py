@@ -343,7 +343,7 @@ BAD_DATA = [
     ("duplicate genes", "gene"),
     ("missing label", r"adata.obs\['cell_type'\]. is missing for 1 cells"),
     ("no matrix", "no matrix in X, only layers"),
-    ("one cell", "1 cells are too few to hold out"),
+    ("one cell", "cells are too few to hold out"),
     ("all empty", "have no counts at all"),
     ("NaN", "remove or replace NaN"),
     ("negative", "expression is never negative"),

@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
+    model_validator,
 )
 from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticUndefined
+from pydantic_core import ArgsKwargs, PydanticUndefined
+
+from .processes import is_first_process
 
 
 SHIPPED_CONFIGS = resources.files(__package__) / "configs"
@@ -47,8 +49,19 @@ CODEC_DEFAULTS = {
     },
 }
 
+# Bounds are far above what is of use, and below what would keep a machine busy for hours with a slip of the finger.
+MAX_PARAMETERS = 2_000_000_000
+RESERVED_LABELS = ("library_size", "_index")  # of obs, which generated cells have besides
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Labels = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+LearningRate = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(gt=0, le=10**9)]  # of steps, epochs and cells
+CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
+Width = Annotated[int, Field(gt=0, le=16_384)]
+Programs = Annotated[int, Field(gt=0, le=1024)]
+Name = Annotated[str, Field(min_length=1)]
+Labels = Annotated[list[Name], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 pydantic_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
@@ -58,13 +71,13 @@ class DataConfig:
 
     dataset: Path | None = None
     """The .h5ad file of cells to train on."""
-    layer: str | None = None
+    layer: Name | None = None
     """The layer that holds the matrix. X when not given."""
     values: Literal["counts", "log"] = "counts"
     """What the matrix holds: integer counts, or values that are on a log scale already."""
     label_keys: Labels = Field(default_factory=list)
     """Columns of obs that condition the cells, the cell type first."""
-    num_genes: NonNegativeInt = 2000
+    num_genes: Annotated[int, Field(ge=0, le=10**6)] = 2000
     """How many genes to model, the most variable ones. 0 for all."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the cells that is held out from training, within each label of the first label key."""
@@ -76,29 +89,29 @@ class DataConfig:
 class ProgramCodecConfig:
     """Stage one with gene programs: a linear decoder under a likelihood of counts, or of log values."""
 
-    num_programs: PositiveInt | None = None
+    num_programs: Programs | None = None
     """How many gene programs. When not given they are doubled for as long as cells set aside gain by it."""
-    min_programs: PositiveInt = 16
+    min_programs: Programs = 16
     """The number of programs that the search begins with."""
-    max_programs: PositiveInt = 64
+    max_programs: Programs = 64
     """The number of programs that the search does not exceed."""
     min_program_gain: Fraction | None = None
     """By which share twice as many programs must lower the loss of the cells set aside to be worth their cost, or for
     log values by which share of what the fit has gained (a density has no zero point). Default: 0.01, or 0.1 for log
     values."""
-    codec_hidden_size: PositiveInt = 256
+    codec_hidden_size: Width = 256
     """Width of the encoder's hidden layer."""
-    codec_learning_rate: PositiveFloat = 1e-3
+    codec_learning_rate: LearningRate = 1e-3
     """Learning rate of encoder and decoder."""
-    dispersion_learning_rate: PositiveFloat = 1e-2
+    dispersion_learning_rate: LearningRate = 1e-2
     """Learning rate of each gene's noise. It spans orders of magnitude, and must get there before programs overfit."""
     program_prior_precision: NonNegativeFloat = 30.0
     """Precision of the Gaussian prior on the decoder's weights. Genes with few counts are drawn to zero by it."""
     label_prior_precision: NonNegativeFloat = 4.0
     """Precision of the Gaussian prior on what labels do to a gene beside the programs."""
-    codec_batch_size: PositiveInt = 128
+    codec_batch_size: Annotated[int, Field(gt=0, le=10**5)] = 128
     """Cells in a step of stage one."""
-    codec_max_steps: PositiveInt = 20_000
+    codec_max_steps: Count = 20_000
     """Steps after which stage one ends at the latest. Cells set aside mostly end it much earlier."""
     codec_validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the training cells, 2,000 at most, that stage one sets aside to decide when it ends."""
@@ -107,16 +120,16 @@ class ProgramCodecConfig:
     this share of what the fit has gained (a density has no zero point). Programs that follow their cells a little more
     closely than that best give better cells, once the decoder is fitted to them. Default: 0.003, or 0.1 for log
     values."""
-    codec_patience: PositiveInt = 1000
+    codec_patience: Count = 1000
     """Stage one also ends when that loss has not improved by a thousandth for so many steps."""
     codec_time_fraction: Annotated[float, Field(gt=0, lt=1)] = 1 / 3
     """The part of max_train_minutes that stage one may take."""
     kl_weight: NonNegativeFloat = 0.3
     """Weight of the divergence between a cell's encoded programs and a standard normal distribution. It keeps the
     encoder from fitting the noise of single counts."""
-    decoder_steps: NonNegativeInt = 600
+    decoder_steps: CountOrZero = 600
     """Steps in which the decoder alone is fitted at the end, to the final programs of all training cells."""
-    decoder_learning_rate: PositiveFloat = 3e-3
+    decoder_learning_rate: LearningRate = 3e-3
     """Learning rate of these steps, which falls to zero along a cosine."""
 
 
@@ -137,22 +150,22 @@ class DenoiserConfig:
     block_type: Literal["descent", "white_box", "dit"] | None = None
     """The block whose two steps descend what they are derived from, the published White-Box block (MSSA and ISTA), or
     the plain DiT block as a baseline."""
-    patch_size: PositiveInt | None = None
+    patch_size: Annotated[int, Field(gt=0, le=10**6)] | None = None
     """How many values of a cell make one token. Default: 10 with expression; one with gene programs, so that each is a
     token, or as many as keep a cell at 32 tokens."""
-    num_layers: PositiveInt | None = None
+    num_layers: Annotated[int, Field(gt=0, le=256)] | None = None
     """Number of blocks."""
-    num_attention_heads: PositiveInt | None = None
+    num_attention_heads: Annotated[int, Field(gt=0, le=256)] | None = None
     """Number of attention heads, in a White-Box block the number of subspaces."""
-    attention_head_dim: PositiveInt | None = None
+    attention_head_dim: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Dimension of a head. The width of the network is this times the number of heads."""
-    condition_dropout: Fraction = 0.1
+    condition_dropout: Share = 0.1
     """Share of the cells that are trained on without their labels, which guidance needs."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     """What the network predicts: the noise, the velocity or the clean cell."""
     scheduler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
     """The solver of the finished pipeline. It has no effect on training."""
-    num_inference_steps: PositiveInt = 20
+    num_inference_steps: Annotated[int, Field(gt=0, le=1000)] = 20
     """How many steps the finished pipeline takes by default. It has no effect on training."""
 
 
@@ -160,36 +173,36 @@ class DenoiserConfig:
 class OptimizationConfig:
     """How the denoiser is trained."""
 
-    max_train_steps: PositiveInt = 3000
+    max_train_steps: Count = 3000
     """Steps of the optimizer after which training ends."""
-    max_train_epochs: PositiveInt = 1000
+    max_train_epochs: Count = 1000
     """Passes over the training cells after which training ends, if they are over before the steps. With more of them
     a network learns few cells by heart."""
-    max_train_minutes: PositiveFloat | None = None
+    max_train_minutes: Annotated[float, Field(gt=0, le=10**6)] | None = None
     """Minutes after which training ends, if they are over before the steps. Stage one is included."""
-    train_batch_size: PositiveInt | None = None
+    train_batch_size: Annotated[int, Field(gt=0, le=10**6)] | None = None
     """Cells in a batch of each process."""
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: Annotated[int, Field(gt=0, le=10**6)] = 1
     """Batches in a step of the optimizer."""
-    learning_rate: PositiveFloat = 2e-3
+    learning_rate: LearningRate = 2e-3
     """Highest learning rate of AdamW."""
-    lr_warmup_steps: NonNegativeInt = 100
+    lr_warmup_steps: CountOrZero = 100
     """Steps in which the learning rate rises from zero."""
     lr_decay_fraction: Fraction = 0.3
     """The last part of the training, in steps or minutes, in which the learning rate falls to zero."""
-    weight_decay: NonNegativeFloat = 0.01
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
     """Weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients with a larger norm are scaled down to it."""
     use_ema: bool = True
     """Whether the pipeline gets a moving average of the weights instead of the last ones."""
-    ema_decay: Fraction = 0.999
+    ema_decay: Share = 0.999
     """Decay of the moving average. It starts lower and reaches this by and by."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Type of the forward pass. The setting of `accelerate config` when not given."""
     compile: bool = False
     """Whether to compile the blocks with torch.compile: slower to start, faster steps."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the split, of all weights and of every random number in training."""
 
 
@@ -199,15 +212,18 @@ class OutputConfig:
 
     output_dir: Path
     """The folder for the pipeline, split.json, training_log.csv and checkpoints."""
-    validation_steps: PositiveInt = 200
+    validation_steps: Count = 200
     """Steps between two lines of the log, each with the loss of held-out cells."""
-    checkpointing_steps: PositiveInt = 1000
+    checkpointing_steps: Count = 1000
     """Steps between two checkpoints."""
-    checkpoints_total_limit: PositiveInt | None = None
+    checkpoints_total_limit: Count | None = None
     """How many checkpoints to keep, the newest ones. All when not given."""
-    resume_from_checkpoint: str | None = None
-    """A checkpoint folder to go on from, or "latest" for the newest in output_dir."""
-    report_to: str | None = None
+    resume_from_checkpoint: Name | None = None
+    """A checkpoint folder to go on from, or "latest" for the newest in output_dir, or its beginning if there is none.
+    Cells and flags must be those of that run; what is logged and kept, and how long it takes, may be otherwise."""
+    overwrite_output_dir: bool = False
+    """Whether to remove what another training has written to output_dir, which is refused otherwise."""
+    report_to: Name | None = None
     """A tracker that Accelerate knows, such as tensorboard or wandb."""
     push_to_hub: bool = False
     """Whether to upload the finished pipeline to the Hugging Face Hub."""
@@ -232,15 +248,78 @@ class TrainingConfig(
     """What is denoised: gene programs under a likelihood of counts, or of log values where no counts can be recovered
     from them; or expression itself, as in the paper."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_switches_for_numbers(cls, values: Any) -> Any:
+        """Pydantic would take `true` for 1."""
+        for name, value in ((values.kwargs or {}) if isinstance(values, ArgsKwargs) else dict(values)).items():
+            field = cls.__dataclass_fields__.get(name)
+            if isinstance(value, bool) and field is not None and field.type is not bool:
+                raise ValueError(f"--{name} {value}: Input should not be true or false.")
+        return values
+
     def __post_init__(self):
-        """Refuses fields that have no effect with the codec, and fills in what depends on it."""
-        other = ExpressionCodecConfig if self.codec == "program" else ProgramCodecConfig
-        for field in dataclasses.fields(other):
-            if getattr(self, field.name) != field.default:
-                raise ValueError(f"--{field.name} has no effect with --codec {self.codec}: leave it out.")
+        """Refuses fields that have no effect with others, and fills in what depends on the codec."""
+        self._refuse_what_has_no_effect()
         for name, value in CODEC_DEFAULTS[self.codec].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        self._check_labels()
+        self._check_network()
+        if self.num_programs is None and self.min_programs > self.max_programs:
+            raise ValueError(f"--min_programs {self.min_programs} is above --max_programs {self.max_programs}.")
+        if self.resume_from_checkpoint == "latest" and self.overwrite_output_dir:
+            raise ValueError(
+                "--overwrite_output_dir removes what --resume_from_checkpoint goes on from: leave one out."
+            )
+        if self.hub_model_id is not None:
+            try:
+                validate_repo_id(self.hub_model_id)
+            except HFValidationError as error:
+                raise ValueError(f"--hub_model_id {self.hub_model_id}: {error}") from error
+
+    def _refuse_what_has_no_effect(self):
+        other = ExpressionCodecConfig if self.codec == "program" else ProgramCodecConfig
+        idle = [(f"--codec {self.codec}", [field.name for field in dataclasses.fields(other)])]
+        if self.num_programs is not None:
+            idle.append(("--num_programs", ["min_programs", "max_programs", "min_program_gain"]))
+        if self.max_train_minutes is None:
+            idle.append(("no --max_train_minutes", ["codec_time_fraction"]))
+        if self.split is not None:
+            idle.append(("--split", ["test_fraction"]))
+        if not self.use_ema:
+            idle.append(("--no-use_ema", ["ema_decay"]))
+        if not self.push_to_hub:
+            idle.append(("no --push_to_hub", ["hub_model_id"]))
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for reason, names in idle:
+            for name in names:
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(f"--{name} has no effect with {reason}: leave it out.")
+
+    def _check_labels(self):
+        for number, key in enumerate(self.label_keys):
+            if key in self.label_keys[:number]:
+                raise ValueError(f"--label_keys names {key!r} twice.")
+            if key in RESERVED_LABELS or "/" in key:
+                raise ValueError(
+                    f"--label_keys {key}: generated cells could not have a column of that name in obs; rename it in"
+                    " your data."
+                )
+
+    def _check_network(self):
+        """Before anything is built from these sizes."""
+        assert self.num_layers is not None and self.num_attention_heads is not None
+        assert self.attention_head_dim is not None
+        width = self.num_attention_heads * self.attention_head_dim
+        shape = f"--num_attention_heads {self.num_attention_heads} --attention_head_dim {self.attention_head_dim}"
+        if width % 4:
+            raise ValueError(f"{shape}: their product {width} must be a multiple of 4.")
+        if 8 * width**2 * self.num_layers > MAX_PARAMETERS:
+            raise ValueError(
+                f"--num_layers {self.num_layers} {shape}: a network of more than {MAX_PARAMETERS / 1e9:g} billion"
+                " parameters; make it smaller."
+            )
 
 
 # ==================== YAML files and flags ====================
@@ -298,22 +377,31 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file() and not shipped.is_file():
         names = sorted(Path(str(file)).stem for file in SHIPPED_CONFIGS.iterdir())
         raise FileNotFoundError(f"--config {path}: there is no such file, nor a shipped one: {', '.join(names)}.")
-    text = Path(path).read_text() if Path(path).is_file() else shipped.read_text()
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        text = Path(path).read_text() if Path(path).is_file() else shipped.read_text()
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} does not hold fields and values, like 'learning_rate: 1.0e-3'.")
-    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(TrainingConfig)})
+    unknown = sorted(map(str, set(values) - {field.name for field in dataclasses.fields(TrainingConfig)}))
     if unknown:
-        raise ValueError(f"--config {path} sets {', '.join(map(str, unknown))}, which is no flag of the training.")
+        raise ValueError(f"--config {path} sets {', '.join(unknown)}, which is no flag of the training.")
     return values
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and of several processes only the first says it."""
+
+    def error(self, message: str):
+        text = f"{self.prog}: error: {' '.join(message.split())}\n" if is_first_process() else None
+        self.exit(2, text)
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """One flag for each field of [`TrainingConfig`], in groups; what is not given is not in the result."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
         usage="%(prog)s --dataset CELLS.h5ad --output_dir FOLDER [flags]",
         description="Trains a White-Box DiT on single cells and writes a complete pipeline.",

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 
 from ..data.dataset import CellDataset
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
-from .checkpoints import save_checkpoint, step_of
+from .checkpoints import check_finite, load_checkpoint, read_state, save_checkpoint, write_whole
 from .config import TrainingConfig
+from .processes import TrainingInterrupted, interruption, together
 
 
 logger = get_logger(__name__)
@@ -66,12 +67,15 @@ def batch_sizes(config: TrainingConfig, num_cells: int, num_processes: int) -> t
     Cells per batch of one process, and cells per step of the optimizer.
 
     Raises:
-        ValueError: If an epoch has fewer batches than a step of the optimizer takes.
+        ValueError: If an epoch has fewer batches than a step of the optimizer takes, or there are more processes than
+            cells.
     """
     assert config.train_batch_size is not None  # the configuration has filled it in
     batch_size = min(config.train_batch_size, max(1, num_cells // num_processes))
     num_batches = num_cells // batch_size // num_processes
-    if config.gradient_accumulation_steps > max(1, num_batches):
+    if num_batches == 0:
+        raise ValueError(f"{num_cells} training cells are too few for {num_processes} processes: start fewer.")
+    if config.gradient_accumulation_steps > num_batches:
         raise ValueError(
             f"--gradient_accumulation_steps {config.gradient_accumulation_steps}: an epoch has only {num_batches}"
             f" batches of {batch_size} cells, and a step can't take more: lower it."
@@ -107,6 +111,7 @@ class DenoiserTraining:
     ):
         self.config, self.accelerator, self.noise_scheduler = config, accelerator, noise_scheduler
         self.start_time, self.global_step = start_time, 0
+        self._losses_before: list[float] = []  # of the run that is gone on with, since its last line of the log
         self.log_path = config.output_dir / "training_log.csv"
         model = WhiteBoxDiTModel(
             sample_size=sample_size,
@@ -157,20 +162,24 @@ class DenoiserTraining:
         )
 
     def resume(self, checkpoint: Path):
-        """Goes on from a checkpoint: weights, optimizer, averaged weights, and the step in the epoch."""
-        self.accelerator.load_state(str(checkpoint))
-        self.ema = EMAModel.from_pretrained(checkpoint / "ema", WhiteBoxDiTModel, foreach=True)
+        """Goes on from a checkpoint: weights, optimizer, averaged weights, losses, and the step in the epoch."""
+        self.ema, self._losses_before = load_checkpoint(self.accelerator, checkpoint, WhiteBoxDiTModel)
         self.ema.to(self.accelerator.device)
-        self.global_step = step_of(checkpoint)
+        self.global_step = int(read_state(checkpoint)["step"])
         logger.info(f"Resuming from {checkpoint}.")
 
     def start_log(self, resumed: bool):
         """Writes the head of the log. A resumed one forgets what came after the checkpoint."""
         rows = list(csv.DictReader(self.log_path.open())) if resumed and self.log_path.exists() else []
-        with self.log_path.open("w", newline="") as file:
-            log = csv.DictWriter(file, LOG_COLUMNS)
-            log.writeheader()
-            log.writerows(row for row in rows if int(row["step"]) <= self.global_step)
+        kept = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) <= self.global_step]
+
+        def write(path: Path):
+            with path.open("w", newline="") as file:
+                log = csv.DictWriter(file, LOG_COLUMNS, extrasaction="ignore")
+                log.writeheader()
+                log.writerows(kept)
+
+        write_whole(self.log_path, write)
 
     def batch_generator(self, batch: int) -> torch.Generator:
         """All randomness comes from the numbers of step, batch and process, so that resuming is exact."""
@@ -208,17 +217,19 @@ class DenoiserTraining:
             mininterval=1,
             disable=not self.accelerator.is_local_main_process,
         )
-        self.logged_losses: list[torch.Tensor] = []  # since the last line of the log
+        device = self.accelerator.device
+        self.logged_losses = [torch.tensor(loss, device=device) for loss in self._losses_before]  # since the last line
         stop = self.global_step >= self.max_train_steps
         self.model.train()
-        while not stop:
-            epoch, steps_done = divmod(self.global_step, self.steps_per_epoch)
-            self.dataloader.set_epoch(epoch)
-            batches_done = steps_done * config.gradient_accumulation_steps
-            batches = self.dataloader
-            if batches_done:
-                batches = self.accelerator.skip_first_batches(self.dataloader, batches_done)
-            stop = self._run_epoch(batches)
+        with interruption.deferred():
+            while not stop:
+                epoch, steps_done = divmod(self.global_step, self.steps_per_epoch)
+                self.dataloader.set_epoch(epoch)
+                batches_done = steps_done * config.gradient_accumulation_steps
+                batches = self.dataloader
+                if batches_done:
+                    batches = self.accelerator.skip_first_batches(self.dataloader, batches_done)
+                stop = self._run_epoch(batches)
         self.progress_bar.close()
         self.accelerator.wait_for_everyone()
 
@@ -228,9 +239,7 @@ class DenoiserTraining:
         batch_of_step = 0
         for batch in batches:
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(
-                    config, self.max_train_steps, self.global_step, time.monotonic() - self.start_time
-                )
+                group["lr"] = learning_rate(config, self.max_train_steps, self.global_step, self.seconds)
             with accelerator.accumulate(self.model):
                 loss = diffusion_loss(self.model, self.noise_scheduler, batch, self.batch_generator(batch_of_step))
                 accelerator.backward(loss)
@@ -246,32 +255,61 @@ class DenoiserTraining:
             self.global_step += 1
             batch_of_step = 0
             self.progress_bar.update()
-            stop = self.global_step >= self.max_train_steps or self._time_is_over()
+            time_is_over, signal_number = self._asked_to_stop()
+            stop = self.global_step >= self.max_train_steps or time_is_over
             if self.global_step % config.validation_steps == 0 or stop:
                 self._write_log()
-            if self.global_step % config.checkpointing_steps == 0:
-                self._check_loss(loss.detach())
-                limit = config.checkpoints_total_limit
-                save_checkpoint(accelerator, self.ema, config.output_dir, self.global_step, limit)
+            if self.global_step % config.checkpointing_steps == 0 or signal_number:
+                self._save(loss.detach())
+            if signal_number:
+                self.progress_bar.close()
+                raise TrainingInterrupted(signal_number)
             if stop:
                 return True
         return False
 
-    def _time_is_over(self) -> bool:
+    @property
+    def seconds(self) -> float:
+        """What the training has taken, stage one and interrupted runs included."""
+        return time.monotonic() - self.start_time
+
+    def _asked_to_stop(self) -> tuple[bool, int]:
+        """Whether the time is over, and the signal that ends the training, if any, in any of the processes."""
         minutes = self.config.max_train_minutes
-        if minutes is None or self.global_step % 10:  # asking the other processes waits for the device
-            return False
-        if time.monotonic() - self.start_time > minutes * 60:
-            self.accelerator.set_trigger()  # one process's clock stops all of them
-        return self.accelerator.check_trigger()
+        asked = [int(minutes is not None and self.seconds > minutes * 60), interruption.signal_number or 0]
+        if self.accelerator.num_processes > 1:
+            # All stop at the same step. Asking the others waits for a GPU, whose steps are short.
+            if self.accelerator.device.type != "cpu" and self.global_step % 10:
+                return False, 0
+            mine = torch.tensor([asked], device=self.accelerator.device)
+            asked = self.accelerator.gather(mine).amax(0).tolist()
+        return bool(asked[0]), asked[1]
+
+    def _save(self, loss: torch.Tensor):
+        """A checkpoint, unless the loss or a weight is not finite."""
+        self._check_loss(loss)
+        with together(self.accelerator):
+            self._check_weights()
+        losses = [value.item() for value in self.logged_losses]
+        limit = self.config.checkpoints_total_limit
+        save_checkpoint(
+            *(self.accelerator, self.ema, self.config.output_dir, self.global_step, self.seconds, losses, limit)
+        )
+
+    def _check_weights(self):
+        named = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+        averaged = dict(zip(named, self.ema.shadow_params))
+        mend = "Train again with a lower --learning_rate."
+        for tensors in (named, averaged):
+            check_finite(f"At step {self.global_step} the denoiser", tensors, mend)
 
     def _check_loss(self, loss: torch.Tensor) -> float:
         """The mean over processes, all of which stop if it is not finite: what follows would be saved for nothing."""
         mean_loss = self.accelerator.reduce(loss, "mean").item()
         if not math.isfinite(mean_loss):
             raise ValueError(
-                f"The denoiser's loss is {mean_loss} at step {self.global_step}. Lower --learning_rate, or go on from "
-                "an earlier checkpoint with --resume_from_checkpoint."
+                f"The denoiser's loss is {mean_loss} at step {self.global_step}. Train again with a lower"
+                " --learning_rate. Checkpoints from before are kept."
             )
         return mean_loss
 
@@ -279,15 +317,24 @@ class DenoiserTraining:
         """Every process joins the mean of the losses; the main one writes."""
         mean_loss = self._check_loss(torch.stack(self.logged_losses).mean())
         self.logged_losses.clear()
-        if not self.accelerator.is_main_process:
-            return
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                self._write_row(mean_loss)
+
+    def _write_row(self, mean_loss: float):
+        validation_loss = self.validation_loss()
+        if not math.isfinite(validation_loss):
+            raise ValueError(
+                f"The loss of held-out cells is {validation_loss} at step {self.global_step}. Train again with a lower"
+                " --learning_rate. Checkpoints from before are kept."
+            )
         row = {
             "step": self.global_step,
             "epoch": self.global_step // self.steps_per_epoch,
-            "seconds": round(time.monotonic() - self.start_time, 1),
+            "seconds": round(self.seconds, 1),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "loss": round(mean_loss, 6),
-            "validation_loss": round(self.validation_loss(), 6),
+            "validation_loss": round(validation_loss, 6),
         }
         with self.log_path.open("a", newline="") as file:
             csv.DictWriter(file, LOG_COLUMNS).writerow(row)
@@ -296,6 +343,7 @@ class DenoiserTraining:
 
     def averaged_model(self) -> WhiteBoxDiTModel:
         """The denoiser with its averaged weights, on the CPU."""
+        self._check_weights()
         denoiser = self.accelerator.unwrap_model(self.model)
         self.ema.copy_to(denoiser.parameters())
         return denoiser.eval().cpu()

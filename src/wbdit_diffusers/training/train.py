@@ -4,33 +4,38 @@
     accelerate launch training/train.py --dataset cells.h5ad --label_keys cell_type --output_dir wbdit-cells
 
 The output folder then holds what `ScRNAGenerationPipeline.from_pretrained` needs, and besides it: `split.json` (the
-names of the training and of the held-out cells), `training_log.csv` (the losses), `checkpoint-N/` (to resume from).
+names of the training and of the held-out cells), `training_log.csv` (the losses), `run.json` (flags and a fingerprint
+of the cells, with which a resumed run is compared), `stage_one/` and `checkpoint-N/` (to resume from).
 """
 
 import csv
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import anndata as ad
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from huggingface_hub import create_repo, upload_folder
 
 from ..data.dataset import CellDataset
-from ..data.io import drop_empty_cells, read_cells
 from ..data.split import CellSplit
 from ..hub.model_card import render_model_card
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..processing.processor import ScRNAProcessor
 from ..sampling.schedulers import SCHEDULERS, training_scheduler
-from .checkpoints import resolve_checkpoint
+from .cells import read_source, split_cells
 from .codec import prepare_codec
 from .config import TrainingConfig
 from .denoiser import DenoiserTraining, batch_sizes
+from .processes import interruption, together
+from .run import Run, check_cells, describe_cells, make_record, open_run, read_record
 
 
 logger = get_logger(__name__)
+
+ENOUGH_STEPS = 1000  # below which a denoiser's cells are told from real ones at once
 
 
 def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScRNAGenerationPipeline:
@@ -45,8 +50,10 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
         [`ScRNAGenerationPipeline`]: the trained pipeline, on the CPU.
 
     Raises:
-        ValueError: If the cells can't be modelled (see [`ScRNAProcessor.fit`]), or flags don't fit them.
+        ValueError: If the cells can't be modelled (see [`ScRNAProcessor.fit`]), flags don't fit them or the run to go
+            on with, or `output_dir` holds another run.
         OSError: If a file can't be read or written.
+        TrainingInterrupted: (a `KeyboardInterrupt`) On SIGTERM and Ctrl-C, after what can be gone on from was saved.
     """
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -55,36 +62,60 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
         project_config=ProjectConfiguration(str(config.output_dir), logging_dir=str(config.output_dir / "logs")),
         # The order of the cells depends on the seed and the epoch alone, so that a resumed run goes on with it.
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed, non_blocking=True),
+        # One process fits stage one, and the others wait for it.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
+    if config.report_to is not None and not accelerator.log_with:
+        raise ValueError(f"--report_to {config.report_to}: install that tracker, or leave it out.")
     set_seed(config.seed)
-    checkpoint = resolve_checkpoint(config.resume_from_checkpoint, config.output_dir)
+    with interruption.handled(), open_run(config, accelerator) as run:
+        pipeline = _train(source, config, accelerator, run)
+    accelerator.end_training()
+    return pipeline
 
+
+def _train(
+    source: str | Path | ad.AnnData | None, config: TrainingConfig, accelerator: Accelerator, run: Run
+) -> ScRNAGenerationPipeline:
+    """The training, in a folder that is its own."""
     # 1. Cells: split once, everything is fitted on the training cells
-    adata = _read_source(source, config)
-    split = _split(adata, config)
-    train_cells, test_cells = split.apply(adata)
-    processor = ScRNAProcessor(
-        values=config.values,
-        recover_counts=config.codec != "expression",
-        layer=config.layer,
-        label_keys=config.label_keys,
-        num_genes=config.num_genes or None,
-    ).fit(train_cells)
-    train_dataset = CellDataset(train_cells, processor)
-    batch_sizes(config, len(train_dataset), accelerator.num_processes)  # raises before work is lost
-    # Labels that only held-out cells have are unknown to the model.
-    test_dataset = CellDataset(test_cells[processor.knows_labels(test_cells)], processor)
-    if accelerator.is_main_process:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        split.save(config.output_dir)
+    with together(accelerator):
+        adata = read_source(source, config)
+        split = split_cells(adata, config, run.origin)
+        train_cells, test_cells = split.apply(adata)
+        processor = ScRNAProcessor(
+            values=config.values,
+            recover_counts=config.codec != "expression",
+            layer=config.layer,
+            label_keys=config.label_keys,
+            num_genes=config.num_genes or None,
+        ).fit(train_cells)
+        train_dataset = CellDataset(train_cells, processor)
+        # Labels that only held-out cells have are unknown to the model.
+        test_cells = test_cells[processor.knows_labels(test_cells)]
+        if test_cells.n_obs == 0:
+            raise ValueError("No held-out cell has labels that a training cell has: give another --split.")
+        test_dataset = CellDataset(test_cells, processor)
+        # What would else be found out when the work is done
+        batch_sizes(config, len(train_dataset), accelerator.num_processes)
+        if config.num_programs is not None and config.num_programs > len(processor.var_names):
+            raise ValueError(f"--num_programs {config.num_programs}: there are only {len(processor.var_names)} genes.")
+        record = make_record(config, describe_cells(adata, config), split, list(processor.var_names))
+        if run.origin is not None:
+            check_cells(read_record(run.origin), record)
+    with together(accelerator), interruption.deferred():
+        if accelerator.is_main_process:
+            _create_repo(config)  # what can't be uploaded must be known before the work
+            run.start(record, split)
 
     # 2. The codec: what the denoiser sees
-    start_time = time.monotonic()
-    codec = prepare_codec(config, accelerator, train_dataset, checkpoint)
+    start_time = time.monotonic() - run.seconds()
+    codec = prepare_codec(config, accelerator, train_dataset, run.stage_one, start_time)
     train_dataset.encode(codec)
     test_dataset.encode(codec)
 
     # 3. The denoiser
+    set_seed(config.seed)  # the first weights must not depend on whether stage one was fitted just now
     noise_scheduler = training_scheduler(config.prediction_type)
     training = DenoiserTraining(
         *(config, accelerator, noise_scheduler, train_dataset, test_dataset),
@@ -94,10 +125,11 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
     )
     if config.report_to is not None:
         accelerator.init_trackers("wbdit_diffusers", config={key: str(value) for key, value in vars(config).items()})
-    if checkpoint is not None:
-        training.resume(checkpoint)
-    if accelerator.is_main_process:
-        training.start_log(resumed=checkpoint is not None)
+    with together(accelerator):
+        if run.checkpoint is not None:
+            training.resume(run.checkpoint)
+        if accelerator.is_main_process:
+            training.start_log(resumed=run.checkpoint is not None)
     logger.info(
         f"{len(train_dataset)} training cells, {test_cells.n_obs} held out; {codec.num_features} values per cell,"
         f" {training.validation_model.num_parameters():,} parameters; {training.steps_per_epoch} steps of"
@@ -106,45 +138,36 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
     training.run()
 
     # 4. The pipeline, complete
-    pipeline = ScRNAGenerationPipeline(
-        denoiser=training.averaged_model(),
-        scheduler=SCHEDULERS[config.scheduler].from_config(noise_scheduler.config),
-        processor=processor,
-        codec=codec,
-        num_inference_steps=config.num_inference_steps,
-    )
-    if accelerator.is_main_process:
-        _save(pipeline, config, training, split)
-    accelerator.end_training()
+    with together(accelerator), interruption.deferred():
+        pipeline = ScRNAGenerationPipeline(
+            denoiser=training.averaged_model(),
+            scheduler=SCHEDULERS[config.scheduler].from_config(noise_scheduler.config),
+            processor=processor,
+            codec=codec,
+            num_inference_steps=config.num_inference_steps,
+        )
+        if accelerator.is_main_process:
+            _save(pipeline, config, training, split)
     return pipeline
 
 
-def _read_source(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ad.AnnData:
-    if source is not None and config.dataset is not None:
-        raise ValueError("Give the cells once: as `source`, or as --dataset.")
-    source = source if source is not None else config.dataset
-    if source is None:
-        raise ValueError("--dataset is required.")
-    adata = source if isinstance(source, ad.AnnData) else read_cells(source)
-    if config.layer is None or config.layer in adata.layers:  # else the processor says which layers there are
-        adata = drop_empty_cells(adata, config.layer)
-    return adata
-
-
-def _split(adata: ad.AnnData, config: TrainingConfig) -> CellSplit:
-    if config.split is not None:
-        return CellSplit.load(config.split)
-    label_key = config.label_keys[0] if config.label_keys else None
-    return CellSplit.draw(adata, config.test_fraction, label_key=label_key, seed=config.seed)
+def _create_repo(config: TrainingConfig) -> str:
+    """The repository to upload to, or the folder's name if there is none."""
+    repo_id = config.hub_model_id or config.output_dir.resolve().name
+    if not config.push_to_hub:
+        return repo_id
+    try:
+        return create_repo(repo_id, exist_ok=True).repo_id
+    except Exception as error:  # of the Hub and of the network
+        raise OSError(f"--push_to_hub: there is no writing to {repo_id}: {error}") from error
 
 
 def _save(pipeline: ScRNAGenerationPipeline, config: TrainingConfig, training: DenoiserTraining, split: CellSplit):
     """Writes the pipeline and its model card, and uploads them if asked to."""
     pipeline.save_pretrained(config.output_dir)
-    repo_id = config.hub_model_id or config.output_dir.name
-    if config.push_to_hub:
-        repo_id = create_repo(repo_id, exist_ok=True).repo_id
-    rows = list(csv.DictReader(training.log_path.open()))
+    repo_id = _create_repo(config)
+    with training.log_path.open() as file:
+        rows = list(csv.DictReader(file))
     facts = {
         "training cells": len(split.train),
         "held-out cells": len(split.test),
@@ -156,12 +179,20 @@ def _save(pipeline: ScRNAGenerationPipeline, config: TrainingConfig, training: D
         "seed": config.seed,
         "validation loss": rows[-1]["validation_loss"] if rows else "not measured",
     }
+    if training.global_step < ENOUGH_STEPS:
+        shortage = f"only {training.global_step} steps of the denoiser, which needs {ENOUGH_STEPS:,} at least"
+        facts["**warning**"] = f"**{shortage}: these cells are not fit for use**"
+        mend = "--max_train_minutes" if config.max_train_minutes is not None else "--max_train_steps"
+        logger.warning(f"WARNING: {shortage}. The cells will be poor: give more {mend}.")
     render_model_card(pipeline, repo_id, training=facts).save(config.output_dir / "README.md")
     logger.info(f"Saved the pipeline to {config.output_dir}.")
     if config.push_to_hub:
-        upload_folder(
-            repo_id=repo_id,
-            folder_path=config.output_dir,
-            commit_message="End of training",
-            ignore_patterns=["checkpoint-*", "logs*"],
-        )
+        try:
+            upload_folder(
+                repo_id=repo_id,
+                folder_path=config.output_dir,
+                commit_message="End of training",
+                ignore_patterns=["checkpoint-*", "logs*", "stage_one*", ".*"],
+            )
+        except Exception as error:  # of the Hub and of the network
+            raise OSError(f"The pipeline is in {config.output_dir}, but was not uploaded: {error}") from error
