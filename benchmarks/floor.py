@@ -75,8 +75,12 @@ def measure(path: Path, args: argparse.Namespace) -> list[dict]:
     for factor in args.factors:
         world = generate(pipe, train, factor, seed=2)
         samples = resample(world, test, label_keys, args.num_samples)
-        baselines = {"true model": [generate(pipe, test, 1, seed=10 + i) for i in range(args.num_samples)]}
-        report = evaluate_cells(samples, world, test, label_key=label_keys, baselines=baselines)
+        genes = samples[0].var_names  # stage one leaves out those that hardly any cell has
+        world, held_out = world[:, genes].copy(), test[:, genes].copy()
+        true_cells = [generate(pipe, test, 1, seed=10 + i)[:, genes].copy() for i in range(args.num_samples)]
+        for sample in samples:
+            del sample.obs["library_size"]  # the judged genes are all there are, on both sides
+        report = evaluate_cells(samples, world, held_out, label_key=label_keys, baselines={"true model": true_cells})
         row = {"dataset": path.stem, "num_train": world.n_obs, "num_test": test.n_obs, "excess": report["excess"]}
         row["metrics"] = report["metrics"]
         rows.append(row)

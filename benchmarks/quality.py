@@ -40,7 +40,7 @@ from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
 from wbdit_diffusers.evaluation import draw_baselines, draw_samples, evaluate_cells, to_markdown
 from wbdit_diffusers.processing import log_normalize
-from wbdit_diffusers.sampling import SCHEDULERS
+from wbdit_diffusers.sampling import SCHEDULERS, make_scheduler
 from wbdit_diffusers.training import train
 from wbdit_diffusers.training.config import make_config, read_config
 
@@ -119,7 +119,7 @@ def draw_variants(
     for dtype, scale, scheduler, steps in choices:
         cast = pipe if dtype == "float32" else copy.deepcopy(pipe).to(getattr(torch, dtype))
         if scheduler is not None:
-            cast.scheduler = SCHEDULERS[scheduler].from_config(scheduler_config)
+            cast.scheduler = make_scheduler(scheduler, scheduler_config)
         name = model
         name += "" if dtype == "float32" else f", {dtype}"
         name += "" if scheduler is None else f", {scheduler}"

@@ -14,7 +14,7 @@ from wbdit_diffusers.cli import main
 from wbdit_diffusers.data import CellSplit
 from wbdit_diffusers.interpretation import explain, fit_mixture
 from wbdit_diffusers.interpretation.denoising import measure_decisions, measure_knowledge, measure_listening
-from wbdit_diffusers.sampling import SCHEDULERS, training_scheduler
+from wbdit_diffusers.sampling import make_scheduler, training_scheduler
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def explained(pbmc, tmp_path_factory) -> dict:
     """The command's files, for a pipeline with random weights and the solver of a trained one."""
     folder = tmp_path_factory.mktemp("explained")
     pipe = make_pipeline(pbmc, codec="program", label_keys=["cell_type", "phase"])
-    pipe.scheduler = SCHEDULERS["dpmsolver++"].from_config(training_scheduler("v_prediction").config)
+    pipe.scheduler = make_scheduler("dpmsolver++", training_scheduler("v_prediction").config)
     pipe.save_pretrained(folder / "pipe <b>")
     CellSplit.draw(pbmc, 0.2, label_key="cell_type", seed=0).save(folder / "pipe <b>")
     pbmc.write_h5ad(folder / "cells.h5ad")

@@ -8,14 +8,14 @@ from conftest import make_pipeline
 from wbdit_diffusers import GaussianMixtureDenoiser, ScRNAGenerationPipeline
 from wbdit_diffusers.interpretation import fit_mixture, hold_program, program_direction
 from wbdit_diffusers.interpretation.interventions import HeldDenoiser
-from wbdit_diffusers.sampling import SCHEDULERS, training_scheduler
+from wbdit_diffusers.sampling import make_scheduler, training_scheduler
 
 
 @pytest.fixture(scope="module")
 def trained(pbmc) -> tuple[ScRNAGenerationPipeline, GaussianMixtureDenoiser]:
     """A pipeline whose network is a Gaussian's closed form: what a perfect training would end with."""
     pipe = make_pipeline(pbmc, codec="program")
-    pipe.scheduler = SCHEDULERS["dpmsolver++"].from_config(training_scheduler("v_prediction").config)
+    pipe.scheduler = make_scheduler("dpmsolver++", training_scheduler("v_prediction").config)
     return pipe, fit_mixture(pipe, pbmc, max_components=1)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from wbdit_diffusers import GaussianMixtureDenoiser, ScRNAGenerationPipeline
-from wbdit_diffusers.sampling import SCHEDULERS, training_scheduler
+from wbdit_diffusers.sampling import make_scheduler, training_scheduler
 
 
 SCHEDULER = training_scheduler("v_prediction")
@@ -99,7 +99,7 @@ def test_it_denoises_in_a_pipeline_and_is_saved(program_pipe, pbmc, tmp_path):
     latents = program_pipe.encode_cells(pbmc)
     labels = program_pipe.processor.encode_labels(pbmc)
     denoiser = GaussianMixtureDenoiser.fit(latents, labels, program_pipe.processor.condition_sizes, SCHEDULER)
-    scheduler = SCHEDULERS["dpmsolver++"].from_config(SCHEDULER.config)
+    scheduler = make_scheduler("dpmsolver++", SCHEDULER.config)
     pipe = ScRNAGenerationPipeline(**{**program_pipe.components, "denoiser": denoiser, "scheduler": scheduler})
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(tmp_path)

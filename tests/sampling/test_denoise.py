@@ -8,7 +8,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from wbdit_diffusers.sampling import SCHEDULERS, CellNoise, denoise, training_scheduler
+from wbdit_diffusers.sampling import CellNoise, denoise, make_scheduler, training_scheduler
 
 
 ANY_SCHEDULER = [
@@ -30,7 +30,7 @@ def seeded(seed=0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make_scheduler(scheduler_class, prediction_type="v_prediction"):
+def stochastic_scheduler(scheduler_class, prediction_type="v_prediction"):
     kwargs = {"algorithm_type": "sde-dpmsolver++"} if scheduler_class is DPMSolverMultistepScheduler else {}
     return scheduler_class.from_config(training_scheduler(prediction_type).config, **kwargs)
 
@@ -80,7 +80,7 @@ def sample(scheduler, generator, num_cells=150, batch_size=None, num_inference_s
     ],
 )
 def test_an_exact_denoiser_gives_the_data_s_distribution(solver, num_inference_steps, prediction_type):
-    scheduler = SCHEDULERS[solver].from_config(training_scheduler(prediction_type).config)
+    scheduler = make_scheduler(solver, training_scheduler(prediction_type).config)
     cells = sample(scheduler, seeded(), num_cells=2048, num_inference_steps=num_inference_steps)
     std = COVARIANCE.diagonal().sqrt()
     assert ((cells.mean(0) - MEAN) / std).abs().max() < 0.07
@@ -90,8 +90,8 @@ def test_an_exact_denoiser_gives_the_data_s_distribution(solver, num_inference_s
 @pytest.mark.parametrize("scheduler_class", ANY_SCHEDULER)
 def test_reverse_process_is_the_scheduler_s_own(scheduler_class):
     """Against the loop written out for a block of 64 cells, with one generator."""
-    cells = sample(make_scheduler(scheduler_class), seeded(), num_cells=64)
-    scheduler, predict = make_scheduler(scheduler_class), exact_denoiser("v_prediction")
+    cells = sample(stochastic_scheduler(scheduler_class), seeded(), num_cells=64)
+    scheduler, predict = stochastic_scheduler(scheduler_class), exact_denoiser("v_prediction")
     generator = seeded(torch.randint(2**62, (1,), generator=seeded()).item())
     scheduler.set_timesteps(5)
     latents = torch.randn(1, 64, 4, generator=generator) * scheduler.init_noise_sigma
@@ -104,7 +104,7 @@ def test_reverse_process_is_the_scheduler_s_own(scheduler_class):
 
 @pytest.mark.parametrize("scheduler_class", ANY_SCHEDULER)
 def test_batch_size_never_changes_the_cells(scheduler_class):
-    scheduler = make_scheduler(scheduler_class)
+    scheduler = stochastic_scheduler(scheduler_class)
     expected = sample(scheduler, seeded())
     assert torch.isfinite(expected).all() and expected.std() > 0.1
     for batch_size in (1, 37, 64, 100):
@@ -114,14 +114,14 @@ def test_batch_size_never_changes_the_cells(scheduler_class):
 
 @pytest.mark.parametrize("scheduler_class", ANY_SCHEDULER)
 def test_a_list_of_generators_gives_the_cells_of_single_calls(scheduler_class):
-    scheduler = make_scheduler(scheduler_class)
+    scheduler = stochastic_scheduler(scheduler_class)
     together = sample(scheduler, [seeded(i) for i in range(3)], num_cells=3, batch_size=2)
     alone = [sample(scheduler, seeded(i), num_cells=1) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_latents_replace_the_initial_noise():
-    scheduler = make_scheduler(DDIMScheduler)
+    scheduler = stochastic_scheduler(DDIMScheduler)
     latents = torch.randn(5, 4, generator=seeded(3))
     cells = sample(scheduler, seeded(0), num_cells=5, latents=latents)
     torch.testing.assert_close(sample(scheduler, seeded(1), num_cells=5, latents=latents), cells)
@@ -130,7 +130,7 @@ def test_latents_replace_the_initial_noise():
 
 
 def test_on_step_end_decides_what_goes_on():
-    scheduler, calls = make_scheduler(DDPMScheduler), []
+    scheduler, calls = stochastic_scheduler(DDPMScheduler), []
 
     def on_step_end(step, timestep, latents):
         calls.append((step, int(timestep), tuple(latents.shape)))
@@ -143,7 +143,7 @@ def test_on_step_end_decides_what_goes_on():
 
 def test_gradients_flow_through_the_loop():
     latents = torch.randn(5, 4, generator=seeded()).requires_grad_()
-    sample(make_scheduler(DDIMScheduler), seeded(), num_cells=5, latents=latents).sum().backward()
+    sample(stochastic_scheduler(DDIMScheduler), seeded(), num_cells=5, latents=latents).sum().backward()
     assert torch.isfinite(latents.grad).all() and (latents.grad != 0).all()
 
 

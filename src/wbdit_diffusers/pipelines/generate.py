@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from ..data.writer import check_cells_file, check_output, write_cells
 from ..hub.identity import model_id
 from ..models.loading import check_integer
-from ..sampling.schedulers import SCHEDULERS
+from ..sampling.schedulers import SCHEDULERS, make_scheduler
 from ..version import __version__
 from .pipeline_scrna_generation import ScRNAGenerationPipeline
 
@@ -72,7 +72,7 @@ class GenerationRequest:
         pipe = ScRNAGenerationPipeline.from_pretrained(self.model).to(device)
         pipe.set_progress_bar_config(disable=True)
         if self.scheduler is not None:
-            pipe.scheduler = SCHEDULERS[self.scheduler].from_config(pipe.scheduler.config)
+            pipe.scheduler = make_scheduler(self.scheduler, pipe.scheduler.config)
         return pipe
 
     def stream(self, pipe: ScRNAGenerationPipeline, first_cell: int, num_cells: int) -> Iterator[ad.AnnData]:

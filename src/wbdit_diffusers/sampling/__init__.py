@@ -3,7 +3,16 @@
 from .denoise import denoise
 from .guidance import LabelBatch, predict_guided
 from .noise import CellNoise, NoiseBatch
-from .schedulers import SCHEDULERS, training_scheduler
+from .schedulers import SCHEDULERS, make_scheduler, training_scheduler
 
 
-__all__ = ["SCHEDULERS", "CellNoise", "LabelBatch", "NoiseBatch", "denoise", "predict_guided", "training_scheduler"]
+__all__ = [
+    "SCHEDULERS",
+    "CellNoise",
+    "LabelBatch",
+    "NoiseBatch",
+    "denoise",
+    "make_scheduler",
+    "predict_guided",
+    "training_scheduler",
+]

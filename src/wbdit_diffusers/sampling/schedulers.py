@@ -1,6 +1,7 @@
 """The forward process of training, and solvers of the reverse one: all of them Diffusers' own."""
 
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
 SCHEDULERS = {
@@ -9,6 +10,31 @@ SCHEDULERS = {
     "dpmsolver++": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
 }
+
+MULTISTEP = ("dpmsolver++", "unipc")
+
+
+def make_scheduler(name: str, config: dict) -> SchedulerMixin:
+    """
+    A solver by name, with the noise schedule of another scheduler.
+
+    DPM-Solver++ and UniPC take steps that are equal in the log of the noise (`use_exponential_sigmas`): equal steps in
+    time leave little of them for the end, where codes of one type get their spread (lab/experiments.md).
+
+    Args:
+        name (`str`): A key of `SCHEDULERS`.
+        config (`dict`): The `config` of a scheduler, such as `pipe.scheduler.config`.
+
+    Returns:
+        `SchedulerMixin`: the solver.
+
+    Raises:
+        ValueError: If there is no such solver.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"`scheduler` is one of {', '.join(SCHEDULERS)}, not {name!r}.")
+    options = {"use_exponential_sigmas": True} if name in MULTISTEP else {}
+    return SCHEDULERS[name].from_config(config, **options)
 
 
 def training_scheduler(prediction_type: str) -> DDPMScheduler:

@@ -24,7 +24,7 @@ from ..data.split import CellSplit
 from ..hub.model_card import render_model_card
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..processing.processor import ScRNAProcessor
-from ..sampling.schedulers import SCHEDULERS, training_scheduler
+from ..sampling.schedulers import make_scheduler, training_scheduler
 from .cells import read_source, split_cells
 from .codec import prepare_codec
 from .config import TrainingConfig
@@ -141,7 +141,7 @@ def _train(
     with together(accelerator), interruption.deferred():
         pipeline = ScRNAGenerationPipeline(
             denoiser=training.averaged_model(),
-            scheduler=SCHEDULERS[config.scheduler].from_config(noise_scheduler.config),
+            scheduler=make_scheduler(config.scheduler, noise_scheduler.config),
             processor=processor,
             codec=codec,
             num_inference_steps=config.num_inference_steps,
