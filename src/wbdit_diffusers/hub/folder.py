@@ -15,6 +15,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from .identity import check_format
+from .remote_code import class_name_of
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -43,8 +44,8 @@ def check_folder(folder: Path, pipeline_class: type[DiffusionPipeline], parts: l
             " by `save_pretrained`, or a Hub id."
         )
     index = read_config(folder / name)
-    if index.get("_class_name") != pipeline_class.__name__:
-        raise OSError(f"{folder} holds a {index.get('_class_name')}: load it with that class.")
+    if class_name_of(index) != pipeline_class.__name__:
+        raise OSError(f"{folder} holds a {class_name_of(index)}: load it with that class.")
     check_format(index, str(folder))
     for part in parts:
         if not isinstance(index.get(part), list) or len(index[part]) != 2:
