@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub import EvalResult
 
-from .markdown import table
+from .markdown import as_text, table
 
 
 GENERATED, REFERENCE = "generated", "real reference"  # columns of a report
@@ -54,17 +54,19 @@ def read_report(path: Path, num_genes: int) -> dict[str, Any]:
 def quality_table(report: dict[str, Any]) -> str:
     """The headline, and the metrics beside the real reference and the baselines, as Markdown."""
     columns, best = report["metrics"], report["excess"][GENERATED]
+    num_test, num_samples, num_genes = (int(report[name]) for name in ("num_test", "num_samples", "num_genes"))
     names = [GENERATED, REFERENCE, *(name for name in columns if name not in (GENERATED, REFERENCE))]
     rows = [[EXCESS, *(_excess(report, name) for name in names)]]
     for metric, title in METRICS.items():
         if metric in columns[GENERATED]:
             rows.append([title, *(_mean_and_sd(columns[name].get(metric)) for name in names)])
     return (
-        f"The best of three classifiers ({best['judge']}) tells generated cells from {report['num_test']} held-out"
+        f"The best of three classifiers ({as_text(best['judge'])}) tells generated cells from {num_test} held-out"
         f" ones better than real cells by **{best['mean']:.3f} ± {best['sd']:.3f}** (AUC), where 0 is as good as real."
-        f" Mean ± standard deviation over {report['num_samples']} samples of {report['num_test']} cells and"
-        f" {report['num_genes']} genes. The real reference is as many training cells of the same labels, judged in the"
-        " same way: what can be reached. All metrics are in `report.json`.\n\n" + table(["metric", *names], rows)
+        f" Mean ± standard deviation over {num_samples} samples of {num_test} cells and"
+        f" {num_genes} genes. The real reference is as many training cells of the same labels, judged in the"
+        " same way: what can be reached. All metrics are in `report.json`.\n\n"
+        + table(["metric", *map(as_text, names)], rows)
     )
 
 

@@ -1,6 +1,7 @@
 """What a repository needs to be loaded by Diffusers where our package is installed but not imported."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ from ..version import __version__
 
 
 REMOTE = Path(__file__).parent / "remote"
+PACKAGE = __package__.split(".")[0]
 PIPELINE_MODULE, BLOCK_MODULE, BLOCKS = "pipeline", "block", "ScRNABlocks"
-REQUIREMENTS = {"wbdit_diffusers": f">={__version__}"}
-FILES = [f"{PIPELINE_MODULE}.py", f"{BLOCK_MODULE}.py", "modular_config.json", "modular_model_index.json"]
+# Diffusers looks for the classes of components before it imports the pipeline's module, and so our package: it must
+# find a module of this name in each component's folder.
+COMPONENT_MODULE = "wbdit"
+REQUIREMENTS = {PACKAGE: f">={__version__}"}
+FILES = [f"{PIPELINE_MODULE}.py", f"{BLOCK_MODULE}.py", f"*/{COMPONENT_MODULE}.py"]
+FILES += ["modular_config.json", "modular_model_index.json"]
 
 
 def write_remote_code(pipeline: DiffusionPipeline, folder: Path, repo_id: str):
@@ -27,10 +33,9 @@ def write_remote_code(pipeline: DiffusionPipeline, folder: Path, repo_id: str):
         repo_id (`str`): The repository from which the blocks load their components.
     """
     for module in (PIPELINE_MODULE, BLOCK_MODULE):
-        (folder / f"{module}.py").write_text((REMOTE / f"{module}.py").read_text())
+        shutil.copyfile(REMOTE / f"{module}.py", folder / f"{module}.py")
     index_path = folder / pipeline.config_name
     index = json.loads(index_path.read_text())
-    _write(index_path, index | {"_class_name": [PIPELINE_MODULE, type(pipeline).__name__]})
 
     blocks = {"auto_map": {"ModularPipelineBlocks": f"{BLOCK_MODULE}.{BLOCKS}"}, "requirements": REQUIREMENTS}
     _write(folder / "modular_config.json", _header(BLOCKS) | blocks)
@@ -41,11 +46,24 @@ def write_remote_code(pipeline: DiffusionPipeline, folder: Path, repo_id: str):
     settings = {"_blocks_class_name": BLOCKS, "num_inference_steps": index["num_inference_steps"]}
     _write(folder / "modular_model_index.json", _header("ModularPipeline") | settings | components)
 
+    index["_class_name"] = [PIPELINE_MODULE, type(pipeline).__name__]
+    for name in pipeline.components:
+        if index[name][0] == PACKAGE:
+            index[name][0] = COMPONENT_MODULE
+            shutil.copyfile(REMOTE / f"{COMPONENT_MODULE}.py", folder / name / f"{COMPONENT_MODULE}.py")
+    _write(index_path, index)
 
-def class_name_of(index: dict[str, Any]) -> str | None:
-    """The pipeline's class in a model_index.json, whether or not that names a module of the repository with it."""
-    name: Any = index.get("_class_name")
-    return name[-1] if isinstance(name, list) and name else name
+
+def without_remote_code(index: Any) -> Any:
+    """A model_index.json in which the classes are those of our package, whether or not it names remote modules."""
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), list) or not index["_class_name"]:
+        return index
+    ours = {
+        name: [PACKAGE, value[1]]
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and value[0] == COMPONENT_MODULE
+    }
+    return index | ours | {"_class_name": index["_class_name"][-1]}
 
 
 def _header(class_name: str) -> dict[str, str]:

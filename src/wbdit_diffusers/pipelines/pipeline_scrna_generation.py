@@ -16,7 +16,7 @@ from ..data.dataset import CellDataset, encode_cells
 from ..hub.folder import check_folder, load_or_explain, write_beside
 from ..hub.identity import check_format, check_identity, mark
 from ..hub.model_card import push_model_card
-from ..hub.remote_code import class_name_of
+from ..hub.remote_code import without_remote_code
 from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
@@ -130,9 +130,8 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
-        """A configuration. Where it names a module of the repository, this class takes that module's place."""
-        config = super()._dict_from_json_file(json_file)
-        return config | {"_class_name": class_name_of(config)} if "_class_name" in config else config
+        """A configuration. Where it names modules of the repository, this package takes their place."""
+        return without_remote_code(super()._dict_from_json_file(json_file))
 
     @property
     def guidance_scale(self) -> float:
