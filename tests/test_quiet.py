@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from conftest import make_pipeline
+from diffusers.utils import logging as diffusers_logging
 
 from wbdit_diffusers import ScRNAGenerationPipeline
 
@@ -18,24 +19,32 @@ def folder(request, pbmc, tmp_path_factory):
     return folder
 
 
-def test_loading_casting_and_saving_are_quiet(folder, tmp_path, caplog):
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("diffusers"):
-            logging.getLogger(name).propagate = True  # Diffusers' own handler is out of sight
-    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+@pytest.fixture
+def told(caplog):
+    """What Diffusers says at its own default level, whatever commands ran before in this process."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_warning()
+    diffusers_logging.enable_propagation()  # its own handler is out of sight
+    yield caplog
+    diffusers_logging.disable_propagation()
+    diffusers_logging.set_verbosity(verbosity)
+
+
+def test_loading_casting_and_saving_are_quiet(folder, tmp_path, told):
+    with warnings.catch_warnings(), told.at_level(logging.WARNING):
         warnings.simplefilter("error")
         pipe = ScRNAGenerationPipeline.from_pretrained(folder)
         pipe.to(torch.bfloat16).to(dtype=torch.float32).save_pretrained(tmp_path / "again")
         half = ScRNAGenerationPipeline.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
     assert half.denoiser.dtype == torch.bfloat16
-    assert [record.getMessage() for record in caplog.records] == []
+    assert [record.getMessage() for record in told.records] == []
 
 
-def test_other_warnings_of_diffusers_are_still_told(caplog):
-    logger = logging.getLogger("diffusers.models.modeling_utils")
-    logger.propagate = True
-    logger.warning("There are modules in X that should be kept in float32: ['a']. Casting ...")
-    assert "['a']" in caplog.text
+def test_other_warnings_of_diffusers_are_still_told(told):
+    logging.getLogger("diffusers.models.modeling_utils").warning(
+        "There are modules in X that should be kept in float32: ['a']. Casting ..."
+    )
+    assert "['a']" in told.text
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "balanced"])
