@@ -24,7 +24,7 @@ from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, load_pbmc
 from wbdit_diffusers.evaluation import evaluate, to_markdown
 from wbdit_diffusers.evaluation.figure import report_figure
-from wbdit_diffusers.hub import add_evaluation
+from wbdit_diffusers.hub import write_model_card
 from wbdit_diffusers.interpretation import explain
 from wbdit_diffusers.interpretation.page import write_report
 from wbdit_diffusers.training import TrainingConfig, train
@@ -74,11 +74,11 @@ def main():
     train_cells, test_cells = CellSplit.load(folder).apply(real)
     pipe.set_progress_bar_config(disable=True)
     report = evaluate(pipe, train_cells, test_cells, num_samples=args.num_samples)
-    (args.output_dir / "metrics.json").write_text(json.dumps(report, indent=1))
+    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    write_model_card(pipe, folder)  # it says what was measured
     table = to_markdown(report)
     (args.output_dir / "metrics.md").write_text(table)
     print(table)
-    add_evaluation(folder / "README.md", table)  # the model card says what was measured
 
     if args.inside:
         print("5. Looking inside", flush=True)

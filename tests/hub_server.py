@@ -7,6 +7,33 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import yaml
+
+
+def card_errors(card: str) -> list[str]:
+    """What the Hub would refuse in the metadata of a model card, as far as it concerns ours."""
+    errors, texts = [], ("library_name", "license", "license_name", "pipeline_tag")
+    match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    try:
+        metadata = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError as error:
+        return [str(error)]
+    if not isinstance(metadata, dict):
+        return ["there is no metadata"]
+    errors += [f'"{name}" must be a string' for name in texts if not isinstance(metadata.get(name, ""), str)]
+    if not all(isinstance(tag, str) for tag in metadata.get("tags", [])):
+        errors.append('"tags" must be an array of strings')
+    for model in metadata.get("model-index", []):
+        for result in model["results"]:
+            for path in ("task.type", "dataset.type", "dataset.name"):
+                part, name = path.split(".")
+                if not isinstance(result.get(part, {}).get(name), str):
+                    errors.append(f'"model-index[0].results[0].{path}" must be a string')
+            for metric in result["metrics"]:
+                if not isinstance(metric.get("type"), str) or not isinstance(metric.get("value"), (int, float)):
+                    errors.append("a metric has a type and a value")
+    return errors
+
 
 class HubServer(ThreadingHTTPServer):
     """`with HubServer() as hub:` serves at `hub.endpoint`; `hub.repos[id]` is the newest commit, path → bytes."""
@@ -82,7 +109,8 @@ class HubRequestHandler(BaseHTTPRequestHandler):
             self.server.commits.setdefault(repo_id, hashlib.sha1(repo_id.encode()).hexdigest())
             self.reply({"url": f"{self.server.endpoint}/{repo_id}", "name": repo_id})
         elif self.path == "/api/validate-yaml":
-            self.reply({"errors": [], "warnings": []})
+            errors = card_errors(json.loads(content)["content"])
+            self.reply({"errors": [{"message": error} for error in errors], "warnings": []}, 400 if errors else 200)
         elif re.fullmatch(r"/api/models/.+/preupload/main", self.path):
             files = [
                 {
@@ -109,6 +137,8 @@ class HubRequestHandler(BaseHTTPRequestHandler):
                 elif entry["key"] == "lfsFile":
                     lfs_object = self.server.lfs_objects[entry["value"]["oid"]]
                     self.server.repos[repo_id][entry["value"]["path"]] = lfs_object
+                elif entry["key"] == "deletedFile":
+                    del self.server.repos[repo_id][entry["value"]["path"]]
             commit = hashlib.sha1(content + self.server.commits[repo_id].encode()).hexdigest()
             self.server.commits[repo_id] = commit
             self.reply(

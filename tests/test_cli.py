@@ -70,6 +70,22 @@ def test_evaluate_a_model(folder, pbmc_path, tmp_path, capsys):
     assert report["excess"]["generated"]["mean"] > 0.2  # random weights
     assert (tmp_path / "report" / "report.md").read_text() in capsys.readouterr().out
     assert (tmp_path / "report" / "report.png").stat().st_size > 50_000
+    main(
+        [
+            "push",
+            str(folder),
+            "--repo_id",
+            "me/x",
+            "--report",
+            str(tmp_path / "report"),
+            "--dry_run",
+            str(tmp_path / "x"),
+        ]
+    )
+    assert (tmp_path / "x" / "report.png").stat().st_size > 50_000
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert f"**{report['excess']['generated']['mean']:.3f} ±" in card and "![Generated cells" in card
+    assert "are told from held-out ones with an AUC of" in card
 
 
 def test_evaluate_cells_of_any_generator(pbmc, tmp_path):

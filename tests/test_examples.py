@@ -24,7 +24,7 @@ def test_quickstart(tmp_path):
     assert cells.shape == (150, 765)
     assert (cells.X.data == np.rint(cells.X.data)).all()
     assert (tmp_path / "figure.png").stat().st_size > 10_000
-    report = json.loads((tmp_path / "metrics.json").read_text())
+    report = json.loads((tmp_path / "wbdit-pbmc" / "report.json").read_text())
     columns = report["metrics"]
     assert {"generated", "real reference", "Gaussian mixture per label"} < set(columns)
     assert all(len(values) == 1 for column in columns.values() for values in column.values())
@@ -32,5 +32,6 @@ def test_quickstart(tmp_path):
     assert report["excess"]["generated"]["mean"] > 0.2
     assert columns["generated"]["auc_forest"][0] > 0.75 > columns["real reference"]["auc_forest"][0]
     assert "an excess of **" in (tmp_path / "metrics.md").read_text()
-    assert "## Evaluation" in (tmp_path / "wbdit-pbmc" / "README.md").read_text()
+    card = (tmp_path / "wbdit-pbmc" / "README.md").read_text()
+    assert f"{report['excess']['generated']['mean']:.3f}" in card and "Not measured" not in card
     ScRNAGenerationPipeline.from_pretrained(tmp_path / "wbdit-pbmc")

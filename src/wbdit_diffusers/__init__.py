@@ -1,5 +1,6 @@
 """Generation of single-cell RNA-seq data with a White-Box Diffusion Transformer (arXiv 2411.06785)."""
 
+from ._quiet import drop_empty_warnings
 from ._registration import register
 from .models import ExpressionCodec, GaussianMixtureDenoiser, ProgramCodec, WhiteBoxDiTModel
 from .pipelines import ScRNAGenerationPipeline, ScRNAPipelineOutput
@@ -7,6 +8,7 @@ from .processing import ScRNAProcessor
 from .version import __version__
 
 
+drop_empty_warnings()
 register("WhiteBoxDiTModel", "GaussianMixtureDenoiser", "ProgramCodec", "ExpressionCodec", "ScRNAProcessor")
 
 __all__ = [

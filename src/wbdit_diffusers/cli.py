@@ -36,6 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("--output_dir", type=Path, default=Path("explain"), help="Folder to write. Default: explain.")
     explain.add_argument("--max_cells", type=int, default=3000, help="Held-out cells to use at most. Default: 3000.")
     explain.add_argument("--seed", type=seed, default=0, help="Seed of noise and cells. Default: 0.")
+    _add_push(
+        commands.add_parser(
+            "push",
+            help="Publish a model on the Hugging Face Hub, with its card.",
+            description="Uploads the pipeline of a folder, and a card that says on what it was trained, how, and how"
+            " good it is: wbdit push wbdit-pbmc --repo_id me/wbdit-pbmc --report report",
+        )
+    )
     prepare = commands.add_parser("prepare", help="Fetch a public dataset of the paper's reproduction.")
     prepare.add_argument("dataset", help="Its name; `wbdit prepare list` prints them.")
     prepare.add_argument("--output", type=Path, help="The .h5ad file to write; DATASET.h5ad by default.")
@@ -81,6 +89,23 @@ def _add_evaluate(parser: argparse.ArgumentParser):
     )
     parser.add_argument("--parity", action="store_true", help="Add the paper's metrics, which reward collapse.")
     _add_sampling(parser)
+
+
+def _add_push(parser: argparse.ArgumentParser):
+    parser.add_argument("model", help="A folder that a training wrote.")
+    parser.add_argument("--repo_id", required=True, help="The repository, such as me/wbdit-pbmc.")
+    parser.add_argument("--private", action="store_true", default=None, help="Make a private repository.")
+    parser.add_argument("--variant", choices=["bf16"], help="Add the denoiser in bfloat16.")
+    parser.add_argument(
+        "--with_code",
+        action="store_true",
+        help="Add what Diffusers needs to load the model by trust_remote_code, as a pipeline and as blocks.",
+    )
+    parser.add_argument("--dry_run", type=Path, metavar="FOLDER", help="Write this new folder, and upload nothing.")
+    parser.add_argument("--data_name", help="What the training data are called.")
+    parser.add_argument("--data_license", help="Their licence.")
+    parser.add_argument("--data_source", help="Their accession, or where they are.")
+    parser.add_argument("--report", type=Path, help="What `wbdit evaluate` wrote, if it is not in the model's folder.")
 
 
 def _add_sampling(parser: argparse.ArgumentParser):
@@ -255,6 +280,16 @@ def explain(args: argparse.Namespace):
     print(f"Look at {args.output_dir / 'explain.html'}; the numbers are in explain.json, the cells in explain.h5ad.")
 
 
+def push(args: argparse.Namespace):
+    from .hub import publish
+
+    if not Path(args.model).is_dir():
+        raise ValueError(f"There is no folder {args.model}: give the --output_dir of a training.")
+    settings = {name: value for name, value in vars(args).items() if name not in ("command", "model", "repo_id")}
+    where = publish(load_pipeline(args.model), args.model, args.repo_id, **settings)
+    print(f"Written to {where}; nothing was uploaded." if args.dry_run else f"Published: {where}")
+
+
 def prepare(args: argparse.Namespace):
     from .data.datasets import RECIPES
     from .data.datasets import prepare as fetch
@@ -285,6 +320,7 @@ def main(argv: list[str] | None = None):
             "evaluate": evaluate,
             "programs": programs,
             "explain": explain,
+            "push": push,
             "prepare": prepare,
         }[args.command](args)
     except (ValueError, OSError) as error:

@@ -124,7 +124,7 @@ def test_unknown_repository_is_named(pulled):
 
 def test_model_card_is_rendered_and_one_s_own_is_kept(pushed, hub):
     card = hub.repos["me/wbdit-test"]["README.md"].decode()
-    assert "library_name: diffusers" in card
+    assert "library_name: wbdit-diffusers" in card
     assert 'ScRNAGenerationPipeline.from_pretrained("me/wbdit-test")' in card
     assert "765 genes" in card and "CD19+ B" in card and "automatically generated" not in card
 

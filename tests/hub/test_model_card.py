@@ -1,30 +1,52 @@
 import ast
+import json
 import re
 
 import anndata as ad
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import make_pipeline
+from reports import small_report
 from scipy import sparse
 
 from wbdit_diffusers import __version__
-from wbdit_diffusers.hub import render_model_card
+from wbdit_diffusers.hub import CardFacts, render_model_card, write_model_card
 
 
 def test_card_says_how_to_load_the_model_and_what_it_makes(program_pipe, pbmc):
     card = render_model_card(program_pipe, "me/wbdit-pbmc")
     metadata = yaml.safe_load(str(card).split("---")[1])
-    assert metadata["library_name"] == "diffusers" and "single-cell" in metadata["tags"]
+    assert metadata["library_name"] == "wbdit-diffusers" and {"diffusers", "single-cell"} < set(metadata["tags"])
+    assert "model-index" not in metadata
     text = card.text
     assert text.lstrip().startswith("# wbdit-pbmc\n") and f"wbdit_diffusers {__version__}" in text
     assert 'ScRNAGenerationPipeline.from_pretrained("me/wbdit-pbmc")' in text
-    first = sorted(pbmc.obs["cell_type"].unique())[0]
-    assert f'pipe(num_cells=1000, cell_types="{first}")' in text
+    assert f'cell_types="{sorted(pbmc.obs["cell_type"].unique())[0]}"' in text
     assert f"765 genes ({', '.join(pbmc.var_names[:3])}, …) with integer counts in `X`" in text
-    for key in ("cell_type", "phase"):
-        assert f'`obs["{key}"]` is one of: {", ".join(sorted(pbmc.obs[key].unique()))}.' in text
     assert "{{" not in text and "{%" not in text and "None" not in text
+    for section in ("Data", "Training", "Quality", "Limits and misuse", "Citation"):
+        assert f"\n## {section}\n" in text
+    assert "not patients" in text and "clinical use" in text and "Memory of the training cells: not measured" in text
+
+
+def test_the_six_lines_of_use_run(program_pipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program_pipe.save_pretrained("pipeline")
+    text = render_model_card(program_pipe, "pipeline").text
+    code = text.split("```python\n")[1].split("```")[0].replace("num_cells=1000", "num_cells=3")
+    exec(code, {})
+    assert ad.read_h5ad("cells.h5ad").shape == (3, 765)
+
+
+def test_cells_of_each_type(program_pipe, pbmc):
+    text = render_model_card(program_pipe, "me/wbdit-pbmc", CardFacts(num_cells=700)).text
+    for key in ("cell_type", "phase"):
+        for name, number in pbmc.obs[key].value_counts().items():
+            assert f"| {name} | {number} | {number / 700:.1%} |" in text
+    unknown = render_model_card(program_pipe, "me/wbdit-pbmc").text
+    assert "| Dendritic | not stated | 34.3% |" in unknown
 
 
 @pytest.mark.parametrize(
@@ -57,16 +79,6 @@ def test_an_unconditional_model_of_log_values(pbmc):
     assert "cell_types" not in text and 'obs["' not in text and "integer counts" not in text
 
 
-def test_training_and_evaluation_are_there_when_they_are_given(pipe):
-    bare = render_model_card(pipe, "me/wbdit-pbmc").text
-    assert "## Training" not in bare and "## Evaluation" not in bare
-    training = {"cells": 560, "steps": 3000}
-    text = render_model_card(pipe, "me/wbdit-pbmc", training=training, evaluation="| excess | 0.05 |").text
-    assert "## Training\n\n| | |\n|---|---|\n| cells | 560 |\n| steps | 3000 |\n" in text
-    assert "## Evaluation\n\n| excess | 0.05 |\n" in text
-    assert text.index("## The network") < text.index("## Training") < text.index("## Limits")
-
-
 def test_names_can_stand_as_nothing_but_names(pbmc):
     """A label, a gene or a repository id is text of someone else: no code, markup, table or metadata."""
     label = 'B"); import os; os.system("x") #\n```\n# Hacked\n<script>x</script> | [a](https://x.y) `b` {{ 7 * 7 }}'
@@ -75,20 +87,66 @@ def test_names_can_stand_as_nothing_but_names(pbmc):
     adata.var_names = ["<b>gene</b>|", *adata.var_names[1:]]
     pipe = make_pipeline(adata, codec="program", label_keys=["type`\n## key"])
     repo_id = 'me/"]\n---\nlicense: evil'
-    card = render_model_card(pipe, repo_id, training={"row | <i>": "a\n\n# b"})
+    facts = CardFacts(
+        data_name="<script>",
+        data_license="`x`\n# title",
+        num_cells=700,
+        command="wbdit train\n```\n# title",
+        training={"row | <i>": "a\n\n# b"},
+        report=small_report(765) | {"label_key": "<b>"},
+    )
+    card = render_model_card(pipe, repo_id, facts)
     text = card.text
     code = re.search(r"```python\n(.*?)\n```", text, re.DOTALL)[1]
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
-    assert [ast.unparse(call.func) for call in calls].count("pipe") == 2 and len(calls) == 3
+    names = [ast.unparse(call.func) for call in calls]
+    assert names.count("pipe") == 1 and "os.system" not in names
     strings = {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
     assert {repo_id, pipe.processor.config.categories[0][0]} <= strings
-    assert (
-        yaml.safe_load(str(card).split("---")[1])["library_name"] == "diffusers"
-        and "license" not in card.data.to_dict()
-    )
+    metadata = yaml.safe_load(str(card).split("\n---\n")[0].removeprefix("---\n"))
+    assert metadata["library_name"] == "wbdit-diffusers" and "license" not in metadata
     headings = [line for line in text.splitlines() if line.startswith("## ")]
-    assert headings == ["## What it makes", "## The network", "## Training", "## Limits"]
-    assert text.count("```") == 2 and r"{{ 7 \* 7 }}" in text
-    for markup in ("<script", "<b>", "<i>", "](https://x.y", " **bold"):
-        assert markup not in text.replace(code, "")  # where it is in a string of the code
-    assert r"| row \| &lt;i&gt; | a \# b |" in text
+    sections = ["Data", "What it makes", "The network", "Training", "Quality", "Limits and misuse", "Citation"]
+    assert headings == [f"## {section}" for section in sections]
+    assert sum(line.startswith("```") for line in text.splitlines()) == 6
+    assert r"{{ 7 \* 7 }}" in text.replace(code, "") and "\n# title" not in text
+    for markup in ("<script", "<b>", "<i>", "](https://x", " **bold"):
+        assert markup not in text.replace(code, "")
+    assert r"| row \| &lt;i&gt; | a \# b |" in text and r"| licence | \`x\` \# title |" in text
+
+
+def test_training_and_quality_are_there_when_they_are_given(pipe):
+    bare = render_model_card(pipe, "me/wbdit-pbmc").text
+    assert "## Training\n\nNot stated.\n" in bare and "## Quality\n\nNot measured." in bare
+    facts = CardFacts(
+        data_name="PBMC 3k",
+        data_license="CC BY 4.0",
+        data_source="10x Genomics",
+        num_cells=560,
+        command="wbdit train --dataset cells.h5ad",
+        training={"steps": 3000},
+        report=small_report(765),
+        figure="report.png",
+    )
+    card = render_model_card(pipe, "me/wbdit-pbmc", facts)
+    text = card.text
+    assert "| name | PBMC 3k |\n| licence | CC BY 4.0 |\n| accession or source | 10x Genomics |" in text
+    assert "| steps | 3000 |" in text and "```bash\nwbdit train --dataset cells.h5ad\n```" in text
+    assert "by **0.060 ± 0.010** (AUC)" in text and "![Generated cells beside held-out ones](report.png)" in text
+    assert "| 0.600 ± 0.010 | 0.540 ± 0.000 | 0.620 ± 0.000 |" in text  # generated, real reference, a baseline
+    assert "with an AUC of 0.510 (0.5 = not at all)" in text
+    results = card.data.eval_results
+    assert {result.dataset_name for result in results} == {"PBMC 3k"}
+    values = {result.metric_type: result.metric_value for result in results}
+    assert values["excess"] == 0.06 and values["auc_forest"] == 0.6 and values["membership_auc"] == 0.51
+
+
+def test_a_card_is_written_from_what_the_folder_says(program_pipe, tmp_path):
+    folder = tmp_path / "wbdit-pbmc"
+    program_pipe.save_pretrained(folder)
+    (folder / "report.json").write_text(json.dumps(small_report(765)))
+    write_model_card(program_pipe, folder)
+    text = (folder / "README.md").read_text()
+    assert 'from_pretrained("wbdit-pbmc")' in text and "**0.060 ± 0.010**" in text
+    assert "report.png" not in text  # there is none
+    assert torch.is_tensor(program_pipe.processor.label_frequencies)

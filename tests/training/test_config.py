@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ import pytest
 import yaml
 
 from wbdit_diffusers.training import TrainingConfig, config_from_args
-from wbdit_diffusers.training.config import CODEC_DEFAULTS, SHIPPED_CONFIGS, build_parser
+from wbdit_diffusers.training.config import (
+    CODEC_DEFAULTS,
+    SHIPPED_CONFIGS,
+    build_parser,
+    command_of,
+    config_without_places,
+)
 
 
 SHIPPED = sorted(Path(str(file)).stem for file in SHIPPED_CONFIGS.iterdir())
@@ -236,3 +243,20 @@ def test_help_says_the_defaults():
     assert helps["learning_rate"].endswith("Default: 0.002.")
     assert helps["num_genes"].endswith("Default: 2000.")
     assert helps["num_layers"].endswith("Default: 4 with --codec program, 3 with --codec expression.")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--label_keys", "cell_type", "my phase", "--max_train_steps", "7", "--no-use_ema"],
+        ["--codec", "expression", "--patch_size", "5", "--no-standardize", "--data_name", "PBMC's"],
+    ],
+)
+def test_the_command_of_a_config_gives_the_config_again(flags):
+    config = config_from_args(["--dataset", "/somewhere/cells.h5ad", "--output_dir", "/elsewhere/out", *flags])
+    command = command_of(config)
+    assert command.startswith("wbdit train --dataset cells.h5ad --output_dir out") and "where" not in command
+    again = config_from_args(shlex.split(command)[2:])
+    assert config_without_places(again) == config_without_places(config)
+    assert len(shlex.split(command)) == 6 + len(flags)

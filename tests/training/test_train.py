@@ -91,7 +91,7 @@ def test_every_solver_starts_from_pure_noise(trained, name):
 def test_the_model_card_says_what_was_trained(trained, pbmc):
     folder, pipe = trained
     card, rows = (folder / "README.md").read_text(), read_log(folder)
-    assert "library_name: diffusers" in card and f'from_pretrained("{folder.name}")' in card
+    assert "library_name: wbdit-diffusers" in card and f'from_pretrained("{folder.name}")' in card
     split = CellSplit.load(folder)
     facts = {
         "training cells": len(split.train),
@@ -108,6 +108,8 @@ def test_the_model_card_says_what_was_trained(trained, pbmc):
     for name, value in facts.items():
         assert f"| {name} | {value} |" in card
     assert all(name in card for key in KEYS for name in pbmc.obs[key].unique())
+    assert "wbdit train --dataset cells.h5ad" in card and "--max_train_steps 8" in card
+    assert str(folder.parent) not in card + (folder / "training.json").read_text()
 
 
 def test_expression_codec(pbmc, tmp_path):
@@ -404,7 +406,8 @@ def test_push_to_hub(pbmc, hub, tmp_path, monkeypatch):
     changes = {"checkpointing_steps": 1, "push_to_hub": True, "hub_model_id": "me/trained"}
     train(pbmc, tiny_config(tmp_path / "out", **TWO_STEPS, **changes))
     files = set(hub.repos["me/trained"])
-    assert {"model_index.json", "README.md", "split.json", "training_log.csv", "processor/config.json"} <= files
+    assert {"model_index.json", "README.md", "training.json", "processor/config.json"} <= files
+    assert not {"split.json", "training_log.csv"} & files  # names of cells, and logs
     assert {f"{name}/diffusion_pytorch_model.safetensors" for name in ("codec", "denoiser", "processor")} <= files
     assert (tmp_path / "out" / "checkpoint-1").is_dir()
     assert not [name for name in files if name.startswith(("checkpoint", "logs"))]

@@ -1,6 +1,8 @@
 """What goes to the Hugging Face Hub beside the weights, and what a folder that comes back must hold."""
 
-from .model_card import add_evaluation, push_model_card, render_model_card
+from .facts import CardFacts, read_facts
+from .model_card import push_model_card, render_model_card, write_model_card
+from .publish import publish
 
 
-__all__ = ["add_evaluation", "push_model_card", "render_model_card"]
+__all__ = ["CardFacts", "publish", "push_model_card", "read_facts", "render_model_card", "write_model_card"]

@@ -15,6 +15,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from .identity import check_format
+from .remote_code import without_remote_code
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -42,7 +43,7 @@ def check_folder(folder: Path, pipeline_class: type[DiffusionPipeline], parts: l
             f"{folder} is no pipeline: it has no {name}. Give the --output_dir of a training, a folder written"
             " by `save_pretrained`, or a Hub id."
         )
-    index = read_config(folder / name)
+    index = without_remote_code(read_config(folder / name))
     if index.get("_class_name") != pipeline_class.__name__:
         raise OSError(f"{folder} holds a {index.get('_class_name')}: load it with that class.")
     check_format(index, str(folder))

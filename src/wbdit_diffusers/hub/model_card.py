@@ -1,19 +1,25 @@
-"""The model card of a pipeline, rendered from its own configuration."""
+"""The model card of a pipeline, rendered from its own configuration and from what its folder says."""
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
 
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
 from ..version import __version__
+from .facts import CardFacts, read_facts
+from .markdown import as_code, as_code_span, as_text
+from .quality import eval_results, memory, quality_table
 
 
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
+LIBRARY = "wbdit-diffusers"  # as the Hub knows it, see docs/hub.md
+TAGS = ["diffusers", "single-cell", "scRNA-seq", "biology", "anndata", "white-box-transformer"]
+NOT_STATED = "not stated"
+MAX_LABELS = 100  # in a table
 BLOCKS = {
     "descent": "White-Box DiT, with steps that descend (contraction, ISTA)",
     "white_box": "White-Box DiT, as published (MSSA, ISTA)",
@@ -21,69 +27,100 @@ BLOCKS = {
 }
 
 
-def render_model_card(
-    pipeline: DiffusionPipeline,
-    repo_id: str,
-    training: dict[str, Any] | None = None,
-    evaluation: str | None = None,
-) -> ModelCard:
+def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFacts | None = None) -> ModelCard:
     """
     Args:
         pipeline ([`ScRNAGenerationPipeline`]): What the card describes.
         repo_id (`str`): The Hub id or folder that the card tells to load.
-        training (`dict`, *optional*): Rows of the training table.
-        evaluation (`str`, *optional*): Markdown of the evaluation section.
+        facts ([`CardFacts`], *optional*): What else is known; the card says of the rest that it is not stated.
 
     Returns:
         [`huggingface_hub.ModelCard`]
     """
-    processor, denoiser, scheduler = pipeline.processor.config, pipeline.denoiser, pipeline.scheduler
-    network = [
+    facts = facts or CardFacts()
+    processor = pipeline.processor.config
+    first = processor.categories[0][:1] if processor.categories else []
+    report, name = facts.report, repo_id.split("/")[-1]
+    return ModelCard.from_template(
+        ModelCardData(
+            library_name=LIBRARY,
+            tags=TAGS,
+            model_name=name if report else None,
+            eval_results=eval_results(report, facts.data_name or NOT_STATED) if report else None,
+        ),
+        template_path=TEMPLATE_PATH,
+        title=as_text(name),
+        repo_id=as_code(repo_id),
+        version=__version__,
+        cell_types=f", cell_types={as_code(first[0])}" if first else "",
+        with_code=facts.with_code,
+        variant=facts.variant,
+        figure=facts.figure,
+        data=_data(facts),
+        num_genes=len(processor.var_names),
+        genes=", ".join(as_text(gene) for gene in processor.var_names[:3]) + ", …",
+        contents=_contents(pipeline),
+        labels=_labels(pipeline.processor, facts.num_cells),
+        network=_network(pipeline),
+        training=[(as_text(name), as_text(value)) for name, value in (facts.training or {}).items()],
+        command=None if facts.command is None else " ".join(facts.command.splitlines()),
+        quality=quality_table(report) if report else None,
+        memory=memory(report),
+    )
+
+
+def write_model_card(pipeline: DiffusionPipeline, folder: str | Path, repo_id: str | None = None):
+    """
+    Writes README.md into the folder of a pipeline, from the files there; see [`read_facts`].
+
+    Args:
+        pipeline ([`ScRNAGenerationPipeline`]): The pipeline.
+        folder (`str` or `Path`): Where it was saved.
+        repo_id (`str`, *optional*): The Hub id that the card tells to load; the folder's name by default.
+    """
+    folder = Path(folder)
+    facts = read_facts(folder, len(pipeline.processor.var_names))
+    render_model_card(pipeline, repo_id or folder.resolve().name, facts).save(folder / "README.md")
+
+
+def push_model_card(pipeline: DiffusionPipeline, repo_id: str, private: bool | None = None, token: str | None = None):
+    """Gives a Hub repository that has no card yet the rendered one: Diffusers would write a stub."""
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if not file_exists(repo_id, "README.md", token=token):
+        render_model_card(pipeline, repo_id).push_to_hub(repo_id, token=token)
+
+
+def _data(facts: CardFacts) -> list[tuple[str, str]]:
+    rows = {"name": facts.data_name, "licence": facts.data_license, "accession or source": facts.data_source}
+    stated = [(name, NOT_STATED if value is None else as_text(value)) for name, value in rows.items()]
+    return [*stated, ("training cells", NOT_STATED if facts.num_cells is None else f"{facts.num_cells:,}")]
+
+
+def _labels(processor: Any, num_cells: int | None) -> list[dict[str, Any]]:
+    """Of each label key its name, and rows of its labels: name, training cells, share."""
+    keys = []
+    for column, (key, names) in enumerate(zip(processor.label_keys, processor.config.categories)):
+        codes = processor.label_combinations[:, column]
+        shares = torch.zeros(len(names)).index_add(0, codes, processor.label_frequencies.float()).tolist()
+        rows = [
+            (as_text(name), NOT_STATED if num_cells is None else f"{round(share * num_cells):,}", f"{share:.1%}")
+            for name, share in zip(names, shares)
+        ]
+        others = max(0, len(rows) - MAX_LABELS)
+        name = as_code_span(f"obs[{as_code(key)}]")
+        keys.append({"name": name, "title": as_text(key), "rows": rows[:MAX_LABELS], "num_others": others})
+    return keys
+
+
+def _network(pipeline: DiffusionPipeline) -> list[tuple[str, Any]]:
+    denoiser, scheduler = pipeline.denoiser, pipeline.scheduler
+    return [
         ("codec", _describe_codec(pipeline.codec)),
         *_describe_denoiser(denoiser),
         ("parameters", f"{denoiser.num_parameters():,}"),
         ("scheduler", f"{type(scheduler).__name__}, prediction_type {scheduler.config.get('prediction_type')}"),
         ("default steps", pipeline.config.num_inference_steps),
     ]
-    return ModelCard.from_template(
-        ModelCardData(
-            library_name="diffusers",
-            tags=["wbdit_diffusers", "single-cell", "scRNA-seq", "biology", "white-box-transformer"],
-        ),
-        template_path=TEMPLATE_PATH,
-        title=as_text(repo_id.split("/")[-1]),
-        repo_id=as_code(repo_id),
-        version=__version__,
-        contents=_contents(pipeline),
-        num_genes=len(processor.var_names),
-        genes=[as_text(name) for name in processor.var_names[:3]],
-        labels=[
-            (as_code_span(f"obs[{as_code(key)}]"), [as_text(name) for name in names])
-            for key, names in zip(processor.label_keys, processor.categories)
-        ],
-        cell_type=as_code(processor.categories[0][0]) if processor.categories else None,
-        network=[(name, as_text(value)) for name, value in network],
-        training=None if training is None else {as_text(name): as_text(value) for name, value in training.items()},
-        evaluation=evaluation,
-    )
-
-
-def as_code(text: str) -> str:
-    """A string as Python has it in quotes: whatever is in it, it ends where it ends, on one line."""
-    return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")  # three of which would end the block of code
-
-
-def as_code_span(code: str) -> str:
-    """Code within a line of Markdown; `as_code` has left no backtick in it."""
-    return f"`{code}`"
-
-
-def as_text(value: Any) -> str:
-    """Anything as one line of plain Markdown, in a table or out of one: nothing in it is markup, HTML or a link."""
-    text = " ".join(str(value).split())
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*\[\]|#~!$]|__)", r"\\\1", text)
-    return re.sub(r"(https?|www)([:.])", r"\1\\\2", text)
 
 
 def _describe_denoiser(denoiser: ModelMixin) -> list[tuple[str, Any]]:
@@ -103,19 +140,6 @@ def _describe_codec(codec: ModelMixin) -> str:
     if "num_programs" in config:
         return f"{type(codec).__name__}: {config.num_programs} gene programs, likelihood {config.likelihood}"
     return f"{type(codec).__name__}: {config.num_genes} genes, standardize={config.standardize}"
-
-
-def add_evaluation(path: str | Path, evaluation: str):
-    """Writes an evaluation, as Markdown, into a rendered card, before its section on limits."""
-    path = Path(path)
-    path.write_text(path.read_text().replace("## Limits", f"## Evaluation\n\n{evaluation}\n## Limits"))
-
-
-def push_model_card(pipeline: DiffusionPipeline, repo_id: str, private: bool | None = None, token: str | None = None):
-    """Gives a Hub repository that has no card yet the rendered one: Diffusers would write a stub."""
-    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    if not file_exists(repo_id, "README.md", token=token):
-        render_model_card(pipeline, repo_id).push_to_hub(repo_id, token=token)
 
 
 def _contents(pipeline: Any) -> str:

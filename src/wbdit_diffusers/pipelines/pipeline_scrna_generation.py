@@ -16,6 +16,7 @@ from ..data.dataset import CellDataset, encode_cells
 from ..hub.folder import check_folder, load_or_explain, write_beside
 from ..hub.identity import check_format, check_identity, mark
 from ..hub.model_card import push_model_card
+from ..hub.remote_code import without_remote_code
 from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
@@ -123,9 +124,14 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
             )
             check_format(index, where)
         pipeline = load_or_explain(lambda: super(ScRNAGenerationPipeline, cls).from_pretrained(where, **kwargs), where)
-        as_saved = all(kwargs.get(key) is None for key in ("dtype", "torch_dtype", "quantization_config"))
+        as_saved = all(kwargs.get(key) is None for key in ("dtype", "torch_dtype", "quantization_config", "variant"))
         check_identity(pipeline, index, where, given, check_weights=as_saved)
         return pipeline
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
+        """A configuration. Where it names modules of the repository, this package takes their place."""
+        return without_remote_code(super()._dict_from_json_file(json_file))
 
     @property
     def guidance_scale(self) -> float:
@@ -198,9 +204,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
             )
         )
         if output_type == "anndata":
-            cells = ad.concat(outputs, merge="same", uns_merge="same")
-            for key in self.processor.label_keys:
-                cells.obs[key] = cells.obs[key].cat.remove_unused_categories()
+            cells = self._join(outputs)
         else:
             cells = torch.cat(outputs)
             cells = cells.cpu().numpy() if output_type == "np" else cells
@@ -328,6 +332,13 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                     cells.uns["wbdit"] = provenance
                     yield cells
 
+    def _join(self, batches: list[ad.AnnData]) -> ad.AnnData:
+        """All batches as one AnnData."""
+        cells = ad.concat(batches, merge="same", uns_merge="same")
+        for key in self.processor.label_keys:
+            cells.obs[key] = cells.obs[key].cat.remove_unused_categories()
+        return cells
+
     @property
     def default_batch_size(self) -> int:
         """Cells denoised at once when a call does not say how many."""
@@ -348,11 +359,12 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         def predict(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return predict_guided(self.denoiser, latents, t, labels, self.guidance_scale)
 
-        return denoise(
+        denoised = denoise(
             *(predict, self.scheduler, noise, config.sample_size, num_inference_steps, device, self.denoiser.dtype),
             latents=latents,
             on_step_end=on_step_end,
         )
+        return denoised.to(self.codec.device)  # of several devices, a `device_map` may have given it another one
 
     def _to_cells(
         self,

@@ -324,6 +324,7 @@ class ScRNAProcessor(ConfigMixin):
         Raises:
             OSError: If the files are missing or damaged.
         """
+        kwargs.pop("variant", None)  # of the networks' weights: the tables have one form
         config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         processor = cls.from_config(config)
         if Path(pretrained_model_name_or_path).is_dir():

@@ -6,6 +6,7 @@ and each value is checked in the same way.
 
 import argparse
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -229,6 +230,12 @@ class OutputConfig:
     """Whether to upload the finished pipeline to the Hugging Face Hub."""
     hub_model_id: str | None = None
     """The repository to upload to. The name of output_dir in your namespace when not given."""
+    data_name: str | None = None
+    """What the training data are called, for the model card."""
+    data_license: str | None = None
+    """The licence of the training data, for the model card."""
+    data_source: str | None = None
+    """The accession of the training data, or where they are, for the model card."""
 
 
 @dataclass(config=pydantic_config, kw_only=True)
@@ -323,6 +330,32 @@ class TrainingConfig(
 
 
 # ==================== YAML files and flags ====================
+
+# Fields that say where things are on a machine
+PLACES = {"dataset", "split", "output_dir", "resume_from_checkpoint", "overwrite_output_dir"}
+
+
+def config_without_places(config: TrainingConfig) -> dict[str, Any]:
+    """All fields that name no path."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACES}
+
+
+def command_of(config: TrainingConfig) -> str:
+    """The command of a training, for others who have the cells: flags that are not at their defaults, and no path."""
+    dataset = "cells.h5ad" if config.dataset is None else config.dataset.name
+    words = ["wbdit", "train", "--dataset", dataset, "--output_dir", config.output_dir.resolve().name]
+    if config.split is not None:
+        words += ["--split", config.split.name]
+    defaults = config_without_places(TrainingConfig(output_dir=config.output_dir, codec=config.codec))
+    defaults["codec"] = "program"
+    for name, value in config_without_places(config).items():
+        if value == defaults[name] or name in ("push_to_hub", "hub_model_id", "report_to"):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
 def config_from_args(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainingConfig:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from scipy import sparse
 
 from ..data.split import CellSplit
+from ..hub.facts import TRAINING_NAME
 from ..version import __version__
 from .checkpoints import (
     find_checkpoints,
@@ -27,7 +28,7 @@ from .checkpoints import (
     step_of,
     write_whole,
 )
-from .config import TrainingConfig
+from .config import TrainingConfig, config_without_places
 from .processes import together
 
 
@@ -38,16 +39,14 @@ RECORD_NAME = "run.json"
 STAGE_ONE_NAME = "stage_one"  # the finished codec, or what an unfinished one goes on from
 LOCK_NAME = ".lock"
 # What a training writes besides checkpoints, and all that --overwrite_output_dir removes.
-FILES = ["README.md", "model_index.json", CellSplit.FILE_NAME, RECORD_NAME, "training_log.csv", STAGE_ONE_NAME]
-FILES += ["codec", "denoiser", "processor", "scheduler", "logs/wbdit_diffusers"]
+FILES = ["README.md", "model_index.json", CellSplit.FILE_NAME, RECORD_NAME, TRAINING_NAME, "training_log.csv"]
+FILES += [STAGE_ONE_NAME, "codec", "denoiser", "processor", "scheduler", "logs/wbdit_diffusers"]
 
 # What a resumed run may have otherwise. The number of processes is no field.
 MAY_CHANGE = {
     *("max_train_minutes", "report_to", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"),
-    *("push_to_hub", "hub_model_id", "num_inference_steps", "scheduler"),
+    *("push_to_hub", "hub_model_id", "data_name", "data_license", "data_source", "num_inference_steps", "scheduler"),
 }
-# What says where things are; the cells and the split themselves are compared.
-PLACES = {"dataset", "split", "output_dir", "resume_from_checkpoint", "overwrite_output_dir"}
 
 
 # ==================== What was trained, on which cells ====================
@@ -77,11 +76,10 @@ def describe_cells(adata: ad.AnnData, config: TrainingConfig, chunk_size: int = 
 
 def make_record(config: TrainingConfig, cells: dict[str, Any], split: CellSplit, var_names: list[str]) -> dict:
     """What is written to run.json. It names no path."""
-    fields = {name: value for name, value in asdict(config).items() if name not in PLACES}
     return {
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
-        "config": fields,
+        "config": config_without_places(config),  # the cells and the split themselves are compared
         "cells": cells,
         "split": _hash([*sorted(split.train), "", *sorted(split.test)]),
         "genes": _hash(var_names),

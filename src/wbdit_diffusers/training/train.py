@@ -5,7 +5,8 @@
 
 The output folder then holds what `ScRNAGenerationPipeline.from_pretrained` needs, and besides it: `split.json` (the
 names of the training and of the held-out cells), `training_log.csv` (the losses), `run.json` (flags and a fingerprint
-of the cells, with which a resumed run is compared), `stage_one/` and `checkpoint-N/` (to resume from).
+of the cells, with which a resumed run is compared), `training.json` (what the model card says of the training),
+`stage_one/` and `checkpoint-N/` (to resume from).
 """
 
 import csv
@@ -17,17 +18,19 @@ import anndata as ad
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import create_repo
 
 from ..data.dataset import CellDataset
 from ..data.split import CellSplit
-from ..hub.model_card import render_model_card
+from ..hub.facts import write_training
+from ..hub.model_card import write_model_card
+from ..hub.publish import publish
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..processing.processor import ScRNAProcessor
 from ..sampling.schedulers import make_scheduler, training_scheduler
 from .cells import read_source, split_cells
 from .codec import prepare_codec
-from .config import TrainingConfig
+from .config import TrainingConfig, command_of, config_without_places
 from .denoiser import DenoiserTraining, batch_sizes
 from .processes import interruption, together
 from .run import Run, check_cells, describe_cells, make_record, open_run, read_record
@@ -181,18 +184,16 @@ def _save(pipeline: ScRNAGenerationPipeline, config: TrainingConfig, training: D
     }
     if training.global_step < ENOUGH_STEPS:
         shortage = f"only {training.global_step} steps of the denoiser, which needs {ENOUGH_STEPS:,} at least"
-        facts["**warning**"] = f"**{shortage}: these cells are not fit for use**"
+        facts["warning"] = f"{shortage}: these cells are not fit for use"
         mend = "--max_train_minutes" if config.max_train_minutes is not None else "--max_train_steps"
         logger.warning(f"WARNING: {shortage}. The cells will be poor: give more {mend}.")
-    render_model_card(pipeline, repo_id, training=facts).save(config.output_dir / "README.md")
+    record = config_without_places(config)
+    write_training(config.output_dir, record, command_of(config), len(split.train), facts)
+    write_model_card(pipeline, config.output_dir, repo_id)
     logger.info(f"Saved the pipeline to {config.output_dir}.")
     if config.push_to_hub:
         try:
-            upload_folder(
-                repo_id=repo_id,
-                folder_path=config.output_dir,
-                commit_message="End of training",
-                ignore_patterns=["checkpoint-*", "logs*", "stage_one*", ".*"],
-            )
-        except Exception as error:  # of the Hub and of the network
-            raise OSError(f"The pipeline is in {config.output_dir}, but was not uploaded: {error}") from error
+            address = publish(pipeline, config.output_dir, repo_id)
+        except OSError as error:
+            raise OSError(f"The pipeline is in {config.output_dir}, but {error}") from error
+        logger.info(f"Published: {address}")
