@@ -36,10 +36,10 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("--output_dir", type=Path, default=Path("explain"), help="Folder to write. Default: explain.")
     explain.add_argument("--max_cells", type=int, default=3000, help="Held-out cells to use at most. Default: 3000.")
     explain.add_argument("--seed", type=seed, default=0, help="Seed of noise and cells. Default: 0.")
-    prepare = commands.add_parser("prepare", help="Fetch a public dataset of the paper's reproduction.")
-    prepare.add_argument("dataset", help="Its name; `wbdit prepare list` prints them.")
-    prepare.add_argument("--output", type=Path, help="The .h5ad file to write; DATASET.h5ad by default.")
-    prepare.add_argument("--folder", type=Path, default=Path("published"), help="Where the published files are kept.")
+    fetch = commands.add_parser("fetch", help="Fetch a public dataset of the paper's reproduction.")
+    fetch.add_argument("dataset", help="Its name; `wbdit fetch list` prints them.")
+    fetch.add_argument("--output", type=Path, help="The .h5ad file to write; DATASET.h5ad by default.")
+    fetch.add_argument("--folder", type=Path, default=Path("published"), help="Where the published files are kept.")
     return parser
 
 
@@ -255,9 +255,9 @@ def explain(args: argparse.Namespace):
     print(f"Look at {args.output_dir / 'explain.html'}; the numbers are in explain.json, the cells in explain.h5ad.")
 
 
-def prepare(args: argparse.Namespace):
-    from .data.datasets import RECIPES
-    from .data.datasets import prepare as fetch
+def fetch(args: argparse.Namespace):
+    from .data.public import RECIPES
+    from .data.public import fetch as fetch_cells
     from .data.writer import check_output
 
     if args.dataset == "list":
@@ -266,7 +266,7 @@ def prepare(args: argparse.Namespace):
     output = args.output or Path(f"{args.dataset}.h5ad")
     if args.dataset in RECIPES:
         check_output(output)
-    cells = fetch(args.dataset, args.folder / args.dataset)
+    cells = fetch_cells(args.dataset, args.folder / args.dataset)
     cells.write_h5ad(output)
     print(f"{cells.n_obs} cells × {cells.n_vars} genes in {output}: {RECIPES[args.dataset].source}.")
 
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None):
             "evaluate": evaluate,
             "programs": programs,
             "explain": explain,
-            "prepare": prepare,
+            "fetch": fetch,
         }[args.command](args)
     except (ValueError, OSError) as error:
         reason = str(error)

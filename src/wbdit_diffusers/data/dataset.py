@@ -1,13 +1,17 @@
 """Cells as training examples."""
 
-from typing import Protocol
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
 
 import anndata as ad
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..processing.processor import ScRNAProcessor
+
+if TYPE_CHECKING:  # which reads cells through this folder
+    from ..processing.processor import ScRNAProcessor
 
 
 class Encoder(Protocol):

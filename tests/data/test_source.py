@@ -44,7 +44,7 @@ def test_every_form_of_the_matrix_is_the_same(form, processor, pbmc, pbmc_path, 
     elif form == "a view":
         adata = ad.concat([adata, adata], index_unique="-")[:700]
     elif form == "several chunks":
-        monkeypatch.setattr("wbdit_diffusers.processing.matrix.CHUNK_SIZE", 300)
+        monkeypatch.setattr("wbdit_diffusers.data.source.CHUNK_SIZE", 300)
     again = ScRNAProcessor(num_genes=200, layer=layer).fit(adata)
     assert list(again.var_names) == list(processor.var_names)
     matrix, totals = again.select(adata)
@@ -70,7 +70,7 @@ def test_bad_values_are_named_with_their_cell_and_the_mend(pbmc, processor):
 
 
 def test_a_bad_value_in_a_later_piece_is_named_with_its_own_cell(pbmc, monkeypatch):
-    monkeypatch.setattr("wbdit_diffusers.processing.matrix.CHUNK_SIZE", 2)
+    monkeypatch.setattr("wbdit_diffusers.data.source.CHUNK_SIZE", 2)
     with pytest.raises(ValueError, match=rf"holds 0.5 \(cell '{pbmc.obs_names[2]}'\)"):
         ScRNAProcessor().fit(with_value(pbmc[:5], 0.5))
 
