@@ -36,11 +36,40 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("--output_dir", type=Path, default=Path("explain"), help="Folder to write. Default: explain.")
     explain.add_argument("--max_cells", type=int, default=3000, help="Held-out cells to use at most. Default: 3000.")
     explain.add_argument("--seed", type=seed, default=0, help="Seed of noise and cells. Default: 0.")
+    _add_prepare(
+        commands.add_parser(
+            "prepare",
+            help="Make one shuffled dataset, a folder of parquet files, of AnnData files of any size.",
+            description="`wbdit train --dataset FOLDER` trains on it, and `datasets.load_dataset` reads it. No file is"
+            " ever whole in memory.",
+        )
+    )
     fetch = commands.add_parser("fetch", help="Fetch a public dataset of the paper's reproduction.")
     fetch.add_argument("dataset", help="Its name; `wbdit fetch list` prints them.")
     fetch.add_argument("--output", type=Path, help="The .h5ad file to write; DATASET.h5ad by default.")
     fetch.add_argument("--folder", type=Path, default=Path("published"), help="Where the published files are kept.")
     return parser
+
+
+def _add_prepare(parser: argparse.ArgumentParser):
+    parser.add_argument("files", nargs="+", type=Path, help=".h5ad or .zarr files.")
+    parser.add_argument("--output", type=Path, required=True, help="The folder to write.")
+    parser.add_argument("--layer", help="The layer that holds the matrix. X when not given.")
+    parser.add_argument("--values", default="counts", help="What it holds: counts (kept bit by bit) or log.")
+    parser.add_argument(
+        "--label_keys",
+        nargs="+",
+        default=[],
+        help="Columns of obs that are labels whatever they hold; the split is stratified by the first one.",
+    )
+    parser.add_argument("--genes", default="intersection", help="Of several files: intersection (default) or union.")
+    parser.add_argument("--file_key", help="Column of obs to make, with the name of each cell's file.")
+    parser.add_argument("--min_counts", type=int, help="Leave cells with fewer counts out. Default: 1.")
+    parser.add_argument("--min_genes", type=int, default=1, help="Leave cells with fewer genes out. Default: 1.")
+    parser.add_argument("--test_fraction", type=float, default=0.2, help="Share of held-out cells. Default: 0.2.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of split and order. Default: 0.")
+    parser.add_argument("--push_to_hub", action="store_true", help="Upload it to the Hugging Face Hub, as a dataset.")
+    parser.add_argument("--hub_dataset_id", help="The dataset to upload to. The name of --output when not given.")
 
 
 def _add_generate(parser: argparse.ArgumentParser):
@@ -255,6 +284,26 @@ def explain(args: argparse.Namespace):
     print(f"Look at {args.output_dir / 'explain.html'}; the numbers are in explain.json, the cells in explain.h5ad.")
 
 
+def prepare(args: argparse.Namespace):
+    from .data import PrepareConfig
+    from .data import prepare as prepare_cells
+
+    if args.hub_dataset_id is not None and not args.push_to_hub:
+        raise ValueError("--hub_dataset_id has no effect without --push_to_hub.")
+    names = ("layer", "values", "label_keys", "genes", "file_key", "min_counts", "min_genes", "test_fraction", "seed")
+    config = PrepareConfig(**{name: getattr(args, name) for name in names})
+    metadata = prepare_cells(args.files, args.output, config)
+    sizes = {split: sum(files.values()) for split, files in metadata["splits"].items()}
+    described = ", ".join(f"{number} {split}" for split, number in sizes.items())
+    print(f"{sum(sizes.values())} cells ({described}) × {metadata['num_genes']} genes in {args.output}.")
+    if args.push_to_hub:
+        from huggingface_hub import create_repo, upload_folder
+
+        repo_id = create_repo(args.hub_dataset_id or args.output.name, repo_type="dataset", exist_ok=True).repo_id
+        upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=args.output, commit_message="wbdit prepare")
+        print(f"Uploaded: hf://datasets/{repo_id}")
+
+
 def fetch(args: argparse.Namespace):
     from .data.public import RECIPES
     from .data.public import fetch as fetch_cells
@@ -285,6 +334,7 @@ def main(argv: list[str] | None = None):
             "evaluate": evaluate,
             "programs": programs,
             "explain": explain,
+            "prepare": prepare,
             "fetch": fetch,
         }[args.command](args)
     except (ValueError, OSError) as error:

@@ -19,8 +19,7 @@ class CellSource(Protocol):
     Args:
         name (`str`): What messages call them.
         var_names (`pd.Index`): All genes, the columns of what is read.
-        obs (`pd.DataFrame`): The labels of all cells, in the order of the groups; the only thing of all cells that is in
-            memory.
+        obs (`pd.DataFrame`): The labels of all cells, in the order of the groups: all of them that is in memory.
         group_sizes (`np.ndarray` of shape `(groups,)`): How many cells are in each group.
         is_shuffled (`bool`): Whether neighbours in a group are a random sample of all cells.
     """
@@ -103,7 +102,9 @@ def iter_groups(
         matrix, totals = source.read_group(group)
         start = int(starts[group])
         check_values(matrix, source.name, source.obs.index[start : start + matrix.shape[0]], integer)
-        matrix.eliminate_zeros()
+        if not matrix.data.all():
+            matrix = matrix.copy()  # what was read may be somebody else's memory
+            matrix.eliminate_zeros()
         empty = np.diff(matrix.indptr) == 0
         if empty.any():
             raise ValueError(
@@ -116,8 +117,8 @@ def iter_groups(
 
 def check_values(matrix: sparse.csr_matrix, name: str, obs_names: pd.Index, integer: bool):
     """
-    Raises a `ValueError` that names the first cell with a value that is NaN, infinite, negative, or, if the values must
-    be `integer`, not a whole count. `name` is what the message calls the matrix.
+    Raises a `ValueError` that names the first cell with a value that is NaN, infinite, negative, or, if they must be
+    `integer`, not a whole count. `name` is what the message calls the matrix.
     """
     values = matrix.data
 
@@ -139,3 +140,23 @@ def check_values(matrix: sparse.csr_matrix, name: str, obs_names: pd.Index, inte
                 f"{at(fractional)}, which is no integer count. If these are log-normalised values, pass values='log';"
                 " if the counts are in a layer, name it with `layer`."
             )
+
+
+def place_genes(matrix: sparse.csr_matrix, places: np.ndarray, num_genes: int) -> sparse.csr_matrix:
+    """
+    Cells with other columns: `(cells, num_genes)`, with sorted indices.
+
+    Args:
+        matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Cells.
+        places (`np.ndarray` of shape `(genes,)`): The new column of each gene, -1 for those that are left out.
+        num_genes (`int`): Number of new columns; those to which no gene goes are zero.
+    """
+    columns = places[matrix.indices]
+    stays = columns >= 0
+    before = np.concatenate([[0], np.cumsum(stays)])  # how many of the values before each one stay
+    placed = sparse.csr_matrix(
+        (matrix.data[stays], columns[stays].astype(np.int32), before[matrix.indptr]),
+        shape=(matrix.shape[0], num_genes),
+    )
+    placed.sort_indices()
+    return placed

@@ -47,15 +47,7 @@ class CellSplit:
         if label_key is not None and label_key not in adata.obs:
             raise ValueError(f"`adata.obs` has no column {label_key!r}; it has {list(adata.obs)}.")
         labels = np.zeros(adata.n_obs) if label_key is None else adata.obs[label_key].astype(str).to_numpy()
-        # Each label's cells are spread evenly over [0, 1) in random order: the last ones are held out.
-        rank = np.empty(adata.n_obs)
-        shuffled = np.random.default_rng(seed).permutation(adata.n_obs)
-        for label in np.unique(labels):
-            cells = shuffled[labels[shuffled] == label]
-            rank[cells] = (np.arange(len(cells)) + 0.5) / len(cells)
-        is_test = rank > 1 - test_fraction
-        if is_test.all() or not is_test.any():
-            raise ValueError(f"{adata.n_obs} cells are too few to hold out a share of {test_fraction}.")
+        is_test = held_out(np.unique(labels, return_inverse=True)[1], test_fraction, seed)
         return cls(adata.obs_names[~is_test].tolist(), adata.obs_names[is_test].tolist(), seed)
 
     @classmethod
@@ -108,6 +100,24 @@ class CellSplit:
 
 def _is_list_of_names(names) -> bool:
     return isinstance(names, list) and all(isinstance(name, str) for name in names)
+
+
+def held_out(labels: np.ndarray, test_fraction: float, seed: int) -> np.ndarray:
+    """
+    Which cells are held out, stratified by label: a mask. `labels` are numbers, one for each cell. Raises a `ValueError`
+    if there are too few cells.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    sizes = np.bincount(labels)
+    # Each label's cells are spread evenly over [0, 1) in random order: the last ones are held out.
+    rank = np.empty(len(labels))
+    number = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    rank[by_label] = (number + 0.5) / np.repeat(sizes, sizes)
+    is_test = rank > 1 - test_fraction
+    if is_test.all() or not is_test.any():
+        raise ValueError(f"{len(labels)} cells are too few to hold out a share of {test_fraction}.")
+    return is_test
 
 
 def _check_names(adata: ad.AnnData):

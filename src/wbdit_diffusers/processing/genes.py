@@ -82,7 +82,7 @@ def _moments(source: CellSource, library_size: np.ndarray, values: str) -> tuple
 
 
 def _normalised_dispersions(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Seurat's: the log ratio of variance to mean, standardised among genes of about the same mean; NaN if constant."""
+    """Seurat's: the log of variance over mean, standardised among genes of about the same mean; NaN if constant."""
     mean = np.where(mean == 0, 1e-12, mean)
     dispersion = variance / mean
     dispersion = pd.Series(np.log(np.where(dispersion == 0, np.nan, dispersion)))
@@ -120,23 +120,3 @@ def align_genes(var_names: pd.Index, modelled: pd.Index) -> np.ndarray:
             f" {', '.join(missing[:10])}{', …' if len(missing) > 10 else ''}."
         )
     return modelled.get_indexer(var_names)
-
-
-def place_genes(matrix: sparse.csr_matrix, places: np.ndarray, num_genes: int) -> sparse.csr_matrix:
-    """
-    Cells with other columns: `(cells, num_genes)`, with sorted indices.
-
-    Args:
-        matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Cells.
-        places (`np.ndarray` of shape `(genes,)`): The new column of each gene, -1 for those that are left out.
-        num_genes (`int`): Number of new columns; those to which no gene goes are zero.
-    """
-    columns = places[matrix.indices]
-    stays = columns >= 0
-    before = np.concatenate([[0], np.cumsum(stays)])  # how many of the values before each one stay
-    placed = sparse.csr_matrix(
-        (matrix.data[stays], columns[stays].astype(np.int32), before[matrix.indptr]),
-        shape=(matrix.shape[0], num_genes),
-    )
-    placed.sort_indices()
-    return placed

@@ -18,7 +18,7 @@ NUM_NAMED = 20  # labels in a message at most, the closest first
 
 def read_labels(obs: pd.DataFrame, label_key: str) -> tuple[list[str], np.ndarray]:
     """
-    The labels of cells: their names as sorted strings, and for each cell the position of its label among them. Raises a
+    The labels of cells: their names as sorted strings, and the position of each cell's label among them. Raises a
     `ValueError` if the column or a label is missing.
     """
     if label_key not in obs:

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 
-from ..data.source import CellSource, as_source, iter_groups
+from ..data.source import CellSource, as_source, iter_groups, place_genes
 from . import labels, library_size
 from .checks import check_config, check_statistics
-from .genes import align_genes, check_names, choose_genes, place_genes
+from .genes import align_genes, check_names, choose_genes
 from .recover import MAX_LOG_VALUE, LogScale, find_log_scale, recover_counts
 
 
