@@ -3,7 +3,7 @@
 from .dataset import CellDataset, encode_cells
 from .io import drop_empty_cells, load_pbmc, read_cells
 from .order import BatchSampler, CellOrder
-from .prepare import PrepareConfig, prepare
+from .preparation import PrepareConfig, prepare
 from .prepared import PreparedCells
 from .source import AnnDataSource, CellSource
 from .split import CellSplit

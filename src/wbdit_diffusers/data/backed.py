@@ -12,7 +12,7 @@ from .source import CHUNK_SIZE
 
 class BackedFile:
     """
-    An AnnData file of which names and labels are in memory, and values are read when asked for. To be used in a `with`.
+    An AnnData file of which names and labels are in memory, and values are read when asked for. To be opened by `with`
 
     Args:
         path (`str` or `Path`): An .h5ad file, or the folder of a .zarr.

@@ -33,6 +33,7 @@ def write_card(folder: Path, metadata: dict[str, Any]):
         f"- {_escape(key)}: {', '.join(map(_escape, names[:30]))}{', …' if len(names) > 30 else ''}"
         for key, names in metadata["labels"].items()
     )
+    files = ", ".join(map(_escape, metadata["files"]))
     text = f"""---
 {data.to_yaml()}
 ---
@@ -40,9 +41,9 @@ def write_card(folder: Path, metadata: dict[str, Any]):
 # Single cells
 
 {sum(splits.values()):,} cells × {metadata["num_genes"]:,} genes, {holds}, shuffled. Prepared from
-{", ".join(map(_escape, metadata["files"]))} ({metadata["num_cells_in_files"]:,} cells) by `wbdit prepare`: cells with fewer than
-{metadata["min_counts"]} counts or {metadata["min_genes"]} expressed genes were left out, and the test split was drawn at random within
-each label.
+{files} ({metadata["num_cells_in_files"]:,} cells) by
+`wbdit prepare`: cells with fewer than {metadata["min_counts"]} counts or {metadata["min_genes"]} expressed genes
+were left out, and the test split was drawn at random within each label.
 
 | split | cells |
 |---|---|

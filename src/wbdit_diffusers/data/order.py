@@ -1,9 +1,9 @@
 """In which order cells are trained on: a pure function of seed and epoch, the same for any number of processes.
 
-The cells of all epochs are one endless sequence, in which every cell comes once in each epoch. A batch is a slice of it,
-which the processes share by position. So all batches are equal (the last one of an epoch is filled from the next), no
-cell is dropped, and all that a resumed run must know is how many cells were seen, be it with other processes or others'
-batch sizes.
+The cells of all epochs are one endless sequence, in which every cell comes once in each epoch. A batch is a slice of
+it, which the processes share by position. So all batches are equal (the last one of an epoch is filled from the next),
+no cell is dropped, and all that a resumed run must know is how many cells were seen, be it with other processes or
+batches of another size.
 """
 
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ WINDOW_SIZE = 32_768  # cells that are shuffled among each other, and are in mem
 
 class CellOrder:
     """
-    The order of the cells of a [`CellSource`]: in each epoch groups are shuffled, neighbours joined to windows, and the
-    cells of a window shuffled. Cells of one group, which is all that an array in memory has, are shuffled whole.
+    The order of the cells of a [`CellSource`]: in each epoch groups are shuffled, neighbours joined to windows, and
+    the cells of a window shuffled. Cells in memory are one group, and so are shuffled whole.
 
     Args:
         group_sizes (`np.ndarray` of shape `(groups,)`): Cells in each group.
@@ -60,6 +60,13 @@ class CellOrder:
         groups = self._windows(epoch)[0][window]
         cells = np.concatenate([np.arange(self.group_starts[g], self.group_starts[g + 1]) for g in groups])
         return np.random.default_rng([self.seed, epoch, window]).permutation(cells)
+
+
+def choose_groups(group_sizes: np.ndarray, num_cells: int, seed: int) -> list[int]:
+    """Random groups with so many cells or somewhat more, in order: `group_sizes` has the cells of each `(groups,)`."""
+    groups = np.random.default_rng(seed).permutation(len(group_sizes))
+    enough = int(np.searchsorted(np.cumsum(np.asarray(group_sizes)[groups]), num_cells)) + 1
+    return np.sort(groups[:enough]).tolist()
 
 
 class BatchSampler(Sampler):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import fsspec
 import numpy as np
 import pandas as pd
 from scipy import sparse
+
+from .order import choose_groups
 
 
 FORMAT_VERSION = 1
@@ -85,8 +88,8 @@ class PreparedCells:
     def obs(self) -> pd.DataFrame:
         """The labels of all cells; names and numbers of theirs stay on disk."""
         columns: dict[str, list[pd.Categorical]] = {key: [] for key in self.metadata["labels"]}
-        for name in self.files:
-            table = self._read(name, None, list(columns)) if columns else None
+        for name in self.files if columns else ():
+            table = self._read(name, None, list(columns))
             for key, names in self.metadata["labels"].items():
                 columns[key].append(_categorical(table[key], names, f"{self.folder}/{name}", key))
         num_cells = int(self.group_sizes.sum())
@@ -102,14 +105,25 @@ class PreparedCells:
         if self.metadata["values"] == "counts":
             columns.append("total_counts")
         table = self._read(name, row, columns)
-        totals = table["total_counts"].to_numpy() if "total_counts" in columns else None
+        # As the sum of a row of float32 is.
+        totals = table["total_counts"].to_numpy().astype(np.float32) if "total_counts" in columns else None
         return self._matrix(table, name), totals
 
-    def read(self) -> ad.AnnData:
-        """All cells in memory, with all columns of `obs` and `var`."""
+    @property
+    def fingerprint(self) -> str:
+        """Of names and values of all cells of both splits."""
+        return f"{self.metadata['fingerprint']}"
+
+    def sample(self, num_cells: int, seed: int = 0) -> ad.AnnData:
+        """So many cells or somewhat more, from random groups: [`~PreparedCells.read`]."""
+        return self.read(choose_groups(self.group_sizes, num_cells, seed))
+
+    def read(self, groups: Iterable[int] | None = None) -> ad.AnnData:
+        """Cells in memory, those of some groups or all, with all columns of `obs` and `var`."""
         matrices, tables = [], []
-        for name in self.files:
-            table = self._read(name, None, None)
+        parts = [(name, None) for name in self.files] if groups is None else [self.groups[group] for group in groups]
+        for name, row in parts:
+            table = self._read(name, row, None)
             matrices.append(self._matrix(table, name))
             obs = table.drop_columns([key for key in ("genes", "expressions") if key in table.column_names])
             frame = obs.to_pandas().set_index("cell").rename_axis(None)

@@ -104,8 +104,8 @@ def _is_list_of_names(names) -> bool:
 
 def held_out(labels: np.ndarray, test_fraction: float, seed: int) -> np.ndarray:
     """
-    Which cells are held out, stratified by label: a mask. `labels` are numbers, one for each cell. Raises a `ValueError`
-    if there are too few cells.
+    Which cells are held out, stratified by label: a mask. `labels` are numbers, one for each cell. Raises a
+    `ValueError` if there are too few cells.
     """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]

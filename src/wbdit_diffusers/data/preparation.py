@@ -1,8 +1,8 @@
 """`wbdit prepare`: AnnData files of any size to a shuffled parquet dataset, without ever having one in memory.
 
 Cells are read twice. The first pass checks them and decides which stay, which are held out, and where each one goes in
-the shuffled set. The second one scatters them to buckets on disk, of as many as make one parquet file. Then each bucket
-is put in order and written. So the memory is that of one bucket, however many cells there are.
+the shuffled set. The second one scatters them to buckets on disk, of as many as make one parquet file. Then each
+bucket is put in order and written. So the memory is that of one bucket, however many cells there are.
 """
 
 import hashlib
@@ -43,10 +43,11 @@ class PrepareConfig:
 
     Args:
         layer (`str`, *optional*): Layer that holds the matrix; `X` by default.
-        values (`str`, defaults to `"counts"`): What it holds: `"counts"`, which are kept bit by bit, or `"log"` values,
-            kept in float32.
-        label_keys (`list[str]`): Columns of `obs` that are labels whatever they hold. Strings and categories are labels
-            anyway. The split is stratified by the first one.
+        values (`str`, defaults to `"counts"`):
+            What it holds: `"counts"`, which are kept bit by bit, or `"log"` values, kept in float32.
+        label_keys (`list[str]`):
+            Columns of `obs` that are labels whatever they hold. Strings and categories are labels anyway. The split is
+            stratified by the first one.
         genes (`str`, defaults to `"intersection"`): Which genes of several files: those that all have
             (`"intersection"`), or those that any has (`"union"`, in which those that a file lacks are zero).
         file_key (`str`, *optional*): Column of `obs` to make, with the name of each cell's file.
@@ -115,9 +116,7 @@ def prepare(sources: list[str | Path], output: str | Path, config: PrepareConfig
     free = shutil.disk_usage(output.parent).free
     needed = 10 * job.num_values + 200 * len(job.position)
     if free < needed:
-        raise OSError(
-            f"{output.parent} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed for a while."
-        )
+        raise OSError(f"{output.parent} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed.")
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
         buckets, folder = Path(temporary, "buckets"), Path(temporary, "folder")
         buckets.mkdir()
@@ -135,31 +134,33 @@ class _Preparation:
 
     def __init__(self, paths: list[Path], names: list[str], config: PrepareConfig):
         self.paths, self.names, self.config = paths, names, config
-        self.columns: dict[str, Column] | None = None
-        self._gather_names()
+        self.columns = self._gather_names()
 
     # ==================== Names ====================
 
-    def _gather_names(self):
-        """Genes and columns of the dataset, and the place of each file's genes in it."""
-        config, all_genes, all_columns = self.config, [], {}
-        label_keys = config.label_keys
+    def _gather_names(self) -> dict[str, Column]:
+        """Columns and genes of the dataset, and the place of each file's genes in it."""
+        config, all_genes = self.config, []
+        all_columns: dict[str, None] = {}
+        columns: dict[str, Column] | None = None
         self.num_cells = 0
         for path, name in zip(self.paths, self.names):
             with BackedFile(path, config.layer) as file:
                 _check_names(file)
                 obs = self._obs(file, name)
-                for key in label_keys:
+                for key in config.label_keys:
                     if key not in obs:
                         raise ValueError(f"{path} has no obs column {key!r}; it has {list(obs)}.")
                     if obs[key].isna().any():
                         raise ValueError(f"{path}: obs[{key!r}] is missing for {obs[key].isna().sum()} cells.")
                 all_genes.append(file.var.index.astype(str))
                 all_columns |= dict.fromkeys(obs)
-                self.columns = merge_columns(self.columns, obs, label_keys)
+                columns = merge_columns(columns, obs, config.label_keys)
                 self.num_cells += len(obs)
-                var = file.var if len(all_genes) == 1 else var
-        left_out = [key for key in all_columns if key not in self.columns]
+                if len(all_genes) == 1:
+                    var = file.var
+        assert columns is not None  # there is a file
+        left_out = [key for key in all_columns if key not in columns]
         if left_out:
             logger.warning(f"Columns of obs that not all files have are left out: {', '.join(map(str, left_out))}.")
         genes = all_genes[0]
@@ -172,9 +173,10 @@ class _Preparation:
             raise ValueError("No gene is in all files: use --genes union, or the same kind of gene name.")
         self.genes = genes
         self.places = [genes.get_indexer(own) for own in all_genes]
-        self.var = (
-            var.set_axis(all_genes[0]).reindex(genes) if genes.isin(all_genes[0]).all() else pd.DataFrame(index=genes)
-        )
+        # What is known of genes is taken from the first file, if it has all of them.
+        has_all = genes.isin(all_genes[0]).all()
+        self.var = var.set_axis(all_genes[0]).reindex(genes) if has_all else pd.DataFrame(index=genes)
+        return columns
 
     def _obs(self, file: BackedFile, name: str) -> pd.DataFrame:
         """`obs` as it will be: cells of several files named after them, and the file as a label."""
@@ -199,12 +201,10 @@ class _Preparation:
         stays, labels, first = np.zeros(self.num_cells, dtype=bool), np.zeros(self.num_cells, dtype=np.int32), 0
         self.cells_per_gene, self.num_values = np.zeros(len(self.genes), dtype=np.int64), 0
         label_key = config.label_keys[0] if config.label_keys else None
-        for number, obs, start, matrix in self._chunks("Checking"):
+        for number, obs, matrix in self._chunks("Checking"):
             check_values(matrix, str(self.paths[number]), obs.index, integer=config.values == "counts")
             if config.values == "counts" and matrix.nnz and matrix.data.max() > MAX_COUNT:
-                raise ValueError(
-                    f"{self.paths[number]} has a count of {matrix.data.max():g}: {MAX_COUNT:,} is the most."
-                )
+                raise ValueError(f"{self.paths[number]} has a count of {matrix.data.max():g}, more than {MAX_COUNT}.")
             matrix.eliminate_zeros()
             placed = place_genes(matrix, self.places[number], len(self.genes))
             kept = (np.diff(matrix.indptr) >= config.min_genes) & (np.diff(placed.indptr) > 0)
@@ -258,7 +258,7 @@ class _Preparation:
         import pyarrow as pa
 
         tables, num_values, first, seen = [], 0, 0, 0
-        for number, obs, start, matrix in self._chunks("Scattering"):
+        for number, obs, matrix in self._chunks("Scattering"):
             kept = self.stays[first : first + len(obs)]
             first += len(obs)
             matrix = matrix[kept]
@@ -305,15 +305,15 @@ class _Preparation:
             with Path(folder, str(bucket[first])).open("ab") as file, pa.ipc.new_stream(file, part.schema) as stream:
                 stream.write_table(part)
 
-    def _chunks(self, description: str) -> Iterator[tuple[int, pd.DataFrame, int, sparse.csr_matrix]]:
-        """Number of the file, `obs` and values of some of its cells, and the number of the first in it."""
+    def _chunks(self, description: str) -> Iterator[tuple[int, pd.DataFrame, sparse.csr_matrix]]:
+        """Number of the file, and `obs` and values of some of its cells."""
         with tqdm(total=self.num_cells, desc=description, unit=" cells", mininterval=1) as progress_bar:
             for number, (path, name) in enumerate(zip(self.paths, self.names)):
                 with BackedFile(path, self.config.layer) as file:
                     obs = self._obs(file, name)
                     for start in range(0, len(obs), CHUNK_SIZE):
                         chunk = obs.iloc[start : start + CHUNK_SIZE]
-                        yield number, chunk, start, file.read(start, start + len(chunk))
+                        yield number, chunk, file.read(start, start + len(chunk))
                         progress_bar.update(len(chunk))
 
     # ==================== Writing ====================
@@ -335,17 +335,16 @@ class _Preparation:
         for bucket, name in enumerate(tqdm(names, desc="Writing", unit=" files")):
             table = _read_bucket(buckets / str(bucket))
             table = table.take(np.argsort(table["position"].to_numpy())).select(schema.names).cast(schema)
-            for key in ("genes", "expressions", "cell"):
+            for key in ("genes", "expressions"):
                 for chunk in table[key].chunks:
-                    fingerprint.update(
-                        chunk.values.to_numpy() if key != "cell" else "\n".join(chunk.to_pylist()).encode()
-                    )
+                    fingerprint.update(chunk.values.to_numpy())
+            fingerprint.update("\n".join(table["cell"].to_pylist()).encode())
             # Labels and small counts are few different values; the genes of a cell are increasing numbers.
             with pq.ParquetWriter(
                 folder / name,
                 schema,
                 compression="zstd",
-                use_dictionary=[key for key in ("expressions.list.element", *self.columns)],
+                use_dictionary=["expressions.list.element", *self.columns],
                 column_encoding={"genes.list.element": "DELTA_BINARY_PACKED"},
             ) as writer:
                 writer.write_table(table, row_group_size=ROW_GROUP_SIZE)
@@ -363,8 +362,11 @@ class _Preparation:
             "splits": self.files,
             "files": self.names,
             "num_cells_in_files": self.num_cells,
-            **{key: getattr(self.config, key) for key in ("label_keys", "genes", "min_counts", "min_genes")},
-            **{key: getattr(self.config, key) for key in ("test_fraction", "seed")},
+            "label_keys": self.config.label_keys,
+            "min_counts": self.config.min_counts,
+            "min_genes": self.config.min_genes,
+            "test_fraction": self.config.test_fraction,
+            "seed": self.config.seed,
         }
         (folder / METADATA).write_text(json.dumps(metadata, indent=1))
         write_card(folder, metadata)
@@ -403,6 +405,4 @@ def _check_names(file: BackedFile):
     for what, index in (("gene", file.var.index), ("cell", file.obs.index)):
         if not index.is_unique:
             name, names = index[index.duplicated()][0], {"gene": "var_names", "cell": "obs_names"}[what]
-            raise ValueError(
-                f"{file.path} has the {what} {name!r} more than once: call `adata.{names}_make_unique()`."
-            )
+            raise ValueError(f"{file.path} has {what} {name!r} more than once: call `adata.{names}_make_unique()`.")
