@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Programs, layers, decisions and interventions, measured on the held-out cells, beside controls.",
     )
     explain.add_argument("model", help="A folder that a training wrote.")
-    explain.add_argument("--dataset", required=True, help="The .h5ad file that the model was trained on.")
+    explain.add_argument("--dataset", required=True, help="The file or prepared folder that the model was trained on.")
     explain.add_argument("--output_dir", type=Path, default=Path("explain"), help="Folder to write. Default: explain.")
     explain.add_argument("--max_cells", type=int, default=3000, help="Held-out cells to use at most. Default: 3000.")
     explain.add_argument("--seed", type=seed, default=0, help="Seed of noise and cells. Default: 0.")
@@ -93,7 +93,7 @@ def _add_generate(parser: argparse.ArgumentParser):
 
 def _add_evaluate(parser: argparse.ArgumentParser):
     parser.add_argument("model", nargs="?", help="A folder that a training wrote.")
-    parser.add_argument("--dataset", help="The .h5ad file that the model was trained on.")
+    parser.add_argument("--dataset", help="The file or prepared folder that the model was trained on.")
     parser.add_argument("--generated", nargs="+", help=".h5ad files, each with as many cells as --test.")
     parser.add_argument("--train", help=".h5ad file of the training cells.")
     parser.add_argument("--test", help=".h5ad file of the held-out cells.")
@@ -211,7 +211,7 @@ def evaluate(args: argparse.Namespace):
 
 def _cells_of_model(args: argparse.Namespace) -> tuple[list, Any, Any, dict[str, Any]]:
     """Samples of a trained model, its training and held-out cells, and how they are to be judged."""
-    from .data import CellSplit, read_cells
+    from .data import CellSplit
     from .evaluation import draw_baselines, draw_samples
 
     if args.dataset is None:
@@ -219,7 +219,7 @@ def _cells_of_model(args: argparse.Namespace) -> tuple[list, Any, Any, dict[str,
     for name in ("generated", "train", "test", "label_key", "values"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} has no effect on a model, which knows its own cells and labels: leave it out.")
-    train, test = CellSplit.load(args.model).apply(read_cells(args.dataset))
+    train, test = CellSplit.load(args.model).read(args.dataset)
     pipe = load_pipeline(args.model, args.device)
     pipe.set_progress_bar_config(disable=True)
     call = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
@@ -270,14 +270,14 @@ def explain(args: argparse.Namespace):
     import matplotlib
 
     matplotlib.use("Agg")
-    from .data import CellSplit, read_cells
+    from .data import CellSplit
     from .interpretation import explain as measure
     from .interpretation.page import write_report
 
     check_folder(args.output_dir)
     if args.max_cells < 20:
         raise ValueError(f"--max_cells is at least 20, not {args.max_cells}.")
-    train, test = CellSplit.load(args.model).apply(read_cells(args.dataset))
+    train, test = CellSplit.load(args.model).read(args.dataset)
     pipe = load_pipeline(args.model)
     report, cells = measure(pipe, train, test, args.max_cells, args.seed)
     write_report(args.output_dir, report, cells, Path(args.model).resolve().name)
