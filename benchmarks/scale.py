@@ -71,6 +71,7 @@ def read(args: argparse.Namespace) -> dict:
 def train(args: argparse.Namespace) -> dict:
     """Both stages of a training, with the time for which steps waited for their cells."""
     import wbdit_diffusers.training.denoiser as denoiser
+    from wbdit_diffusers.data import dataset
     from wbdit_diffusers.training import TrainingConfig
     from wbdit_diffusers.training import train as run_training
 
@@ -87,6 +88,8 @@ def train(args: argparse.Namespace) -> dict:
             yield batch
 
     denoiser.prefetch = timed
+    if args.max_cells_in_memory is not None:
+        dataset.MAX_CELLS_IN_MEMORY = args.max_cells_in_memory
     settings = {"codec": args.codec, "label_keys": [args.label_key], "max_train_steps": args.num_steps}
     if args.codec == "program":
         settings |= {"num_programs": 16, "codec_max_steps": args.num_steps, "decoder_steps": args.num_steps}
@@ -144,6 +147,8 @@ def scale(num_cells: int, args: argparse.Namespace, folder: Path) -> dict:
     of_model = ["--num_cells", str(args.num_generated or num_cells)]
     of_model += ["--num_inference_steps", str(args.num_inference_steps)]
     training = [*stage, "--stage", "train", "--dataset", prepared, "--num_steps", str(args.num_steps)]
+    if args.max_cells_in_memory is not None:
+        training += ["--max_cells_in_memory", str(args.max_cells_in_memory)]
     commands = {
         "make": [*stage, "--stage", "make", "--dataset", args.dataset, "--num_cells", str(num_cells)]
         + ["--output", source],
@@ -175,6 +180,7 @@ def main():
     parser.add_argument("--num_steps", type=int, default=300, help="Of each stage of a training.")
     parser.add_argument("--num_inference_steps", type=int, default=5, help="Of generation.")
     parser.add_argument("--num_generated", type=int, help="Cells to generate; as many as there are by default.")
+    parser.add_argument("--max_cells_in_memory", type=int, help="Above which a training streams; 100,000 by default.")
     parser.add_argument("--folder", type=Path, help="Where to make a temporary folder: 20 GB for 1,000,000 cells.")
     parser.add_argument("--output", type=Path, help="The JSON file to write.")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
