@@ -89,6 +89,8 @@ class BackedSource:
         self.file, self.name, self.var_names = file, file.name, file.var.index
         self.rows = np.arange(len(file.obs)) if rows is None else rows
         self.obs = file.obs if rows is None else file.obs.iloc[rows]
+        stat = file.path.stat()
+        self.fingerprint = f"{file.path.resolve()} {stat.st_size} {stat.st_mtime_ns} {self.rows.tobytes().hex()[:64]}"
         starts = np.arange(0, len(self.rows), self.GROUP_SIZE)
         self.group_sizes = np.minimum(self.GROUP_SIZE, len(self.rows) - starts)
 

@@ -6,7 +6,7 @@ import hashlib
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -118,7 +118,8 @@ class StreamedCellDataset(CellDataset):
     Args:
         source ([`CellSource`]): Cells.
         processor ([`ScRNAProcessor`]): Fitted on the training cells.
-        folder (`Path`): Where latents are kept. The file is named after codec and cells: what is there is used again.
+        folder (`Path`): Where latents are kept. The file is named after codec and cells: what is there is used again,
+            if the source has a `fingerprint`.
     """
 
     def __init__(self, source: CellSource, processor: ScRNAProcessor, folder: Path):
@@ -173,7 +174,8 @@ class StreamedCellDataset(CellDataset):
         if codec.num_features >= len(self.processor.var_names):
             return
         path = self.folder / f"latents-{self._key(codec)}.npy"
-        if not path.is_file():
+        # Of cells that can't be told from others, nothing is used again.
+        if not path.is_file() or not hasattr(self.source, "fingerprint"):
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.partial")
             shape = (len(self), codec.num_features)
@@ -233,7 +235,7 @@ def encode_cells(dataset: CellDataset, codec: Encoder, batch_size: int = 1024) -
     return torch.cat(batches)
 
 
-def prefetch(batches: Iterable, depth: int = 32) -> Iterator:
+def prefetch(batches: Iterable, depth: int = 32) -> Generator:
     """
     The same batches, of which a thread has the next ones ready: reading does not wait for training, nor the other way.
 

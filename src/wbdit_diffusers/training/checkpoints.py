@@ -161,7 +161,7 @@ def save_checkpoint(
                 ema.save_pretrained(partial / "ema")
                 files = [path for path in partial.rglob("*") if path.is_file()]
                 sizes = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(files)}
-                state = {"step": step, "num_seen": num_seen, "seconds": seconds}
+                state: dict[str, Any] = {"step": step, "num_seen": num_seen, "seconds": seconds}
                 state |= {"num_processes": accelerator.num_processes, "sizes": sizes}
                 (partial / STATE_NAME).write_text(json.dumps(state, indent=1))
                 remove(checkpoint)

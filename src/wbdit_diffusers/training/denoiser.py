@@ -3,7 +3,7 @@
 import csv
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -155,7 +155,7 @@ class DenoiserTraining:
         batch = test_dataset.__getitems__(np.sort(sample).tolist())
         self.validation_batch = {key: value.to(accelerator.device) for key, value in batch.items()}
 
-    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+    def _batches(self) -> Generator[dict[str, torch.Tensor], None, None]:
         """This process's part of every batch from here on, endlessly."""
         accelerator, order = self.accelerator, self.train_dataset.order(self.config.seed)
         place = accelerator.process_index, accelerator.num_processes
@@ -171,7 +171,7 @@ class DenoiserTraining:
                 yield send_to_device(batch, accelerator.device, non_blocking=True)
 
     def resume(self, checkpoint: Path):
-        """Goes on from a checkpoint: weights, optimizer, averaged weights, losses, and where in the order of cells it was."""
+        """Goes on from a checkpoint: weights, optimizer, averaged weights, losses, and the place in the order."""
         self.ema, self._losses_before = load_checkpoint(self.accelerator, checkpoint, WhiteBoxDiTModel)
         self.ema.to(self.accelerator.device)
         state = read_state(checkpoint)
