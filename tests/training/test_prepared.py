@@ -1,6 +1,7 @@
 """A training on a prepared folder: as on the same cells in memory, of any number."""
 
 import json
+import shutil
 
 import anndata as ad
 import numpy as np
@@ -10,8 +11,9 @@ from safetensors.torch import load_file
 from tiny import assert_same_weights, read_log, tiny_config
 
 from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.data import CellSplit, PrepareConfig, prepare, read_cells
+from wbdit_diffusers.data import CellOrder, CellSplit, PrepareConfig, prepare, read_cells
 from wbdit_diffusers.training import train
+from wbdit_diffusers.training.checkpoints import read_state
 from wbdit_diffusers.training.prepared import open_prepared
 
 
@@ -107,3 +109,40 @@ def test_cells_are_given_once(folder, tmp_path):
 def test_an_address_stays_one(folder, tmp_path):
     config = tiny_config(tmp_path / "out", dataset=f"file://{folder}", **STEPS)
     assert train(None, config).processor.condition_sizes == (10,)
+
+
+def test_a_resumed_training_sees_the_cells_that_are_next(folder, tmp_path, monkeypatch):
+    """In the second epoch, with batches read from disk: no cell twice, none left out."""
+    seen: list[int] = []
+    take = CellOrder.__getitem__
+
+    def recorded(order, positions):
+        cells = take(order, positions)
+        if positions.start >= len(seen):  # read ahead: again after a resumption
+            seen.extend(cells.tolist())
+        return cells
+
+    monkeypatch.setattr(CellOrder, "__getitem__", recorded)
+    monkeypatch.setattr("wbdit_diffusers.data.dataset.MAX_CELLS_IN_MEMORY", 100)
+    changes = STEPS | {"max_train_steps": 14, "checkpointing_steps": 10}
+    train(folder, tiny_config(tmp_path / "whole", **changes))
+    whole = seen[: 14 * 64]
+    assert sorted(whole[:558]) == list(range(558))
+    (tmp_path / "cut").mkdir()
+    for name in ("run.json", "split.json", "training_log.csv", "stage_one", "checkpoint-10"):
+        path = tmp_path / "whole" / name
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / "cut" / name)
+    assert read_state(tmp_path / "cut" / "checkpoint-10")["num_seen"] == 640
+    del seen[640:]
+    train(folder, tiny_config(tmp_path / "cut", resume_from_checkpoint="latest", **changes))
+    assert seen[: 14 * 64] == whole
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_run_goes_on_with_the_same_folder_only(folder, pbmc_path, tmp_path):
+    changes = {"codec": "expression", "label_keys": ["cell_type"], "max_train_steps": 2, "checkpointing_steps": 1}
+    train(folder, tiny_config(tmp_path / "out", **changes))
+    prepare([pbmc_path], tmp_path / "other", PrepareConfig(label_keys=["cell_type"], seed=1))
+    config = tiny_config(tmp_path / "out", resume_from_checkpoint="latest", **changes)
+    with pytest.raises(ValueError, match="--dataset: these are not the cells of the run to go on with.*names and val"):
+        train(tmp_path / "other", config)
