@@ -278,7 +278,7 @@ def main():
         "--data_dir",
         type=Path,
         default=ROOT.parent / "shared" / "data",
-        help="Folder of NAME.h5ad, as `wbdit prepare` writes them.",
+        help="Folder of NAME.h5ad, as `wbdit fetch` writes them.",
     )
     parser.add_argument(
         "--budget_minutes", type=float, default=65, help="For all of it; a little less than half is training."

@@ -113,7 +113,7 @@ def test_evaluate_cells_of_any_generator(pbmc, tmp_path):
             "--label_key has no effect on a model",
         ),
         (["generate", "MODEL", "--output", "OUT", "--scheduler", "euler"], "--scheduler is one of ddpm, ddim"),
-        (["prepare", "nothing"], "There is no recipe for 'nothing'"),
+        (["fetch", "nothing"], "There is no recipe for 'nothing'"),
         (["train", "--dataset", "absent.h5ad", "--output_dir", "OUT"], "There is no file absent.h5ad"),
         (["train", "--output_dir", "OUT", "--max_train_steps", "0"], "--max_train_steps 0"),
         (["evaluate", "--generated", "absent.h5ad"], "all of --generated, --train and --test"),

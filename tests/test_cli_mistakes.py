@@ -119,7 +119,7 @@ EXPLAIN = "explain MODEL --output_dir OUT/inside --dataset".split()
         (["evaluate", "FILES/cut split", "--dataset", "FILES/pbmc.h5ad"], "is no split.json of a training"),
         (["evaluate", "FILES/odd split", "--dataset", "FILES/pbmc.h5ad"], "is no split.json of a training"),
         ([*EVALUATE, "FILES/absent.h5ad"], "no file .*absent.h5ad"),
-        ([*EVALUATE, "FILES/full"], "no file .*full"),
+        ([*EVALUATE, "FILES/full"], "full is no folder that `wbdit prepare` wrote"),
         ([*EVALUATE, "FILES/text.h5ad"], "text.h5ad cannot be read"),
         ([*EVALUATE, "FILES/empty.h5ad"], "empty.h5ad cannot be read"),
         ([*EVALUATE, "FILES/cut.h5ad"], "cut.h5ad cannot be read"),

@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Programs, layers, decisions and interventions, measured on the held-out cells, beside controls.",
     )
     explain.add_argument("model", help="A folder that a training wrote.")
-    explain.add_argument("--dataset", required=True, help="The .h5ad file that the model was trained on.")
+    explain.add_argument("--dataset", required=True, help="The file or prepared folder that the model was trained on.")
     explain.add_argument("--output_dir", type=Path, default=Path("explain"), help="Folder to write. Default: explain.")
     explain.add_argument("--max_cells", type=int, default=3000, help="Held-out cells to use at most. Default: 3000.")
     explain.add_argument("--seed", type=seed, default=0, help="Seed of noise and cells. Default: 0.")
@@ -44,11 +44,40 @@ def build_parser() -> argparse.ArgumentParser:
             " good it is: wbdit push wbdit-pbmc --repo_id me/wbdit-pbmc --report report",
         )
     )
-    prepare = commands.add_parser("prepare", help="Fetch a public dataset of the paper's reproduction.")
-    prepare.add_argument("dataset", help="Its name; `wbdit prepare list` prints them.")
-    prepare.add_argument("--output", type=Path, help="The .h5ad file to write; DATASET.h5ad by default.")
-    prepare.add_argument("--folder", type=Path, default=Path("published"), help="Where the published files are kept.")
+    _add_prepare(
+        commands.add_parser(
+            "prepare",
+            help="Make one shuffled dataset, a folder of parquet files, of AnnData files of any size.",
+            description="`wbdit train --dataset FOLDER` trains on it, and `datasets.load_dataset` reads it. No file is"
+            " ever whole in memory.",
+        )
+    )
+    fetch = commands.add_parser("fetch", help="Fetch a public dataset of the paper's reproduction.")
+    fetch.add_argument("dataset", help="Its name; `wbdit fetch list` prints them.")
+    fetch.add_argument("--output", type=Path, help="The .h5ad file to write; DATASET.h5ad by default.")
+    fetch.add_argument("--folder", type=Path, default=Path("published"), help="Where the published files are kept.")
     return parser
+
+
+def _add_prepare(parser: argparse.ArgumentParser):
+    parser.add_argument("files", nargs="+", type=Path, help=".h5ad or .zarr files.")
+    parser.add_argument("--output", type=Path, required=True, help="The folder to write.")
+    parser.add_argument("--layer", help="The layer that holds the matrix. X when not given.")
+    parser.add_argument("--values", default="counts", help="What it holds: counts (kept bit by bit) or log.")
+    parser.add_argument(
+        "--label_keys",
+        nargs="+",
+        default=[],
+        help="Columns of obs that are labels whatever they hold; the split is stratified by the first one.",
+    )
+    parser.add_argument("--genes", default="intersection", help="Of several files: intersection (default) or union.")
+    parser.add_argument("--file_key", help="Column of obs to make, with the name of each cell's file.")
+    parser.add_argument("--min_counts", type=int, help="Leave cells with fewer counts out. Default: 1.")
+    parser.add_argument("--min_genes", type=int, default=1, help="Leave cells with fewer genes out. Default: 1.")
+    parser.add_argument("--test_fraction", type=float, default=0.2, help="Share of held-out cells. Default: 0.2.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of split and order. Default: 0.")
+    parser.add_argument("--push_to_hub", action="store_true", help="Upload it to the Hugging Face Hub, as a dataset.")
+    parser.add_argument("--hub_dataset_id", help="The dataset to upload to. The name of --output when not given.")
 
 
 def _add_generate(parser: argparse.ArgumentParser):
@@ -72,7 +101,7 @@ def _add_generate(parser: argparse.ArgumentParser):
 
 def _add_evaluate(parser: argparse.ArgumentParser):
     parser.add_argument("model", nargs="?", help="A folder that a training wrote.")
-    parser.add_argument("--dataset", help="The .h5ad file that the model was trained on.")
+    parser.add_argument("--dataset", help="The file or prepared folder that the model was trained on.")
     parser.add_argument("--generated", nargs="+", help=".h5ad files, each with as many cells as --test.")
     parser.add_argument("--train", help=".h5ad file of the training cells.")
     parser.add_argument("--test", help=".h5ad file of the held-out cells.")
@@ -207,7 +236,7 @@ def evaluate(args: argparse.Namespace):
 
 def _cells_of_model(args: argparse.Namespace) -> tuple[list, Any, Any, dict[str, Any]]:
     """Samples of a trained model, its training and held-out cells, and how they are to be judged."""
-    from .data import CellSplit, read_cells
+    from .data import CellSplit
     from .evaluation import draw_baselines, draw_samples
 
     if args.dataset is None:
@@ -215,7 +244,7 @@ def _cells_of_model(args: argparse.Namespace) -> tuple[list, Any, Any, dict[str,
     for name in ("generated", "train", "test", "label_key", "values"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} has no effect on a model, which knows its own cells and labels: leave it out.")
-    train, test = CellSplit.load(args.model).apply(read_cells(args.dataset))
+    train, test = CellSplit.load(args.model).read(args.dataset)
     pipe = load_pipeline(args.model, args.device)
     pipe.set_progress_bar_config(disable=True)
     call = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
@@ -266,14 +295,14 @@ def explain(args: argparse.Namespace):
     import matplotlib
 
     matplotlib.use("Agg")
-    from .data import CellSplit, read_cells
+    from .data import CellSplit
     from .interpretation import explain as measure
     from .interpretation.page import write_report
 
     check_folder(args.output_dir)
     if args.max_cells < 20:
         raise ValueError(f"--max_cells is at least 20, not {args.max_cells}.")
-    train, test = CellSplit.load(args.model).apply(read_cells(args.dataset))
+    train, test = CellSplit.load(args.model).read(args.dataset)
     pipe = load_pipeline(args.model)
     report, cells = measure(pipe, train, test, args.max_cells, args.seed)
     write_report(args.output_dir, report, cells, Path(args.model).resolve().name)
@@ -291,8 +320,28 @@ def push(args: argparse.Namespace):
 
 
 def prepare(args: argparse.Namespace):
-    from .data.datasets import RECIPES
-    from .data.datasets import prepare as fetch
+    from .data import PrepareConfig
+    from .data import prepare as prepare_cells
+
+    if args.hub_dataset_id is not None and not args.push_to_hub:
+        raise ValueError("--hub_dataset_id has no effect without --push_to_hub.")
+    names = ("layer", "values", "label_keys", "genes", "file_key", "min_counts", "min_genes", "test_fraction", "seed")
+    config = PrepareConfig(**{name: getattr(args, name) for name in names})
+    metadata = prepare_cells(args.files, args.output, config)
+    sizes = {split: sum(files.values()) for split, files in metadata["splits"].items()}
+    described = ", ".join(f"{number} {split}" for split, number in sizes.items())
+    print(f"{sum(sizes.values())} cells ({described}) × {metadata['num_genes']} genes in {args.output}.")
+    if args.push_to_hub:
+        from huggingface_hub import create_repo, upload_folder
+
+        repo_id = create_repo(args.hub_dataset_id or args.output.name, repo_type="dataset", exist_ok=True).repo_id
+        upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=args.output, commit_message="wbdit prepare")
+        print(f"Uploaded: hf://datasets/{repo_id}")
+
+
+def fetch(args: argparse.Namespace):
+    from .data.public import RECIPES
+    from .data.public import fetch as fetch_cells
     from .data.writer import check_output
 
     if args.dataset == "list":
@@ -301,7 +350,7 @@ def prepare(args: argparse.Namespace):
     output = args.output or Path(f"{args.dataset}.h5ad")
     if args.dataset in RECIPES:
         check_output(output)
-    cells = fetch(args.dataset, args.folder / args.dataset)
+    cells = fetch_cells(args.dataset, args.folder / args.dataset)
     cells.write_h5ad(output)
     print(f"{cells.n_obs} cells × {cells.n_vars} genes in {output}: {RECIPES[args.dataset].source}.")
 
@@ -322,6 +371,7 @@ def main(argv: list[str] | None = None):
             "explain": explain,
             "push": push,
             "prepare": prepare,
+            "fetch": fetch,
         }[args.command](args)
     except (ValueError, OSError) as error:
         reason = str(error)

@@ -62,7 +62,7 @@ def test_a_finished_training_is_resumed_to_itself(trained, pbmc, tmp_path):
 
 
 def test_resuming_with_accumulated_gradients(pbmc, tmp_path):
-    """8 batches per epoch, 3 per step: 3 steps per epoch, the last of 2 batches."""
+    """3 batches per step: the step that ends an epoch begins the next one."""
     steps = {"gradient_accumulation_steps": 3, "max_train_steps": 6, "checkpointing_steps": 4, "validation_steps": 1}
     train(pbmc, tiny_config(tmp_path / "whole", codec="expression", **steps))
     assert [int(row["epoch"]) for row in read_log(tmp_path / "whole")] == [0, 0, 1, 1, 1, 2]

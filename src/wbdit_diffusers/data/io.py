@@ -7,22 +7,36 @@ import numpy as np
 from diffusers.utils import logging
 from scipy import sparse
 
+from .prepared import PreparedCells, is_prepared, read_metadata
+
 
 logger = logging.get_logger(__name__)
 
 
-def read_cells(path: str | Path) -> ad.AnnData:
+def read_cells(path: str | Path, split: str | None = None) -> ad.AnnData:
     """
-    Reads an .h5ad file.
+    Reads an .h5ad or .zarr file, or a folder that `wbdit prepare` wrote, into memory.
+
+    Args:
+        path (`str` or `Path`): The file or folder; a prepared folder may be on the Hub, `hf://datasets/me/cells`.
+        split (`str`, *optional*): `"train"` or `"test"` of a prepared folder; both, one after the other, by default.
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it can't be read as an AnnData.
+        ValueError: If it can't be read as an AnnData, or has no splits.
     """
-    if not Path(path).is_file():
+    if is_prepared(path):
+        splits = list(read_metadata(path)["splits"]) if split is None else [split]
+        parts = [PreparedCells(path, name) for name in splits]
+        cells = ad.concat([part.read() for part in parts])
+        cells.var = parts[0].var
+        return cells
+    if split is not None:
+        raise ValueError(f"{path} has no splits: only a folder of `wbdit prepare` has.")
+    if not Path(path).exists():
         raise FileNotFoundError(f"There is no file {path}: give the path of an .h5ad file.")
     try:
-        return ad.read_h5ad(path)
+        return ad.read_zarr(path) if Path(path).suffix == ".zarr" else ad.read_h5ad(path)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as an .h5ad file: {error}") from error
 

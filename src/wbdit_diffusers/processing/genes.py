@@ -1,100 +1,122 @@
 """Which genes are modelled, and how those of other cells are aligned to them."""
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 from diffusers.utils import logging
 from scipy import sparse
 
-from .matrix import iter_matrix
+from ..data.source import CellSource, iter_groups
 from .normalize import to_expression
 
 
 logger = logging.get_logger(__name__)
 
+NUM_BINS = 20  # of mean expression, within which genes are compared
 
-def check_names(adata: ad.AnnData):
+
+def check_names(source: CellSource):
     """Raises a `ValueError` if there are no cells or genes, or if a gene's name occurs twice."""
-    if adata.n_obs == 0 or adata.n_vars == 0:
-        raise ValueError(f"`adata` is empty: {adata.n_obs} cells × {adata.n_vars} genes.")
-    if not adata.var_names.is_unique:
-        name = adata.var_names[adata.var_names.duplicated()][0]
+    num_cells, var_names = int(source.group_sizes.sum()), source.var_names
+    if num_cells == 0 or len(var_names) == 0:
+        raise ValueError(f"`adata` is empty: {num_cells} cells × {len(var_names)} genes.")
+    if not var_names.is_unique:
+        name = var_names[var_names.duplicated()][0]
         raise ValueError(f"The gene name {name!r} occurs more than once: call `adata.var_names_make_unique()`.")
 
 
 def choose_genes(
-    adata: ad.AnnData,
+    source: CellSource,
     num_genes: int | None,
     min_cells: int,
     cells_per_gene: np.ndarray,
     library_size: np.ndarray,
-    layer: str | None,
     values: str,
 ) -> np.ndarray:
     """
-    The most variable genes by Scanpy's `highly_variable_genes(flavor="seurat")`.
+    The genes that Scanpy's `highly_variable_genes(flavor="seurat")` chooses, from cells that are read group by group.
 
     Args:
-        adata (`AnnData`): Training cells.
+        source ([`CellSource`]): Training cells.
         num_genes (`int`, *optional*): How many genes; `None` for all that enough cells express.
         min_cells (`int`): Cells that must express a gene; at most all of them.
         cells_per_gene (`np.ndarray` of shape `(genes,)`): How many cells express each gene.
         library_size (`np.ndarray` of shape `(cells,)`): Total counts.
-        layer (`str`, *optional*): Layer that holds the matrix.
-        values (`str`): What it holds: `"counts"` or `"log"`.
+        values (`str`): What the matrix holds: `"counts"` or `"log"`.
 
     Returns:
-        `np.ndarray`: positions of the genes, in the order of `adata`.
+        `np.ndarray`: positions of the genes, in the order of the cells' genes.
 
     Raises:
         ValueError: If no gene is expressed in `min_cells` cells.
     """
-    expressed = np.flatnonzero(cells_per_gene >= min(min_cells, adata.n_obs))
+    expressed = np.flatnonzero(cells_per_gene >= min(min_cells, len(library_size)))
     if len(expressed) == 0:
         raise ValueError(f"No gene is expressed in {min_cells} cells: lower `min_cells`.")
     if num_genes is None or len(expressed) <= num_genes:
         return expressed
-    import scanpy as sc
-
-    matrices = []
-    for start, matrix in iter_matrix(adata, layer, integer=False):
-        expression = to_expression(matrix[:, expressed], library_size[start : start + matrix.shape[0]], values)
-        matrices.append(sparse.csr_matrix(expression))
-    log_normalised = ad.AnnData(sparse.vstack(matrices, format="csr"))
-    variable = sc.pp.highly_variable_genes(log_normalised, n_top_genes=num_genes, flavor="seurat", inplace=False)
-    return expressed[variable["highly_variable"].to_numpy()]
+    mean, variance = _moments(source, library_size, values)
+    dispersions = _normalised_dispersions(mean[expressed], variance[expressed])
+    known = dispersions[~np.isnan(dispersions)]
+    return expressed[dispersions >= np.sort(known)[-min(num_genes, len(known))]]  # NaN is not
 
 
-def align_genes(adata: ad.AnnData, var_names: pd.Index) -> sparse.csr_matrix:
+def _moments(source: CellSource, library_size: np.ndarray, values: str) -> tuple[np.ndarray, np.ndarray]:
     """
-    Where the genes of an AnnData stand among the modelled ones.
+    Mean and variance of each gene's normalised values, no longer as logarithms: `(genes,)` each. The groups' own are
+    put together in the way of Chan et al. (1979), which loses no digits where means are large.
+    """
+    num_cells, mean, squares = 0, np.zeros(len(source.var_names)), np.zeros(len(source.var_names))
+    for start, matrix, _ in iter_groups(source, integer=False):
+        size = matrix.shape[0]
+        expression = sparse.csr_matrix(to_expression(matrix, library_size[start : start + size], values))
+        normalised = np.expm1(expression.data).astype(np.float64)
+        genes = expression.indices
+        group_mean = np.bincount(genes, normalised, len(mean)) / size
+        deviations = np.bincount(genes, np.square(normalised - group_mean[genes]), len(mean))
+        deviations += (size - np.bincount(genes, minlength=len(mean))) * group_mean**2  # the zeros'
+        shift = group_mean - mean
+        squares += deviations + shift**2 * (num_cells * size / (num_cells + size))
+        num_cells += size
+        mean += shift * (size / num_cells)
+    return mean, squares / max(num_cells - 1, 1)
+
+
+def _normalised_dispersions(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Seurat's: the log of variance over mean, standardised among genes of about the same mean; NaN if constant."""
+    mean = np.where(mean == 0, 1e-12, mean)
+    dispersion = variance / mean
+    dispersion = pd.Series(np.log(np.where(dispersion == 0, np.nan, dispersion)))
+    bins = dispersion.groupby(pd.cut(np.log1p(mean), bins=NUM_BINS), observed=True)
+    center, scale = bins.transform("mean"), bins.transform("std")
+    alone = scale.isna()  # in its bin: its dispersion is 1
+    scale, center = scale.where(~alone, center), center.where(~alone, 0.0)
+    return ((dispersion - center) / scale).to_numpy()
+
+
+def align_genes(var_names: pd.Index, modelled: pd.Index) -> np.ndarray:
+    """
+    Where the genes of cells stand among the modelled ones.
 
     Args:
-        adata (`AnnData`): Cells; their genes may be more, fewer, and in another order.
-        var_names (`pd.Index`): The modelled genes.
+        var_names (`pd.Index`): The cells' genes; they may be more, fewer, and in another order.
+        modelled (`pd.Index`): The modelled genes.
 
     Returns:
-        `scipy.sparse.csr_matrix` of shape `(genes of adata, modelled genes)`: 1 where they are the same. The product
-        of the cells with it has the modelled genes in order; those that `adata` lacks are zero, and a warning names
-        them.
+        `np.ndarray` of shape `(genes of the cells,)`: their places among the modelled ones, -1 for others. Modelled
+        genes that the cells lack are named in a warning.
 
     Raises:
         ValueError: If no gene is in common.
     """
-    positions = adata.var_names.get_indexer(var_names)
-    missing = var_names[positions < 0]
-    if len(missing) == len(var_names):
+    missing = modelled[~modelled.isin(var_names)]
+    if len(missing) == len(modelled):
         raise ValueError(
             f"None of the {len(missing)} genes of this model ({', '.join(missing[:3])}, …) is in `adata.var_names`"
-            f" ({', '.join(adata.var_names[:3])}, …): set `adata.var_names` to the same kind of gene name."
+            f" ({', '.join(var_names[:3])}, …): set `adata.var_names` to the same kind of gene name."
         )
     if len(missing):
         logger.warning(
-            f"{len(missing)} of the {len(var_names)} modelled genes are missing from `adata` and are taken as zero:"
+            f"{len(missing)} of the {len(modelled)} modelled genes are missing from `adata` and are taken as zero:"
             f" {', '.join(missing[:10])}{', …' if len(missing) > 10 else ''}."
         )
-    present = positions >= 0
-    return sparse.csr_matrix(
-        (np.ones(present.sum(), dtype=np.float32), (positions[present], np.flatnonzero(present))),
-        shape=(adata.n_vars, len(var_names)),
-    )
+    return modelled.get_indexer(var_names)

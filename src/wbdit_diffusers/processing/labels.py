@@ -8,7 +8,6 @@ codes that the denoiser sees: one column for each label key, -1 where no label i
 import difflib
 import reprlib
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
@@ -17,16 +16,21 @@ import torch
 NUM_NAMED = 20  # labels in a message at most, the closest first
 
 
-def read_labels(adata: ad.AnnData, label_key: str) -> np.ndarray:
-    """The label of each cell as a string. Raises a `ValueError` if the column or a label is missing."""
-    if label_key not in adata.obs:
-        raise ValueError(f"`adata.obs` has no column {label_key!r}; it has {list(adata.obs)}. Check `label_keys`.")
-    column = adata.obs[label_key]
+def read_labels(obs: pd.DataFrame, label_key: str) -> tuple[list[str], np.ndarray]:
+    """
+    The labels of cells: their names as sorted strings, and the position of each cell's label among them. Raises a
+    `ValueError` if the column or a label is missing.
+    """
+    if label_key not in obs:
+        raise ValueError(f"`adata.obs` has no column {label_key!r}; it has {list(obs)}. Check `label_keys`.")
+    column = obs[label_key]
     if column.isna().any():
         raise ValueError(
             f"`adata.obs[{label_key!r}]` is missing for {column.isna().sum()} cells: name or remove them."
         )
-    return column.astype(str).to_numpy()
+    column = column.astype("category").cat.remove_unused_categories()
+    names, of_category = np.unique(column.cat.categories.astype(str).to_numpy(dtype=object), return_inverse=True)
+    return names.tolist(), of_category[column.cat.codes.to_numpy()]
 
 
 def encode(labels: str | list[str] | np.ndarray, label_key: str, categories: list[str]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """`ScRNAProcessor`: AnnData in, matrices and labels for the codec and the denoiser; their cells out as an AnnData."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 
+from ..data.source import CellSource, as_source, iter_groups, place_genes
 from . import labels, library_size
 from .checks import check_config, check_statistics
 from .genes import align_genes, check_names, choose_genes
-from .matrix import iter_matrix
 from .recover import MAX_LOG_VALUE, LogScale, find_log_scale, recover_counts
 
 
@@ -101,12 +101,13 @@ class ScRNAProcessor(ConfigMixin):
 
     # ==================== AnnData in ====================
 
-    def fit(self, adata: ad.AnnData) -> "ScRNAProcessor":
+    def fit(self, cells: ad.AnnData | CellSource) -> "ScRNAProcessor":
         """
-        Chooses genes, and notes labels and library sizes of the training cells.
+        Chooses genes, and notes labels and library sizes of the training cells. They are read in two passes, group by
+        group: of their values no more than one group is in memory.
 
         Args:
-            adata (`AnnData`): Training cells; CSR, CSC, dense or backed.
+            cells (`AnnData` or [`CellSource`]): Training cells; an AnnData may be CSR, CSC, dense or backed.
 
         Returns:
             [`ScRNAProcessor`]: itself.
@@ -115,23 +116,23 @@ class ScRNAProcessor(ConfigMixin):
             ValueError: If the cells can't be modelled: none, empty ones, NaN, negative, not integer though declared as
                 counts, too large for logarithms, or without one of the `label_keys`.
         """
-        check_names(adata)
-        columns = [np.unique(labels.read_labels(adata, key), return_inverse=True) for key in self.label_keys]
-        categories = [names.tolist() for names, _ in columns]
-        codes = np.stack([code for _, code in columns], axis=1) if columns else np.zeros((adata.n_obs, 0), dtype=int)
+        source = as_source(cells, self.config.layer)
+        check_names(source)
+        columns = [labels.read_labels(source.obs, key) for key in self.label_keys]
+        categories = [names for names, _ in columns]
+        num_cells = int(source.group_sizes.sum())
+        codes = np.stack([code for _, code in columns], axis=1) if columns else np.zeros((num_cells, 0), dtype=int)
 
         if self.config.values == "log" and self.config.recover_counts:
-            self._find_log_scale(adata)
-        counts_per_cell, cells_per_gene = [], np.zeros(adata.n_vars, dtype=np.int64)
-        for matrix, library_size_of_cells in self._iter_matrix(adata):
+            self._find_log_scale(source)
+        counts_per_cell, cells_per_gene = [], np.zeros(len(source.var_names), dtype=np.int64)
+        for matrix, library_size_of_cells in self._iter_matrix(source):
             counts_per_cell.append(library_size_of_cells)
             cells_per_gene += matrix.getnnz(axis=0)
         totals = np.concatenate(counts_per_cell)
         config = self.config
-        genes = choose_genes(
-            adata, config.num_genes, config.min_cells, cells_per_gene, totals, config.layer, config.values
-        )
-        self.register_to_config(var_names=adata.var_names[genes].tolist(), categories=categories)
+        genes = choose_genes(source, config.num_genes, config.min_cells, cells_per_gene, totals, config.values)
+        self.register_to_config(var_names=source.var_names[genes].tolist(), categories=categories)
 
         combinations, inverse, numbers = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
         self.label_combinations = torch.from_numpy(combinations.astype(np.int64))
@@ -142,73 +143,83 @@ class ScRNAProcessor(ConfigMixin):
         self.library_size_quantiles = torch.from_numpy(quantiles).float()
         return self
 
-    def select(self, adata: ad.AnnData) -> tuple[sparse.csr_matrix, np.ndarray]:
+    def select(
+        self, cells: ad.AnnData | CellSource, groups: Iterable[int] | None = None
+    ) -> tuple[sparse.csr_matrix, np.ndarray]:
         """
-        The modelled genes of a new AnnData, aligned by name.
+        The modelled genes of new cells, aligned by name.
 
         Args:
-            adata (`AnnData`): Cells; their genes may be more, fewer, and in another order.
+            cells (`AnnData` or [`CellSource`]): Cells; their genes may be more, fewer, and in another order.
+            groups (`Iterable[int]`, *optional*): Which groups of the source; all by default.
 
         Returns:
             `tuple`: the matrix (cells × modelled genes, CSR, counts, or log values if none were recovered) and the
-            library sizes `(cells,)`, over every gene of `adata`. Genes that it lacks are zero, with a warning.
+            library sizes `(cells,)`, over every gene of `cells`. Genes that they lack are zero, with a warning.
 
         Raises:
             ValueError: If no gene is in common, or a value is not what `values` says.
         """
-        check_names(adata)
-        placement = align_genes(adata, self.var_names)  # (genes of adata, modelled genes)
+        source = as_source(cells, self.config.layer)
+        check_names(source)
+        places = align_genes(source.var_names, self.var_names)  # (genes of the cells,)
         matrices, totals = [], []
-        for matrix, library_size_of_cells in self._iter_matrix(adata):
-            matrices.append(sparse.csr_matrix(matrix @ placement))
+        for matrix, library_size_of_cells in self._iter_matrix(source, groups):
+            matrices.append(place_genes(matrix, places, len(self.var_names)))
             totals.append(library_size_of_cells)
-        return sparse.vstack(matrices, format="csr"), np.concatenate(totals)
+        selected = sparse.vstack(matrices, format="csr")
+        # Squares and sums of integers would overflow; the networks see float32 anyway.
+        return selected.astype(np.float32) if selected.dtype.kind in "iub" else selected, np.concatenate(totals)
 
-    def encode_labels(self, adata: ad.AnnData) -> torch.Tensor:
+    def encode_labels(self, cells: ad.AnnData | CellSource) -> torch.Tensor:
         """
         Codes of the cells' labels, `torch.LongTensor` of shape `(cells, num_label_keys)`.
 
         Raises:
             ValueError: If a label key is missing, or a label was not among the training cells.
         """
-        codes = [
-            labels.encode(labels.read_labels(adata, key), key, categories)
-            for key, categories in zip(self.label_keys, self.config.categories)
-        ]
-        return torch.from_numpy(np.stack(codes, axis=1) if codes else np.zeros((adata.n_obs, 0), dtype=np.int64))
-
-    def knows_labels(self, adata: ad.AnnData) -> np.ndarray:
-        """Which cells have only labels that training cells had, so that cells like them can be asked for: a mask."""
-        known = np.ones(adata.n_obs, dtype=bool)
+        codes = []
         for key, categories in zip(self.label_keys, self.config.categories):
-            known &= np.isin(labels.read_labels(adata, key), categories)
+            names, of_cell = labels.read_labels(cells.obs, key)
+            codes.append(labels.encode(names, key, categories)[of_cell])
+        return torch.from_numpy(np.stack(codes, axis=1) if codes else np.zeros((len(cells.obs), 0), dtype=np.int64))
+
+    def knows_labels(self, cells: ad.AnnData | CellSource) -> np.ndarray:
+        """Which cells have only labels that training cells had, so that cells like them can be asked for: a mask."""
+        known = np.ones(len(cells.obs), dtype=bool)
+        for key, categories in zip(self.label_keys, self.config.categories):
+            names, of_cell = labels.read_labels(cells.obs, key)
+            known &= np.isin(names, categories)[of_cell]
         return known
 
-    def _iter_matrix(self, adata: ad.AnnData) -> Iterator[tuple[sparse.csr_matrix, np.ndarray]]:
-        """Pieces of the matrix with all genes, as counts where they are known, and their library sizes."""
-        for start, matrix in iter_matrix(adata, self.config.layer, integer=self.config.values == "counts"):
+    def _iter_matrix(
+        self, source: CellSource, groups: Iterable[int] | None = None
+    ) -> Iterator[tuple[sparse.csr_matrix, np.ndarray]]:
+        """Groups of cells with all genes, as counts where they are known, and their library sizes."""
+        obs_names = source.obs.index
+        for start, matrix, recorded in iter_groups(source, self.config.values == "counts", groups):
             if self.config.values == "log" and matrix.nnz and matrix.data.max() > MAX_LOG_VALUE:
-                cell = adata.obs_names[start + np.flatnonzero(matrix.max(axis=1).toarray().ravel() > MAX_LOG_VALUE)[0]]
+                cell = obs_names[start + np.flatnonzero(matrix.max(axis=1).toarray().ravel() > MAX_LOG_VALUE)[0]]
                 raise ValueError(
                     f"Cell {cell!r} has a value of {matrix.data.max():g}, which is no logarithm of expression: pass"
                     " values='counts' for counts, or take log1p of the values."
                 )
             if self.config.log_scale is None:
-                yield matrix, np.asarray(matrix.sum(axis=1)).ravel()
+                yield matrix, np.asarray(matrix.sum(axis=1)).ravel() if recorded is None else recorded
                 continue
             scale = LogScale(**self.config.log_scale)
             counts, totals, found = recover_counts(matrix, scale)
             if not found.all():
-                cell = adata.obs_names[start + np.flatnonzero(~found)[0]]
+                cell = obs_names[start + np.flatnonzero(~found)[0]]
                 raise ValueError(
                     f"The values of {(~found).sum()} cells (the first is {cell!r}) are no {scale.describe()}, as those"
                     " of the training cells are: remove these cells, or normalise them in the same way."
                 )
             yield counts, totals
 
-    def _find_log_scale(self, adata: ad.AnnData):
-        """From the first cells, and evenly spaced ones."""
-        _, matrix = next(iter_matrix(adata, self.config.layer, integer=False))
+    def _find_log_scale(self, source: CellSource):
+        """From the first group of cells."""
+        _, matrix, _ = next(iter_groups(source, integer=False))
         scale = find_log_scale(matrix)
         self.register_to_config(log_scale=None if scale is None else asdict(scale))
         if scale is None:

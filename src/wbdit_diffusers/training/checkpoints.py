@@ -90,7 +90,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         )
     try:
         state = json.loads((checkpoint / STATE_NAME).read_text())
-        sizes, _ = dict(state["sizes"]), (int(state["step"]), float(state["seconds"]))
+        sizes, _ = dict(state["sizes"]), (int(state["step"]), int(state["num_seen"]), float(state["seconds"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint}: this is no checkpoint, or an incomplete one ({STATE_NAME} is"
@@ -122,6 +122,7 @@ def save_checkpoint(
     ema: EMAModel,
     output_dir: Path,
     step: int,
+    num_seen: int,
     seconds: float,
     losses: list[float],
     total_limit: int | None,
@@ -134,6 +135,7 @@ def save_checkpoint(
         ema (`EMAModel`): Averaged weights.
         output_dir (`Path`): The run's folder.
         step (`int`): Steps that were taken.
+        num_seen (`int`): Cells that all processes together have seen in them.
         seconds (`float`): What they took, stage one included.
         losses (`list[float]`): Of this process, since the last line of the log.
         total_limit (`int`, *optional*): Checkpoints to keep.
@@ -159,7 +161,8 @@ def save_checkpoint(
                 ema.save_pretrained(partial / "ema")
                 files = [path for path in partial.rglob("*") if path.is_file()]
                 sizes = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(files)}
-                state = {"step": step, "seconds": seconds, "num_processes": accelerator.num_processes, "sizes": sizes}
+                state: dict[str, Any] = {"step": step, "num_seen": num_seen, "seconds": seconds}
+                state |= {"num_processes": accelerator.num_processes, "sizes": sizes}
                 (partial / STATE_NAME).write_text(json.dumps(state, indent=1))
                 remove(checkpoint)
                 partial.replace(checkpoint)

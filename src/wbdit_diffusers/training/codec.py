@@ -65,7 +65,8 @@ def prepare_codec(
     with together(accelerator), interruption.deferred():
         if accelerator.is_main_process and not finished.is_dir():
             folder.mkdir(exist_ok=True)
-            codec = fit(config, dataset, accelerator.device, folder, start_time)
+            # Of more cells than fit in memory, a random part says enough.
+            codec = fit(config, dataset.sample(config.seed), accelerator.device, folder, start_time)
             named = dict(codec.named_parameters()) | {
                 "latents_mean": codec.latents_mean,
                 "latents_std": codec.latents_std,

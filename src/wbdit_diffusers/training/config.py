@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -62,6 +63,8 @@ CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Width = Annotated[int, Field(gt=0, le=16_384)]
 Programs = Annotated[int, Field(gt=0, le=1024)]
 Name = Annotated[str, Field(min_length=1)]
+# An address such as hf://datasets/me/cells is no path: that would lose one of its slashes.
+Address = Annotated[str | Path, AfterValidator(lambda value: value if "://" in str(value) else Path(value))]
 Labels = Annotated[list[Name], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 pydantic_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -70,8 +73,9 @@ pydantic_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allo
 class DataConfig:
     """The cells."""
 
-    dataset: Path | None = None
-    """The .h5ad file of cells to train on."""
+    dataset: Address | None = None
+    """The cells to train on: an .h5ad or .zarr file, or a folder that `wbdit prepare` wrote, here or on the Hub
+    (hf://datasets/me/cells)."""
     layer: Name | None = None
     """The layer that holds the matrix. X when not given."""
     values: Literal["counts", "log"] = "counts"
@@ -342,7 +346,7 @@ def config_without_places(config: TrainingConfig) -> dict[str, Any]:
 
 def command_of(config: TrainingConfig) -> str:
     """The command of a training, for others who have the cells: flags that are not at their defaults, and no path."""
-    dataset = "cells.h5ad" if config.dataset is None else config.dataset.name
+    dataset = "cells.h5ad" if config.dataset is None else Path(config.dataset).name
     words = ["wbdit", "train", "--dataset", dataset, "--output_dir", config.output_dir.resolve().name]
     if config.split is not None:
         words += ["--split", config.split.name]

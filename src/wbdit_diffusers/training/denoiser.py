@@ -3,6 +3,8 @@
 import csv
 import math
 import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import send_to_device
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data.dataset import CellDataset
+from ..data.dataset import CellDataset, StreamedCellDataset, prefetch
+from ..data.order import BatchSampler
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from .checkpoints import check_finite, load_checkpoint, read_state, save_checkpoint, write_whole
 from .config import TrainingConfig
@@ -111,6 +115,7 @@ class DenoiserTraining:
     ):
         self.config, self.accelerator, self.noise_scheduler = config, accelerator, noise_scheduler
         self.start_time, self.global_step = start_time, 0
+        self.train_dataset, self.num_seen = train_dataset, 0  # cells that all processes together have seen
         self._losses_before: list[float] = []  # of the run that is gone on with, since its last line of the log
         self.log_path = config.output_dir / "training_log.csv"
         model = WhiteBoxDiTModel(
@@ -138,10 +143,11 @@ class DenoiserTraining:
         self.ema.to(accelerator.device)
         if config.compile:
             model.compile_repeated_blocks(fullgraph=True)
-        dataloader = self._dataloader(train_dataset)
-        self.model, self.optimizer, self.dataloader = accelerator.prepare(model, optimizer, dataloader)
-        self.steps_per_epoch = math.ceil(len(self.dataloader) / config.gradient_accumulation_steps)
-        self.max_train_steps = min(config.max_train_steps, config.max_train_epochs * self.steps_per_epoch)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.batch_size, self.cells_per_step = batch_sizes(config, len(train_dataset), accelerator.num_processes)
+        # A step may end one epoch and begin the next.
+        steps_of_epochs = round(config.max_train_epochs * len(train_dataset) / self.cells_per_step)
+        self.max_train_steps = min(config.max_train_steps, max(1, steps_of_epochs))
 
         self.validation_model = WhiteBoxDiTModel.from_config(model.config).to(accelerator.device).eval()
         # A random sample: files are often sorted by population.
@@ -149,23 +155,27 @@ class DenoiserTraining:
         batch = test_dataset.__getitems__(np.sort(sample).tolist())
         self.validation_batch = {key: value.to(accelerator.device) for key, value in batch.items()}
 
-    def _dataloader(self, dataset: CellDataset) -> DataLoader:
-        batch_size, self.cells_per_step = batch_sizes(self.config, len(dataset), self.accelerator.num_processes)
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            shuffle=True,
-            drop_last=True,
+    def _batches(self) -> Generator[dict[str, torch.Tensor], None, None]:
+        """This process's part of every batch from here on, endlessly."""
+        accelerator, order = self.accelerator, self.train_dataset.order(self.config.seed)
+        place = accelerator.process_index, accelerator.num_processes
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=BatchSampler(order, self.batch_size, *place, self.num_seen),
             collate_fn=CellDataset.collate,
-            # Accelerate sends a batch while the GPU works on the one before; from pinned memory, without waiting.
-            pin_memory=self.accelerator.device.type == "cuda",
+            pin_memory=accelerator.device.type == "cuda",  # so that it is sent without waiting
         )
+        is_streamed = isinstance(self.train_dataset, StreamedCellDataset)
+        with closing(prefetch(loader)) if is_streamed else nullcontext(loader) as batches:
+            for batch in batches:
+                yield send_to_device(batch, accelerator.device, non_blocking=True)
 
     def resume(self, checkpoint: Path):
-        """Goes on from a checkpoint: weights, optimizer, averaged weights, losses, and the step in the epoch."""
+        """Goes on from a checkpoint: weights, optimizer, averaged weights, losses, and the place in the order."""
         self.ema, self._losses_before = load_checkpoint(self.accelerator, checkpoint, WhiteBoxDiTModel)
         self.ema.to(self.accelerator.device)
-        self.global_step = int(read_state(checkpoint)["step"])
+        state = read_state(checkpoint)
+        self.global_step, self.num_seen = int(state["step"]), int(state["num_seen"])
         logger.info(f"Resuming from {checkpoint}.")
 
     def start_log(self, resumed: bool):
@@ -221,23 +231,18 @@ class DenoiserTraining:
         self.logged_losses = [torch.tensor(loss, device=device) for loss in self._losses_before]  # since the last line
         stop = self.global_step >= self.max_train_steps
         self.model.train()
-        with interruption.deferred():
-            while not stop:
-                epoch, steps_done = divmod(self.global_step, self.steps_per_epoch)
-                self.dataloader.set_epoch(epoch)
-                batches_done = steps_done * config.gradient_accumulation_steps
-                batches = self.dataloader
-                if batches_done:
-                    batches = self.accelerator.skip_first_batches(self.dataloader, batches_done)
-                stop = self._run_epoch(batches)
+        if not stop:
+            with interruption.deferred(), closing(self._batches()) as batches:
+                self._run(batches)
         self.progress_bar.close()
         self.accelerator.wait_for_everyone()
 
-    def _run_epoch(self, batches: DataLoader) -> bool:
-        """One pass over the cells, or the rest of one. Returns whether training is over."""
+    def _run(self, batches: Iterator[dict[str, torch.Tensor]]):
+        """Takes steps until training is over."""
         config, accelerator = self.config, self.accelerator
         batch_of_step = 0
         for batch in batches:
+            self.num_seen += self.batch_size * accelerator.num_processes
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(config, self.max_train_steps, self.global_step, self.seconds)
             with accelerator.accumulate(self.model):
@@ -265,8 +270,7 @@ class DenoiserTraining:
                 self.progress_bar.close()
                 raise TrainingInterrupted(signal_number)
             if stop:
-                return True
-        return False
+                return
 
     @property
     def seconds(self) -> float:
@@ -292,9 +296,8 @@ class DenoiserTraining:
             self._check_weights()
         losses = [value.item() for value in self.logged_losses]
         limit = self.config.checkpoints_total_limit
-        save_checkpoint(
-            *(self.accelerator, self.ema, self.config.output_dir, self.global_step, self.seconds, losses, limit)
-        )
+        done = self.global_step, self.num_seen, self.seconds
+        save_checkpoint(self.accelerator, self.ema, self.config.output_dir, *done, losses, limit)
 
     def _check_weights(self):
         named = dict(self.accelerator.unwrap_model(self.model).named_parameters())
@@ -330,7 +333,7 @@ class DenoiserTraining:
             )
         row = {
             "step": self.global_step,
-            "epoch": self.global_step // self.steps_per_epoch,
+            "epoch": self.num_seen // len(self.train_dataset),
             "seconds": round(self.seconds, 1),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "loss": round(mean_loss, 6),

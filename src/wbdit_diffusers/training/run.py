@@ -40,7 +40,7 @@ STAGE_ONE_NAME = "stage_one"  # the finished codec, or what an unfinished one go
 LOCK_NAME = ".lock"
 # What a training writes besides checkpoints, and all that --overwrite_output_dir removes.
 FILES = ["README.md", "model_index.json", CellSplit.FILE_NAME, RECORD_NAME, TRAINING_NAME, "training_log.csv"]
-FILES += [STAGE_ONE_NAME, "codec", "denoiser", "processor", "scheduler", "logs/wbdit_diffusers"]
+FILES += [STAGE_ONE_NAME, "codec", "denoiser", "processor", "scheduler", "latents", "logs/wbdit_diffusers"]
 
 # What a resumed run may have otherwise. The number of processes is no field.
 MAY_CHANGE = {

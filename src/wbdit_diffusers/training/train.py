@@ -10,18 +10,19 @@ of the cells, with which a resumed run is compared), `training.json` (what the m
 """
 
 import csv
+import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from huggingface_hub import create_repo
 
-from ..data.dataset import CellDataset
-from ..data.split import CellSplit
+from ..data.dataset import CellDataset, make_dataset
 from ..hub.facts import write_training
 from ..hub.model_card import write_model_card
 from ..hub.publish import publish
@@ -32,6 +33,7 @@ from .cells import read_source, split_cells
 from .codec import prepare_codec
 from .config import TrainingConfig, command_of, config_without_places
 from .denoiser import DenoiserTraining, batch_sizes
+from .prepared import describe_prepared, open_prepared, prepared_folder
 from .processes import interruption, together
 from .run import Run, check_cells, describe_cells, make_record, open_run, read_record
 
@@ -46,7 +48,8 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
     Trains codec and denoiser on cells, and writes the pipeline to `config.output_dir`.
 
     Args:
-        source (`str`, `Path` or `AnnData`, *optional*): The cells, or their .h5ad file; `config.dataset` if `None`.
+        source (`str`, `Path` or `AnnData`, *optional*):
+            The cells, their .h5ad file, or a folder that `wbdit prepare` wrote; `config.dataset` if `None`.
         config ([`TrainingConfig`]): Everything else.
 
     Returns:
@@ -63,8 +66,6 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to,
         project_config=ProjectConfiguration(str(config.output_dir), logging_dir=str(config.output_dir / "logs")),
-        # The order of the cells depends on the seed and the epoch alone, so that a resumed run goes on with it.
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed, non_blocking=True),
         # One process fits stage one, and the others wait for it.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
@@ -83,9 +84,15 @@ def _train(
     """The training, in a folder that is its own."""
     # 1. Cells: split once, everything is fitted on the training cells
     with together(accelerator):
-        adata = read_source(source, config)
-        split = split_cells(adata, config, run.origin)
-        train_cells, test_cells = split.apply(adata)
+        folder = prepared_folder(source, config)
+        if folder is not None:
+            train_cells, test_cells, split = open_prepared(folder, config)
+            described = describe_prepared(train_cells)
+        else:
+            adata = read_source(source, config)
+            split = split_cells(adata, config, run.origin)
+            train_cells, test_cells = split.apply(adata)
+            described = describe_cells(adata, config)
         processor = ScRNAProcessor(
             values=config.values,
             recover_counts=config.codec != "expression",
@@ -93,7 +100,7 @@ def _train(
             label_keys=config.label_keys,
             num_genes=config.num_genes or None,
         ).fit(train_cells)
-        train_dataset = CellDataset(train_cells, processor)
+        train_dataset = make_dataset(train_cells, processor, config.output_dir / "latents")
         # Labels that only held-out cells have are unknown to the model.
         test_cells = test_cells[processor.knows_labels(test_cells)]
         if test_cells.n_obs == 0:
@@ -103,7 +110,7 @@ def _train(
         batch_sizes(config, len(train_dataset), accelerator.num_processes)
         if config.num_programs is not None and config.num_programs > len(processor.var_names):
             raise ValueError(f"--num_programs {config.num_programs}: there are only {len(processor.var_names)} genes.")
-        record = make_record(config, describe_cells(adata, config), split, list(processor.var_names))
+        record = make_record(config, described, split, list(processor.var_names))
         if run.origin is not None:
             check_cells(read_record(run.origin), record)
     with together(accelerator), interruption.deferred():
@@ -114,7 +121,8 @@ def _train(
     # 2. The codec: what the denoiser sees
     start_time = time.monotonic() - run.seconds()
     codec = prepare_codec(config, accelerator, train_dataset, run.stage_one, start_time)
-    train_dataset.encode(codec)
+    with accelerator.main_process_first():  # which may write them to a file
+        train_dataset.encode(codec)
     test_dataset.encode(codec)
 
     # 3. The denoiser
@@ -135,8 +143,7 @@ def _train(
             training.start_log(resumed=run.checkpoint is not None)
     logger.info(
         f"{len(train_dataset)} training cells, {test_cells.n_obs} held out; {codec.num_features} values per cell,"
-        f" {training.validation_model.num_parameters():,} parameters; {training.steps_per_epoch} steps of"
-        f" {training.cells_per_step} cells per epoch."
+        f" {training.validation_model.num_parameters():,} parameters; {training.cells_per_step} cells per step."
     )
     training.run()
 
@@ -150,7 +157,9 @@ def _train(
             num_inference_steps=config.num_inference_steps,
         )
         if accelerator.is_main_process:
-            _save(pipeline, config, training, split)
+            facts = {"training cells": len(train_dataset), "held-out cells": len(split.test) or test_cells.n_obs}
+            _save(pipeline, config, training, facts)
+            shutil.rmtree(config.output_dir / "latents", ignore_errors=True)
     return pipeline
 
 
@@ -165,15 +174,15 @@ def _create_repo(config: TrainingConfig) -> str:
         raise OSError(f"--push_to_hub: there is no writing to {repo_id}: {error}") from error
 
 
-def _save(pipeline: ScRNAGenerationPipeline, config: TrainingConfig, training: DenoiserTraining, split: CellSplit):
-    """Writes the pipeline and its model card, and uploads them if asked to."""
+def _save(
+    pipeline: ScRNAGenerationPipeline, config: TrainingConfig, training: DenoiserTraining, facts: dict[str, Any]
+):
+    """Writes the pipeline and its model card with these and other facts, and uploads them if asked to."""
     pipeline.save_pretrained(config.output_dir)
     repo_id = _create_repo(config)
     with training.log_path.open() as file:
         rows = list(csv.DictReader(file))
-    facts = {
-        "training cells": len(split.train),
-        "held-out cells": len(split.test),
+    facts |= {
         "steps": training.global_step,
         "cells per step": training.cells_per_step,
         "learning rate": config.learning_rate,
@@ -188,7 +197,7 @@ def _save(pipeline: ScRNAGenerationPipeline, config: TrainingConfig, training: D
         mend = "--max_train_minutes" if config.max_train_minutes is not None else "--max_train_steps"
         logger.warning(f"WARNING: {shortage}. The cells will be poor: give more {mend}.")
     record = config_without_places(config)
-    write_training(config.output_dir, record, command_of(config), len(split.train), facts)
+    write_training(config.output_dir, record, command_of(config), facts["training cells"], facts)
     write_model_card(pipeline, config.output_dir, repo_id)
     logger.info(f"Saved the pipeline to {config.output_dir}.")
     if config.push_to_hub:

@@ -1,4 +1,4 @@
-"""Public datasets, from the files that their authors published to an AnnData: `wbdit prepare`."""
+"""Public datasets, from the files that their authors published to an AnnData: `wbdit fetch`."""
 
 import tarfile
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Recipe:
     files: dict[str, tuple[str, str | None]]
     read: Callable[[Path], ad.AnnData]
 
-    def fetch(self, folder: Path):
+    def download(self, folder: Path):
         """Downloads what is not in the folder yet; a file whose checksum is known is checked against it."""
         try:
             import pooch
@@ -39,7 +39,7 @@ class Recipe:
                 check_recorded(folder, name, address)
 
 
-def prepare(name: str, folder: str | Path) -> ad.AnnData:
+def fetch(name: str, folder: str | Path) -> ad.AnnData:
     """
     Fetches and reads one of the [`RECIPES`].
 
@@ -57,7 +57,7 @@ def prepare(name: str, folder: str | Path) -> ad.AnnData:
         raise ValueError(f"There is no recipe for {name!r}; there are {', '.join(RECIPES)}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    RECIPES[name].fetch(folder)
+    RECIPES[name].download(folder)
     try:
         return RECIPES[name].read(folder)
     except (ValueError, KeyError, OSError, tarfile.TarError) as error:

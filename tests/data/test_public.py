@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.io import mmwrite
 
 from wbdit_diffusers.cli import main
-from wbdit_diffusers.data.datasets import RECIPES, ZHENG_POPULATIONS, prepare
+from wbdit_diffusers.data.public import RECIPES, ZHENG_POPULATIONS, fetch
 
 
 HNSCC = """\
@@ -32,7 +32,7 @@ non-cancer cell type\t0\tFibroblast\t-Fibroblast\tT cell\tEndothelial\t0
 def test_hnscc(tmp_path):
     with gzip.open(tmp_path / "GSE103322_HNSCC_all_data.txt.gz", "wt") as file:
         file.write(HNSCC)
-    cells = prepare("hnscc", tmp_path)
+    cells = fetch("hnscc", tmp_path)
     cells.write_h5ad(tmp_path / "hnscc.h5ad")
     # Neither the endothelial cell nor the unclassified one
     assert cells.obs_names.tolist() == ["HN28_P1", "HN28_P2", "HN25_P3", "HN25_P4"]
@@ -108,7 +108,7 @@ def test_zheng(tmp_path):
         write_10x(
             tmp_path / f"{name}_filtered_gene_bc_matrices.tar.gz", np.array([[i, 1], [2, 3]]), ["AAA-1", "CCC-1"]
         )
-    cells = prepare("zheng_facs_pbmc", tmp_path)
+    cells = fetch("zheng_facs_pbmc", tmp_path)
     assert cells.shape == (20, 2) and cells.obs_names.is_unique
     assert cells.obs["cell_type"].value_counts().tolist() == [2] * 10
     assert cells[cells.obs["cell_type"] == "CD34+"].X.toarray().tolist() == [[2, 1], [2, 3]]
@@ -121,7 +121,7 @@ def test_pbmc3k_through_the_command(tmp_path, monkeypatch, capsys):
     write_10x(folder / "pbmc3k_filtered_gene_bc_matrices.tar.gz", np.array([[1, 0], [0, 2]]), ["AAA-1", "CCC-1"])
     processed = ad.AnnData(np.zeros((1, 1)), obs=pd.DataFrame({"louvain": ["B cells"]}, index=["CCC-1"]))
     processed.write_h5ad(folder / "pbmc3k_processed.h5ad")
-    main(["prepare", "pbmc3k"])
+    main(["fetch", "pbmc3k"])
     assert "2 cells × 2 genes" in capsys.readouterr().out
     cells = ad.read_h5ad(tmp_path / "pbmc3k.h5ad")
     assert cells.obs["cell_type"].tolist() == ["unlabelled", "B cells"]
@@ -132,7 +132,7 @@ def test_pancreas(tmp_path):
     obs = pd.DataFrame({"clusters": ["Ductal", "Beta"]}, index=["a", "b"])
     source = ad.AnnData(np.zeros((2, 2)), obs=obs, layers={"spliced": np.array([[1.0, 0.0], [0.0, 3.0]])})
     source.write_h5ad(tmp_path / "endocrinogenesis_day15.h5ad")
-    cells = prepare("pancreas_endocrinogenesis", tmp_path)
+    cells = fetch("pancreas_endocrinogenesis", tmp_path)
     assert cells.obs["cell_type"].tolist() == ["Ductal", "Beta"]
     assert cells.X.toarray().tolist() == [[1, 0], [0, 3]]
 
@@ -146,7 +146,7 @@ def test_paul15(tmp_path):
         file["data.debatched_colnames"] = ["W1", "W2", "W3"]
         file["cluster.id"] = np.array([[1, 7, 19]])
         file["info.genes_strings"] = ["Irf8", "Prss34", "Corrupted"]
-    cells = prepare("paul15", tmp_path)
+    cells = fetch("paul15", tmp_path)
     assert cells.obs["cell_type"].tolist() == ["1Ery", "7MEP", "19Lymph"]
     assert cells[:, "Prss34"].X.toarray().ravel().tolist() == [1, 0, 2]
 
@@ -154,9 +154,9 @@ def test_paul15(tmp_path):
 def test_files_that_are_not_the_published_ones(tmp_path):
     (tmp_path / "endocrinogenesis_day15.h5ad").write_bytes(b"<html>not found</html>")
     with pytest.raises(ValueError, match="does not hold the published files of pancreas"):
-        prepare("pancreas_endocrinogenesis", tmp_path)
+        fetch("pancreas_endocrinogenesis", tmp_path)
 
 
 def test_a_dataset_without_a_recipe(tmp_path):
     with pytest.raises(ValueError, match="no recipe for 'pbmc4k'; there are hnscc"):
-        prepare("pbmc4k", tmp_path)
+        fetch("pbmc4k", tmp_path)

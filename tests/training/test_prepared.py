@@ -1,0 +1,148 @@
+"""A training on a prepared folder: as on the same cells in memory, of any number."""
+
+import json
+import shutil
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import assert_same_weights, read_log, tiny_config
+
+from wbdit_diffusers import ScRNAGenerationPipeline
+from wbdit_diffusers.data import CellOrder, CellSplit, PrepareConfig, prepare, read_cells
+from wbdit_diffusers.training import train
+from wbdit_diffusers.training.checkpoints import read_state
+from wbdit_diffusers.training.prepared import open_prepared
+
+
+STEPS = {"max_train_steps": 12, "validation_steps": 6, "codec_max_steps": 20, "label_keys": ["cell_type"]}
+
+
+@pytest.fixture(scope="module")
+def folder(pbmc, tmp_path_factory):
+    """In the order of cell types, with one that only a held-out cell has."""
+    path = tmp_path_factory.mktemp("prepared")
+    by_type = pbmc[np.argsort(pbmc.obs["cell_type"].cat.codes, kind="stable")].copy()
+    by_type.write_h5ad(path / "pbmc.h5ad")
+    prepare([path / "pbmc.h5ad"], path / "prepared", PrepareConfig(label_keys=["cell_type"]))
+    return path / "prepared"
+
+
+@pytest.mark.parametrize("codec", ["program", "expression"])
+def test_streamed_cells_train_as_those_in_memory(codec, folder, tmp_path, monkeypatch):
+    """One group of cells has the same order in memory and on disk."""
+    changes = {key: value for key, value in STEPS.items() if codec == "program" or not key.startswith("codec")}
+    train(str(folder), tiny_config(tmp_path / "memory", codec=codec, **changes))
+    monkeypatch.setattr("wbdit_diffusers.data.dataset.MAX_CELLS_IN_MEMORY", 100)
+    pipe = train(folder, tiny_config(tmp_path / "streamed", codec=codec, **changes))
+    assert_same_weights(tmp_path / "streamed", tmp_path / "memory")
+    assert not (tmp_path / "streamed" / "latents").exists()
+    assert "558" in (tmp_path / "streamed" / "README.md").read_text()
+    assert ScRNAGenerationPipeline.from_pretrained(tmp_path / "streamed").processor.label_keys == ["cell_type"]
+    assert pipe.processor.condition_sizes == (10,)
+    assert [int(row["epoch"]) for row in read_log(tmp_path / "streamed")] == [0, 1]
+    train_cells, test_cells = CellSplit.load(tmp_path / "streamed").read(folder)
+    assert (train_cells.n_obs, test_cells.n_obs) == (558, 142)
+    assert train_cells.obs_names.equals(read_cells(folder, "train").obs_names)
+
+
+def test_a_prepared_folder_gives_the_pipeline_of_its_file(folder, tmp_path):
+    """The processor knows the same of cells in memory, given the same split."""
+    train_cells, test_cells = (read_cells(folder, split) for split in ("train", "test"))
+    CellSplit(train_cells.obs_names.tolist(), test_cells.obs_names.tolist()).save(tmp_path)
+    cells = ad.concat([train_cells, test_cells])
+    for source, name, changes in (
+        (cells, "memory", {"split": tmp_path / "split.json"}),
+        (folder, "prepared", {}),
+    ):
+        config = tiny_config(tmp_path / name, codec="expression", max_train_steps=1, label_keys=["cell_type"])
+        for key, value in changes.items():
+            setattr(config, key, value)
+        train(source, config)
+    memory, prepared = (tmp_path / name / "processor" for name in ("memory", "prepared"))
+    configs = [json.loads((path / "config.json").read_text()) for path in (memory, prepared)]
+    for config in configs:
+        config.pop("_model_id")  # of this pipeline alone
+    assert configs[0] == configs[1]
+    name = "diffusion_pytorch_model.safetensors"
+    for key, value in load_file(memory / name).items():
+        torch.testing.assert_close(load_file(prepared / name)[key], value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"layer": "counts"}, "--layer has no effect on .*prepared, which `wbdit prepare` has split"),
+        ({"test_fraction": 0.3}, "--test_fraction has no effect"),
+        ({"split": "split.json"}, "--split has no effect"),
+        ({"values": "log"}, "was prepared with --values counts: train with --values counts"),
+        ({"label_keys": ["louvain"]}, "has no label 'louvain', only cell_type, phase: prepare it with --label_keys"),
+    ],
+)
+def test_flags_that_a_prepared_folder_does_not_have(changes, message, folder, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        open_prepared(folder, tiny_config(tmp_path / "out", **changes))
+
+
+def test_no_held_out_cells(pbmc_path, tmp_path):
+    prepare([pbmc_path], tmp_path / "all", PrepareConfig(label_keys=[], test_fraction=0))
+    with pytest.raises(ValueError, match="no held-out cells: prepare it with a --test_fraction above 0"):
+        open_prepared(tmp_path / "all", tiny_config(tmp_path / "out"))
+
+
+def test_the_split_of_another_folder(folder, pbmc_path, tmp_path):
+    CellSplit([], [], 0, "0" * 64).save(tmp_path)
+    for path in (folder, pbmc_path):
+        with pytest.raises(ValueError, match="is not the prepared folder that the model was trained on"):
+            CellSplit.load(tmp_path).read(path)
+    with pytest.raises(ValueError, match="names no cells"):
+        CellSplit.load(tmp_path).apply(read_cells(pbmc_path))
+
+
+def test_cells_are_given_once(folder, tmp_path):
+    with pytest.raises(ValueError, match="Give the cells once"):
+        train(folder, tiny_config(tmp_path, dataset=folder))
+
+
+def test_an_address_stays_one(folder, tmp_path):
+    config = tiny_config(tmp_path / "out", dataset=f"file://{folder}", **STEPS)
+    assert train(None, config).processor.condition_sizes == (10,)
+
+
+def test_a_resumed_training_sees_the_cells_that_are_next(folder, tmp_path, monkeypatch):
+    """In the second epoch, with batches read from disk: no cell twice, none left out."""
+    seen: list[int] = []
+    take = CellOrder.__getitem__
+
+    def recorded(order, positions):
+        cells = take(order, positions)
+        if positions.start >= len(seen):  # read ahead: again after a resumption
+            seen.extend(cells.tolist())
+        return cells
+
+    monkeypatch.setattr(CellOrder, "__getitem__", recorded)
+    monkeypatch.setattr("wbdit_diffusers.data.dataset.MAX_CELLS_IN_MEMORY", 100)
+    changes = STEPS | {"max_train_steps": 14, "checkpointing_steps": 10}
+    train(folder, tiny_config(tmp_path / "whole", **changes))
+    whole = seen[: 14 * 64]
+    assert sorted(whole[:558]) == list(range(558))
+    (tmp_path / "cut").mkdir()
+    for name in ("run.json", "split.json", "training_log.csv", "stage_one", "checkpoint-10"):
+        path = tmp_path / "whole" / name
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / "cut" / name)
+    assert read_state(tmp_path / "cut" / "checkpoint-10")["num_seen"] == 640
+    del seen[640:]
+    train(folder, tiny_config(tmp_path / "cut", resume_from_checkpoint="latest", **changes))
+    assert seen[: 14 * 64] == whole
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_run_goes_on_with_the_same_folder_only(folder, pbmc_path, tmp_path):
+    changes = {"codec": "expression", "label_keys": ["cell_type"], "max_train_steps": 2, "checkpointing_steps": 1}
+    train(folder, tiny_config(tmp_path / "out", **changes))
+    prepare([pbmc_path], tmp_path / "other", PrepareConfig(label_keys=["cell_type"], seed=1))
+    config = tiny_config(tmp_path / "out", resume_from_checkpoint="latest", **changes)
+    with pytest.raises(ValueError, match="--dataset: these are not the cells of the run to go on with.*names and val"):
+        train(tmp_path / "other", config)
