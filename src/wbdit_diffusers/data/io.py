@@ -7,20 +7,27 @@ import numpy as np
 from diffusers.utils import logging
 from scipy import sparse
 
+from .tenx import is_10x, read_10x
+
 
 logger = logging.get_logger(__name__)
 
 
 def read_cells(path: str | Path) -> ad.AnnData:
     """
-    Reads an .h5ad file.
+    Reads an .h5ad file, or cells of 10x Genomics: an .h5 file or a folder with matrix.mtx, see [`read_10x`].
 
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If it can't be read as an AnnData.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not (path.is_file() or path.is_dir()):
         raise FileNotFoundError(f"There is no file {path}: give the path of an .h5ad file.")
+    if is_10x(path):
+        return read_10x(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder without matrix.mtx: give an .h5ad file, or a folder of 10x.")
     try:
         return ad.read_h5ad(path)
     except Exception as error:

@@ -186,7 +186,9 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         Examples:
 
         Returns:
-            [`ScRNAPipelineOutput`], or a tuple whose first element is the cells.
+            [`ScRNAPipelineOutput`], or a tuple whose first element is the cells. Columns of labels in `obs` have the
+            categories of the training cells, those that none of the generated cells has included: colours and
+            concatenated cells agree.
 
         Raises:
             ValueError: If a label is unknown to the model, or arguments don't fit each other.
@@ -199,8 +201,6 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         )
         if output_type == "anndata":
             cells = ad.concat(outputs, merge="same", uns_merge="same")
-            for key in self.processor.label_keys:
-                cells.obs[key] = cells.obs[key].cat.remove_unused_categories()
         else:
             cells = torch.cat(outputs)
             cells = cells.cpu().numpy() if output_type == "np" else cells
