@@ -1,0 +1,291 @@
+"""What the page's buttons do. Handlers are generators: what is ready is shown while the rest is computed."""
+
+import functools
+import html
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import gradio as gr
+import torch
+from diffusers.utils import logging
+from huggingface_hub import hf_hub_download
+
+from ..data.io import load_pbmc
+from ..models.codec_programs import ProgramCodec
+from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
+from .compare import judge_quickly, shown_groups, type_key
+from .figures import joint_map, judgement_figure, map_figure, marker_figure, program_figure
+from .run import MAX_CELLS as MAX_TRAINING_CELLS
+from .run import MAX_MINUTES, TrainingRun
+from .uploads import label_columns, read_upload
+
+
+logger = logging.get_logger(__name__)
+
+MAX_CELLS = 5000
+CELLS_PER_BATCH = 256  # small, so that the progress moves
+NOTHING, PBMC, FILE = "nothing", "700 PBMCs (10x)", "my own file"
+NO_LABELS = "(none: train without types)"
+
+# The outputs of `generate`, in order
+RESULTS = ("summary", "download", "map", "markers", "programs", "judgement", "verdict")
+
+running: dict[str, TrainingRun] = {}  # by browser session, so that a button, or leaving, can stop it
+
+
+def with_messages(handler: Callable) -> Callable:
+    """What goes wrong in a handler is a message on the page, in one line and without a traceback."""
+
+    @functools.wraps(handler)
+    def wrapped(*args, **kwargs):
+        try:
+            yield from handler(*args, **kwargs)
+        except gr.Error:
+            raise
+        except (ValueError, OSError) as error:
+            message = html.escape(" ".join(str(error).split()), quote=False)
+            raise gr.Error(message, duration=20, title="This did not work", print_exception=False) from None
+        except Exception as error:
+            logger.exception("The page failed.")
+            message = f"{type(error).__name__}: this is a mistake of the page, which the terminal tells more about."
+            raise gr.Error(message, duration=20, title="This did not work", print_exception=False) from None
+
+    return wrapped
+
+
+# ==================== Pipeline and real cells ====================
+
+
+@functools.lru_cache(maxsize=4)
+def load_pipeline(name: str) -> ScRNAGenerationPipeline:
+    """
+    A pipeline from a folder or a Hub id, on the CPU.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not name:
+        raise ValueError("Choose a pipeline first: a folder that `wbdit train` wrote, or a Hub id.")
+    try:
+        if not Path(name).is_dir():
+            _check_hub_id(name)
+        pipe = ScRNAGenerationPipeline.from_pretrained(name)
+    except Exception as error:  # Diffusers and the Hub raise of every kind
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{name} cannot be loaded as a pipeline: {reason}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _check_hub_id(name: str):
+    """Before gigabytes of another model are downloaded."""
+    index = json.loads(Path(hf_hub_download(name, ScRNAGenerationPipeline.config_name)).read_text())
+    if index.get("_class_name") != ScRNAGenerationPipeline.__name__:
+        raise ValueError(f"it is a {index.get('_class_name')}, not a {ScRNAGenerationPipeline.__name__}.")
+
+
+@functools.lru_cache(maxsize=2)
+def _read(path: str) -> ad.AnnData:
+    return read_upload(path)
+
+
+@functools.lru_cache(maxsize=1)
+def _pbmc() -> ad.AnnData:
+    return load_pbmc()
+
+
+def _real_cells(source: str, upload: str | None) -> ad.AnnData | None:
+    if source == FILE and not upload:
+        raise ValueError(f"Upload a file to compare with, or choose another than {FILE!r}.")
+    return {NOTHING: lambda: None, PBMC: _pbmc, FILE: lambda: _read(upload)}[source]()
+
+
+def describe(name: str | None) -> tuple[str, list[str], int, str]:
+    """What the page says of a pipeline: a line, its cell types, its number of steps, and what to compare it with."""
+    if not name:
+        return "Choose a pipeline, or train one on your own cells.", [], 20, NOTHING
+    pipe = load_pipeline(name)
+    key = type_key(pipe)
+    types = list(pipe.processor.config.categories[0]) if key is not None else []
+    facts = [f"{len(pipe.processor.var_names):,} genes", f"{len(types)} types" if types else "no types"]
+    if isinstance(pipe.codec, ProgramCodec):
+        facts.append(f"{pipe.codec.config.num_programs} gene programs")
+    facts.append(f"{pipe.denoiser.num_parameters():,} parameters")
+    is_of_pbmc = key == "cell_type" and set(types) <= set(_pbmc().obs["cell_type"].cat.categories)
+    return " · ".join(facts), types, pipe.config.num_inference_steps, PBMC if is_of_pbmc else NOTHING
+
+
+@with_messages
+def choose_pipeline(name: str | None, source: str):
+    line, types, num_steps, fitting = describe((name or "").strip())
+    yield line, gr.update(choices=types, value=[]), num_steps, FILE if source == FILE else fitting
+
+
+@with_messages
+def choose_file(path: str | None):
+    """Looks at an uploaded file at once, and says what it is."""
+    if path is None:
+        yield "", NOTHING
+        return
+    cells = _read(path)
+    yield f"{cells.n_obs:,} cells × {cells.n_vars:,} genes in {html.escape(Path(path).name)}", FILE
+
+
+# ==================== Generating ====================
+
+
+def _results(**values: Any) -> tuple:
+    return tuple(values.get(name, gr.skip()) for name in RESULTS)
+
+
+def _asked_types(types: list[str], num_cells: float | None) -> tuple[int, str | list[str] | None]:
+    """The number of cells, and a type for each: as many of one as of the other."""
+    if num_cells is None or num_cells != int(num_cells) or not 1 <= num_cells <= MAX_CELLS:
+        got = "no number" if num_cells is None else f"{num_cells:,g}"
+        raise ValueError(f"The number of cells is from 1 to {MAX_CELLS:,} on this page, not {got}.")
+    num_cells = int(num_cells)
+    if not types:
+        return num_cells, None
+    return num_cells, [types[i * len(types) // num_cells] for i in range(num_cells)]
+
+
+@with_messages
+def generate(
+    name: str | None,
+    types: list[str],
+    num_cells: float | None,
+    guidance_scale: float,
+    num_inference_steps: int,
+    seed: float | None,
+    source: str,
+    upload: str | None,
+    method: str,
+    progress=gr.Progress(),  # noqa: B008  Gradio finds it here
+):
+    """Cells, their file, and the figures one after the other."""
+    num_cells, asked_types = _asked_types(types, num_cells)
+    if seed is None or not 0 <= seed < 2**32:
+        raise ValueError("The seed is a number from 0 to 4,294,967,295.")
+    call = {"guidance_scale": float(guidance_scale), "num_inference_steps": int(num_inference_steps)}
+    pipe, real = load_pipeline((name or "").strip()), _real_cells(source, upload)
+
+    start_time, steps_done = time.monotonic(), 0
+    num_steps = -(-num_cells // CELLS_PER_BATCH) * call["num_inference_steps"]
+
+    def on_step_end(pipe, step, timestep, tensors):
+        nonlocal steps_done
+        steps_done += 1
+        # Some solvers take more calls than steps.
+        progress((min(steps_done, num_steps), num_steps), desc="Denoising", unit="steps")
+        return tensors
+
+    progress(0, desc="Denoising")
+    cells = pipe(
+        *(num_cells, asked_types),
+        **call,
+        batch_size=CELLS_PER_BATCH,
+        generator=torch.Generator().manual_seed(int(seed)),
+        callback_on_step_end=on_step_end,
+    ).cells
+    summary = f"### {cells.n_obs:,} cells × {cells.n_vars:,} genes\nin {time.monotonic() - start_time:.1f} seconds"
+    summary += f" · seed {int(seed)} · {call['num_inference_steps']} steps of {type(pipe.scheduler).__name__}"
+    empty = dict.fromkeys(("map", "markers", "programs", "judgement"))
+    with tempfile.TemporaryDirectory() as folder:  # Gradio takes a copy
+        path = Path(folder) / f"wbdit-cells-seed-{int(seed)}.h5ad"
+        cells.write_h5ad(path)
+        yield _results(**empty, summary=summary, download=gr.update(value=str(path), interactive=True), verdict="")
+
+    groups, genes = shown_groups(pipe, cells, real)
+    progress(0.2, desc=f"Drawing the {method} map")
+    yield _results(map=map_figure(groups, joint_map(groups, method), method))
+    progress(0.5, desc="Drawing markers and programs")
+    programs = cells.uns["programs"]["name"] if "programs" in cells.uns else []
+    yield _results(markers=marker_figure(groups, genes), programs=program_figure(groups, programs))
+    if real is None:
+        yield _results(verdict="Choose real cells to compare with, and a classifier will try to tell them apart.")
+        return
+    progress(0.7, desc="A random forest tells cells apart")
+    judgement = judge_quickly(pipe, real, str(name).strip(), int(seed), **call)
+    yield _results(judgement=judgement_figure(judgement), verdict=_verdict(judgement))
+
+
+def _verdict(judgement) -> str:
+    held_out = (
+        "Compared with are cells that training held out."
+        if judgement.is_held_out
+        else "Training may have seen the cells compared with: the pipeline does not say which ones it held out."
+    )
+    return (
+        f"**Quick look.** A random forest tells {judgement.num_cells} generated cells from {judgement.num_cells} real"
+        f" ones with an AUC of **{judgement.generated:.2f}**, and other real cells with"
+        f" **{judgement.reference:.2f}**. The nearer the two, the better; 0.5 is guessing. {held_out} One draw and one"
+        " classifier: `wbdit evaluate` takes three of each, and gives the spread."
+    )
+
+
+# ==================== Training ====================
+
+
+@with_messages
+def choose_training_file(path: str | None):
+    if path is None:
+        yield "", gr.update(choices=[NO_LABELS], value=NO_LABELS)
+        return
+    cells = _read(path)
+    _check_training_cells(cells)
+    columns = label_columns(cells)
+    yield (
+        f"{cells.n_obs:,} cells × {cells.n_vars:,} genes in {html.escape(Path(path).name)}",
+        gr.update(choices=[*columns, NO_LABELS], value=columns[0] if columns else NO_LABELS),
+    )
+
+
+def _check_training_cells(cells: ad.AnnData):
+    if cells.n_obs > MAX_TRAINING_CELLS:
+        raise ValueError(
+            f"The file has {cells.n_obs:,} cells, and this page trains on {MAX_TRAINING_CELLS:,} at most: take a part of"
+            " them, or `wbdit train` on the command line."
+        )
+
+
+@with_messages
+def train(path: str | None, label_key: str, minutes: float, request: gr.Request):
+    """Trains in a process of its own; yields status, losses, archive, pipeline, what to compare with, and its file."""
+    if path is None:
+        raise ValueError("Upload the cells to train on first: an .h5ad file with integer counts.")
+    if not 0 < minutes <= MAX_MINUTES:
+        raise ValueError(f"The minutes are at most {MAX_MINUTES}.")
+    _check_training_cells(_read(path))
+    run = TrainingRun(Path(path), None if label_key == NO_LABELS else label_key, minutes)
+    stop_training(request)
+    running[str(request.session_hash)] = run
+    try:
+        while run.is_running():
+            losses = run.losses()
+            doing = f"step {losses.step.max():,}" if len(losses) else "fitting the gene programs"
+            yield f"**Training**, {run.seconds:.0f} s: {doing}", losses, *[gr.skip()] * 4
+            time.sleep(1)
+        run.check()
+    finally:
+        run.stop()
+        running.pop(str(request.session_hash), None)
+    yield (
+        f"**Done** in {run.seconds:.0f} s. The pipeline is chosen on the first tab, beside your cells.",
+        run.losses(),
+        gr.update(value=str(run.archive()), interactive=True),
+        gr.update(choices=[("my cells, trained here", str(run.folder))], value=str(run.folder)),
+        FILE,
+        path,
+    )
+
+
+def stop_training(request: gr.Request):
+    """Of this browser session."""
+    run = running.pop(str(request.session_hash), None)
+    if run is not None:
+        run.stop()
