@@ -42,9 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--folder", type=Path, default=Path("published"), help="Where the published files are kept.")
     app = commands.add_parser("app", help="Serve a page in the browser: generate, compare, train on small files.")
     app.add_argument("--model", help="The pipeline to begin with: a folder that a training wrote, or a Hub id.")
-    app.add_argument(
-        "--host", default="127.0.0.1", help="Address to listen on. Default: 127.0.0.1, this machine only."
-    )
+    app.add_argument("--host", default="127.0.0.1", help="Address to listen on. Default: 127.0.0.1, this machine.")
     app.add_argument("--port", type=int, help="The first free one from 7860 on by default.")
     return parser
 

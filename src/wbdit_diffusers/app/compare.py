@@ -102,8 +102,8 @@ def common_genes(cells: ad.AnnData, real: ad.AnnData) -> pd.Index:
     genes = cells.var_names[cells.var_names.isin(real.var_names)]
     if len(genes) < min(MIN_GENES, cells.n_vars):
         raise ValueError(
-            f"{len(genes)} of the pipeline's {cells.n_vars} genes ({', '.join(cells.var_names[:3])}, …) are among those"
-            f" of the real cells ({', '.join(real.var_names[:3])}, …): compare with cells of the same kind."
+            f"{len(genes)} of the pipeline's {cells.n_vars} genes ({', '.join(cells.var_names[:3])}, …) are among"
+            f" those of the real cells ({', '.join(real.var_names[:3])}, …): compare with cells of the same kind."
         )
     return genes
 
@@ -130,9 +130,7 @@ def judge_quickly(
     label_keys = pipe.processor.label_keys
     missing = [key for key in label_keys if key not in real.obs]
     if missing:
-        raise ValueError(
-            f"The real cells have no column {missing[0]!r} in obs, by which cells of a kind are compared."
-        )
+        raise ValueError(f"The real cells have no column {missing[0]!r} in obs: cells are compared by it.")
     real = real[pipe.processor.knows_labels(real)]
     split, is_held_out = _split(real, folder, label_keys)
     rest, test = split.apply(real)

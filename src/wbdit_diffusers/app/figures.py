@@ -41,9 +41,9 @@ def map_figure(groups: list[Group], points: np.ndarray, method: str) -> Figure:
     """Each group by type; the generated cells over the real ones in grey."""
     names = sorted({name for group in groups for name in group.types})
     colours = colormaps["tab20" if len(names) > 10 else "tab10"]
-    figure = Figure(figsize=(5.2 * len(groups) + 2.3, 4.8), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(4.3 * len(groups) + 1.9, 4.5), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, len(groups), squeeze=False, sharex=True, sharey=True)[0]
-    size, start = float(np.clip(14_000 / len(points), 5, 28)), 0
+    size, start = float(np.clip(12_000 / len(points), 4, 24)), 0
     for i, (axis, group) in enumerate(zip(axes, groups)):
         own = points[start : start + len(group.types)]
         if i > 0:
@@ -72,7 +72,7 @@ def marker_figure(groups: list[Group], genes: pd.Index) -> Figure | None:
     types = _common_types(groups)[:MAX_DOT_PLOT_TYPES]
     if len(types) < 2:
         return None
-    figure = Figure(figsize=(1.5 + 0.26 * 3 * len(types) * len(groups) + 2, 1.9 + 0.36 * len(types)), dpi=DPI)
+    figure = Figure(figsize=(1.5 + 0.19 * 3 * len(types) * len(groups) + 2, 1.9 + 0.36 * len(types)), dpi=DPI)
     figure.set_layout_engine("constrained")
     plot_markers(figure, {g.name: (g.expression, g.types) for g in groups}, types, genes.to_numpy())
     return figure
@@ -113,7 +113,7 @@ def program_figure(groups: list[Group], names: np.ndarray) -> Figure | None:
 
 def judgement_figure(judgement: QuickJudgement) -> Figure:
     """The AUC of generated cells and that of real ones on one scale."""
-    figure = Figure(figsize=(8.2, 2.0), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(7.6, 1.7), dpi=DPI, layout="constrained")
     axis = figure.subplots()
     axis.axhline(0, color=BACKGROUND, linewidth=3, zorder=0)
     sides = [
@@ -130,9 +130,7 @@ def judgement_figure(judgement: QuickJudgement) -> Figure:
     low = min(0.48, judgement.generated - 0.02, judgement.reference - 0.02)
     axis.set(xlim=(low, 1.02), ylim=(-1, 1), yticks=[])
     ticks = np.arange(0.5, 1.01, 0.1)
-    axis.set_xticks(
-        ticks, ["0.5\nnot told apart", *(f"{tick:.1f}" for tick in ticks[1:-1]), "1.0\ntold apart at once"]
-    )
+    axis.set_xticks(ticks, ["0.5\nnot told apart", *(f"{tick:.1f}" for tick in ticks[1:-1]), "1.0\nat once"])
     axis.tick_params(length=0)
     _no_frame(axis)
     return figure

@@ -1,16 +1,21 @@
-"""What the page's buttons do. Handlers are generators: what is ready is shown while the rest is computed."""
+"""What the page's buttons do. One handler for each figure: what is ready is shown while the rest is computed."""
 
+import contextlib
 import functools
 import html
+import inspect
 import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import gradio as gr
+import numpy as np
+import pandas as pd
 import torch
 from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
@@ -18,7 +23,7 @@ from huggingface_hub import hf_hub_download
 from ..data.io import load_pbmc
 from ..models.codec_programs import ProgramCodec
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
-from .compare import judge_quickly, shown_groups, type_key
+from .compare import Group, judge_quickly, shown_groups, type_key
 from .figures import joint_map, judgement_figure, map_figure, marker_figure, program_figure
 from .run import MAX_CELLS as MAX_TRAINING_CELLS
 from .run import MAX_MINUTES, TrainingRun
@@ -29,11 +34,8 @@ logger = logging.get_logger(__name__)
 
 MAX_CELLS = 5000
 CELLS_PER_BATCH = 256  # small, so that the progress moves
-NOTHING, PBMC, FILE = "nothing", "700 PBMCs (10x)", "my own file"
+NOTHING, PBMC, FILE = "nothing", "700 PBMCs", "my file"
 NO_LABELS = "(none: train without types)"
-
-# The outputs of `generate`, in order
-RESULTS = ("summary", "download", "map", "markers", "programs", "judgement", "verdict")
 
 running: dict[str, TrainingRun] = {}  # by browser session, so that a button, or leaving, can stop it
 
@@ -41,10 +43,10 @@ running: dict[str, TrainingRun] = {}  # by browser session, so that a button, or
 def with_messages(handler: Callable) -> Callable:
     """What goes wrong in a handler is a message on the page, in one line and without a traceback."""
 
-    @functools.wraps(handler)
-    def wrapped(*args, **kwargs):
+    @contextlib.contextmanager
+    def messages():
         try:
-            yield from handler(*args, **kwargs)
+            yield
         except gr.Error:
             raise
         except (ValueError, OSError) as error:
@@ -54,6 +56,20 @@ def with_messages(handler: Callable) -> Callable:
             logger.exception("The page failed.")
             message = f"{type(error).__name__}: this is a mistake of the page, which the terminal tells more about."
             raise gr.Error(message, duration=20, title="This did not work", print_exception=False) from None
+
+    # Gradio looks at a handler's kind and signature.
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def wrapped(*args, **kwargs):
+            with messages():
+                yield from handler(*args, **kwargs)
+    else:
+
+        @functools.wraps(handler)
+        def wrapped(*args, **kwargs):
+            with messages():
+                return handler(*args, **kwargs)
 
     return wrapped
 
@@ -123,24 +139,25 @@ def describe(name: str | None) -> tuple[str, list[str], int, str]:
 @with_messages
 def choose_pipeline(name: str | None, source: str):
     line, types, num_steps, fitting = describe((name or "").strip())
-    yield line, gr.update(choices=types, value=[]), num_steps, FILE if source == FILE else fitting
+    return line, gr.update(choices=types, value=[]), num_steps, FILE if source == FILE else fitting
 
 
 @with_messages
 def choose_file(path: str | None):
     """Looks at an uploaded file at once, and says what it is."""
-    if path is None:
-        yield "", NOTHING
-        return
-    cells = _read(path)
-    yield f"{cells.n_obs:,} cells × {cells.n_vars:,} genes in {html.escape(Path(path).name)}", FILE
+    return "No file yet." if path is None else _file_line(path, _read(path))
+
+
+def choose_source(source: str):
+    """The file and its line are shown where they matter."""
+    return gr.update(visible=source == FILE), gr.update(visible=source == FILE)
+
+
+def _file_line(path: str, cells: ad.AnnData) -> str:
+    return f"{cells.n_obs:,} cells × {cells.n_vars:,} genes in {html.escape(Path(path).name)}"
 
 
 # ==================== Generating ====================
-
-
-def _results(**values: Any) -> tuple:
-    return tuple(values.get(name, gr.skip()) for name in RESULTS)
 
 
 def _asked_types(types: list[str], num_cells: float | None) -> tuple[int, str | list[str] | None]:
@@ -154,6 +171,30 @@ def _asked_types(types: list[str], num_cells: float | None) -> tuple[int, str | 
     return num_cells, [types[i * len(types) // num_cells] for i in range(num_cells)]
 
 
+@dataclass
+class Drawn:
+    """
+    Generated cells, and what the figures after them need.
+
+    Args:
+        name (`str`): Folder or id of the pipeline.
+        cells (`AnnData`): The cells.
+        real (`AnnData`, *optional*): What they are compared with.
+        seed (`int`): Their seed.
+        call (`dict`): How they were called for: guidance and steps.
+    """
+
+    name: str
+    cells: ad.AnnData
+    real: ad.AnnData | None
+    seed: int
+    call: dict[str, Any]
+
+    @functools.cached_property
+    def groups(self) -> tuple[list[Group], pd.Index]:
+        return shown_groups(load_pipeline(self.name), self.cells, self.real)
+
+
 @with_messages
 def generate(
     name: str | None,
@@ -164,15 +205,15 @@ def generate(
     seed: float | None,
     source: str,
     upload: str | None,
-    method: str,
     progress=gr.Progress(),  # noqa: B008  Gradio finds it here
 ):
-    """Cells, their file, and the figures one after the other."""
+    """Cells, what to say of them, their file, and figures that are empty again."""
     num_cells, asked_types = _asked_types(types, num_cells)
     if seed is None or not 0 <= seed < 2**32:
         raise ValueError("The seed is a number from 0 to 4,294,967,295.")
+    name, seed = (name or "").strip(), int(seed)
     call = {"guidance_scale": float(guidance_scale), "num_inference_steps": int(num_inference_steps)}
-    pipe, real = load_pipeline((name or "").strip()), _real_cells(source, upload)
+    pipe, real = load_pipeline(name), _real_cells(source, upload)
 
     start_time, steps_done = time.monotonic(), 0
     num_steps = -(-num_cells // CELLS_PER_BATCH) * call["num_inference_steps"]
@@ -189,29 +230,40 @@ def generate(
         *(num_cells, asked_types),
         **call,
         batch_size=CELLS_PER_BATCH,
-        generator=torch.Generator().manual_seed(int(seed)),
+        generator=torch.Generator().manual_seed(seed),
         callback_on_step_end=on_step_end,
     ).cells
     summary = f"### {cells.n_obs:,} cells × {cells.n_vars:,} genes\nin {time.monotonic() - start_time:.1f} seconds"
-    summary += f" · seed {int(seed)} · {call['num_inference_steps']} steps of {type(pipe.scheduler).__name__}"
-    empty = dict.fromkeys(("map", "markers", "programs", "judgement"))
-    with tempfile.TemporaryDirectory() as folder:  # Gradio takes a copy
-        path = Path(folder) / f"wbdit-cells-seed-{int(seed)}.h5ad"
-        cells.write_h5ad(path)
-        yield _results(**empty, summary=summary, download=gr.update(value=str(path), interactive=True), verdict="")
+    summary += f" · seed {seed} · {call['num_inference_steps']} steps of {type(pipe.scheduler).__name__}"
+    path = Path(tempfile.mkdtemp(prefix="wbdit-app-")) / f"wbdit-cells-seed-{seed}.h5ad"
+    cells.write_h5ad(path)
+    download = gr.update(value=str(path), interactive=True)
+    return Drawn(name, cells, real, seed, call), summary, download, None, None, None, None, ""
 
-    groups, genes = shown_groups(pipe, cells, real)
+
+@with_messages
+def draw_map(drawn: Drawn, method: str, progress=gr.Progress()):  # noqa: B008
     progress(0.2, desc=f"Drawing the {method} map")
-    yield _results(map=map_figure(groups, joint_map(groups, method), method))
+    groups, _ = drawn.groups
+    return map_figure(groups, joint_map(groups, method), method)
+
+
+@with_messages
+def draw_markers(drawn: Drawn, progress=gr.Progress()):  # noqa: B008
+    """Markers and programs, each empty where the cells have none."""
     progress(0.5, desc="Drawing markers and programs")
-    programs = cells.uns["programs"]["name"] if "programs" in cells.uns else []
-    yield _results(markers=marker_figure(groups, genes), programs=program_figure(groups, programs))
-    if real is None:
-        yield _results(verdict="Choose real cells to compare with, and a classifier will try to tell them apart.")
-        return
+    groups, genes = drawn.groups
+    names = drawn.cells.uns["programs"]["name"] if "programs" in drawn.cells.uns else np.array([])
+    return marker_figure(groups, genes), program_figure(groups, names)
+
+
+@with_messages
+def judge(drawn: Drawn, progress=gr.Progress()):  # noqa: B008
+    if drawn.real is None:
+        return None, "Choose real cells to compare with, and a classifier will try to tell them apart."
     progress(0.7, desc="A random forest tells cells apart")
-    judgement = judge_quickly(pipe, real, str(name).strip(), int(seed), **call)
-    yield _results(judgement=judgement_figure(judgement), verdict=_verdict(judgement))
+    judgement = judge_quickly(load_pipeline(drawn.name), drawn.real, drawn.name, drawn.seed, **drawn.call)
+    return judgement_figure(judgement), _verdict(judgement)
 
 
 def _verdict(judgement) -> str:
@@ -234,13 +286,12 @@ def _verdict(judgement) -> str:
 @with_messages
 def choose_training_file(path: str | None):
     if path is None:
-        yield "", gr.update(choices=[NO_LABELS], value=NO_LABELS)
-        return
+        return "No file yet.", gr.update(choices=[NO_LABELS], value=NO_LABELS)
     cells = _read(path)
     _check_training_cells(cells)
     columns = label_columns(cells)
-    yield (
-        f"{cells.n_obs:,} cells × {cells.n_vars:,} genes in {html.escape(Path(path).name)}",
+    return (
+        _file_line(path, cells),
         gr.update(choices=[*columns, NO_LABELS], value=columns[0] if columns else NO_LABELS),
     )
 
@@ -248,8 +299,8 @@ def choose_training_file(path: str | None):
 def _check_training_cells(cells: ad.AnnData):
     if cells.n_obs > MAX_TRAINING_CELLS:
         raise ValueError(
-            f"The file has {cells.n_obs:,} cells, and this page trains on {MAX_TRAINING_CELLS:,} at most: take a part of"
-            " them, or `wbdit train` on the command line."
+            f"The file has {cells.n_obs:,} cells, and this page trains on {MAX_TRAINING_CELLS:,} at most: take a part"
+            " of them, or `wbdit train` on the command line."
         )
 
 

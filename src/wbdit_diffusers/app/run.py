@@ -25,10 +25,9 @@ class TrainingRun:
         dataset (`Path`): The cells.
         label_key (`str`, *optional*): Column of `obs` with the cell type.
         minutes (`float`): How long it may train.
-        flags (`list[str]`, defaults to `()`): Further flags of the training.
     """
 
-    def __init__(self, dataset: Path, label_key: str | None, minutes: float, flags: list[str] | tuple[str, ...] = ()):
+    def __init__(self, dataset: Path, label_key: str | None, minutes: float):
         self.parent = Path(tempfile.mkdtemp(prefix="wbdit-app-"))
         self.folder = self.parent / "my-cells"
         self.minutes, self.start_time = minutes, time.monotonic()
@@ -36,7 +35,7 @@ class TrainingRun:
         command = [sys.executable, "-m", "wbdit_diffusers.training", "--dataset", str(dataset)]
         command += ["--output_dir", str(self.folder), "--max_train_minutes", f"{minutes:g}"]
         # A line of the log, and so a point of the curve, every few seconds; and nothing that nobody resumes from.
-        command += ["--validation_steps", "25", "--checkpointing_steps", "1000000", *flags]
+        command += ["--validation_steps", "25", "--checkpointing_steps", "1000000"]
         if label_key is not None:
             command += ["--label_keys", label_key]
         with (self.parent / "messages.txt").open("w") as messages:

@@ -15,8 +15,8 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 def read_upload(path: str | Path) -> ad.AnnData:
     """
-    Reads an uploaded .h5ad file, or an .h5 file of 10x Genomics. Nothing in it is run or unpickled, and nothing outside
-    it is read.
+    Reads an uploaded .h5ad file, or an .h5 file of 10x Genomics. Nothing in it is run or unpickled, and nothing
+    outside it is read.
 
     Raises:
         ValueError: If it is too large, is no such file, or points to other files. Without the folder it lies in.

@@ -141,7 +141,7 @@ def plot_markers(
 
     Args:
         figure (`Figure` or `SubFigure`): Where to draw.
-        panels (`dict`): Expression `(cells, genes)` and cell types `(cells,)` by title; markers are those of the first.
+        panels (`dict`): Expression `(cells, genes)` and cell types `(cells,)` by title; the first has the markers.
         cell_types (`list[str]`): The types to show.
         var_names (`np.ndarray` of shape `(genes,)`): Names of the genes.
     """
