@@ -163,7 +163,7 @@ def _file_line(path: str, cells: ad.AnnData) -> str:
 def _asked_types(types: list[str], num_cells: float | None) -> tuple[int, str | list[str] | None]:
     """The number of cells, and a type for each: as many of one as of the other."""
     if num_cells is None or num_cells != int(num_cells) or not 1 <= num_cells <= MAX_CELLS:
-        got = "no number" if num_cells is None else f"{num_cells:,g}"
+        got = "no number" if num_cells is None else f"{num_cells:,.12g}"
         raise ValueError(f"The number of cells is from 1 to {MAX_CELLS:,} on this page, not {got}.")
     num_cells = int(num_cells)
     if not types:

@@ -26,7 +26,8 @@ THEME = gr.themes.Soft(
 CSS = """
 .gradio-container {
   max-width: 1480px !important; margin: 0 auto !important;
-  --block-title-background-fill: transparent; --block-title-padding: 0; --block-title-text-color: var(--body-text-color);
+  --block-title-background-fill: transparent; --block-title-padding: 0;
+  --block-title-text-color: var(--body-text-color);
   --block-label-background-fill: transparent; --block-label-text-color: var(--body-text-color);
 }
 .block {border-width: 0 !important;}

@@ -61,23 +61,23 @@ def _check_contents(path: Path):
     """HDF5 can point to other files of this machine, and unpack to more than it holds."""
     unpacked = 0
 
-    def check_link(name: str, link):
-        if isinstance(link, h5py.ExternalLink):
-            raise ValueError(f"{path} points to another file ({name}): write it anew with AnnData's `write_h5ad`.")
+    # What these return, but for None, ends the visit.
+    def outside_link(name: str, link) -> str | None:
+        return name if isinstance(link, h5py.ExternalLink) else None
 
-    def check_object(name: str, item):
+    def outside_values(name: str, item) -> str | None:
         nonlocal unpacked
         if not isinstance(item, h5py.Dataset):
-            return
-        if item.external or item.is_virtual:
-            raise ValueError(f"{path} keeps {name} in another file: write it anew with AnnData's `write_h5ad`.")
+            return None
         unpacked += item.size * item.dtype.itemsize if item.size else 0
+        return name if item.external or item.is_virtual else None
 
     try:
         with h5py.File(path) as file:
-            file.visititems_links(check_link)
-            file.visititems(check_object)
+            outside = file.visititems_links(outside_link) or file.visititems(outside_values)
     except (OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: upload it again.") from error
+    if outside is not None:
+        raise ValueError(f"{path} keeps {outside} in another file: write it anew with AnnData's `write_h5ad`.")
     if unpacked > MAX_UNPACKED_BYTES:
         raise ValueError(f"{path} holds {unpacked / 2**30:.1f} GB once unpacked: upload fewer cells.")
