@@ -1,6 +1,5 @@
 """The page in the browser: its handlers, what they refuse, and the page itself in Chromium."""
 
-import os
 import shutil
 import subprocess
 import zipfile
@@ -22,12 +21,6 @@ from wbdit_diffusers.data import CellSplit
 gr = pytest.importorskip("gradio")
 
 from wbdit_diffusers.app import compare, figures, handlers, launch, uploads  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def few_trees(monkeypatch):
-    """The forest's 500 trees take most of the time."""
-    monkeypatch.setattr("wbdit_diffusers.evaluation.classifiers.NUM_TREES", 10)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +227,16 @@ def test_training_on_a_small_file(pbmc, tmp_path):
     assert "my-cells/model_index.json" in zipfile.ZipFile(archive["value"]).namelist()
     assert "10 types · 16 gene programs" in handlers.describe(pipeline["value"])[0]
     assert not handlers.running
-    shutil.rmtree(os.path.dirname(pipeline["value"]))
+
+
+@pytest.mark.slow
+def test_a_training_can_be_stopped(pbmc_path):
+    training = handlers.train(str(pbmc_path), "cell_type", 1, SimpleNamespace(session_hash="session"))
+    assert next(training)[0].startswith("**Training**")
+    run = handlers.running["session"]
+    handlers.stop_training(SimpleNamespace(session_hash="session"))
+    assert next(training)[0].startswith("**Stopped**")
+    assert list(training) == [] and run.process.returncode < 0 and not run.parent.exists() and not handlers.running
 
 
 @pytest.mark.slow

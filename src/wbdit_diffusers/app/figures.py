@@ -86,8 +86,7 @@ def program_figure(groups: list[Group], names: np.ndarray) -> Figure | None:
         groups (`list[Group]`): The cells.
         names (`np.ndarray`): Names of the programs by their top genes.
     """
-    groups = [group for group in groups if group.activities is not None]
-    if not groups:
+    if any(group.activities is None for group in groups):
         return None
     types = _common_types(groups)
     shown = min(MAX_PROGRAMS, len(names))
@@ -95,10 +94,12 @@ def program_figure(groups: list[Group], names: np.ndarray) -> Figure | None:
     width = 3.2 + 0.34 * max(len(rows), 3) * len(groups)
     figure = Figure(figsize=(width + 1.2, 1.8 + 0.3 * shown), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
-    means = [
-        np.stack([g.activities[(g.types == name) if types else slice(None), :shown].mean(0) for name in rows], axis=1)
-        for g in groups
-    ]
+    means = []
+    for group in groups:
+        cells_of = [group.types == name if types else np.ones(len(group.types), dtype=bool) for name in rows]
+        means.append(
+            np.stack([np.asarray(group.activities)[cells, :shown].mean(axis=0) for cells in cells_of], axis=1)
+        )
     limit = max(1.0, float(np.abs(means).max()))
     for axis, group, mean in zip(axes, groups, means):
         image = axis.imshow(mean, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")

@@ -26,7 +26,7 @@ from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from .compare import Group, judge_quickly, shown_groups, type_key
 from .figures import joint_map, judgement_figure, map_figure, marker_figure, program_figure
 from .run import MAX_CELLS as MAX_TRAINING_CELLS
-from .run import MAX_MINUTES, TrainingRun
+from .run import MAX_MINUTES, TrainingRun, workspace
 from .uploads import label_columns, read_upload
 
 
@@ -118,7 +118,7 @@ def _pbmc() -> ad.AnnData:
 def _real_cells(source: str, upload: str | None) -> ad.AnnData | None:
     if source == FILE and not upload:
         raise ValueError(f"Upload a file to compare with, or choose another than {FILE!r}.")
-    return {NOTHING: lambda: None, PBMC: _pbmc, FILE: lambda: _read(upload)}[source]()
+    return None if source == NOTHING else _pbmc() if source == PBMC else _read(str(upload))
 
 
 def describe(name: str | None) -> tuple[str, list[str], int, str]:
@@ -182,6 +182,7 @@ class Drawn:
         real (`AnnData`, *optional*): What they are compared with.
         seed (`int`): Their seed.
         call (`dict`): How they were called for: guidance and steps.
+        folder (`TemporaryDirectory`): With their file; removed when these cells are forgotten.
     """
 
     name: str
@@ -189,6 +190,7 @@ class Drawn:
     real: ad.AnnData | None
     seed: int
     call: dict[str, Any]
+    folder: tempfile.TemporaryDirectory
 
     @functools.cached_property
     def groups(self) -> tuple[list[Group], pd.Index]:
@@ -235,10 +237,11 @@ def generate(
     ).cells
     summary = f"### {cells.n_obs:,} cells × {cells.n_vars:,} genes\nin {time.monotonic() - start_time:.1f} seconds"
     summary += f" · seed {seed} · {call['num_inference_steps']} steps of {type(pipe.scheduler).__name__}"
-    path = Path(tempfile.mkdtemp(prefix="wbdit-app-")) / f"wbdit-cells-seed-{seed}.h5ad"
+    folder = tempfile.TemporaryDirectory(dir=workspace().name)
+    path = Path(folder.name) / f"wbdit-cells-seed-{seed}.h5ad"
     cells.write_h5ad(path)
     download = gr.update(value=str(path), interactive=True)
-    return Drawn(name, cells, real, seed, call), summary, download, None, None, None, None, ""
+    return Drawn(name, cells, real, seed, call, folder), summary, download, None, None, None, None, ""
 
 
 @with_messages
@@ -321,6 +324,9 @@ def train(path: str | None, label_key: str, minutes: float, request: gr.Request)
             doing = f"step {losses.step.max():,}" if len(losses) else "fitting the gene programs"
             yield f"**Training**, {run.seconds:.0f} s: {doing}", losses, *[gr.skip()] * 4
             time.sleep(1)
+        if run.is_stopped:
+            yield f"**Stopped** after {run.seconds:.0f} s.", *[gr.skip()] * 5
+            return
         run.check()
     finally:
         run.stop()

@@ -1,6 +1,7 @@
 """A training that the page started: a process of its own, bounded in time, whose losses are read as they come."""
 
 import csv
+import functools
 import re
 import shutil
 import subprocess
@@ -17,6 +18,12 @@ MAX_MINUTES = 10
 GRACE_SECONDS = 120  # to import, to read the cells and to write the pipeline
 
 
+@functools.cache
+def workspace() -> tempfile.TemporaryDirectory:
+    """Where the page keeps its files; removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="wbdit-app-")
+
+
 class TrainingRun:
     """
     Starts `python -m wbdit_diffusers.training`.
@@ -28,7 +35,7 @@ class TrainingRun:
     """
 
     def __init__(self, dataset: Path, label_key: str | None, minutes: float):
-        self.parent = Path(tempfile.mkdtemp(prefix="wbdit-app-"))
+        self.parent = Path(tempfile.mkdtemp(dir=workspace().name))
         self.folder = self.parent / "my-cells"
         self.minutes, self.start_time = minutes, time.monotonic()
         self.is_stopped = False
@@ -80,8 +87,6 @@ class TrainingRun:
 
     def check(self):
         """Raises a `ValueError` with the training's own last words if it did not end well."""
-        if self.is_stopped:
-            raise ValueError("The training was stopped.")
         if self.process.returncode != 0:
             lines = re.split(r"[\r\n]+", (self.parent / "messages.txt").read_text().strip())
             raise ValueError(re.sub(r"^[\w ]*train\w*: ", "", lines[-1]) or "The training failed.")
