@@ -56,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     fetch.add_argument("dataset", help="Its name; `wbdit fetch list` prints them.")
     fetch.add_argument("--output", type=Path, help="The .h5ad file to write; DATASET.h5ad by default.")
     fetch.add_argument("--folder", type=Path, default=Path("published"), help="Where the published files are kept.")
+    app = commands.add_parser("app", help="Serve a page in the browser: generate, compare, train on small files.")
+    app.add_argument("--model", help="The pipeline to begin with: a folder that a training wrote, or a Hub id.")
+    app.add_argument("--host", default="127.0.0.1", help="Address to listen on. Default: 127.0.0.1, this machine.")
+    app.add_argument("--port", type=int, help="The first free one from 7860 on by default.")
     return parser
 
 
@@ -355,6 +359,16 @@ def fetch(args: argparse.Namespace):
     print(f"{cells.n_obs} cells × {cells.n_vars} genes in {output}: {RECIPES[args.dataset].source}.")
 
 
+def app(args: argparse.Namespace):
+    import importlib.util
+
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError('The page needs Gradio: pip install "wbdit_diffusers[app]".')
+    from .app import launch
+
+    launch(args.model, args.host, args.port)
+
+
 def main(argv: list[str] | None = None):
     """Runs a command. A user's mistake ends in one line and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
@@ -372,6 +386,7 @@ def main(argv: list[str] | None = None):
             "push": push,
             "prepare": prepare,
             "fetch": fetch,
+            "app": app,
         }[args.command](args)
     except (ValueError, OSError) as error:
         reason = str(error)

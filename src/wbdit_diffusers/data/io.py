@@ -8,6 +8,7 @@ from diffusers.utils import logging
 from scipy import sparse
 
 from .prepared import PreparedCells, is_prepared, read_metadata
+from .tenx import is_10x, read_10x
 
 
 logger = logging.get_logger(__name__)
@@ -15,7 +16,8 @@ logger = logging.get_logger(__name__)
 
 def read_cells(path: str | Path, split: str | None = None) -> ad.AnnData:
     """
-    Reads an .h5ad or .zarr file, or a folder that `wbdit prepare` wrote, into memory.
+    Reads an .h5ad or .zarr file, a folder that `wbdit prepare` wrote, or cells of 10x Genomics (an .h5 file or a
+    folder with matrix.mtx, see [`read_10x`]), into memory.
 
     Args:
         path (`str` or `Path`): The file or folder; a prepared folder may be on the Hub, `hf://datasets/me/cells`.
@@ -33,10 +35,18 @@ def read_cells(path: str | Path, split: str | None = None) -> ad.AnnData:
         return cells
     if split is not None:
         raise ValueError(f"{path} has no splits: only a folder of `wbdit prepare` has.")
-    if not Path(path).exists():
+    path = Path(path)
+    if not path.exists():
         raise FileNotFoundError(f"There is no file {path}: give the path of an .h5ad file.")
+    if is_10x(path):
+        return read_10x(path)
+    is_zarr = path.suffix == ".zarr"
+    if path.is_dir() and not is_zarr:
+        raise FileNotFoundError(
+            f"{path} is a folder without matrix.mtx: give an .h5ad file, a prepared folder, or one of 10x."
+        )
     try:
-        return ad.read_zarr(path) if Path(path).suffix == ".zarr" else ad.read_h5ad(path)
+        return ad.read_zarr(path) if is_zarr else ad.read_h5ad(path)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as an .h5ad file: {error}") from error
 

@@ -4,7 +4,7 @@ import anndata as ad
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
@@ -73,7 +73,8 @@ def report_figure(
         if common:
             _plot_fold_changes(axes[3], x, x_labels, y, y_labels, common)
             shown = common[:MAX_DOT_PLOT_TYPES]
-            _plot_markers(rows[2], x, x_labels, y, y_labels, shown, generated.var_names.to_numpy())
+            panels = {"real, held out": (x, x_labels), "generated": (y, y_labels)}
+            plot_markers(rows[2], panels, shown, generated.var_names.to_numpy())
     return figure
 
 
@@ -129,13 +130,27 @@ def _plot_fold_changes(axis: Axes, x, x_labels: np.ndarray, y, y_labels: np.ndar
     axis.set(title="markers: log2 fold change", xlabel="real, held out", ylabel="generated")
 
 
-def _plot_markers(figure, x, x_labels: np.ndarray, y, y_labels: np.ndarray, labels: list[str], var_names: np.ndarray):
-    """Dot plots of the three first markers of each type: colour is the mean, size the share of expressing cells."""
-    markers = list(dict.fromkeys(int(gene) for name in labels for gene in rank_markers(x, x_labels, name)[:3]))
-    highest = max(x[x_labels == name][:, markers].mean(0).max() for name in labels)
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, matrix, names, title in zip(axes, (x, y), (x_labels, y_labels), ("real, held out", "generated")):
-        for row, name in enumerate(labels):
+def plot_markers(
+    figure: Figure | SubFigure,
+    panels: dict[str, tuple[np.ndarray, np.ndarray]],
+    cell_types: list[str],
+    var_names: np.ndarray,
+):
+    """
+    Dot plots of the three first markers of each type: colour is the mean, size the share of expressing cells.
+
+    Args:
+        figure (`Figure` or `SubFigure`): Where to draw.
+        panels (`dict`): Expression `(cells, genes)` and cell types `(cells,)` by title; the first has the markers.
+        cell_types (`list[str]`): The types to show.
+        var_names (`np.ndarray` of shape `(genes,)`): Names of the genes.
+    """
+    x, labels = next(iter(panels.values()))
+    markers = list(dict.fromkeys(int(gene) for name in cell_types for gene in rank_markers(x, labels, name)[:3]))
+    highest = max(x[labels == name][:, markers].mean(0).max() for name in cell_types)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, (matrix, names)) in zip(axes, panels.items()):
+        for row, name in enumerate(cell_types):
             of_type = matrix[names == name][:, markers]
             dots = axis.scatter(
                 np.arange(len(markers)),
@@ -150,6 +165,6 @@ def _plot_markers(figure, x, x_labels: np.ndarray, y, y_labels: np.ndarray, labe
             )
         axis.set_title(f"{title}: three markers of each type")
         axis.set_xticks(np.arange(len(markers)), var_names[markers], rotation=90, fontsize=7)
-    axes[0].set_yticks(np.arange(len(labels)), labels)
+    axes[0].set_yticks(np.arange(len(cell_types)), cell_types)
     axes[0].invert_yaxis()
     figure.colorbar(dots, ax=axes, label="mean log1p(CP10k); size: share of cells", shrink=0.8)

@@ -192,7 +192,9 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         Examples:
 
         Returns:
-            [`ScRNAPipelineOutput`], or a tuple whose first element is the cells.
+            [`ScRNAPipelineOutput`], or a tuple whose first element is the cells. Columns of labels in `obs` have the
+            categories of the training cells, those that none of the generated cells has included: colours and
+            concatenated cells agree.
 
         Raises:
             ValueError: If a label is unknown to the model, or arguments don't fit each other.
@@ -204,7 +206,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
             )
         )
         if output_type == "anndata":
-            cells = self._join(outputs)
+            cells = ad.concat(outputs, merge="same", uns_merge="same")
         else:
             cells = torch.cat(outputs)
             cells = cells.cpu().numpy() if output_type == "np" else cells
@@ -331,13 +333,6 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
                     )
                     cells.uns["wbdit"] = provenance
                     yield cells
-
-    def _join(self, batches: list[ad.AnnData]) -> ad.AnnData:
-        """All batches as one AnnData."""
-        cells = ad.concat(batches, merge="same", uns_merge="same")
-        for key in self.processor.label_keys:
-            cells.obs[key] = cells.obs[key].cat.remove_unused_categories()
-        return cells
 
     @property
     def default_batch_size(self) -> int:

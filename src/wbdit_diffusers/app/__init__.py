@@ -1,0 +1,6 @@
+"""The page in the browser: `wbdit app`, and `build_page` for a Hub Space. Needs the extra `wbdit_diffusers[app]`."""
+
+from .page import build_page, launch
+
+
+__all__ = ["build_page", "launch"]
