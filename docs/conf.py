@@ -32,6 +32,7 @@ suppress_warnings = ["myst.header"]  # the notebook's pages have their own depth
 myst_enable_extensions = ["colon_fence", "attrs_inline"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"  # runs the tutorial anew where its cells have changed
+nb_execution_in_temp = True  # what the tutorial writes is no part of the site
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
@@ -41,7 +42,7 @@ nb_output_stderr = "remove"  # progress bars
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings have them, with shapes
 autodoc_class_signature = "mixed"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True, "special-members": "__call__"}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -80,7 +81,7 @@ def shorten_signature(app, what, name, obj, options, signature, return_annotatio
 
 def setup(app):
     elsewhere.bring_pages()
-    app.connect("source-read", elsewhere.mend_links_of_page)
+    app.connect("source-read", elsewhere.mend_page_source)
     # Before napoleon, which reads what this leaves.
     app.connect("autodoc-process-docstring", docstrings.to_rst, priority=100)
     app.connect("autodoc-process-signature", shorten_signature)

@@ -4,7 +4,7 @@ import re
 
 
 # [`name`], or ``code`` that is reStructuredText already, or `code`
-MARKED = re.compile(r"\[`~?(?P<name>[\w.]+)`\]|``[^`]+``|`(?P<code>[^`\n]+)`")
+MARKED = re.compile(r"\[`(?P<short>~?)(?P<name>[\w.]+)`\]|``[^`]+``|`(?P<code>[^`\n]+)`")
 FENCE = re.compile(r"^(\s*)```(\w*)\s*$")
 
 
@@ -31,7 +31,8 @@ def inline(line: str) -> str:
 
     def mark(match: re.Match) -> str:
         if match["name"]:
-            text = f":py:obj:`~.{match['name']}`"
+            shown = match["name"].rpartition(".")[2] if match["short"] else match["name"]
+            text = f":py:obj:`{shown} <.{match['name']}>`"
         elif match["code"]:
             text = f"``{match['code']}``"
         else:

@@ -32,7 +32,7 @@ def bring_pages():
     """Writes the pages that live elsewhere, with their figures."""
     for origin, page in PAGES.items():
         text = FRONT_MATTER.sub("", (ROOT / origin).read_text())  # a model card's metadata is for the Hub
-        text = mend_links(text, origin) + (NOTEBOOK_CONTENTS if page == "notebook/index.md" else "")
+        text = mend(text, origin) + (NOTEBOOK_CONTENTS if page == "notebook/index.md" else "")
         _write(DOCS / page, text)
     for figure in (ROOT / "lab").glob("*/*.png"):
         target = DOCS / "notebook" / figure.relative_to(ROOT / "lab")
@@ -47,10 +47,10 @@ def _write(path: Path, text: str):
         path.write_text(text)
 
 
-def mend_links(text: str, origin: str) -> str:
-    """The text of a file with links that hold on the site; `origin` is the file's path in the repository."""
+def mend(text: str, origin: str) -> str:
+    """The text of a file for the site, with links that hold there; `origin` is the file's path in the repository."""
 
-    def mend(match: re.Match) -> str:
+    def mend_link(match: re.Match) -> str:
         mark, label, target, anchor = match.groups()
         if ":" in target:  # an address
             return match[0]
@@ -61,15 +61,16 @@ def mend_links(text: str, origin: str) -> str:
         if page is None and path.startswith("docs/") and (ROOT / path).is_file():
             page = path.removeprefix("docs/")
         if page is not None:
-            return f"{mark}[{label}](/{page}{anchor})"
+            # Where a file is named, a page has a title.
+            return f"{mark}[{'' if label.endswith('.md') else label}](/{page}{anchor})"
         if not (ROOT / path).exists():
             return match[0]  # left to the build, which fails on it
         return f"{label}" if path.strip("/") in label else f"{label} (`{path}`)"
 
-    return LINK.sub(mend, text)
+    return LINK.sub(mend_link, text).replace(" ± ", "\u00a0±\u00a0")  # one number, not three lines of a table
 
 
-def mend_links_of_page(app, docname: str, source: list[str]):
-    """The same for pages that live here, as they are read."""
+def mend_page_source(app, docname: str, source: list[str]):
+    """[`mend`] for pages that live here, as they are read."""
     if not docname.startswith(("project/", "notebook/")):
-        source[0] = mend_links(source[0], f"docs/{docname}.md")
+        source[0] = mend(source[0], f"docs/{docname}.md")
