@@ -1,6 +1,5 @@
 """The documentation site: `make docs`. Nothing is fetched while it is built."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -11,6 +10,10 @@ import docstrings  # noqa: E402
 import elsewhere  # noqa: E402
 
 import wbdit_diffusers  # noqa: E402
+from wbdit_diffusers.training import config  # noqa: E402
+
+
+config.DataConfig.label_keys = []  # shown as such, and not as what makes the list
 
 
 project = "wbdit_diffusers"
@@ -33,7 +36,7 @@ myst_enable_extensions = ["colon_fence", "attrs_inline"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"  # runs the tutorial anew where its cells have changed
 nb_execution_in_temp = True  # what the tutorial writes is no part of the site
-nb_execution_timeout = 600
+nb_execution_timeout = 1800  # seconds a cell, also where others work on the same machine
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_output_stderr = "remove"  # progress bars
@@ -74,8 +77,10 @@ pygments_dark_style = "monokai"
 
 def shorten_signature(app, what, name, obj, options, signature, return_annotation):
     """A configuration's fields are listed below it, with their defaults: seventy of them are no signature to read."""
-    if what == "class" and dataclasses.is_dataclass(obj) and len(dataclasses.fields(obj)) > 10:
+    if obj is config.TrainingConfig:
         return "(*, output_dir, **fields)", None
+    if what == "class" and obj.__module__ == config.__name__:
+        return "", None
     return None
 
 

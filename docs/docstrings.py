@@ -23,6 +23,8 @@ def to_rst(app, what, name, obj, options, lines: list[str]):
             rst.append(f"    {line}")
         else:
             rst.append(inline(line))
+    if what in ("attribute", "property") and rst and ":" in rst[0]:
+        rst[0] = f": {rst[0]}"  # napoleon would take what stands before a colon for the type
     lines[:] = rst
 
 

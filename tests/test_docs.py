@@ -48,7 +48,7 @@ def test_the_tutorial_runs(tmp_path):
     notebook.write_text("\n".join(cells))
     printed = run(
         *(notebook,),
-        WBDIT_TUTORIAL_MINUTES="0.05",
+        WBDIT_TUTORIAL_STEPS="10",
         WBDIT_TUTORIAL_CELLS="200",
         WBDIT_TUTORIAL_DIR=str(tmp_path / "wbdit-pbmc"),
         MPLBACKEND="Agg",
