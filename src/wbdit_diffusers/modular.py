@@ -239,7 +239,7 @@ class DecodeStep(_Block):
             sizes = None if sizes is None else sizes[rows]
             latents, labels = block.latents[rows], block.class_labels[rows]
             cells.append(pipe._to_cells(latents, labels, sizes, batch.noise, batch.uniform, first_cell=rows.start))
-        block.cells = pipe._join(cells)
+        block.cells = ad.concat(cells, merge="same", uns_merge="same")
         if block.provenance is not None:
             block.cells.uns["wbdit"] = block.provenance
         self.set_block_state(state, block)
