@@ -40,13 +40,8 @@ def read_cells(path: str | Path, split: str | None = None) -> ad.AnnData:
         raise FileNotFoundError(f"There is no file {path}: give the path of an .h5ad file.")
     if is_10x(path):
         return read_10x(path)
-    is_zarr = path.suffix == ".zarr"
-    if path.is_dir() and not is_zarr:
-        raise FileNotFoundError(
-            f"{path} is a folder without matrix.mtx: give an .h5ad file, a prepared folder, or one of 10x."
-        )
     try:
-        return ad.read_zarr(path) if is_zarr else ad.read_h5ad(path)
+        return ad.read_zarr(path) if path.suffix == ".zarr" else ad.read_h5ad(path)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as an .h5ad file: {error}") from error
 

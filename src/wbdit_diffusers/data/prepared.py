@@ -14,6 +14,7 @@ import pandas as pd
 from scipy import sparse
 
 from .order import choose_groups
+from .tenx import is_10x
 
 
 FORMAT_VERSION = 1
@@ -25,8 +26,9 @@ COLUMNS = ("genes", "expressions", "cell", "total_counts")  # of ours; all other
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Whether a path can only be a prepared folder: an address, or a folder that is no .zarr."""
-    return "://" in str(path) or (Path(path).is_dir() and Path(path).suffix != ".zarr")
+    """Whether a path can only be a prepared folder: an address, or a folder that is no .zarr nor of 10x Genomics."""
+    folder = Path(path)
+    return "://" in str(path) or (folder.is_dir() and folder.suffix != ".zarr" and not is_10x(folder))
 
 
 def hash_of_genes(names: list[str]) -> str:
@@ -201,7 +203,8 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
             metadata = json.loads(file.read())
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{folder} is no folder that `wbdit prepare` wrote: it has no {METADATA}. Prepare the cells first."
+            f"{folder} is no folder that `wbdit prepare` wrote, nor has it the matrix.mtx of 10x: it has no {METADATA}."
+            " Prepare the cells first."
         ) from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{folder}/{METADATA} cannot be read: {' '.join(str(error).split())[:300]}") from error
