@@ -85,9 +85,7 @@ def test_incomplete_folders_are_named(layout, remove, write_instead, message, wr
 
 
 def test_other_folders_and_damaged_files_are_named(write, tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="no folder that `wbdit prepare` wrote, nor has it the matrix.mtx of 10x"
-    ):
+    with pytest.raises(FileNotFoundError, match="no folder that `wbdit prepare` wrote, nor has it the matrix.mtx"):
         read_cells(tmp_path)
     path = write["h5"]()
     path.write_bytes(path.read_bytes()[:2000])

@@ -203,8 +203,8 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
             metadata = json.loads(file.read())
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{folder} is no folder that `wbdit prepare` wrote, nor has it the matrix.mtx of 10x: it has no {METADATA}."
-            " Prepare the cells first."
+            f"{folder} is no folder that `wbdit prepare` wrote, nor has it the matrix.mtx of 10x: it has no"
+            f" {METADATA}. Prepare the cells first."
         ) from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{folder}/{METADATA} cannot be read: {' '.join(str(error).split())[:300]}") from error
