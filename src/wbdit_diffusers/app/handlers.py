@@ -34,7 +34,7 @@ logger = logging.get_logger(__name__)
 
 MAX_CELLS = 5000
 CELLS_PER_BATCH = 256  # small, so that the progress moves
-NOTHING, PBMC, FILE = "nothing", "700 PBMCs", "my file"
+NOTHING, PBMC, FILE = "nothing", "PBMCs", "my file"
 NO_LABELS = "(none: train without types)"
 
 running: dict[str, TrainingRun] = {}  # by browser session, so that a button, or leaving, can stop it

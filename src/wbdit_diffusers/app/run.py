@@ -77,12 +77,8 @@ class TrainingRun:
         """Ends the process, if it is running, and removes what it wrote."""
         if self.process.poll() is None:
             self.is_stopped = True
-            self.process.terminate()
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+            self.process.kill()  # the gentler signals would first write a checkpoint that nobody wants
+            self.process.wait()
             shutil.rmtree(self.parent, ignore_errors=True)
 
     def check(self):
