@@ -137,6 +137,20 @@ def judgement_figure(judgement: QuickJudgement) -> Figure:
     return figure
 
 
+def loss_figure(losses: pd.DataFrame) -> Figure:
+    """The curves of [`TrainingRun.losses`], by step."""
+    figure = Figure(figsize=(8.2, 3.6), dpi=DPI, layout="constrained")
+    axis = figure.subplots()
+    for name, colour in (("training", "#94a3b8"), ("held out", GENERATED)):
+        curve = losses[losses["cells"] == name]
+        axis.plot(curve["step"], curve["loss"], color=colour, marker="o", markersize=3, label=f"{name} cells")
+    axis.set(xlabel="step", ylabel="loss of the denoiser")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color=BACKGROUND, linewidth=0.6)
+    axis.legend(frameon=False)
+    return figure
+
+
 def _common_types(groups: list[Group]) -> list[str]:
     """Types of which every group has enough cells, the most frequent first."""
     names, numbers = np.unique(groups[0].types, return_counts=True)

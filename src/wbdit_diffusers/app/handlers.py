@@ -24,7 +24,7 @@ from ..data.io import load_pbmc
 from ..models.codec_programs import ProgramCodec
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from .compare import Group, judge_quickly, shown_groups, type_key
-from .figures import joint_map, judgement_figure, map_figure, marker_figure, program_figure
+from .figures import joint_map, judgement_figure, loss_figure, map_figure, marker_figure, program_figure
 from .run import MAX_CELLS as MAX_TRAINING_CELLS
 from .run import MAX_MINUTES, TrainingRun, workspace
 from .uploads import label_columns, read_upload
@@ -309,7 +309,7 @@ def _check_training_cells(cells: ad.AnnData):
 
 @with_messages
 def train(path: str | None, label_key: str, minutes: float, request: gr.Request):
-    """Trains in a process of its own; yields status, losses, archive, pipeline, what to compare with, and its file."""
+    """Trains in a process of its own; yields status, curves, archive, pipeline, what to compare with, and its file."""
     if path is None:
         raise ValueError("Upload the cells to train on first: an .h5ad file with integer counts.")
     if not 0 < minutes <= MAX_MINUTES:
@@ -319,10 +319,14 @@ def train(path: str | None, label_key: str, minutes: float, request: gr.Request)
     stop_training(request)
     running[str(request.session_hash)] = run
     try:
+        yield "**Training**", None, *[gr.skip()] * 4
+        num_points = 0
         while run.is_running():
             losses = run.losses()
             doing = f"step {losses.step.max():,}" if len(losses) else "fitting the gene programs"
-            yield f"**Training**, {run.seconds:.0f} s: {doing}", losses, *[gr.skip()] * 4
+            figure = loss_figure(losses) if len(losses) > num_points else gr.skip()
+            num_points = len(losses)
+            yield f"**Training**, {run.seconds:.0f} s: {doing}", figure, *[gr.skip()] * 4
             time.sleep(1)
         if run.is_stopped:
             yield f"**Stopped** after {run.seconds:.0f} s.", *[gr.skip()] * 5
@@ -333,7 +337,7 @@ def train(path: str | None, label_key: str, minutes: float, request: gr.Request)
         running.pop(str(request.session_hash), None)
     yield (
         f"**Done** in {run.seconds:.0f} s. The pipeline is chosen on the first tab, beside your cells.",
-        run.losses(),
+        loss_figure(run.losses()),
         gr.update(value=str(run.archive()), interactive=True),
         gr.update(choices=[("my cells, trained here", str(run.folder))], value=str(run.folder)),
         FILE,

@@ -176,7 +176,7 @@ def _train_tab(pipeline: gr.Dropdown, source: gr.Radio, upload: gr.File):
         with gr.Column(scale=2, min_width=330):
             with gr.Group():
                 cells = gr.File(
-                    label=f"My cells: integer counts, up to {MAX_TRAINING_CELLS:,} cells and {MAX_MEGABYTES} MB",
+                    label=f"Counts of up to {MAX_TRAINING_CELLS:,} cells",
                     file_types=FILE_TYPES,
                     height=130,
                     elem_id="training_cells",
@@ -194,16 +194,8 @@ def _train_tab(pipeline: gr.Dropdown, source: gr.Radio, upload: gr.File):
                 status = gr.Markdown(
                     "A fifth of the cells is held out, and judged on afterwards.", elem_id="status", min_height=40
                 )
-                archive = gr.DownloadButton("Download the pipeline", interactive=False, scale=0, min_width=220)
-            losses = gr.LinePlot(
-                x="step",
-                y="loss",
-                color="cells",
-                color_map={"training": "#94a3b8", "held out": "#e07b26"},
-                title="Loss of the denoiser",
-                height=420,
-                elem_id="losses",
-            )
+                archive = gr.DownloadButton("Download the pipeline", interactive=False, scale=0, min_width=270)
+            losses = gr.Plot(show_label=False, format="png", elem_id="losses")
     cells.change(handlers.choose_training_file, cells, [line, label_key])
     # The losses are the progress: Gradio's own would veil them.
     start.click(
