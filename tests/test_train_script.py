@@ -21,7 +21,7 @@ SHAPE = "--num_genes 100 --patch_size 20 --num_layers 1 --num_attention_heads 2 
 SPEED = "--train_batch_size 64 --lr_warmup_steps 2 --num_inference_steps 3 --mixed_precision no"
 CODEC = "--codec_max_steps 100 --num_programs 8 --codec_hidden_size 16 --decoder_steps 20"
 TINY = f"{SHAPE} {SPEED} {CODEC}".split()
-FILES = ["README.md", "model_index.json", "run.json", "split.json", "training_log.csv"]
+FILES = ["README.md", "model_index.json", "run.json", "split.json", "training.json", "training_log.csv"]
 FOLDERS = ["codec", "denoiser", "processor", "scheduler", "stage_one"]
 
 

@@ -188,7 +188,9 @@ def test_two_processes_make_the_cells_of_one_also_when_they_are_killed(model, tm
 
 @pytest.mark.slow
 def test_ctrl_c_ends_all_processes_with_one_line(model, tmp_path):
-    process = start(["generate", str(model), *ARGUMENTS, "--output", str(tmp_path / "a.h5ad"), "--num_processes", "2"])
+    # So many cells that a busy machine is not done with them before the signal comes
+    many = ["--num_cells", "200000", "--num_processes", "2"]
+    process = start(["generate", str(model), *ARGUMENTS, "--output", str(tmp_path / "a.h5ad"), *many])
     parts = tmp_path / "a.h5ad.parts"
     while process.is_alive() and not list(parts.glob("*.h5ad")):
         time.sleep(0.01)

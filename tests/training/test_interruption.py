@@ -32,7 +32,7 @@ WHERE = {  # the function at whose call the signal comes, and at which call
     "decoder": ("wbdit_diffusers.models.ProgramCodec.decoder_loss", 70),
     "first step": ("wbdit_diffusers.training.denoiser.learning_rate", 1),
     "seventh step": ("wbdit_diffusers.training.denoiser.learning_rate", 7),
-    "writing": ("wbdit_diffusers.training.train.render_model_card", 1),
+    "writing": ("wbdit_diffusers.training.train.write_model_card", 1),
 }
 
 

@@ -77,6 +77,7 @@ def split_cells(adata: ad.AnnData, config: TrainingConfig, origin: Path | None) 
         if label_key is not None:
             _check_label_sizes(adata, label_key, config.test_fraction)
         split = CellSplit.draw(adata, config.test_fraction, label_key=label_key, seed=config.seed)
+    split.apply(adata)  # that it is of other cells is said first
     if len(split.train) < MIN_CELLS:
         raise ValueError(f"{len(split.train)} training cells are too few to learn from: {MIN_CELLS} are the least.")
     return split
