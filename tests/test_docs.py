@@ -53,4 +53,4 @@ def test_the_tutorial_runs(tmp_path):
         WBDIT_TUTORIAL_DIR=str(tmp_path / "wbdit-pbmc"),
         MPLBACKEND="Agg",
     )
-    assert re.search(r"excess 0\.\d+ \(by \w+\), \d+ held-out cells", printed)
+    assert re.search(r"excess 0\.\d+ \(by \w+\) on \d+ cells", printed)
