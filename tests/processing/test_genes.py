@@ -3,6 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+import torch
 from scipy import sparse
 
 from wbdit_diffusers import ScRNAProcessor
@@ -30,6 +31,17 @@ def test_log_values_are_not_normalised_to_choose_genes(processor, pbmc):
     sc.pp.log1p(normalised)
     again = ScRNAProcessor(num_genes=200, values="log").fit(normalised)
     assert list(again.var_names) == list(processor.var_names)
+
+
+def test_threads_are_left_alone(pbmc):
+    """Numba, which Scanpy's choice of genes runs, sets the threads of all OpenMP, PyTorch's too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ScRNAProcessor(num_genes=200).fit(pbmc)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_genes_that_too_few_training_cells_express_are_left_out(pbmc):
