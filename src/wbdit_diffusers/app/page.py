@@ -196,6 +196,11 @@ def _train_tab(pipeline: gr.Dropdown, source: gr.Radio, upload: gr.File):
                 )
                 archive = gr.DownloadButton("Download the pipeline", interactive=False, scale=0, min_width=270)
             losses = gr.Plot(show_label=False, format="png", elem_id="losses")
+            gr.Markdown(
+                "Programs of held-out cells vary less than those they were fitted to, so that their loss starts lower."
+                " It should fall for as long as that of training cells does.",
+                elem_classes="facts",
+            )
     cells.change(handlers.choose_training_file, cells, [line, label_key])
     # The losses are the progress: Gradio's own would veil them.
     start.click(
