@@ -132,11 +132,16 @@ def test_one_writer_at_a_time(model, small_parts, tmp_path, monkeypatch):
 # ==================== Processes of their own ====================
 
 
+def run(command: list[str]):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever started the tests may have ignored
+    main(command)
+
+
 def start(command: list[str]):
     """`wbdit` in a process that is forked from one that has imported it already, but not computed anything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["wbdit_diffusers.cli", "wbdit_diffusers.pipelines.generate"])
-    process = context.Process(target=main, args=(command,))
+    process = context.Process(target=run, args=(command,))
     process.start()
     return process
 

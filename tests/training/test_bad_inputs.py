@@ -288,7 +288,7 @@ SPLITS = [
     ('{"train": "ab", "test": "cd"}', "is no split.json of a training"),
     ('{"train": [1], "test": [2]}', "is no split.json of a training"),
     ('{"train": ["a"], "test": {"b": 1}}', "is no split.json of a training"),
-    ('{"train": ["a"], "test": ["b"]}', "training cells are too few to learn from"),
+    ('{"train": ["a"], "test": ["b"]}', "The data have no cell 'a'"),
     ('{"train": ["a", "a"], "test": ["b"]}', "names a cell twice"),
     (str({"train": [f"cell {i}" for i in range(20)], "test": ["b"]}).replace("'", '"'), "The data have no cell"),
 ]
