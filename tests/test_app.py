@@ -1,5 +1,6 @@
 """The page in the browser: its handlers, what they refuse, and the page itself in Chromium."""
 
+import re
 import shutil
 import subprocess
 import zipfile
@@ -231,7 +232,9 @@ def test_training_on_a_small_file(pbmc, tmp_path):
     assert status.startswith("**Done**") and source == handlers.FILE and upload == str(tmp_path / "cells.h5ad")
     assert [len(line.get_ydata()) > 0 for line in curves.axes[0].lines] == [True, True]  # training, held out
     assert "my-cells/model_index.json" in zipfile.ZipFile(archive["value"]).namelist()
-    assert "10 types · 16 gene programs" in handlers.describe(pipeline["value"])[0]
+    assert re.search(
+        r"10 types · \d+ gene programs", handlers.describe(pipeline["value"])[0]
+    )  # how many hangs on the time that stage one had
     assert not handlers.running
 
 
