@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import anndata as ad
