@@ -99,9 +99,52 @@ def test_evaluate_cells_of_any_generator(pbmc, tmp_path):
     assert report["metrics"]["generated"]["auc_forest"][0] < 0.7 and report["per_type"] == {}
 
 
+def test_compare_a_model_with_files(folder, pbmc, pbmc_path, tmp_path, capsys):
+    """Both ways to say which cells were held out, and the result for machines."""
+    train, test = CellSplit.load(folder).apply(pbmc)
+    train.write_h5ad(tmp_path / "train.h5ad")
+    test.write_h5ad(tmp_path / "test.h5ad")
+    files = []
+    for seed in (0, 1):
+        path = tmp_path / f"generated-{seed}.h5ad"
+        main(["generate", str(folder), "--num_cells", str(test.n_obs), "--seed", str(seed), "--output", str(path)])
+        cells = ad.read_h5ad(path)
+        cells.obs[["cell_type", "phase"]] = test.obs[["cell_type", "phase"]].to_numpy()
+        cells.write_h5ad(path)
+        files.append(f"file={path}")
+    capsys.readouterr()
+    given = ["compare", f"ours={folder}", *files, "--num_inference_steps", "2", "--json"]
+    main([*given, "--dataset", str(pbmc_path), "--output_dir", str(tmp_path / "a")])
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["excess"]) == ["ours", "file"] and report["num_samples"] == 2
+    assert report == json.loads((tmp_path / "a" / "comparison.json").read_text())
+    assert (tmp_path / "a" / "comparison.png").stat().st_size > 30_000
+    halves = ["--train", str(tmp_path / "train.h5ad"), "--test", str(tmp_path / "test.h5ad")]
+    main([*given, *halves, "--output_dir", str(tmp_path / "b")])
+    assert json.loads(capsys.readouterr().out) == report
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "compare", "programs", "explain", "push", "prepare"])
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and f"\n  wbdit {command} " in text.split("examples:")[1]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["compare", "a=absent.h5ad", "b=absent.h5ad"], "Give --train and --test; or --dataset, with a model"),
+        (["compare", "absent.h5ad", "b=absent.h5ad", "--dataset", "absent.h5ad"], "--dataset is split as a model"),
+        (["compare", "a=MODEL", "a=MODEL", "--dataset", "absent.h5ad"], "'a' is a model and is named twice"),
+        (["compare", "a=MODEL", "b=c.h5ad", "--dataset", "absent.h5ad"], "no file absent.h5ad"),
+        (["compare", "a=MODEL", "b=c.h5ad", "--dataset", "PBMC", "--values", "log"], "--values have no effect"),
+        (["compare", "a=MODEL", "b=c.h5ad", "--dataset", "PBMC", "--num_samples", "2"], "--num_samples has no effect"),
+        (
+            ["compare", "a=MODEL", "b=c.h5ad", "--train", "PBMC", "--test", "PBMC"],
+            "trained on some of the --test cells",
+        ),
         (["generate", "MODEL", "--output", "OUT", "--cell_types", "Dendritik"], "Did you mean 'Dendritic'"),
         (["generate", "MODEL", "--output", "OUT", "--conditions", "phase"], "not of the form KEY=NAME"),
         (["generate", "OUT", "--output", "OUT"], "is no pipeline"),
@@ -119,8 +162,8 @@ def test_evaluate_cells_of_any_generator(pbmc, tmp_path):
         (["evaluate", "--generated", "absent.h5ad"], "all of --generated, --train and --test"),
     ],
 )
-def test_bad_arguments_end_with_one_line(arguments, message, folder, tmp_path, capsys):
-    names = {"MODEL": str(folder), "OUT": str(tmp_path)}
+def test_bad_arguments_end_with_one_line(arguments, message, folder, pbmc_path, tmp_path, capsys):
+    names = {"MODEL": str(folder), "OUT": str(tmp_path), "a=MODEL": f"a={folder}", "PBMC": str(pbmc_path)}
     with pytest.raises(SystemExit) as error:
         main([names.get(argument, argument) for argument in arguments])
     assert error.value.code == 2

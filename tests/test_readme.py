@@ -28,6 +28,17 @@ def readme_pipeline(pbmc, tmp_path) -> str:
     return str(tmp_path / "pipeline")
 
 
+def test_the_first_block_needs_nothing_but_the_package(monkeypatch, tmp_path):
+    """No training, no network, three lines."""
+    code = BLOCK.findall((ROOT / "README.md").read_text())[0]
+    assert len([line for line in code.splitlines() if line.strip()]) == 3
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names: dict = {}
+    exec(compile(code.replace("num_cells=5000", "num_cells=50"), "README.md", "exec"), names)
+    assert names["cells"].shape == (50, 765)
+
+
 def test_python_blocks_run(readme_pipeline, tmp_path, monkeypatch):
     code = "\n".join(BLOCK.findall((ROOT / "README.md").read_text()))
     assert "ScRNAGenerationPipeline.from_pretrained(" in code

@@ -8,11 +8,12 @@ from pathlib import Path
 import anndata as ad
 import h5py
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from scipy import sparse
 
-from wbdit_diffusers.data import write_cells
+from wbdit_diffusers.data import read_cells, write_cells
 from wbdit_diffusers.data.writer import check_cells_file
 
 
@@ -73,6 +74,28 @@ def test_a_folder_of_parquet_files_holds_sparse_rows(cells, name, tmp_path, monk
     codes = table.column("cell_type").to_numpy()
     assert list(cells.obs["cell_type"].cat.categories[codes]) == list(cells.obs["cell_type"])
     assert b"ClassLabel" in table.schema.metadata[b"huggingface"]
+
+
+def test_parquet_files_are_read_again(cells, tmp_path, monkeypatch):
+    """All but `uns`; also where a layer holds the counts of log values."""
+    monkeypatch.setattr("wbdit_diffusers.data.writer.CELLS_PER_FILE", 600)
+    for name, given in (("cells", cells), ("log", cells.copy())):
+        if name == "log":
+            given.layers["counts"] = given.X.copy()
+            given.X = given.X.log1p()
+        write_cells(tmp_path / name, batches(given))
+        again = read_cells(tmp_path / name)
+        assert (again.X != given.X).nnz == 0 and list(again.layers) == list(given.layers)
+        pd.testing.assert_frame_equal(again.obs, given.obs, check_names=False)
+        assert list(again.var_names) == list(given.var_names)
+        for part in ("obsm", "varm"):
+            assert list(getattr(again, part)) == list(getattr(given, part))
+            for key, values in getattr(given, part).items():
+                np.testing.assert_allclose(getattr(again, part)[key], values, rtol=1e-6)
+    assert (again.layers["counts"] != cells.X).nnz == 0
+    (tmp_path / "log" / "cells-00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="log is damaged"):
+        read_cells(tmp_path / "log")
 
 
 @pytest.mark.parametrize("name", ["cells.h5ad", "cells.zarr", "cells"])

@@ -23,6 +23,7 @@ from huggingface_hub import hf_hub_download
 from ..data.io import load_pbmc
 from ..models.codec_programs import ProgramCodec
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
+from ..pretrained import locate
 from .compare import Group, judge_quickly, shown_groups, type_key
 from .figures import joint_map, judgement_figure, loss_figure, map_figure, marker_figure, program_figure
 from .run import MAX_CELLS as MAX_TRAINING_CELLS
@@ -80,7 +81,7 @@ def with_messages(handler: Callable) -> Callable:
 @functools.lru_cache(maxsize=4)
 def load_pipeline(name: str) -> ScRNAGenerationPipeline:
     """
-    A pipeline from a folder or a Hub id, on the CPU.
+    A pipeline from a folder or a Hub id, or one that comes with the package, on the CPU.
 
     Raises:
         ValueError: If there is none.
@@ -88,7 +89,7 @@ def load_pipeline(name: str) -> ScRNAGenerationPipeline:
     if not name:
         raise ValueError("Choose a pipeline first: a folder that `wbdit train` wrote, or a Hub id.")
     try:
-        if not Path(name).is_dir():
+        if not Path(locate(name)).is_dir():
             _check_hub_id(name)
         pipe = ScRNAGenerationPipeline.from_pretrained(name)
     except Exception as error:  # Diffusers and the Hub raise of every kind
@@ -123,7 +124,7 @@ def _real_cells(source: str, upload: str | None) -> ad.AnnData | None:
 
 def describe(name: str | None) -> tuple[str, list[str], int, str]:
     """What the page says of a pipeline: a line, its cell types, its number of steps, and what to compare it with."""
-    if not name:
+    if not name:  # it was cleared
         return "Choose a pipeline, or train one on your own cells.", [], 20, NOTHING
     pipe = load_pipeline(name)
     key = type_key(pipe)

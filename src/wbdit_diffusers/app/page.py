@@ -5,14 +5,13 @@ from typing import Any
 
 import gradio as gr
 
+from ..pretrained import PBMC
 from ..version import __version__
 from . import handlers
 from .run import MAX_CELLS as MAX_TRAINING_CELLS
 from .run import MAX_MINUTES
 from .uploads import MAX_MEGABYTES
 
-
-DEFAULT_MODEL: str | Path | None = None  # the pipeline that the page begins with, if none is named
 
 FILE_TYPES = [".h5ad", ".h5"]
 THEME = gr.themes.Soft(
@@ -70,7 +69,8 @@ def build_page(model: str | Path | None = None) -> gr.Blocks:
     The page, not yet served.
 
     Args:
-        model (`str` or `Path`, *optional*): The pipeline that it begins with: a folder or a Hub id.
+        model (`str` or `Path`, *optional*):
+            The pipeline that it begins with: a folder or a Hub id; the one that comes with the package by default.
 
     Returns:
         `gradio.Blocks`: to be served by [`launch`].
@@ -78,7 +78,7 @@ def build_page(model: str | Path | None = None) -> gr.Blocks:
     Raises:
         ValueError: If `model` cannot be loaded.
     """
-    model = None if model is None and DEFAULT_MODEL is None else str(model or DEFAULT_MODEL)
+    model = str(model or PBMC)
     # Old files of visitors are looked for every hour, and removed after four.
     with gr.Blocks(title="wbdit", analytics_enabled=False, delete_cache=(3600, 4 * 3600)) as page:
         gr.Markdown(TITLE, elem_id="title")
@@ -93,13 +93,13 @@ def build_page(model: str | Path | None = None) -> gr.Blocks:
     return page.queue(default_concurrency_limit=1, max_size=20)
 
 
-def _generate_tab(model: str | None) -> tuple[gr.Dropdown, gr.Radio, gr.File]:
+def _generate_tab(model: str) -> tuple[gr.Dropdown, gr.Radio, gr.File]:
     line, types, num_steps, compare_with = handlers.describe(model)
     with gr.Row():
         with gr.Column(scale=2, min_width=330):
             with gr.Group():
                 pipeline = gr.Dropdown(
-                    [] if model is None else [(Path(model).name, model)],
+                    [(Path(model).name, model)],
                     value=model,
                     label="Pipeline",
                     info="A folder that a training wrote, or a Hub id.",
@@ -220,7 +220,8 @@ def launch(
     Serves the page. Nothing is sent anywhere: no analytics, no fonts or scripts from elsewhere.
 
     Args:
-        model (`str` or `Path`, *optional*): The pipeline that it begins with: a folder or a Hub id.
+        model (`str` or `Path`, *optional*):
+            The pipeline that it begins with: a folder or a Hub id; the one that comes with the package by default.
         host (`str`, defaults to `"127.0.0.1"`): The address to listen on; of this machine alone by default.
         port (`int`, *optional*): The port; the first free one from 7860 on by default.
         wait (`bool`, defaults to `True`): Whether to return only when it ends.

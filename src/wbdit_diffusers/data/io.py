@@ -7,6 +7,7 @@ import numpy as np
 from diffusers.utils import logging
 from scipy import sparse
 
+from .generated import is_generated, read_generated
 from .prepared import PreparedCells, is_prepared, read_metadata
 from .tenx import is_10x, read_10x
 
@@ -16,8 +17,8 @@ logger = logging.get_logger(__name__)
 
 def read_cells(path: str | Path, split: str | None = None) -> ad.AnnData:
     """
-    Reads an .h5ad or .zarr file, a folder that `wbdit prepare` wrote, or cells of 10x Genomics (an .h5 file or a
-    folder with matrix.mtx, see [`read_10x`]), into memory.
+    Reads an .h5ad or .zarr file, a folder that `wbdit prepare` or, as parquet files, `wbdit generate` wrote, or cells
+    of 10x Genomics (an .h5 file or a folder with matrix.mtx, see [`read_10x`]), into memory.
 
     Args:
         path (`str` or `Path`): The file or folder; a prepared folder may be on the Hub, `hf://datasets/me/cells`.
@@ -40,6 +41,8 @@ def read_cells(path: str | Path, split: str | None = None) -> ad.AnnData:
         raise FileNotFoundError(f"There is no file {path}: give the path of an .h5ad file.")
     if is_10x(path):
         return read_10x(path)
+    if is_generated(path):
+        return read_generated(path)
     try:
         return ad.read_zarr(path) if path.suffix == ".zarr" else ad.read_h5ad(path)
     except Exception as error:

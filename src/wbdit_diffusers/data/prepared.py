@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from .generated import is_generated
 from .order import choose_groups
 from .tenx import is_10x
 
@@ -26,9 +27,10 @@ COLUMNS = ("genes", "expressions", "cell", "total_counts")  # of ours; all other
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Whether a path can only be a prepared folder: an address, or a folder that is no .zarr nor of 10x Genomics."""
+    """Whether a path can only be a prepared folder: an address, or a folder of no other kind that is known."""
     folder = Path(path)
-    return "://" in str(path) or (folder.is_dir() and folder.suffix != ".zarr" and not is_10x(folder))
+    others = folder.suffix == ".zarr" or is_10x(folder) or is_generated(folder)
+    return "://" in str(path) or (folder.is_dir() and not others)
 
 
 def hash_of_genes(names: list[str]) -> str:

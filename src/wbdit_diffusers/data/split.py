@@ -7,6 +7,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 
+from ..pretrained import locate
 from .io import read_cells
 from .prepared import is_prepared, read_metadata
 
@@ -59,13 +60,13 @@ class CellSplit:
     @classmethod
     def load(cls, path: str | Path) -> "CellSplit":
         """
-        Reads a split.json, or that of a model's folder.
+        Reads a split.json, or that of a model's folder or of a pipeline that comes with the package.
 
         Raises:
             FileNotFoundError: If there is none.
             ValueError: If the file does not name training and held-out cells, each once.
         """
-        path = Path(path)
+        path = Path(locate(path))
         path = path / cls.FILE_NAME if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(

@@ -1,5 +1,7 @@
 """Figures from cells: matplotlib in, matplotlib out."""
 
+from functools import reduce
+
 import anndata as ad
 import numpy as np
 from matplotlib import pyplot as plt
@@ -14,6 +16,7 @@ from .metrics import log_fold_changes, rank_markers
 
 REAL, GENERATED = "tab:blue", "tab:orange"
 MAX_DOT_PLOT_TYPES = 12
+MAX_COLUMNS = 4  # of panels in a row
 MIN_CELLS = 5  # of a type, for its markers to be shown
 
 
@@ -75,6 +78,60 @@ def report_figure(
             shown = common[:MAX_DOT_PLOT_TYPES]
             panels = {"real, held out": (x, x_labels), "generated": (y, y_labels)}
             plot_markers(rows[2], panels, shown, generated.var_names.to_numpy())
+    return figure
+
+
+def comparison_figure(
+    report: dict,
+    generators: dict[str, list[ad.AnnData]],
+    test: ad.AnnData,
+    values: str = "counts",
+    layer: str | None = None,
+) -> Figure:
+    """
+    One page: the excess of each generator, and its first sample over the held-out cells in one joint t-SNE.
+
+    Args:
+        report (`dict`): What [`~evaluation.compare_cells`] returns.
+        generators (`dict[str, list[AnnData]]`): As they were compared.
+        test (`AnnData`): The held-out cells.
+        values (`str`, defaults to `"counts"`): What the matrices hold.
+        layer (`str`, *optional*): Layer of `test` that holds its matrix; `X` by default.
+
+    Returns:
+        `matplotlib.figure.Figure`
+    """
+    names = sorted(report["excess"], key=lambda name: report["excess"][name]["mean"])
+    first = {name: generators[name][0] for name in names}
+    genes = reduce(lambda common, one: common[common.isin(one)], [sample.var_names for sample in first.values()])
+    within_genes = any(needs_common_genes(sample, test) for sample in first.values())
+    matrices = [real_cells(test, genes, values, layer, within_genes=within_genes).expression]
+    matrices += [
+        generated_cells(sample[:, genes], values, within_genes=within_genes).expression for sample in first.values()
+    ]
+    points = np.split(joint_tsne(matrices), np.cumsum([len(matrix) for matrix in matrices])[:-1])
+    columns = min(len(names), MAX_COLUMNS)
+    rows = -(-len(names) // columns)
+    figure = plt.figure(figsize=(4.2 * columns, 0.45 * len(names) + 1.4 + 4 * rows), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[0.45 * len(names) + 1.4, 4 * rows])
+
+    axis = top.subplots()
+    means, sds = ([report["excess"][name][key] for name in names] for key in ("mean", "sd"))
+    axis.barh(names, means, xerr=sds, color=GENERATED, ecolor="black", capsize=3, height=0.6)
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", linewidth=0.7)
+    axis.set(xlabel="excess (0 = as good as real cells, 0.5 = told apart at once)", xlim=(min(0, *means) - 0.02, 0.52))
+    axis.spines[["top", "right"]].set_visible(False)
+
+    axes = bottom.subplots(rows, columns, squeeze=False).ravel()
+    size = np.clip(12_000 / len(points[0]) / 2, 2, 12)
+    for axis, name, cells in zip(axes, names, points[1:]):
+        axis.scatter(*points[0].T, s=size, color=REAL, linewidths=0, label="real, held out")
+        axis.scatter(*cells.T, s=size, color=GENERATED, linewidths=0, label="generated", alpha=0.8)
+        axis.set(title=name, xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
+    axes[0].legend(markerscale=2, frameon=False)
+    for axis in axes[len(names) :]:
+        axis.remove()
     return figure
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import anndata as ad
 import numpy as np
 from sklearn.decomposition import PCA
+from tqdm.auto import tqdm
 
 from .cells import Cells, combined_labels, generated_cells, label_keys_of, needs_common_genes, real_cells
 from .classifiers import JUDGES, judge
@@ -246,6 +247,8 @@ class _Ruler:
         """
         metrics: dict[str, dict] = defaultdict(lambda: defaultdict(list))
         per_type: dict[str, dict] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+        num_columns = sum(len(columns) + 1 for columns in draws)
+        progress_bar = tqdm(total=num_columns, desc="Judging", unit=" samples", disable=None)  # only at a terminal
         for i, columns in enumerate(draws):
             rng = np.random.default_rng([seed, i])
             generated, *others = columns
@@ -258,6 +261,8 @@ class _Ruler:
                 for label, row in rows_of_types.items():
                     for metric, value in row.items():
                         per_type[label][name][metric].append(value)
+                progress_bar.update()
+        progress_bar.close()
         return {name: dict(row) for name, row in metrics.items()}, per_type
 
     def measure(self, cells: Cells, members: np.ndarray | None, seed: int) -> tuple[dict, dict[str, dict]]:

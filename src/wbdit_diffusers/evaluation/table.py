@@ -59,7 +59,7 @@ def to_markdown(report: dict) -> str:
         if metric in ours:
             difference = np.subtract(ours[metric], real[metric]) if metric in real else None
             cells = [ours[metric], real.get(metric), difference, *(columns[name].get(metric) for name in others)]
-            lines.append(f"| {title} | " + " | ".join(_mean_and_sd(values) for values in cells) + " |")
+            lines.append(f"| {title} | " + " | ".join(mean_and_sd(values) for values in cells) + " |")
     excesses = [report["excess"][name] for name in (GENERATED, *others)]
     cells = [f"{one['mean']:.3f} ± {one['sd']:.3f}" for one in excesses]
     lines.append(f"| **excess: AUC of the best classifier over the real reference's** | {cells[0]} | – | – | ")
@@ -93,7 +93,7 @@ def _headline(report: dict) -> list[str]:
     return lines
 
 
-def _mean_and_sd(values: Sequence[float] | None) -> str:
+def mean_and_sd(values: Sequence[float] | None) -> str:
     if values is None or np.isnan(values).all():
         return "–"
     mean, sd = np.nanmean(values), np.nanstd(values)
@@ -116,6 +116,6 @@ def _table_of_types(report: dict) -> list[str]:
         for metric in metrics:
             ours, real = (entry["metrics"].get(name, {}).get(metric) for name in (GENERATED, REFERENCE))
             has_reference = real is not None and not np.isnan(real).all()
-            row.append(_mean_and_sd(ours) + (f" ({np.nanmean(real):.3f})" if has_reference else ""))
+            row.append(mean_and_sd(ours) + (f" ({np.nanmean(real):.3f})" if has_reference else ""))
         lines.append("| " + " | ".join(row) + " |")
     return lines

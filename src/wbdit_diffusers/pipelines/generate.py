@@ -323,4 +323,6 @@ def _counted(batches: Iterator[ad.AnnData], progress_bar) -> Iterator[ad.AnnData
 def _progress(num_cells: int):
     from tqdm.auto import tqdm
 
-    return tqdm(total=num_cells, unit="cell", disable=None)  # where nobody looks at a terminal, none
+    return tqdm(
+        total=num_cells, desc="Generating", unit=" cells", disable=None
+    )  # where nobody looks at a terminal, none

@@ -22,6 +22,7 @@ from ..models.codec_programs import ProgramCodec
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
 from ..models.loading import check_integer
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
+from ..pretrained import locate
 from ..processing.processor import ScRNAProcessor
 from ..sampling.denoise import denoise
 from ..sampling.guidance import LabelBatch, predict_guided
@@ -45,8 +46,8 @@ EXAMPLE_DOC_STRING = """
         >>> import torch
         >>> from wbdit_diffusers import ScRNAGenerationPipeline
 
-        >>> pipe = ScRNAGenerationPipeline.from_pretrained("me/wbdit-pbmc")
-        >>> pipe(num_cells=5000, cell_types="B cell", generator=torch.Generator().manual_seed(0)).cells
+        >>> pipe = ScRNAGenerationPipeline.from_pretrained("pbmc68k_reduced")
+        >>> pipe(num_cells=5000, cell_types="CD19+ B", generator=torch.Generator().manual_seed(0)).cells
         ```"""
 
 
@@ -105,7 +106,8 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "ScRNAGenerationPipeline":
         """
-        Loads a pipeline from a folder or a Hub id; see [`DiffusionPipeline.from_pretrained`] for the arguments.
+        Loads a pipeline from a folder or a Hub id, or one that comes with the package (`"pbmc68k_reduced"`); see
+        [`DiffusionPipeline.from_pretrained`] for the arguments.
 
         Raises:
             OSError: If the folder or repository holds no pipeline of this class, a damaged one, or parts of several.
@@ -114,7 +116,7 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors=False` would load pickle files, which can run any code: leave it out.")
         kwargs["use_safetensors"] = True
-        where = str(pretrained_model_name_or_path)
+        where = locate(pretrained_model_name_or_path)
         given = {name for name in PARTS if name in kwargs}
         if Path(where).exists() or Path(where).is_absolute():
             index = check_folder(Path(where), cls, [name for name in PARTS if name not in given])

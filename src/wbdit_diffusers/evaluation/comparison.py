@@ -1,0 +1,111 @@
+"""Several generators' cells beside each other: one split, one judge, one table."""
+
+from collections.abc import Sequence
+from functools import reduce
+
+import anndata as ad
+
+from .report import evaluate_cells
+from .table import GENERATED as FIRST
+from .table import REFERENCE, mean_and_sd
+
+
+METRICS = {
+    "auc_forest": "forest",
+    "auc_boosting": "boosting",
+    "auc_regression": "regression",
+    "w2": "W2",
+    "variance_ratio": "variance",
+    "zero_fraction_error": "zeros",
+    "gene_correlation": "gene-gene",
+    "recall": "recall",
+    "membership_auc": "membership",
+    "purity": "purity",
+    "lfc_slope": "marker slope",
+}
+
+
+def compare_cells(
+    generators: dict[str, list[ad.AnnData]],
+    train: ad.AnnData,
+    test: ad.AnnData,
+    label_key: str | Sequence[str] | None = None,
+    layer: str | None = None,
+    values: str = "counts",
+    seed: int = 0,
+) -> dict:
+    """
+    Judges the cells of several generators on the same held-out cells, over the genes that all of them make.
+
+    Args:
+        generators (`dict[str, list[AnnData]]`):
+            For each name as many samples, each of as many cells as `test` has, with its labels.
+        train, test, label_key, layer, values, seed: See [`evaluate_cells`].
+
+    Returns:
+        `dict`: that of [`evaluate_cells`], whose columns have the generators' names.
+
+    Raises:
+        ValueError: If there are no two generators, a name is taken, they have no gene in common, or their cells can't
+            be judged; see [`evaluate_cells`].
+    """
+    if len(generators) < 2:
+        raise ValueError("Give at least two generators to compare; `wbdit evaluate` judges one.")
+    taken = sorted(generators.keys() & {FIRST, REFERENCE})
+    if taken:
+        raise ValueError(f"A generator can't be called {taken[0]!r}, which is another column's name: rename it.")
+    every = [sample.var_names for samples in generators.values() for sample in samples]
+    if not every:
+        raise ValueError("There are no samples to judge: give at least one of each generator.")
+    genes = reduce(lambda common, names: common[common.isin(names)], every)
+    if genes.empty:
+        raise ValueError(f"{', '.join(generators)} have no gene in common: give cells of the same genes.")
+    first, *others = ([sample[:, genes].copy() for sample in samples] for samples in generators.values())
+    names = list(generators)
+    report = evaluate_cells(
+        *(first, train, test),
+        label_key=label_key,
+        layer=layer,
+        values=values,
+        baselines=dict(zip(names[1:], others)),
+        seed=seed,
+    )
+    renamed = {FIRST: names[0]}
+    for columns in (report, *report["per_type"].values()):
+        for key in ("excess", "metrics"):
+            if key in columns:
+                columns[key] = {renamed.get(name, name): column for name, column in columns[key].items()}
+    return report
+
+
+def comparison_to_markdown(report: dict) -> str:
+    """
+    A report of [`compare_cells`] as Markdown: generators by their excess, the best first, above real cells.
+
+    Args:
+        report (`dict`): What [`compare_cells`] returns.
+
+    Returns:
+        `str`
+    """
+    excess, metrics = report["excess"], report["metrics"]
+    shown = {key: title for key, title in METRICS.items() if any(key in column for column in metrics.values())}
+    order = sorted(excess, key=lambda name: excess[name]["mean"])
+    lines = [
+        f"Excess: by how much the best of three classifiers tells a generator's cells from {report['num_test']}"
+        " held-out ones better than it tells real training cells from them (AUC; 0 = as good as real, 0.5 = told apart"
+        f" at once). Mean ± standard deviation over {report['num_samples']} samples and {report['num_genes']} genes.",
+        "",
+        "| generator | excess | " + " | ".join(shown.values()) + " |",
+        "|---" * (2 + len(shown)) + "|",
+    ]
+    for name in [*order, REFERENCE]:
+        best = excess.get(name)
+        headline = (
+            "0 by definition" if best is None else f"**{best['mean']:.3f} ± {best['sd']:.3f}** ({best['judge']})"
+        )
+        cells = [mean_and_sd(metrics[name].get(key)) for key in shown]
+        lines.append(f"| {name} | {headline} | " + " | ".join(cells) + " |")
+    if report["within_genes"]:
+        lines += ["", f"All cells are judged as if these {report['num_genes']} genes were all."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,81 @@
+"""The pipeline that comes with the package, as someone meets it who has trained nothing."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from wbdit_diffusers import ScRNAGenerationPipeline
+from wbdit_diffusers.cli import main
+from wbdit_diffusers.data import CellSplit
+from wbdit_diffusers.pretrained import FOLDER, NAMES, PBMC, locate
+
+
+@pytest.fixture(scope="module")
+def pipe() -> ScRNAGenerationPipeline:
+    pipe = ScRNAGenerationPipeline.from_pretrained("pbmc68k_reduced")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_cells_without_training(pipe, pbmc):
+    cells = pipe(num_cells=200, generator=torch.Generator().manual_seed(0)).cells
+    assert cells.shape == (200, pbmc.n_vars) and set(cells.var_names) == set(pbmc.var_names)
+    assert (cells.X.data == np.rint(cells.X.data)).all()
+    assert list(cells.obs["cell_type"].cat.categories) == sorted(pbmc.obs["cell_type"].cat.categories)
+    assert cells.uns["wbdit"]["model_id"] == PBMC
+    # Types are those that are asked for: B cells have their marker, and others have not.
+    b, t = (pipe(num_cells=50, cell_types=name).cells for name in ("CD19+ B", "CD8+ Cytotoxic T"))
+    assert b[:, "CD79A"].X.mean() > 5 * t[:, "CD79A"].X.mean()
+
+
+def test_it_knows_which_cells_were_held_out(pbmc):
+    train, test = CellSplit.load(PBMC).apply(pbmc)
+    assert train.n_obs + test.n_obs == pbmc.n_obs and test.n_obs == 142
+
+
+def test_its_card_says_what_its_report_says():
+    report = json.loads((FOLDER / PBMC / "report.json").read_text())
+    card = (FOLDER / PBMC / "README.md").read_text()
+    assert f"{report['excess']['generated']['mean']:.3f} ± {report['excess']['generated']['sd']:.3f}" in card
+    assert "CC BY 4.0" in card and "10.1038/ncomms14049" in card and f'from_pretrained("{PBMC}")' in card
+    assert report["excess"]["generated"]["mean"] < 0.2
+
+
+def test_it_is_small_and_holds_no_pickle():
+    files = [path for path in (FOLDER / PBMC).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 4 * 2**20
+    assert {path.suffix for path in files} == {".safetensors", ".json", ".md", ".png"}
+
+
+def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert locate(PBMC) == str(FOLDER / PBMC) and locate("me/cells") == "me/cells"
+    (tmp_path / PBMC).mkdir()
+    assert locate(PBMC) == PBMC and NAMES == (PBMC,)
+
+
+def test_commands_know_it_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["generate", PBMC, "--num_cells", "20", "--num_inference_steps", "2", "--output", "cells.h5ad", "--json"])
+    assert json.loads(capsys.readouterr().out) == {"output": "cells.h5ad", "num_cells": 20, "num_genes": 765}
+    assert ad.read_h5ad("cells.h5ad").n_obs == 20
+    main(["programs", PBMC])
+    assert "program_0" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_it_is_in_the_wheel(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", str(ROOT)]
+    if subprocess.run([sys.executable, "-c", "import hatchling"], capture_output=True).returncode:
+        command.remove("--no-build-isolation")
+    subprocess.run([*command, "--wheel-dir", str(tmp_path)], check=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert f"wbdit_diffusers/pretrained/{PBMC}/model_index.json" in names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
