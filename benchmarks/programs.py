@@ -95,7 +95,7 @@ def drvi(cells: CellDataset, config: TrainingConfig, seed: int) -> Programs:
     modelled = as_anndata(cells)
     DRVI.setup_anndata(modelled, is_count_data=True)
     model = DRVI(modelled, n_latent=config.num_programs)
-    model.train(accelerator="cpu", early_stopping=True, enable_progress_bar=False)
+    model.train(accelerator="cpu", max_epochs=200, early_stopping=True, enable_progress_bar=False)
     latents = ad.AnnData(model.get_latent_representation(modelled))
     model.set_latent_dimension_stats(latents)
     effects = model.calculate_interpretability_scores(latents, methods="OOD", inplace=False)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy import sparse
 from tiny import assert_same_weights, read_log, tiny_config
 
 from wbdit_diffusers import ScRNAGenerationPipeline
@@ -146,3 +147,38 @@ def test_a_run_goes_on_with_the_same_folder_only(folder, pbmc_path, tmp_path):
     config = tiny_config(tmp_path / "out", resume_from_checkpoint="latest", **changes)
     with pytest.raises(ValueError, match="--dataset: these are not the cells of the run to go on with.*names and val"):
         train(tmp_path / "other", config)
+
+
+@pytest.mark.parametrize("suffix, layer", [(".h5ad", None), (".zarr", "raw")])
+def test_a_file_too_large_for_memory_stays_on_disk(suffix, layer, pbmc, tmp_path, monkeypatch):
+    """The same cells are held out as in memory, empty ones are left out, and a resumed run goes on."""
+    cells = pbmc[:, :200].copy()
+    keeps = np.ones((700, 1))
+    keeps[5] = 0
+    matrix = sparse.csr_matrix(cells.X.multiply(keeps), dtype=np.float32)
+    matrix.eliminate_zeros()
+    cells.X = matrix
+    if layer is not None:
+        cells.layers[layer], cells.X = cells.X.copy(), cells.X * 0.5
+    path = tmp_path / f"cells{suffix}"
+    cells.write_h5ad(path) if suffix == ".h5ad" else cells.write_zarr(path)
+    steps = STEPS | {"checkpointing_steps": 6, "layer": layer}
+    train(path, tiny_config(tmp_path / "memory", **steps))
+    monkeypatch.setattr("wbdit_diffusers.data.dataset.MAX_CELLS_IN_MEMORY", 100)
+    monkeypatch.setattr("wbdit_diffusers.training.cells.read_cells", lambda *_: pytest.fail("it was read whole"))
+    pipe = train(path, tiny_config(tmp_path / "backed", **steps))
+    splits = [CellSplit.load(tmp_path / name) for name in ("memory", "backed")]
+    assert splits[0] == splits[1] and len(splits[0].train) + len(splits[0].test) == 699
+    in_memory = ScRNAGenerationPipeline.from_pretrained(tmp_path / "memory")
+    assert pipe.processor.config.var_names == in_memory.processor.config.var_names
+    shutil.rmtree(tmp_path / "backed" / "checkpoint-12")
+    train(path, tiny_config(tmp_path / "backed", resume_from_checkpoint="latest", **steps))
+    again = load_file(tmp_path / "backed" / "denoiser" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in pipe.denoiser.state_dict().items():
+        assert torch.equal(again[name], tensor)
+    # Other values are other cells
+    other = cells.copy()
+    (other.X if layer is None else other.layers[layer]).data[:] += 1
+    other.write_h5ad(path) if suffix == ".h5ad" else other.write_zarr(path)
+    with pytest.raises(ValueError, match="values"):
+        train(path, tiny_config(tmp_path / "backed", resume_from_checkpoint="latest", **steps))

@@ -1,5 +1,6 @@
 """AnnData files that stay on disk: .h5ad and .zarr, read a few thousand cells at a time."""
 
+from functools import cached_property
 from pathlib import Path
 
 import anndata as ad
@@ -62,6 +63,13 @@ class BackedFile:
         if hasattr(self.file, "close"):  # zarr has nothing to close
             self.file.close()
 
+    @cached_property
+    def num_values(self) -> np.ndarray:
+        """How many values are stored of each cell `(cells,)`; of a dense matrix, all."""
+        if isinstance(self.matrix, ad.abc.CSRDataset):
+            return np.diff(np.asarray(self.matrix.group["indptr"][:]))
+        return np.full(len(self.obs), len(self.var))
+
     def read(self, start: int, stop: int) -> sparse.csr_matrix:
         """The cells from `start` to `stop`, all genes; raises a `ValueError` if the file is damaged there."""
         try:
@@ -86,7 +94,7 @@ class BackedSource:
     GROUP_SIZE = CHUNK_SIZE // 16  # small groups, as neighbours in a file are often of one kind
 
     def __init__(self, file: BackedFile, rows: np.ndarray | None = None):
-        self.file, self.name, self.var_names = file, file.name, file.var.index
+        self.file, self.name, self.layer, self.var_names = file, file.name, file.layer, file.var.index
         self.rows = np.arange(len(file.obs)) if rows is None else rows
         self.obs = file.obs if rows is None else file.obs.iloc[rows]
         stat = file.path.stat()
@@ -100,6 +108,15 @@ class BackedSource:
         if last + 1 - first > 16 * len(rows):  # few of many: one by one
             return sparse.vstack([self.file.read(int(row), int(row) + 1) for row in rows], format="csr"), None
         return self.file.read(first, last + 1)[rows - first], None
+
+    def read(self) -> ad.AnnData:
+        """All of them in memory, where a training looks for their matrix."""
+        parts = [self.read_group(group)[0] for group in range(len(self.group_sizes))]
+        matrix = sparse.vstack(parts, format="csr")
+        cells = ad.AnnData(None if self.layer else matrix, obs=self.obs, var=self.file.var)
+        if self.layer is not None:
+            cells.layers[self.layer] = matrix
+        return cells
 
 
 def _open(path: Path):

@@ -73,7 +73,7 @@ def as_source(cells: ad.AnnData | CellSource, layer: str | None = None) -> CellS
     """An AnnData as a [`CellSource`]; one that is a source already has one matrix, and no layers to choose from."""
     if isinstance(cells, ad.AnnData):
         return AnnDataSource(cells, layer)
-    if layer is not None:
+    if layer is not None and layer != getattr(cells, "layer", None):
         raise ValueError(f"{cells.name} has one matrix and no layer {layer!r}: leave `layer` out.")
     return cells
 

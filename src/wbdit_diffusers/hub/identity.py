@@ -60,9 +60,7 @@ def check_identity(
         given (`set[str]`): Parts that the caller passed instead of loading them: these may be of another model.
         check_weights (`bool`): Whether weights were loaded as they were saved, so that their hash must be the id.
     """
-    identity = index.get(MODEL_ID)
-    if identity is None:  # written before there were ids
-        return
+    identity = index[MODEL_ID]  # `check_format` has seen to it that there is one
     loaded = {name: part for name, part in pipeline.components.items() if part is not None and name not in given}
     other = [name for name, part in loaded.items() if part.config.get(MODEL_ID, identity) != identity]
     if other:
@@ -79,7 +77,12 @@ def check_identity(
 
 def check_format(index: Mapping[str, Any], where: str):
     """Raises an `OSError` on a format that this version can't read."""
-    version = index.get(FORMAT, FORMAT_VERSION)
+    version = index.get(FORMAT)
+    if version is None or MODEL_ID not in index:
+        raise OSError(
+            f"{where} has no format version: it was written before wbdit_diffusers 0.2, whose cells this one would not"
+            " make. Train it again, or load it with the version that wrote it."
+        )
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise OSError(
             f"{where} was written by a newer wbdit_diffusers (format {version}; this one reads {FORMAT_VERSION}):"

@@ -6,6 +6,7 @@ Each is written into `.checkpoint-N.partial` and renamed last: what is called `c
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,9 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, model_class: typ
     """
     try:
         accelerator.load_state(str(checkpoint))
-        ema = EMAModel.from_pretrained(checkpoint / "ema", model_class, foreach=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # Diffusers' own call of its deprecated `from_config(path)`
+            ema = EMAModel.from_pretrained(checkpoint / "ema", model_class, foreach=True)
         losses_path = checkpoint / f"losses_{accelerator.process_index}.json"  # none of a process that was not there
         losses = [float(loss) for loss in json.loads(losses_path.read_text())] if losses_path.is_file() else []
     except Exception as error:  # of torch, pickle, safetensors, json and Diffusers

@@ -66,11 +66,11 @@ def describe_cells(adata: ad.AnnData, config: TrainingConfig, chunk_size: int = 
     return {
         "number of cells": adata.n_obs,
         "number of genes": adata.n_vars,
-        "names of the cells": _hash(adata.obs_names),
-        "names of the genes": _hash(adata.var_names),
+        "names of the cells": hash_of(adata.obs_names),
+        "names of the genes": hash_of(adata.var_names),
         # As float32: the last digits of a sum depend on how the matrix is stored.
-        "values": _hash([np.concatenate(totals).astype(np.float32).tobytes(), genes.astype(np.float32).tobytes()]),
-        **{f"labels in {key!r}": _hash(adata.obs[key]) for key in config.label_keys},
+        "values": hash_of([np.concatenate(totals).astype(np.float32).tobytes(), genes.astype(np.float32).tobytes()]),
+        **{f"labels in {key!r}": hash_of(adata.obs[key]) for key in config.label_keys},
     }
 
 
@@ -81,12 +81,13 @@ def make_record(config: TrainingConfig, cells: dict[str, Any], split: CellSplit,
         "package_version": __version__,
         "config": config_without_places(config),  # the cells and the split themselves are compared
         "cells": cells,
-        "split": _hash([*sorted(split.train), "", *sorted(split.test)]),
-        "genes": _hash(var_names),
+        "split": hash_of([*sorted(split.train), "", *sorted(split.test)]),
+        "genes": hash_of(var_names),
     }
 
 
-def _hash(values: Any) -> str:
+def hash_of(values: Any) -> str:
+    """Of names, labels or bytes, one after the other."""
     digest = hashlib.sha256()
     for value in values:
         digest.update((value if isinstance(value, bytes) else str(value).encode()) + b"\0")

@@ -29,6 +29,7 @@ from ..hub.publish import publish
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..processing.processor import ScRNAProcessor
 from ..sampling.schedulers import make_scheduler, training_scheduler
+from .backed import backed_file, describe_backed, open_backed
 from .cells import read_source, split_cells
 from .codec import prepare_codec
 from .config import TrainingConfig, command_of, config_without_places
@@ -85,9 +86,13 @@ def _train(
     # 1. Cells: split once, everything is fitted on the training cells
     with together(accelerator):
         folder = prepared_folder(source, config)
+        file = None if folder is not None else backed_file(source, config)
         if folder is not None:
             train_cells, test_cells, split = open_prepared(folder, config)
             described = describe_prepared(train_cells)
+        elif file is not None:
+            train_cells, test_cells, split = open_backed(file, config, run.origin)
+            described = describe_backed(file, config)
         else:
             adata = read_source(source, config)
             split = split_cells(adata, config, run.origin)
