@@ -8,6 +8,9 @@ The training is a tiny one on 700 PBMCs, on the CPU, of several processes. Each 
 all its processes get SIGKILL, or only one of them, and the same command goes on with `--resume_from_checkpoint
 latest`. At the end nobody kills it: weights and losses must be those of the training that was not killed, bit for
 bit.
+
+With `--elastic 2 1 4` the training goes on with other numbers of processes instead, and is killed between: which cells
+its steps saw must be the beginning of the one order that follows from the seed, each cell once an epoch.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import os
 import socket
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,6 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from wbdit_diffusers.data import load_pbmc
+from wbdit_diffusers.data.order import BatchSampler, CellOrder
+from wbdit_diffusers.training.checkpoints import find_checkpoints, read_state
 
 
 FLAGS = "--label_keys cell_type --num_genes 100 --patch_size 4 --num_layers 1 --num_attention_heads 2"
@@ -61,8 +67,8 @@ def read_log(folder: Path) -> list[dict[str, str]]:
         return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
 
 
-def train(rank: int, num_processes: int, port: int, flags: list[str], log: Path):
-    """One process of a training, as a launcher would start it; its output goes to a file."""
+def train(rank: int, num_processes: int, port: int, flags: list[str], log: Path, seen: Path | None):
+    """One process of a training, as a launcher would start it; its output goes to a file, and so do its cells."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -75,16 +81,37 @@ def train(rank: int, num_processes: int, port: int, flags: list[str], log: Path)
     from wbdit_diffusers.training.__main__ import main
 
     torch.set_num_threads(1)
+    if seen is not None:
+        record_cells(seen / f"{rank}.txt")
     main(flags)
 
 
-def start(num_processes: int, flags: list[str], log: Path) -> list[BaseProcess]:
+def record_cells(path: Path):
+    """Writes the numbers of the cells of each batch that a step takes, as a line."""
+    from wbdit_diffusers.training.denoiser import DenoiserTraining
+
+    batches = DenoiserTraining._batches
+
+    def recorded(self):
+        place = self.accelerator.process_index, self.accelerator.num_processes
+        order = BatchSampler(self.train_dataset.order(self.config.seed), self.batch_size, *place, self.num_seen)
+        for batch, cells in zip(batches(self), order):
+            np.testing.assert_array_equal(self.train_dataset.__getitems__(cells)["latents"], batch["latents"])
+            with path.open("a") as file:
+                file.write(f"{' '.join(map(str, cells))}\n")
+            yield batch
+
+    DenoiserTraining._batches = recorded
+
+
+def start(num_processes: int, flags: list[str], log: Path, seen: Path | None = None) -> list[BaseProcess]:
     """A training, as that many processes."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     processes = [
-        CONTEXT.Process(target=train, args=(rank, num_processes, port, flags, log)) for rank in range(num_processes)
+        CONTEXT.Process(target=train, args=(rank, num_processes, port, flags, log, seen))
+        for rank in range(num_processes)
     ]
     for process in processes:
         process.start()
@@ -185,16 +212,75 @@ def measure(work_dir: Path, num_processes: int, num_kills: int, seed: int) -> di
     }
 
 
+def measure_elastic(work_dir: Path, numbers: list[int], steps: int = 12) -> dict:
+    """
+    Args:
+        work_dir (`Path`): An empty folder.
+        numbers (`list[int]`): Of the processes, one after the other.
+        steps (`int`, defaults to 12): After which all but the last are killed: at the next checkpoint.
+
+    Returns:
+        `dict`: for each number of processes the cells that its steps saw, which are those of the order from where the
+        one before had saved; and how often each cell was seen by all steps that stayed.
+    """
+    load_pbmc().write_h5ad(work_dir / "cells.h5ad")
+    flags = ["--dataset", str(work_dir / "cells.h5ad"), *FLAGS.split(), "--output_dir", str(work_dir / "run")]
+    flags += ["--resume_from_checkpoint", "latest", "--max_train_steps", str(2 * steps * len(numbers))]
+    counts, runs, before = Counter(), [], {"step": 0, "num_seen": 0}
+    for i, number in enumerate(numbers):
+        seen, is_last = work_dir / f"seen-{i}", i == len(numbers) - 1
+        seen.mkdir()
+        processes = start(number, flags, work_dir / "log.txt", seen)
+        if is_last:
+            finish(processes, work_dir / "log.txt")
+        else:
+            wanted = work_dir / "run" / f"checkpoint-{before['step'] + steps}"
+            while not wanted.exists() and all(process.is_alive() for process in processes):
+                time.sleep(0.01)
+            kill(processes, processes)
+        state = read_state(find_checkpoints(work_dir / "run")[-1])
+        num_steps = state["step"] - before["step"]
+        cells = [
+            [
+                int(cell)
+                for line in (seen / f"{rank}.txt").read_text().splitlines()[:num_steps]
+                for cell in line.split()
+            ]
+            for rank in range(number)
+        ]
+        num_cells = len(json.loads((work_dir / "run" / "split.json").read_text())["train"])
+        order = CellOrder(np.array([num_cells]), 0)[slice(before["num_seen"], state["num_seen"])]
+        saw = Counter(cell for one in cells for cell in one)
+        counts.update(saw)
+        runs.append(
+            {
+                "processes": number,
+                "steps": num_steps,
+                "cells": sum(saw.values()),
+                "those_of_the_order": saw == Counter(order.tolist()),
+                "same_number_on_every_process": len({len(one) for one in cells}) == 1,
+            }
+        )
+        before = state
+    times = Counter(counts.get(cell, 0) for cell in range(num_cells))
+    return {"runs": runs, "epochs": before["num_seen"] / num_cells, "cells_by_times_seen": dict(sorted(times.items()))}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_processes", type=int, default=2)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--elastic", type=int, nargs="+", help="Numbers of processes to go on with, one by one.")
     parser.add_argument("--output", type=Path, required=True, help="The .json file.")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work_dir:
-        result = measure(Path(work_dir), args.num_processes, args.kills, args.seed)
     command = f"python benchmarks/kill.py --num_processes {args.num_processes} --kills {args.kills} --seed {args.seed}"
+    with tempfile.TemporaryDirectory() as work_dir:
+        if args.elastic:
+            command = f"python benchmarks/kill.py --elastic {' '.join(map(str, args.elastic))}"
+            result = measure_elastic(Path(work_dir), args.elastic)
+        else:
+            result = measure(Path(work_dir), args.num_processes, args.kills, args.seed)
     args.output.write_text(json.dumps({"command": command, **result}, indent=1) + "\n")
     print({name: value for name, value in result.items() if name != "kills"})
 

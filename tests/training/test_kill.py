@@ -13,3 +13,12 @@ def test_a_killed_training_ends_as_one_that_was_not(tmp_path):
     assert result["same_weights"] == {"codec": True, "denoiser": True, "processor": True}
     assert result["same_log"] and result["same_split"]
     assert result["partial_files_left"] == []
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_go_on_in_the_same_order(tmp_path):
+    """Killed with two processes, gone on with by one: its cells are the next ones, and each is seen once an epoch."""
+    result = kill.measure_elastic(tmp_path, [2, 1])
+    assert [run["processes"] for run in result["runs"]] == [2, 1] and result["epochs"] > 2
+    assert all(run["those_of_the_order"] and run["same_number_on_every_process"] for run in result["runs"])
+    assert set(result["cells_by_times_seen"]) == {int(result["epochs"]), int(result["epochs"]) + 1}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scanpy as sc
 import torch
+from accelerate.utils import DistributedType
 from huggingface_hub import hf_api
 from scipy import sparse
 from tiny import assert_same_weights, column, read_log, tiny_config
@@ -412,3 +413,11 @@ def test_push_to_hub(pbmc, hub, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "checkpoint-1").is_dir()
     assert not [name for name in files if name.startswith(("checkpoint", "logs"))]
     assert 'from_pretrained("me/trained")' in hub.repos["me/trained"]["README.md"].decode()
+
+
+def test_a_launcher_that_divides_the_network_is_refused(pbmc, tmp_path, monkeypatch):
+    sharded = property(lambda accelerator: DistributedType.FSDP)
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", sharded)
+    with pytest.raises(ValueError, match="asks for FSDP, .* launch with training/accelerate/multi_gpu.yaml"):
+        train(pbmc, tiny_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

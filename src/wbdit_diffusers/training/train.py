@@ -19,7 +19,7 @@ from typing import Any
 import anndata as ad
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from huggingface_hub import create_repo
 
 from ..data.dataset import CellDataset, make_dataset
@@ -41,6 +41,7 @@ from .run import Run, check_cells, describe_cells, make_record, open_run, read_r
 
 logger = get_logger(__name__)
 
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 ENOUGH_STEPS = 1000  # below which a denoiser's cells are told from real ones at once
 
 
@@ -70,6 +71,11 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
         # One process fits stage one, and the others wait for it.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
+    if accelerator.distributed_type in SHARDED:
+        raise ValueError(
+            f"The launcher asks for {accelerator.distributed_type.value}, which divides a network among devices; this"
+            " one is small enough for each: launch with training/accelerate/multi_gpu.yaml."
+        )
     if config.report_to is not None and not accelerator.log_with:
         raise ValueError(f"--report_to {config.report_to}: install that tracker, or leave it out.")
     set_seed(config.seed)
