@@ -131,9 +131,9 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         return pipeline
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
+    def _dict_from_json_file(cls, json_file: str | Path, **kwargs) -> dict[str, Any]:
         """A configuration. Where it names modules of the repository, this package takes their place."""
-        return without_remote_code(super()._dict_from_json_file(json_file))
+        return without_remote_code(super()._dict_from_json_file(json_file, **kwargs))
 
     @property
     def guidance_scale(self) -> float:

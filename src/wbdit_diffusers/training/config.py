@@ -460,7 +460,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def _add_flag(group: Any, name: str, field: Any):
     """Types and ranges are left to the dataclass: a flag and a YAML file must be refused alike."""
     text = " ".join((field.description or "").split()).replace("%", "%%")
-    default = field.get_default(call_default_factory=True)
+    default = field.default if field.default_factory is None else field.default_factory()
     if name in CODEC_DEFAULTS["program"]:
         defaults = ", ".join(f"{values[name]} with --codec {codec}" for codec, values in CODEC_DEFAULTS.items())
         text += f" Default: {defaults}."
