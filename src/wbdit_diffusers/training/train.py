@@ -23,6 +23,8 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 from huggingface_hub import create_repo
 
 from ..data.dataset import CellDataset, make_dataset
+from ..data.source import CellSource
+from ..data.split import CellSplit
 from ..hub.facts import write_training
 from ..hub.model_card import write_model_card
 from ..hub.publish import publish
@@ -91,19 +93,7 @@ def _train(
     """The training, in a folder that is its own."""
     # 1. Cells: split once, everything is fitted on the training cells
     with together(accelerator):
-        folder = prepared_folder(source, config)
-        file = None if folder is not None else backed_file(source, config)
-        if folder is not None:
-            train_cells, test_cells, split = open_prepared(folder, config)
-            described = describe_prepared(train_cells)
-        elif file is not None:
-            train_cells, test_cells, split = open_backed(file, config, run.origin)
-            described = describe_backed(file, config)
-        else:
-            adata = read_source(source, config)
-            split = split_cells(adata, config, run.origin)
-            train_cells, test_cells = split.apply(adata)
-            described = describe_cells(adata, config)
+        train_cells, test_cells, split, described = _open(source, config, run.origin)
         processor = ScRNAProcessor(
             values=config.values,
             recover_counts=config.codec != "expression",
@@ -172,6 +162,22 @@ def _train(
             _save(pipeline, config, training, facts)
             shutil.rmtree(config.output_dir / "latents", ignore_errors=True)
     return pipeline
+
+
+def _open(
+    source: str | Path | ad.AnnData | None, config: TrainingConfig, origin: Path | None
+) -> tuple[ad.AnnData | CellSource, ad.AnnData, CellSplit, dict[str, Any]]:
+    """Training cells, wherever they are, held-out cells in memory, the split, and what a resumed run compares."""
+    folder = prepared_folder(source, config)
+    if folder is not None:
+        prepared, test_cells, split = open_prepared(folder, config)
+        return prepared, test_cells, split, describe_prepared(prepared)
+    file = backed_file(source, config)
+    if file is not None:
+        return *open_backed(file, config, origin), describe_backed(file, config)
+    adata = read_source(source, config)
+    split = split_cells(adata, config, origin)
+    return *split.apply(adata), split, describe_cells(adata, config)
 
 
 def _create_repo(config: TrainingConfig) -> str:
