@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from closed_form import held_out_losses
 from quality import OURS
+from rows import add_rows, parser_of_rows
 from sklearn.cluster import AgglomerativeClustering
 
 from wbdit_diffusers import GaussianMixtureDenoiser, ScRNAGenerationPipeline, WhiteBoxDiTModel
@@ -158,27 +159,14 @@ def table(rows: list[dict]) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", nargs="+", type=Path, default=[], help=".h5ad files.")
-    parser.add_argument("--work_dir", type=Path, help="That of quality.py.")
+    parser = parser_of_rows(__doc__)
     parser.add_argument("--blocks", nargs="+", choices=sorted(BLOCKS), default=list(BLOCKS))
     parser.add_argument("--labels", nargs="+", choices=sorted(MAX_COMPONENTS), default=["given"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of the denoiser's training.")
     parser.add_argument("--max_train_steps", type=int, default=600)
-    parser.add_argument("--output", type=Path, help="JSON list; results are appended to it.")
-    parser.add_argument("--table", type=Path, help="Print the table of a JSON file, and nothing else.")
     args = parser.parse_args()
-    if args.table is not None:
-        print(table(json.loads(args.table.read_text())))
-        return
     torch.set_num_threads(1)  # blocks of this size gain nothing from more, and times are comparable
-    for dataset in args.dataset:
-        for labels in args.labels:
-            rows = json.loads(args.output.read_text()) if args.output.exists() else []
-            rows += measure(dataset, labels, args)
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(rows, indent=1))
-    print(table(rows))
+    add_rows(args, lambda path: [row for labels in args.labels for row in measure(path, labels, args)], table)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from codec import draw_cells
+from rows import add_rows, parser_of_rows
 
 from wbdit_diffusers import ScRNAGenerationPipeline, ScRNAProcessor
 from wbdit_diffusers.data import CellDataset, CellSplit, drop_empty_cells, encode_cells, read_cells
@@ -105,24 +106,12 @@ def table(rows: list[dict]) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", nargs="+", type=Path, default=[], help=".h5ad files.")
-    parser.add_argument("--work_dir", type=Path, help="That of quality.py.")
+    parser = parser_of_rows(__doc__)
     parser.add_argument("--factors", nargs="+", type=int, default=[1], help="Training cells, times the real number.")
     parser.add_argument("--num_samples", type=int, default=3, help="Samples to judge.")
-    parser.add_argument("--output", type=Path, help="JSON list; results are appended to it.")
-    parser.add_argument("--table", type=Path, help="Print the table of a JSON file, and nothing else.")
     args = parser.parse_args()
-    if args.table is not None:
-        print(table(json.loads(args.table.read_text())))
-        return
     PartialState(cpu=True)  # the training's log asks for it
-    for path in args.dataset:
-        rows = json.loads(args.output.read_text()) if args.output.exists() else []
-        rows += measure(path, args)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(rows, indent=1))
-    print(table(rows))
+    add_rows(args, lambda path: measure(path, args), table)
 
 
 if __name__ == "__main__":

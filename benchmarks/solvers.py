@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rows import add_rows, parser_of_rows
 
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
@@ -108,24 +109,12 @@ def table(rows: list[dict]) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", nargs="+", type=Path, default=[], help=".h5ad files.")
-    parser.add_argument("--work_dir", type=Path, help="That of quality.py.")
+    parser = parser_of_rows(__doc__)
     parser.add_argument("--guidance_scales", nargs="+", type=float, default=[1.0, 1.25])
     parser.add_argument("--max_cells", type=int, default=1000, help="Latents to draw at most.")
     parser.add_argument("--seeds", type=int, default=2, help="Samples of each choice.")
-    parser.add_argument("--output", type=Path, help="JSON list; results are appended to it.")
-    parser.add_argument("--table", type=Path, help="Print the table of a JSON file, and nothing else.")
     args = parser.parse_args()
-    if args.table is not None:
-        print(table(json.loads(args.table.read_text())))
-        return
-    for path in args.dataset:
-        rows = json.loads(args.output.read_text()) if args.output.exists() else []
-        rows += measure(path, args)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(rows, indent=1))
-    print(table(rows))
+    add_rows(args, lambda path: measure(path, args), table)
 
 
 if __name__ == "__main__":
