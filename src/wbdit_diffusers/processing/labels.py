@@ -18,8 +18,9 @@ NUM_NAMED = 20  # labels in a message at most, the closest first
 
 def read_labels(obs: pd.DataFrame, label_key: str) -> tuple[list[str], np.ndarray]:
     """
-    The labels of cells: their names as sorted strings, and the position of each cell's label among them. Raises a
-    `ValueError` if the column or a label is missing.
+    The labels of cells: their names as strings, in the order of the column's categories (sorted, if it is none of
+    categories), and the position of each cell's label among them. Raises a `ValueError` if the column or a label is
+    missing.
     """
     if label_key not in obs:
         raise ValueError(f"`adata.obs` has no column {label_key!r}; it has {list(obs)}. Check `label_keys`.")
@@ -29,7 +30,7 @@ def read_labels(obs: pd.DataFrame, label_key: str) -> tuple[list[str], np.ndarra
             f"`adata.obs[{label_key!r}]` is missing for {column.isna().sum()} cells: name or remove them."
         )
     column = column.astype("category").cat.remove_unused_categories()
-    names, of_category = np.unique(column.cat.categories.astype(str).to_numpy(dtype=object), return_inverse=True)
+    of_category, names = pd.factorize(column.cat.categories.astype(str).to_numpy(dtype=object))
     return names.tolist(), of_category[column.cat.codes.to_numpy()]
 
 
