@@ -90,20 +90,23 @@ def comparison_to_markdown(report: dict) -> str:
     """
     excess, metrics = report["excess"], report["metrics"]
     shown = {key: title for key, title in METRICS.items() if any(key in column for column in metrics.values())}
+    num_samples = report["num_samples"]
+    spread = f"Mean ± standard deviation of {num_samples} samples" if num_samples > 1 else "One sample of each"
     order = sorted(excess, key=lambda name: excess[name]["mean"])
     lines = [
         f"Excess: by how much the best of three classifiers tells a generator's cells from {report['num_test']}"
         " held-out ones better than it tells real training cells from them (AUC; 0 = as good as real, 0.5 = told apart"
-        f" at once). Mean ± standard deviation over {report['num_samples']} samples and {report['num_genes']} genes.",
+        f" at once). {spread}, over {report['num_genes']} genes.",
         "",
         "| generator | excess | " + " | ".join(shown.values()) + " |",
         "|---" * (2 + len(shown)) + "|",
     ]
     for name in [*order, REFERENCE]:
-        best = excess.get(name)
-        headline = (
-            "0 by definition" if best is None else f"**{best['mean']:.3f} ± {best['sd']:.3f}** ({best['judge']})"
-        )
+        headline = "0 by definition"
+        if name in excess:
+            best = excess[name]
+            sd = f" ± {best['sd']:.3f}" if num_samples > 1 else ""
+            headline = f"**{best['mean']:.3f}{sd}** ({best['judge']})"
         cells = [mean_and_sd(metrics[name].get(key)) for key in shown]
         lines.append(f"| {name} | {headline} | " + " | ".join(cells) + " |")
     if report["within_genes"]:

@@ -74,12 +74,14 @@ def _headline(report: dict) -> list[str]:
     best = report["excess"][GENERATED]
     ours, real = (np.mean(report["metrics"][name][f"auc_{best['judge']}"]) for name in (GENERATED, REFERENCE))
     num_test, num_samples = report["num_test"], report["num_samples"]
+    sd = f" ± {best['sd']:.3f}" if num_samples > 1 else ""
+    spread = f"Mean ± standard deviation over {num_samples} samples" if num_samples > 1 else "One sample"
     lines = [
         f"The best of three classifiers ({best['judge']}) tells generated cells from {num_test} held-out ones with an"
         f" AUC of {ours:.3f}, and real cells that were not held out with {real:.3f}: an excess of"
-        f" **{best['mean']:.3f} ± {best['sd']:.3f}**, where 0 is as good as real.",
+        f" **{best['mean']:.3f}{sd}**, where 0 is as good as real.",
         "",
-        f"Mean ± standard deviation over {num_samples} samples of {num_test} cells and {report['num_genes']} genes."
+        f"{spread} of {num_test} cells and {report['num_genes']} genes."
         " The real reference is as many training cells of the same labels, judged in the same way: what can be"
         f" reached. Trained on {num_test} cells a side, classifiers overlook what they would see with more; an excess"
         " near 0 says no more than that.",
@@ -94,9 +96,12 @@ def _headline(report: dict) -> list[str]:
 
 
 def mean_and_sd(values: Sequence[float] | None) -> str:
+    """`0.585 ± 0.029`; of a single value, which has no spread, `0.585`."""
     if values is None or np.isnan(values).all():
         return "–"
     mean, sd = np.nanmean(values), np.nanstd(values)
+    if len(values) == 1:
+        return f"{mean:.1e}" if 0 < abs(mean) < 0.005 else f"{mean:.3f}"
     # Three decimals, and two digits of what is smaller than that, as MMD² between cells that are much alike.
     return f"{mean:.1e} ± {sd:.0e}" if 0 < abs(mean) < 0.005 else f"{mean:.3f} ± {sd:.3f}"
 
