@@ -299,6 +299,8 @@ def app(args: argparse.Namespace) -> Result:
     if importlib.util.find_spec("gradio") is None:
         raise ValueError('The page needs Gradio: pip install "wbdit_diffusers[app]".')
     from .app import launch
+    from .pipelines.generate import quiet
 
+    quiet()
     launch(args.model, args.host, args.port)
     return None, "The page is closed."
