@@ -138,6 +138,12 @@ def test_help_has_examples(command, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["compare", "a=", "b=absent.h5ad", "--train", "PBMC", "--test", "PBMC"], "'a=' is not of the form NAME=PATH"),
+        (
+            ["compare", "PBMC", "b=c.h5ad", "--train", "PBMC", "--test", "PBMC", "--guidance_scale", "2"],
+            "--guidance_scale and --num_inference_steps have no effect on files",
+        ),
+        (["compare", "a=MODEL", "b=pbmc68k_reduced", "--dataset", "PBMC", "--num_samples", "0"], "b' was trained on"),
         (["compare", "a=absent.h5ad", "b=absent.h5ad"], "Give --train and --test; or --dataset, with a model"),
         (["compare", "absent.h5ad", "b=absent.h5ad", "--dataset", "absent.h5ad"], "--dataset is split as a model"),
         (["compare", "a=MODEL", "a=MODEL", "--dataset", "absent.h5ad"], "'a' is a model and is named twice"),

@@ -142,6 +142,8 @@ def _generators(args: argparse.Namespace) -> tuple[dict[str, list], Any, Any, di
         name, equals, path = text.partition("=")
         if Path(text).exists() or not equals:
             name, path = Path(text).stem, text
+        if not name or not path:
+            raise ValueError(f"{text!r} is not of the form NAME=PATH, nor the path of a file or a folder.")
         paths.setdefault(name, []).append(locate(path))
     models = {name: given[0] for name, given in paths.items() if (Path(given[0]) / "model_index.json").is_file()}
     for name in models:
@@ -180,6 +182,10 @@ def _generators(args: argparse.Namespace) -> tuple[dict[str, list], Any, Any, di
             raise ValueError(f"{name!r} was trained on other labels or values than {next(iter(pipes))!r}.")
         settings = own
         test = cells_to_judge(test, pipe.processor.knows_labels(test))
+    if not pipes and (args.guidance_scale != 1.0 or args.num_inference_steps is not None):
+        raise ValueError("--guidance_scale and --num_inference_steps have no effect on files: leave them out.")
+    if args.num_samples is not None and args.num_samples < 1:
+        raise ValueError(f"--num_samples is at least 1, not {args.num_samples}.")
     num_files = [len(given) for name, given in paths.items() if name not in pipes]
     if args.num_samples is not None and num_files:
         raise ValueError("--num_samples has no effect beside files, of which a model draws as many: leave it out.")

@@ -57,6 +57,21 @@ def test_only_common_genes_are_judged(parts):
     assert report["num_genes"] == 90 and report["within_genes"]
 
 
+def twice(cells):
+    """With one gene's name for all."""
+    cells = cells.copy()
+    cells.var_names = ["A"] * cells.n_vars
+    return cells
+
+
+def test_types_that_no_real_cell_has_are_refused(parts):
+    train, test, real, _ = parts
+    alien = real.copy()
+    alien.obs["cell_type"] = "alien"
+    with pytest.raises(ValueError, match=r"'b' has cells whose obs\['cell_type'\] is 'alien', which no real cell has"):
+        compare_cells({"a": [real], "b": [alien]}, train, test, label_key="cell_type")
+
+
 @pytest.mark.parametrize(
     "generators, message",
     [
@@ -66,6 +81,7 @@ def test_only_common_genes_are_judged(parts):
         (lambda real: {"a": [real], "b": [real, real]}, "'b' has 2 samples"),
         (lambda real: {"a": [real], "b": [real[:50]]}, "'b' has 50 cells, not as many as the 100 held-out ones"),
         (lambda real: {"a": [], "b": []}, "no samples to judge"),
+        (lambda real: {"a": [real], "b": [twice(real)]}, "'b' has the gene .* more than once"),
     ],
 )
 def test_generators_that_are_refused(generators, message, parts):

@@ -5,7 +5,7 @@ from functools import reduce
 
 import anndata as ad
 
-from .report import evaluate_cells
+from .report import check_gene_names, evaluate_cells
 from .table import GENERATED as FIRST
 from .table import REFERENCE, mean_and_sd
 
@@ -57,6 +57,9 @@ def compare_cells(
     every = [sample.var_names for samples in generators.values() for sample in samples]
     if not every:
         raise ValueError("There are no samples to judge: give at least one of each generator.")
+    for name, samples in generators.items():
+        for sample in samples:
+            check_gene_names(sample, name)
     genes = reduce(lambda common, names: common[common.isin(names)], every)
     if genes.empty:
         raise ValueError(f"{', '.join(generators)} have no gene in common: give cells of the same genes.")
@@ -108,7 +111,8 @@ def comparison_to_markdown(report: dict) -> str:
             sd = f" ± {best['sd']:.3f}" if num_samples > 1 else ""
             headline = f"**{best['mean']:.3f}{sd}** ({best['judge']})"
         cells = [mean_and_sd(metrics[name].get(key)) for key in shown]
-        lines.append(f"| {name} | {headline} | " + " | ".join(cells) + " |")
+        title = name.replace("|", "\\|")
+        lines.append(f"| {title} | {headline} | " + " | ".join(cells) + " |")
     if report["within_genes"]:
         lines += ["", f"All cells are judged as if these {report['num_genes']} genes were all."]
     return "\n".join(lines) + "\n"

@@ -142,6 +142,8 @@ def evaluate_cells(
         }
         for i in range(len(samples))
     ]
+    if label_keys:
+        _check_labels(drawn, real_train, real_test, label_keys[0])
     metrics, per_type = ruler.measure_columns(drawn, seed)
     return {
         "num_train": train.n_obs,
@@ -190,6 +192,8 @@ def _check_columns(columns: dict[str, list[ad.AnnData]], train: ad.AnnData, test
     if REFERENCE in columns:
         raise ValueError(f"A baseline can't be called {REFERENCE!r}, which is another column's name: rename it.")
     genes = columns[GENERATED][0].var_names
+    for adata, name in ((train, "training cells"), (test, "held-out cells")):
+        check_gene_names(adata, name)
     for name, samples in columns.items():
         if len(samples) != len(columns[GENERATED]):
             raise ValueError(
@@ -197,6 +201,7 @@ def _check_columns(columns: dict[str, list[ad.AnnData]], train: ad.AnnData, test
                 " many of each."
             )
         for sample in samples:
+            check_gene_names(sample, name)
             if sample.n_obs != test.n_obs:
                 raise ValueError(
                     f"A sample of {name!r} has {sample.n_obs} cells, not as many as the {test.n_obs} held-out ones:"
@@ -206,6 +211,26 @@ def _check_columns(columns: dict[str, list[ad.AnnData]], train: ad.AnnData, test
                 raise ValueError(f"A sample of {name!r} has other genes than the first one: judge the common ones.")
     if train.n_obs < test.n_obs // 2 or train.n_obs < 4:
         raise ValueError(f"{train.n_obs} training cells are too few for a reference of {test.n_obs} cells.")
+
+
+def check_gene_names(adata: ad.AnnData, name: str):
+    """Raises a `ValueError` if cells, which a message calls `name`, have a gene twice."""
+    if not adata.var_names.is_unique:
+        gene = adata.var_names[adata.var_names.duplicated()][0]
+        raise ValueError(f"{name!r} has the gene {gene!r} more than once: call `adata.var_names_make_unique()`.")
+
+
+def _check_labels(drawn: list[dict[str, Cells]], real_train: Cells, real_test: Cells, label_key: str):
+    """Raises a `ValueError` if generated cells have a type that no real one has: it can't be judged."""
+    known = {*real_train.types, *real_test.types} if real_train.types is not None else set()
+    for columns in drawn:
+        for name, cells in columns.items():
+            unknown = sorted(set() if cells.types is None else {*cells.types} - known)
+            if unknown:
+                raise ValueError(
+                    f"{name!r} has cells whose obs[{label_key!r}] is {str(unknown[0])!r}, which no real cell has: give them"
+                    " the names of the held-out cells' labels."
+                )
 
 
 class _Ruler:
