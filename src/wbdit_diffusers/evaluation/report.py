@@ -228,8 +228,8 @@ def _check_labels(drawn: list[dict[str, Cells]], real_train: Cells, real_test: C
             unknown = sorted(set() if cells.types is None else {*cells.types} - known)
             if unknown:
                 raise ValueError(
-                    f"{name!r} has cells whose obs[{label_key!r}] is {str(unknown[0])!r}, which no real cell has: give them"
-                    " the names of the held-out cells' labels."
+                    f"{name!r} has cells whose obs[{label_key!r}] is {str(unknown[0])!r}, which no real cell has: give"
+                    " them the names of the held-out cells' labels."
                 )
 
 
