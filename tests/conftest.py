@@ -1,6 +1,10 @@
 import os
 from pathlib import Path
 
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import anndata as ad
 import pytest
 import torch
