@@ -166,7 +166,7 @@ def main():
     parser.add_argument("--max_train_steps", type=int, default=600)
     args = parser.parse_args()
     torch.set_num_threads(1)  # blocks of this size gain nothing from more, and times are comparable
-    add_rows(args, lambda path: [row for labels in args.labels for row in measure(path, labels, args)], table)
+    add_rows(args, lambda path: (measure(path, labels, args) for labels in args.labels), table)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def main():
     parser.add_argument("--num_samples", type=int, default=3, help="Samples to judge.")
     args = parser.parse_args()
     PartialState(cpu=True)  # the training's log asks for it
-    add_rows(args, lambda path: measure(path, args), table)
+    add_rows(args, lambda path: [measure(path, args)], table)
 
 
 if __name__ == "__main__":

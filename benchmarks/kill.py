@@ -30,7 +30,7 @@ import numpy as np
 
 from wbdit_diffusers.data import load_pbmc
 from wbdit_diffusers.data.order import BatchSampler, CellOrder
-from wbdit_diffusers.training.checkpoints import find_checkpoints, read_state
+from wbdit_diffusers.training.checkpoints import find_checkpoints, read_state, step_of
 
 
 FLAGS = "--label_keys cell_type --num_genes 100 --patch_size 4 --num_layers 1 --num_attention_heads 2"
@@ -212,6 +212,11 @@ def measure(work_dir: Path, num_processes: int, num_kills: int, seed: int) -> di
     }
 
 
+def last_step(folder: Path) -> int:
+    """Of the newest checkpoint."""
+    return max((step_of(checkpoint) for checkpoint in find_checkpoints(folder)), default=0)
+
+
 def measure_elastic(work_dir: Path, numbers: list[int], steps: int = 12) -> dict:
     """
     Args:
@@ -234,8 +239,10 @@ def measure_elastic(work_dir: Path, numbers: list[int], steps: int = 12) -> dict
         if is_last:
             finish(processes, work_dir / "log.txt")
         else:
-            wanted = work_dir / "run" / f"checkpoint-{before['step'] + steps}"
-            while not wanted.exists() and all(process.is_alive() for process in processes):
+            deadline = time.monotonic() + TIMEOUT
+            while last_step(work_dir / "run") < before["step"] + steps and time.monotonic() < deadline:
+                if any(process.exitcode for process in processes):
+                    raise RuntimeError(f"The training ended: {(work_dir / 'log.txt').read_text()[-3000:]}")
                 time.sleep(0.01)
             kill(processes, processes)
         state = read_state(find_checkpoints(work_dir / "run")[-1])
@@ -271,7 +278,9 @@ def main():
     parser.add_argument("--num_processes", type=int, default=2)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--elastic", type=int, nargs="+", help="Numbers of processes to go on with, one by one.")
+    parser.add_argument(
+        "--elastic", type=int, nargs="+", help="Numbers of processes to go on with, in place of the other flags."
+    )
     parser.add_argument("--output", type=Path, required=True, help="The .json file.")
     args = parser.parse_args()
     command = f"python benchmarks/kill.py --num_processes {args.num_processes} --kills {args.kills} --seed {args.seed}"

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -17,23 +17,25 @@ def parser_of_rows(description: str) -> argparse.ArgumentParser:
 
 
 def add_rows(
-    args: argparse.Namespace, measure: Callable[[Path], list[dict]], table: Callable[[list[dict]], str]
+    args: argparse.Namespace, measure: Callable[[Path], Iterable[list[dict]]], table: Callable[[list[dict]], str]
 ) -> None:
     """
     Prints the table that was asked for; or measures every dataset, and writes its rows as soon as they are there.
 
     Args:
         args (`Namespace`): Of a parser of [`parser_of_rows`].
-        measure (`Callable`): Makes the rows of a dataset.
+        measure (`Callable`): Yields rows of a dataset, which are written before it goes on.
         table (`Callable`): Rows as a Markdown table.
     """
     if args.table is not None:
         print(table(json.loads(args.table.read_text())))
         return
+    if args.output is None or args.work_dir is None:
+        raise SystemExit("--output and --work_dir are required.")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for path in args.dataset:
-        new = measure(path)
-        rows = [*(json.loads(args.output.read_text()) if args.output.exists() else []), *new]
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(rows, indent=1))
+        for new in measure(path):
+            rows = [*(json.loads(args.output.read_text()) if args.output.exists() else []), *new]
+            args.output.write_text(json.dumps(rows, indent=1))
     print(table(rows))

@@ -114,7 +114,7 @@ def main():
     parser.add_argument("--max_cells", type=int, default=1000, help="Latents to draw at most.")
     parser.add_argument("--seeds", type=int, default=2, help="Samples of each choice.")
     args = parser.parse_args()
-    add_rows(args, lambda path: measure(path, args), table)
+    add_rows(args, lambda path: [measure(path, args)], table)
 
 
 if __name__ == "__main__":

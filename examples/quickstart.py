@@ -13,7 +13,6 @@ generates 5,000 cells. The output folder then holds
 """
 
 import argparse
-import json
 import logging
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import torch
 
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, load_pbmc
-from wbdit_diffusers.evaluation import evaluate, to_markdown
+from wbdit_diffusers.evaluation import evaluate, to_json, to_markdown
 from wbdit_diffusers.evaluation.figure import report_figure
 from wbdit_diffusers.hub import write_model_card
 from wbdit_diffusers.interpretation import explain
@@ -74,7 +73,7 @@ def main():
     train_cells, test_cells = CellSplit.load(folder).apply(real)
     pipe.set_progress_bar_config(disable=True)
     report = evaluate(pipe, train_cells, test_cells, num_samples=args.num_samples)
-    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    (folder / "report.json").write_text(to_json(report))
     write_model_card(pipe, folder)  # it says what was measured
     table = to_markdown(report)
     (args.output_dir / "metrics.md").write_text(table)

@@ -72,10 +72,12 @@ def test_commands_know_it_by_name(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_it_is_in_the_wheel(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", str(ROOT)]
-    if subprocess.run([sys.executable, "-c", "import hatchling"], capture_output=True).returncode:
-        command.remove("--no-build-isolation")
-    subprocess.run([*command, "--wheel-dir", str(tmp_path)], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if "No matching distribution found for hatchling" in built.stderr:
+        pytest.skip("what builds the wheel can't be fetched")
+    assert built.returncode == 0, built.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    assert f"wbdit_diffusers/pretrained/{PBMC}/model_index.json" in names
+    files = [path.relative_to(FOLDER).as_posix() for path in (FOLDER / PBMC).rglob("*") if path.is_file()]
+    assert {f"wbdit_diffusers/pretrained/{name}" for name in files} <= set(names) and len(files) > 10
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]

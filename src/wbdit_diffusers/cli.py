@@ -8,6 +8,7 @@ from typing import Any
 
 
 TRAIN_HELP = "Train on cells and write a pipeline."
+FOLDER_HELP = "A folder that a training wrote, or the pipeline that comes with the package: pbmc68k_reduced."
 MODEL_HELP = "A folder that a training wrote, a Hub id, or the pipeline that comes with the package: pbmc68k_reduced."
 DATASET_HELP = "The file or prepared folder that the model was trained on."
 
@@ -84,7 +85,7 @@ def _add_evaluate(commands: Any):
             "--generated a.h5ad b.h5ad --train train.h5ad --test test.h5ad --label_key cell_type",
         ],
     )
-    parser.add_argument("model", nargs="?", help="A folder that a training wrote.")
+    parser.add_argument("model", nargs="?", help=FOLDER_HELP)
     parser.add_argument("--dataset", help=DATASET_HELP)
     parser.add_argument("--generated", nargs="+", help=".h5ad files, each with as many cells as --test.")
     parser.add_argument("--train", help=".h5ad file of the training cells.")
@@ -93,11 +94,11 @@ def _add_evaluate(commands: Any):
     parser.add_argument("--values", choices=["counts", "log"], help="What --generated files hold. Default: counts.")
     parser.add_argument("--donor_key", help="obs key of the donor: whether training donors can be told from others.")
     parser.add_argument("--output_dir", type=Path, default=Path("report"), help="Folder to write. Default: report.")
-    parser.add_argument("--num_samples", type=int, default=3, help="Samples to draw from the model. Default: 3.")
+    parser.add_argument("--num_samples", type=int, help="Samples to draw from the model. Default: 3.")
     parser.add_argument(
         "--baselines",
         action=argparse.BooleanOptionalAction,
-        default=True,
+        default=None,
         help="Also judge cells that the model's codec makes without its denoiser. Default: True.",
     )
     parser.add_argument("--parity", action="store_true", help="Add the paper's metrics, which reward collapse.")
@@ -141,7 +142,7 @@ def _add_explain(commands: Any):
         "Programs, layers, decisions and interventions, measured on the held-out cells, beside controls.",
         ["wbdit-cells --dataset cells.h5ad --output_dir inside"],
     )
-    parser.add_argument("model", help="A folder that a training wrote.")
+    parser.add_argument("model", help=FOLDER_HELP)
     parser.add_argument("--dataset", required=True, help=DATASET_HELP)
     parser.add_argument("--output_dir", type=Path, default=Path("explain"), help="Folder to write. Default: explain.")
     parser.add_argument("--max_cells", type=int, default=3000, help="Held-out cells to use at most. Default: 3000.")
@@ -157,7 +158,7 @@ def _add_push(commands: Any):
             "wbdit-pbmc --repo_id me/wbdit-pbmc --dry_run repository",
         ],
     )
-    parser.add_argument("model", help="A folder that a training wrote.")
+    parser.add_argument("model", help=FOLDER_HELP)
     parser.add_argument("--repo_id", required=True, help="The repository, such as me/wbdit-pbmc.")
     parser.add_argument("--private", action="store_true", default=None, help="Make a private repository.")
     parser.add_argument("--variant", choices=["bf16"], help="Add the denoiser in bfloat16.")
@@ -245,8 +246,15 @@ def seed(text: str) -> int:
     """Of a generator: `2**32` and beyond are not known to all of those that are used."""
     number = int(text)
     if not 0 <= number < 2**32:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"a whole number from 0 to 2**32 - 1, not {text}")
     return number
+
+
+def to_line(result: Any) -> str:
+    """JSON, which has no NaN, in one line."""
+    from .evaluation import to_json
+
+    return json.dumps(json.loads(to_json(result)))
 
 
 def main(argv: list[str] | None = None):
@@ -261,7 +269,7 @@ def main(argv: list[str] | None = None):
         from . import commands
 
         result, text = getattr(commands, args.command)(args)
-        print(json.dumps(result) if getattr(args, "json", False) else text)
+        print(to_line(result) if getattr(args, "json", False) else text)
     except (ValueError, OSError) as error:
         reason = str(error)
         if isinstance(error, OSError) and error.filename is not None:

@@ -1,13 +1,15 @@
 """What the commands of `wbdit` do. Each returns its result for machines (`--json`), and what it says to people."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 
 Result = tuple[Any, str]
+
+NUM_SAMPLES = 3  # of a model, if the command does not say how many
+NUM_LOOKED_AT = 20  # cells with a name that training and held-out cells have in common
 
 
 def check_folder(path: Path):
@@ -61,9 +63,9 @@ def evaluate(args: argparse.Namespace) -> Result:
 
     matplotlib.use("Agg")
     check_folder(args.output_dir)
-    if args.num_samples < 1:
+    if args.num_samples is not None and args.num_samples < 1:
         raise ValueError(f"--num_samples is at least 1, not {args.num_samples}.")
-    from .evaluation import evaluate_cells, to_markdown
+    from .evaluation import evaluate_cells, to_json, to_markdown
     from .evaluation.figure import report_figure
 
     samples, train, test, settings = _cells_of_model(args) if args.model is not None else _cells_of_files(args)
@@ -71,7 +73,7 @@ def evaluate(args: argparse.Namespace) -> Result:
         *(samples, train, test), donor_key=args.donor_key, parity=args.parity, seed=args.seed, **settings
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "report.json").write_text(json.dumps(report, indent=1))
+    (args.output_dir / "report.json").write_text(to_json(report))
     table = to_markdown(report)
     (args.output_dir / "report.md").write_text(table)
     figure = report_figure(test, samples[0], report["label_key"], settings["values"], settings.get("layer"))
@@ -93,9 +95,10 @@ def _cells_of_model(args: argparse.Namespace) -> tuple[list, Any, Any, dict[str,
     pipe = load_pipeline(args.model, args.device)
     pipe.set_progress_bar_config(desc="Generating", unit=" steps", disable=None)  # only at a terminal
     call = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
-    samples, test = draw_samples(pipe, test, args.num_samples, args.seed, **call)
+    num_samples = args.num_samples or NUM_SAMPLES
+    samples, test = draw_samples(pipe, test, num_samples, args.seed, **call)
     config = pipe.processor.config
-    baselines = draw_baselines(pipe, train, test, args.num_samples, args.seed) if args.baselines else None
+    baselines = None if args.baselines is False else draw_baselines(pipe, train, test, num_samples, args.seed)
     settings = {"label_key": list(config.label_keys), "values": config.values, "layer": config.layer}
     return samples, train, test, settings | {"baselines": baselines}
 
@@ -106,9 +109,30 @@ def _cells_of_files(args: argparse.Namespace) -> tuple[list, Any, Any, dict[str,
 
     if None in (args.generated, args.train, args.test):
         raise ValueError("Give a model and --dataset, or all of --generated, --train and --test.")
+    given = {"dataset": args.dataset, "num_samples": args.num_samples, "baselines": args.baselines}
+    given |= {"num_inference_steps": args.num_inference_steps, "device": args.device}
+    given["guidance_scale"] = None if args.guidance_scale == 1.0 else args.guidance_scale
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"--{name} has no effect on --generated files: leave it out.")
     samples = [read_cells(path) for path in args.generated]
     settings = {"label_key": args.label_key, "values": args.values or "counts"}
-    return samples, read_cells(args.train), read_cells(args.test), settings
+    train, test = read_cells(args.train), read_cells(args.test)
+    check_apart(train, test)
+    return samples, train, test, settings
+
+
+def check_apart(train: Any, test: Any):
+    """Raises a `ValueError` if the held-out cells are among the training cells: their names are, and their values."""
+    names = test.obs_names[test.obs_names.isin(train.obs_names)][:NUM_LOOKED_AT]
+    if not len(names) or not train.var_names.equals(test.var_names) or not train.obs_names.is_unique:
+        return
+    if train.X is None or test.X is None:
+        return
+    if all(abs(train[name].X - test[name].X).sum() == 0 for name in names):
+        raise ValueError(
+            f"--train and --test both have the cell {names[0]!r}: give held-out cells that were not trained on."
+        )
 
 
 def compare(args: argparse.Namespace) -> Result:
@@ -116,13 +140,13 @@ def compare(args: argparse.Namespace) -> Result:
 
     matplotlib.use("Agg")
     check_folder(args.output_dir)
-    from .evaluation import compare_cells, comparison_to_markdown
+    from .evaluation import compare_cells, comparison_to_markdown, to_json
     from .evaluation.figure import comparison_figure
 
     generators, train, test, settings = _generators(args)
     report = compare_cells(generators, train, test, seed=args.seed, **settings)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "comparison.json").write_text(json.dumps(report, indent=1))
+    (args.output_dir / "comparison.json").write_text(to_json(report))
     table = comparison_to_markdown(report)
     (args.output_dir / "comparison.md").write_text(table)
     figure = comparison_figure(report, generators, test, settings["values"], settings["layer"])
@@ -141,7 +165,9 @@ def _generators(args: argparse.Namespace) -> tuple[dict[str, list], Any, Any, di
     for text in args.generators:
         name, equals, path = text.partition("=")
         if Path(text).exists() or not equals:
-            name, path = Path(text).stem, text
+            name, path = Path(text).name if Path(text).is_dir() else Path(text).stem, text
+            if name in paths:
+                raise ValueError(f"Two generators are called {name!r}: give them names, as NAME=PATH.")
         if not name or not path:
             raise ValueError(f"{text!r} is not of the form NAME=PATH, nor the path of a file or a folder.")
         paths.setdefault(name, []).append(locate(path))
@@ -149,6 +175,10 @@ def _generators(args: argparse.Namespace) -> tuple[dict[str, list], Any, Any, di
     for name in models:
         if len(paths[name]) > 1:
             raise ValueError(f"{name!r} is a model and is named twice: --num_samples says how many samples it draws.")
+    if not models and (args.guidance_scale, args.num_inference_steps, args.device) != (1.0, None, None):
+        raise ValueError(
+            "--guidance_scale, --num_inference_steps and --device have no effect on files: leave them out."
+        )
     splits = {name: CellSplit.load(model) for name, model in models.items()}
     if args.dataset is not None:
         if not splits or args.train is not None or args.test is not None:
@@ -161,43 +191,47 @@ def _generators(args: argparse.Namespace) -> tuple[dict[str, list], Any, Any, di
         train, test = next(iter(splits.values())).read(args.dataset)
     elif args.train is not None and args.test is not None:
         train, test = read_cells(args.train), read_cells(args.test)
+        check_apart(train, test)
         for name, split in splits.items():
-            if split.prepared is not None or test.obs_names.isin(split.train).any():
+            if split.prepared is not None or set(split.train) != set(train.obs_names):
                 raise ValueError(
-                    f"{name!r} was trained on some of the --test cells, or does not say which: leave it out."
+                    f"{name!r} was trained on other cells than --train, or on a prepared folder: give --dataset."
                 )
     else:
         raise ValueError("Give --train and --test; or --dataset, with a model among the generators.")
 
+    held_out, num_held_out = test.obs_names, test.n_obs
     pipes = {name: load_pipeline(model, args.device) for name, model in models.items()}
     settings: dict[str, Any] = {"label_key": args.label_key, "values": args.values or "counts", "layer": None}
     for name, pipe in pipes.items():
         if args.label_key is not None or args.values is not None:
             raise ValueError(
-                "--label_key and --values have no effect beside a model, which knows its own: leave it out."
+                "--label_key and --values have no effect beside a model, which knows its own: leave them out."
             )
         config = pipe.processor.config
         own = {"label_key": list(config.label_keys), "values": config.values, "layer": config.layer}
         if name != next(iter(pipes)) and own != settings:
-            raise ValueError(f"{name!r} was trained on other labels or values than {next(iter(pipes))!r}.")
+            raise ValueError(
+                f"{name!r} was trained on other labels or values than {next(iter(pipes))!r}: compare them one by one."
+            )
         settings = own
         test = cells_to_judge(test, pipe.processor.knows_labels(test))
-    if not pipes and (args.guidance_scale != 1.0 or args.num_inference_steps is not None):
-        raise ValueError("--guidance_scale and --num_inference_steps have no effect on files: leave them out.")
     if args.num_samples is not None and args.num_samples < 1:
         raise ValueError(f"--num_samples is at least 1, not {args.num_samples}.")
     num_files = [len(given) for name, given in paths.items() if name not in pipes]
     if args.num_samples is not None and num_files:
         raise ValueError("--num_samples has no effect beside files, of which a model draws as many: leave it out.")
-    num_samples = max(num_files, default=args.num_samples or 3)
+    num_samples = max(num_files, default=args.num_samples or NUM_SAMPLES)
     call = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
-    generators = {}
+    generators, rows = {}, held_out.get_indexer(test.obs_names)
     for name, given in paths.items():
         if name in pipes:
             pipes[name].set_progress_bar_config(desc=f"Generating {name}", unit=" steps", disable=None)
             generators[name], _ = draw_samples(pipes[name], test, num_samples, args.seed, **call)
         else:
-            generators[name] = [read_cells(path) for path in given]
+            samples = [read_cells(path) for path in given]
+            # Of cells for all held-out ones, those for the ones that models are judged on.
+            generators[name] = [sample[rows] if sample.n_obs == num_held_out else sample for sample in samples]
     return generators, train, test, settings
 
 
@@ -248,13 +282,15 @@ def explain(args: argparse.Namespace) -> Result:
 
 def push(args: argparse.Namespace) -> Result:
     from .hub import publish
+    from .pretrained import locate
 
-    if not Path(args.model).is_dir():
+    folder = locate(args.model)
+    if not Path(folder).is_dir():
         raise ValueError(f"There is no folder {args.model}: give the --output_dir of a training.")
     settings = {
         name: value for name, value in vars(args).items() if name not in ("command", "json", "model", "repo_id")
     }
-    where = publish(load_pipeline(args.model), args.model, args.repo_id, **settings)
+    where = publish(load_pipeline(folder), folder, args.repo_id, **settings)
     said = f"Written to {where}; nothing was uploaded." if args.dry_run else f"Published: {where}"
     return {"folder" if args.dry_run else "address": where}, said
 

@@ -93,6 +93,9 @@ def test_parquet_files_are_read_again(cells, tmp_path, monkeypatch):
             for key, values in getattr(given, part).items():
                 np.testing.assert_allclose(getattr(again, part)[key], values, rtol=1e-6)
     assert (again.layers["counts"] != cells.X).nnz == 0
+    pq.write_table(pq.read_table(tmp_path / "cells" / "genes.parquet").slice(0, 10), tmp_path / "cells/genes.parquet")
+    with pytest.raises(ValueError, match="cells is damaged"):
+        read_cells(tmp_path / "cells")
     (tmp_path / "log" / "cells-00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="log is damaged"):
         read_cells(tmp_path / "log")

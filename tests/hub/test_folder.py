@@ -132,6 +132,7 @@ DAMAGES = {
     "deep index": (text("model_index.json", "[" * 100_000), "model_index.json is no JSON"),
     "foreign class": (index(_class_name="StableDiffusionPipeline"), "holds a StableDiffusionPipeline"),
     "no format": (index(_format_version=None), "has no format version: it was written before wbdit_diffusers 0.2"),
+    "no id": (index(_model_id=None), "is damaged, it names no id: copy or download it again"),
     "newer format": (index(_format_version=99), "written by a newer wbdit_diffusers .format 99.*upgrade"),
     "odd format": (index(_format_version="one"), "has no format version that this wbdit_diffusers knows: 'one'"),
     "unknown class": (index(denoiser=["wbdit_diffusers", "Nothing"]), "cannot be loaded as a pipeline"),

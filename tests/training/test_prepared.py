@@ -4,6 +4,7 @@ import json
 import shutil
 
 import anndata as ad
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tiny import assert_same_weights, read_log, tiny_config
 
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellOrder, CellSplit, PrepareConfig, prepare, read_cells
+from wbdit_diffusers.data.backed import BackedFile
 from wbdit_diffusers.training import train
 from wbdit_diffusers.training.checkpoints import read_state
 from wbdit_diffusers.training.prepared import open_prepared
@@ -176,9 +178,46 @@ def test_a_file_too_large_for_memory_stays_on_disk(suffix, layer, pbmc, tmp_path
     again = load_file(tmp_path / "backed" / "denoiser" / "diffusion_pytorch_model.safetensors")
     for name, tensor in pipe.denoiser.state_dict().items():
         assert torch.equal(again[name], tensor)
-    # Other values are other cells
+    # What a resumed run compares is the same as in memory; other values are other cells, wherever they stand.
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("memory", "backed")]
+    assert records[0] == records[1]
     other = cells.copy()
-    (other.X if layer is None else other.layers[layer]).data[:] += 1
+    (other.X if layer is None else other.layers[layer]).data[-1] += 1
     other.write_h5ad(path) if suffix == ".h5ad" else other.write_zarr(path)
     with pytest.raises(ValueError, match="values"):
         train(path, tiny_config(tmp_path / "backed", resume_from_checkpoint="latest", **steps))
+
+
+def test_a_large_file_that_cannot_stay_on_disk(pbmc, tmp_path, monkeypatch, caplog):
+    """Stored by gene it is read whole, and said; a layer that is not there is named before anything is read."""
+    monkeypatch.setattr("wbdit_diffusers.data.dataset.MAX_CELLS_IN_MEMORY", 100)
+    cells = pbmc[:, :100].copy()
+    cells.X = sparse.csc_matrix(cells.X)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    train(tmp_path / "cells.h5ad", tiny_config(tmp_path / "run", **STEPS | {"max_train_steps": 2}))
+    assert "The whole file is read into memory" in caplog.text and "stored by gene" in caplog.text
+    with pytest.raises(ValueError, match="has no layer 'absent'"):
+        train(tmp_path / "cells.h5ad", tiny_config(tmp_path / "other", layer="absent", **STEPS))
+
+
+def test_a_file_of_an_old_layout_is_read_as_before(pbmc, tmp_path):
+    pbmc[:, :100].write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "a") as file:  # as AnnData 0.6 wrote it
+        attributes = file["X"].attrs
+        for name in ("encoding-type", "encoding-version"):
+            del attributes[name]
+        attributes["h5sparse_format"], attributes["h5sparse_shape"] = "csr", attributes["shape"]
+    pipe = train(tmp_path / "cells.h5ad", tiny_config(tmp_path / "run", **STEPS | {"max_train_steps": 2}))
+    assert len(pipe.processor.var_names) == 100
+    with pytest.raises(ValueError, match="stored in an old layout. Write it again"):
+        BackedFile(tmp_path / "cells.h5ad")
+
+
+def test_labels_in_another_order_are_not_resumed(pbmc, tmp_path):
+    """Their numbers would mean other labels."""
+    cells = pbmc[:, :100].copy()
+    steps = STEPS | {"max_train_steps": 4, "checkpointing_steps": 2}
+    train(cells, tiny_config(tmp_path / "run", **steps))
+    cells.obs["cell_type"] = cells.obs["cell_type"].cat.reorder_categories(cells.obs["cell_type"].cat.categories[::-1])
+    with pytest.raises(ValueError, match="--label_keys: the labels stand in another order"):
+        train(cells, tiny_config(tmp_path / "run", resume_from_checkpoint="latest", **steps))

@@ -1,6 +1,6 @@
 """AnnData files that stay on disk: .h5ad and .zarr, read a few thousand cells at a time."""
 
-from functools import cached_property
+import hashlib
 from pathlib import Path
 
 import anndata as ad
@@ -9,6 +9,29 @@ import pandas as pd
 from scipy import sparse
 
 from .source import CHUNK_SIZE
+
+
+REWRITE = "Write it again, by `anndata.read_h5ad(path).write_h5ad(path)`."
+
+
+class StoredByGeneError(ValueError):
+    """A matrix is stored by gene (CSC), so that no cell can be read without all others."""
+
+
+def num_cells_of(path: Path) -> int | None:
+    """How many cells an .h5ad file or .zarr folder has, without reading them; `None` where it does not say so."""
+    if path.suffix not in (".h5ad", ".zarr") or not path.exists():
+        return None
+    try:
+        file = _open(path)
+        try:
+            obs = file["obs"]
+            return int(obs[obs.attrs["_index"]].shape[0])
+        finally:
+            if hasattr(file, "close"):
+                file.close()
+    except Exception:  # damaged, or of an old layout: those who read it say what is wrong
+        return None
 
 
 class BackedFile:
@@ -33,6 +56,8 @@ class BackedFile:
             self.obs: pd.DataFrame = ad.io.read_elem(self.file["obs"])
             self.var: pd.DataFrame = ad.io.read_elem(self.file["var"])
             layers = list(self.file["layers"]) if "layers" in self.file else []
+            if not isinstance(self.obs, pd.DataFrame) or not isinstance(self.var, pd.DataFrame):
+                raise ValueError(f"it is stored in an old layout. {REWRITE}")
         except Exception as error:
             raise ValueError(f"{path} cannot be read as an .h5ad or .zarr file: {_line(error)}") from error
         if layer is not None and layer not in layers:
@@ -41,9 +66,11 @@ class BackedFile:
             raise ValueError(f"{path} has no matrix in X, only layers {layers}: name one (--layer).")
         self.name = f"{path}" if layer is None else f"{path}, layer {layer!r},"
         element = self.file["X" if layer is None else f"layers/{layer}"]
-        kind = element.attrs.get("encoding-type", "array")
+        kind = element.attrs.get("encoding-type", "array" if hasattr(element, "shape") else None)
+        if kind is None:
+            raise ValueError(f"{self.name} is stored in an old layout. {REWRITE}")
         if kind == "csc_matrix":
-            raise ValueError(
+            raise StoredByGeneError(
                 f"{self.name} is stored by gene (CSC), so that no cell can be read without all others: store it by"
                 " cell, with `adata.X = adata.X.tocsr()`."
             )
@@ -62,13 +89,6 @@ class BackedFile:
     def __exit__(self, *error):
         if hasattr(self.file, "close"):  # zarr has nothing to close
             self.file.close()
-
-    @cached_property
-    def num_values(self) -> np.ndarray:
-        """How many values are stored of each cell `(cells,)`; of a dense matrix, all."""
-        if isinstance(self.matrix, ad.abc.CSRDataset):
-            return np.diff(np.asarray(self.matrix.group["indptr"][:]))
-        return np.full(len(self.obs), len(self.var))
 
     def read(self, start: int, stop: int) -> sparse.csr_matrix:
         """The cells from `start` to `stop`, all genes; raises a `ValueError` if the file is damaged there."""
@@ -98,7 +118,8 @@ class BackedSource:
         self.rows = np.arange(len(file.obs)) if rows is None else rows
         self.obs = file.obs if rows is None else file.obs.iloc[rows]
         stat = file.path.stat()
-        self.fingerprint = f"{file.path.resolve()} {stat.st_size} {stat.st_mtime_ns} {self.rows.tobytes().hex()[:64]}"
+        rows_sha256 = hashlib.sha256(self.rows.tobytes()).hexdigest()
+        self.fingerprint = f"{file.path.resolve()} {stat.st_size} {stat.st_mtime_ns} {rows_sha256}"
         starts = np.arange(0, len(self.rows), self.GROUP_SIZE)
         self.group_sizes = np.minimum(self.GROUP_SIZE, len(self.rows) - starts)
 

@@ -55,10 +55,12 @@ def read_generated(folder: str | Path) -> ad.AnnData:
         values = {name: table[name].combine_chunks() for name in lists if name != "genes"}
 
         def matrix(name: str) -> sparse.csr_matrix:
-            return sparse.csr_matrix(
+            matrix = sparse.csr_matrix(
                 (values[name].flatten().to_numpy(), indices.flatten().to_numpy(), indptr - indptr[0]),
                 shape=(len(table), len(genes)),
             )
+            matrix.check_format()  # that it names no gene which there is not
+            return matrix
 
         # Layers stand before the labels and have a value for each of the cell's genes; after them stands `obsm`.
         before = takewhile(lambda name: name in values, table.column_names[len(COLUMNS) :])

@@ -3,7 +3,7 @@
 from .comparison import compare_cells, comparison_to_markdown
 from .report import evaluate, evaluate_cells
 from .samples import draw_baselines, draw_samples
-from .table import to_markdown
+from .table import to_json, to_markdown
 
 
 # `evaluation.figure` is imported where it is used: it needs matplotlib.
@@ -14,5 +14,6 @@ __all__ = [
     "draw_samples",
     "evaluate",
     "evaluate_cells",
+    "to_json",
     "to_markdown",
 ]

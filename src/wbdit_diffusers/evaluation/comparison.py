@@ -5,9 +5,8 @@ from functools import reduce
 
 import anndata as ad
 
-from .report import check_gene_names, evaluate_cells
-from .table import GENERATED as FIRST
-from .table import REFERENCE, mean_and_sd
+from .report import check_gene_names, evaluate_columns
+from .table import REFERENCE, excess_and_sd, mean_and_sd
 
 
 METRICS = {
@@ -51,9 +50,8 @@ def compare_cells(
     """
     if len(generators) < 2:
         raise ValueError("Give at least two generators to compare; `wbdit evaluate` judges one.")
-    taken = sorted(generators.keys() & {FIRST, REFERENCE})
-    if taken:
-        raise ValueError(f"A generator can't be called {taken[0]!r}, which is another column's name: rename it.")
+    if REFERENCE in generators:
+        raise ValueError(f"A generator can't be called {REFERENCE!r}, which is another column's name: rename it.")
     every = [sample.var_names for samples in generators.values() for sample in samples]
     if not every:
         raise ValueError("There are no samples to judge: give at least one of each generator.")
@@ -63,22 +61,8 @@ def compare_cells(
     genes = reduce(lambda common, names: common[common.isin(names)], every)
     if genes.empty:
         raise ValueError(f"{', '.join(generators)} have no gene in common: give cells of the same genes.")
-    first, *others = ([sample[:, genes].copy() for sample in samples] for samples in generators.values())
-    names = list(generators)
-    report = evaluate_cells(
-        *(first, train, test),
-        label_key=label_key,
-        layer=layer,
-        values=values,
-        baselines=dict(zip(names[1:], others)),
-        seed=seed,
-    )
-    renamed = {FIRST: names[0]}
-    for columns in (report, *report["per_type"].values()):
-        for key in ("excess", "metrics"):
-            if key in columns:
-                columns[key] = {renamed.get(name, name): column for name, column in columns[key].items()}
-    return report
+    columns = {name: [sample[:, genes].copy() for sample in samples] for name, samples in generators.items()}
+    return evaluate_columns(columns, train, test, label_key, layer, values, seed=seed)
 
 
 def comparison_to_markdown(report: dict) -> str:
@@ -107,9 +91,7 @@ def comparison_to_markdown(report: dict) -> str:
     for name in [*order, REFERENCE]:
         headline = "0 by definition"
         if name in excess:
-            best = excess[name]
-            sd = f" ± {best['sd']:.3f}" if num_samples > 1 else ""
-            headline = f"**{best['mean']:.3f}{sd}** ({best['judge']})"
+            headline = f"**{excess_and_sd(report, name)}** ({excess[name]['judge']})"
         cells = [mean_and_sd(metrics[name].get(key)) for key in shown]
         title = name.replace("|", "\\|")
         lines.append(f"| {title} | {headline} | " + " | ".join(cells) + " |")

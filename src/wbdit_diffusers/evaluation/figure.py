@@ -103,8 +103,8 @@ def comparison_figure(
     """
     names = sorted(report["excess"], key=lambda name: report["excess"][name]["mean"])
     first = {name: generators[name][0] for name in names}
-    genes = reduce(lambda common, one: common[common.isin(one)], [sample.var_names for sample in first.values()])
-    within_genes = any(needs_common_genes(sample, test) for sample in first.values())
+    every = [sample.var_names for samples in generators.values() for sample in samples]
+    genes, within_genes = reduce(lambda common, one: common[common.isin(one)], every), report["within_genes"]
     matrices = [real_cells(test, genes, values, layer, within_genes=within_genes).expression]
     matrices += [
         generated_cells(sample[:, genes], values, within_genes=within_genes).expression for sample in first.values()
@@ -120,7 +120,10 @@ def comparison_figure(
     axis.barh(names, means, xerr=sds, color=GENERATED, ecolor="black", capsize=3, height=0.6)
     axis.invert_yaxis()
     axis.axvline(0, color="black", linewidth=0.7)
-    axis.set(xlabel="excess (0 = as good as real cells, 0.5 = told apart at once)", xlim=(min(0, *means) - 0.02, 0.52))
+    axis.set(
+        xlabel="excess (0 = as good as real cells, 0.5 = told apart at once)",
+        xlim=(min(0, *means) - 0.02, max(0.52, *np.add(means, sds))),
+    )
     axis.spines[["top", "right"]].set_visible(False)
 
     axes = bottom.subplots(rows, columns, squeeze=False).ravel()

@@ -123,10 +123,30 @@ def evaluate_cells(
         `num_train`, `num_test` and `metrics` for each cell type with at least 30 training cells.
 
     Raises:
-        ValueError: If columns don't fit `test` or each other in cells, genes or samples, or cells are too few.
+        ValueError: If columns don't fit `test` or each other in cells, genes or samples, a gene stands there twice, a
+            type is unknown to the real cells, or cells are too few.
     """
+    if REFERENCE in (baselines or {}):
+        raise ValueError(f"A baseline can't be called {REFERENCE!r}, which is another column's name: rename it.")
     columns = {GENERATED: samples, **(baselines or {})}
+    return evaluate_columns(columns, train, test, label_key, layer, values, donor_key, parity, seed, n_jobs)
+
+
+def evaluate_columns(
+    columns: dict[str, list[ad.AnnData]],
+    train: ad.AnnData,
+    test: ad.AnnData,
+    label_key: str | Sequence[str] | None = None,
+    layer: str | None = None,
+    values: str = "counts",
+    donor_key: str | None = None,
+    parity: bool = False,
+    seed: int = 0,
+    n_jobs: int | None = None,
+) -> dict:
+    """[`evaluate_cells`] of columns by name, whose genes are those of the first one."""
     _check_columns(columns, train, test)
+    samples = next(iter(columns.values()))
     label_keys, genes = label_keys_of(label_key), samples[0].var_names
     within_genes = any(needs_common_genes(sample, test) for drawn in columns.values() for sample in drawn)
     real_train, real_test = (
@@ -187,18 +207,16 @@ def excess(column: dict[str, list[float]], reference: dict[str, list[float]]) ->
 
 
 def _check_columns(columns: dict[str, list[ad.AnnData]], train: ad.AnnData, test: ad.AnnData):
-    if not columns[GENERATED]:
+    first, first_samples = next(iter(columns.items()))
+    if not first_samples:
         raise ValueError("There are no samples to judge: give at least one.")
-    if REFERENCE in columns:
-        raise ValueError(f"A baseline can't be called {REFERENCE!r}, which is another column's name: rename it.")
-    genes = columns[GENERATED][0].var_names
+    genes = first_samples[0].var_names
     for adata, name in ((train, "training cells"), (test, "held-out cells")):
         check_gene_names(adata, name)
     for name, samples in columns.items():
-        if len(samples) != len(columns[GENERATED]):
+        if len(samples) != len(first_samples):
             raise ValueError(
-                f"{name!r} has {len(samples)} samples, the generated cells have {len(columns[GENERATED])}: draw as"
-                " many of each."
+                f"{name!r} has {len(samples)} samples, and {first!r} has {len(first_samples)}: draw as many of each."
             )
         for sample in samples:
             check_gene_names(sample, name)
@@ -222,15 +240,19 @@ def check_gene_names(adata: ad.AnnData, name: str):
 
 def _check_labels(drawn: list[dict[str, Cells]], real_train: Cells, real_test: Cells, label_key: str):
     """Raises a `ValueError` if generated cells have a type that no real one has: it can't be judged."""
-    known = {*real_train.types, *real_test.types} if real_train.types is not None else set()
+    known = {*_types(real_train), *_types(real_test)}
     for columns in drawn:
         for name, cells in columns.items():
-            unknown = sorted(set() if cells.types is None else {*cells.types} - known)
+            unknown = sorted({*_types(cells)} - known)
             if unknown:
                 raise ValueError(
-                    f"{name!r} has cells whose obs[{label_key!r}] is {str(unknown[0])!r}, which no real cell has: give"
+                    f"{name!r} has cells whose obs[{label_key!r}] is {unknown[0]!r}, which no real cell has: give"
                     " them the names of the held-out cells' labels."
                 )
+
+
+def _types(cells: Cells) -> list[str]:
+    return [] if cells.types is None else np.unique(cells.types).tolist()
 
 
 class _Ruler:

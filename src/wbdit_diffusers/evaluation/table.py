@@ -1,6 +1,8 @@
 """A report as Markdown, for people."""
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -60,8 +62,7 @@ def to_markdown(report: dict) -> str:
             difference = np.subtract(ours[metric], real[metric]) if metric in real else None
             cells = [ours[metric], real.get(metric), difference, *(columns[name].get(metric) for name in others)]
             lines.append(f"| {title} | " + " | ".join(mean_and_sd(values) for values in cells) + " |")
-    excesses = [report["excess"][name] for name in (GENERATED, *others)]
-    cells = [f"{one['mean']:.3f} ± {one['sd']:.3f}" for one in excesses]
+    cells = [excess_and_sd(report, name) for name in (GENERATED, *others)]
     lines.append(f"| **excess: AUC of the best classifier over the real reference's** | {cells[0]} | – | – | ")
     lines[-1] += "".join(f"{cell} | " for cell in cells[1:])
     lines[-1] = lines[-1].rstrip()
@@ -74,12 +75,11 @@ def _headline(report: dict) -> list[str]:
     best = report["excess"][GENERATED]
     ours, real = (np.mean(report["metrics"][name][f"auc_{best['judge']}"]) for name in (GENERATED, REFERENCE))
     num_test, num_samples = report["num_test"], report["num_samples"]
-    sd = f" ± {best['sd']:.3f}" if num_samples > 1 else ""
     spread = f"Mean ± standard deviation over {num_samples} samples" if num_samples > 1 else "One sample"
     lines = [
         f"The best of three classifiers ({best['judge']}) tells generated cells from {num_test} held-out ones with an"
         f" AUC of {ours:.3f}, and real cells that were not held out with {real:.3f}: an excess of"
-        f" **{best['mean']:.3f}{sd}**, where 0 is as good as real.",
+        f" **{excess_and_sd(report, GENERATED)}**, where 0 is as good as real.",
         "",
         f"{spread} of {num_test} cells and {report['num_genes']} genes."
         " The real reference is as many training cells of the same labels, judged in the same way: what can be"
@@ -95,12 +95,32 @@ def _headline(report: dict) -> list[str]:
     return lines
 
 
-def mean_and_sd(values: Sequence[float] | None) -> str:
-    """`0.585 ± 0.029`; of a single value, which has no spread, `0.585`."""
-    if values is None or np.isnan(values).all():
+def excess_and_sd(report: dict, name: str) -> str:
+    """The excess of a column: `0.112 ± 0.058`, or `0.112` of a single sample."""
+    excess = report["excess"][name]
+    return f"{excess['mean']:.3f} ± {excess['sd']:.3f}" if report["num_samples"] > 1 else f"{excess['mean']:.3f}"
+
+
+def to_json(report: dict) -> str:
+    """A report as JSON, which has no NaN: what could not be measured is `null`."""
+
+    def without_nan(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without_nan(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [without_nan(one) for one in value]
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    return json.dumps(without_nan(report), indent=1, allow_nan=False)
+
+
+def mean_and_sd(values: Sequence[float | None] | None) -> str:
+    """`0.585 ± 0.029`; of one value, which has no spread, `0.585`. What is NaN, or `None` in JSON, is left out."""
+    numbers = np.array([] if values is None else values, dtype=float)
+    if np.isnan(numbers).all():
         return "–"
-    mean, sd = np.nanmean(values), np.nanstd(values)
-    if len(values) == 1:
+    mean, sd = np.nanmean(numbers), np.nanstd(numbers)
+    if len(numbers) == 1:
         return f"{mean:.1e}" if 0 < abs(mean) < 0.005 else f"{mean:.3f}"
     # Three decimals, and two digits of what is smaller than that, as MMD² between cells that are much alike.
     return f"{mean:.1e} ± {sd:.0e}" if 0 < abs(mean) < 0.005 else f"{mean:.3f} ± {sd:.3f}"

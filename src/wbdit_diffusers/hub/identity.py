@@ -78,7 +78,7 @@ def check_identity(
 def check_format(index: Mapping[str, Any], where: str):
     """Raises an `OSError` on a format that this version can't read."""
     version = index.get(FORMAT)
-    if version is None or MODEL_ID not in index:
+    if version is None:
         raise OSError(
             f"{where} has no format version: it was written before wbdit_diffusers 0.2, whose cells this one would not"
             " make. Train it again, or load it with the version that wrote it."
@@ -90,3 +90,5 @@ def check_format(index: Mapping[str, Any], where: str):
         )
     if not isinstance(version, int) or version < 1:
         raise OSError(f"{where} has no format version that this wbdit_diffusers knows: {version!r}.")
+    if not isinstance(index.get(MODEL_ID), str):
+        raise OSError(f"The model_index.json of {where} is damaged, it names no id: copy or download it again.")

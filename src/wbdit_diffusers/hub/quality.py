@@ -55,6 +55,7 @@ def quality_table(report: dict[str, Any]) -> str:
     """The headline, and the metrics beside the real reference and the baselines, as Markdown."""
     columns, best = report["metrics"], report["excess"][GENERATED]
     num_test, num_samples, num_genes = (int(report[name]) for name in ("num_test", "num_samples", "num_genes"))
+    spread = f"Mean ± standard deviation over {num_samples} samples" if num_samples > 1 else "One sample"
     names = [GENERATED, REFERENCE, *(name for name in columns if name not in (GENERATED, REFERENCE))]
     rows = [[EXCESS, *(_excess(report, name) for name in names)]]
     for metric, title in METRICS.items():
@@ -62,8 +63,8 @@ def quality_table(report: dict[str, Any]) -> str:
             rows.append([title, *(_mean_and_sd(columns[name].get(metric)) for name in names)])
     return (
         f"The best of three classifiers ({as_text(best['judge'])}) tells generated cells from {num_test} held-out"
-        f" ones better than real cells by **{best['mean']:.3f} ± {best['sd']:.3f}** (AUC), where 0 is as good as real."
-        f" Mean ± standard deviation over {num_samples} samples of {num_test} cells and"
+        f" ones better than real cells by **{_excess(report, GENERATED)}** (AUC), where 0 is as good as real."
+        f" {spread} of {num_test} cells and"
         f" {num_genes} genes. The real reference is as many training cells of the same labels, judged in the"
         " same way: what can be reached. All metrics are in `report.json`.\n\n"
         + table(["metric", *map(as_text, names)], rows)
@@ -75,8 +76,8 @@ def eval_results(report: dict[str, Any], data_name: str) -> list[EvalResult]:
     values = {"excess": (report["excess"][GENERATED]["mean"], EXCESS)}
     for metric, title in METRICS.items():
         ours = report["metrics"][GENERATED].get(metric)
-        if ours is not None and not np.isnan(ours).all():
-            values[metric] = (float(np.nanmean(ours)), title.removeprefix("… "))
+        if ours is not None and not np.isnan(np.asarray(ours, dtype=float)).all():
+            values[metric] = (_mean(ours), title.removeprefix("… "))
     reference = report["metrics"][REFERENCE]
     return [
         EvalResult(
@@ -88,9 +89,7 @@ def eval_results(report: dict[str, Any], data_name: str) -> list[EvalResult]:
             metric_type=metric,
             metric_name=title,
             metric_value=round(value, 4),
-            metric_args={"real_reference": round(float(np.mean(reference[metric])), 4)}
-            if metric in reference
-            else None,
+            metric_args={"real_reference": round(_mean(reference[metric]), 4)} if metric in reference else None,
         )
         for metric, (value, title) in values.items()
     ]
@@ -103,13 +102,13 @@ def memory(report: dict[str, Any] | None) -> str:
         return "not measured."
     sentence = (
         f"by the distance to the nearest generated cell, training cells are told from held-out ones with an AUC of"
-        f" {np.nanmean(ours['membership_auc']):.3f} (0.5 = not at all)"
+        f" {_mean(ours['membership_auc']):.3f} (0.5 = not at all)"
     )
     if "membership_auc_donor" in ours:
-        sentence += f", and donors with {np.nanmean(ours['membership_auc_donor']):.3f}"
+        sentence += f", and donors with {_mean(ours['membership_auc_donor']):.3f}"
     if "nearest_training_cell" in ours:
         sentence += (
-            f"; the nearest training cell is {np.nanmean(ours['nearest_training_cell']):.2f} times as far as from a"
+            f"; the nearest training cell is {_mean(ours['nearest_training_cell']):.2f} times as far as from a"
             " held-out cell"
         )
     return f"{sentence}. Stronger attacks were not tried."
@@ -117,10 +116,18 @@ def memory(report: dict[str, Any] | None) -> str:
 
 def _excess(report: dict[str, Any], name: str) -> str:
     excess = report["excess"].get(name)
-    return "–" if excess is None else f"{excess['mean']:.3f} ± {excess['sd']:.3f}"
-
-
-def _mean_and_sd(values: list[float] | None) -> str:
-    if values is None or np.isnan(values).all():
+    if excess is None:
         return "–"
-    return f"{np.nanmean(values):.3f} ± {np.nanstd(values):.3f}"
+    return f"{excess['mean']:.3f} ± {excess['sd']:.3f}" if report["num_samples"] > 1 else f"{excess['mean']:.3f}"
+
+
+def _mean_and_sd(values: list[float | None] | None) -> str:
+    """What is NaN, or `None` in JSON, is left out; a single value has no spread."""
+    numbers = np.array([] if values is None else values, dtype=float)
+    if np.isnan(numbers).all():
+        return "–"
+    return f"{np.nanmean(numbers):.3f}" + (f" ± {np.nanstd(numbers):.3f}" if len(numbers) > 1 else "")
+
+
+def _mean(values: list[float | None]) -> float:
+    return float(np.nanmean(np.array(values, dtype=float)))

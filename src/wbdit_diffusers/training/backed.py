@@ -6,39 +6,47 @@ from typing import Any
 import anndata as ad
 import numpy as np
 from diffusers.utils import logging
+from tqdm.auto import tqdm
 
 from ..data import dataset
-from ..data.backed import BackedFile, BackedSource
+from ..data.backed import BackedFile, BackedSource, StoredByGeneError, num_cells_of
+from ..data.source import CHUNK_SIZE
 from ..data.split import CellSplit
-from .cells import split_cells
+from .cells import MAX_VALUE, check_dtype, split_cells
 from .config import TrainingConfig
 from .prepared import MAX_TEST_CELLS
-from .run import hash_of
+from .run import describe
 
 
 logger = logging.get_logger(__name__)
 
 
 def backed_file(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> BackedFile | None:
-    """The file that a training is asked for, if it has more cells than are kept in memory and can be read by cell."""
+    """
+    The opened file that a training is asked for, if it has more cells than are kept in memory and can be read by cell.
+
+    Raises:
+        ValueError: If it is such a file, and has no such layer, or is damaged.
+    """
     source = config.dataset if source is None else source
     if source is None or isinstance(source, ad.AnnData):
         return None
-    path = Path(source)
-    if path.suffix not in (".h5ad", ".zarr") or not path.exists():
+    num_cells = num_cells_of(Path(source))
+    if num_cells is None or num_cells <= dataset.MAX_CELLS_IN_MEMORY:
         return None
     try:
-        file = BackedFile(path, config.layer)
-    except ValueError:  # what is wrong with it is said by those who read it whole; stored by gene, it can be read so
+        return BackedFile(source, config.layer)
+    except StoredByGeneError as error:
+        logger.warning(f"The whole file is read into memory: {error}")
         return None
-    return file if len(file.obs) > dataset.MAX_CELLS_IN_MEMORY else None
 
 
 def open_backed(
     file: BackedFile, config: TrainingConfig, origin: Path | None
-) -> tuple[BackedSource, ad.AnnData, CellSplit]:
+) -> tuple[BackedSource, ad.AnnData, CellSplit, dict[str, Any]]:
     """
-    Training cells on disk, held-out cells in memory (some, if there are many), and which are which.
+    Training cells on disk, held-out cells in memory (some, if there are many), which are which, and what a resumed run
+    compares: the same as if all were in memory.
 
     Args:
         file ([`BackedFile`]): The file.
@@ -46,31 +54,40 @@ def open_backed(
         origin (`Path`, *optional*): The run to go on with, whose split it is.
 
     Raises:
-        ValueError: If a label is missing, or the cells can't be split.
+        ValueError: If a label is missing, values are none that can be modelled, or the cells can't be split.
     """
     for key in config.label_keys:
         if key not in file.obs:
             raise ValueError(f"--label_keys: `adata.obs` has no column {key!r}; it has {list(file.obs)}.")
-    is_empty = file.num_values == 0
+    check_dtype(file.matrix.dtype, file.name)
+    is_empty, totals, genes = _look(file)
     if is_empty.any() and not is_empty.all():
         logger.warning(f"{is_empty.sum()} of {len(file.obs)} cells are empty and left out.")
     rows = np.flatnonzero(~is_empty)
-    split = split_cells(ad.AnnData(obs=file.obs.iloc[rows]), config, origin)
-    train_rows, test_rows = (np.sort(file.obs.index.get_indexer(names)) for names in (split.train, split.test))
+    obs = file.obs.iloc[rows]
+    split = split_cells(ad.AnnData(obs=obs), config, origin)
+    train_rows, test_rows = (np.sort(rows[obs.index.get_indexer(names)]) for names in (split.train, split.test))
     if len(test_rows) > MAX_TEST_CELLS:
         chosen = np.random.default_rng(config.seed).choice(test_rows, MAX_TEST_CELLS, replace=False)
         test_rows = np.sort(chosen)
-    return BackedSource(file, train_rows), BackedSource(file, test_rows).read(), split
+    described = describe(obs, file.var.index, totals[rows], genes, config)
+    return BackedSource(file, train_rows), BackedSource(file, test_rows).read(), split, described
 
 
-def describe_backed(file: BackedFile, config: TrainingConfig) -> dict[str, Any]:
-    """What a resumed run compares: names, labels, how many genes each cell has, and the values of some cells."""
-    some = file.read(0, min(len(file.obs), 1000))
-    return {
-        "number of cells": len(file.obs),
-        "number of genes": len(file.var),
-        "names of the cells": hash_of(file.obs.index),
-        "names of the genes": hash_of(file.var.index),
-        "values": hash_of([file.num_values.tobytes(), some.data.astype(np.float32).tobytes(), some.indices.tobytes()]),
-        **{f"labels in {key!r}": hash_of(file.obs[key]) for key in config.label_keys},
-    }
+def _look(file: BackedFile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which cells are empty `(cells,)`, and the totals of cells and of genes, in one pass."""
+    is_empty, totals, genes = [], [], np.zeros(len(file.var))
+    with tqdm(total=len(file.obs), desc="Looking at the cells", unit=" cells", mininterval=1) as progress_bar:
+        for start in range(0, len(file.obs), CHUNK_SIZE):
+            matrix = file.read(start, min(start + CHUNK_SIZE, len(file.obs)))
+            largest = matrix.data.max(initial=0)
+            if np.isfinite(largest) and largest > MAX_VALUE:
+                raise ValueError(
+                    f"{file.name} holds {largest:g}, which is no count and no logarithm: mend these values."
+                )
+            matrix.eliminate_zeros()
+            is_empty.append(np.diff(matrix.indptr) == 0)
+            totals.append(np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel())
+            genes += np.asarray(matrix.sum(axis=0, dtype=np.float64)).ravel()
+            progress_bar.update(matrix.shape[0])
+    return np.concatenate(is_empty), np.concatenate(totals), genes

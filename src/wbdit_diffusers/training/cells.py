@@ -48,17 +48,22 @@ def check_matrix(adata: ad.AnnData, layer: str | None):
     name = "X" if layer is None else f"Layer {layer!r}"
     if matrix is None:
         raise ValueError(f"The data have no matrix in X, only layers {list(adata.layers)}: name one (`--layer`).")
-    dtype = np.dtype(matrix.dtype)
-    if dtype.kind not in "iuf" or dtype.itemsize > 8 or dtype == np.float16:
-        raise ValueError(
-            f"{name} holds values of type {dtype}, not numbers of 32 or 64 bits: convert them, as by"
-            " `adata.X = adata.X.astype('float32')`."
-        )
+    check_dtype(matrix.dtype, name)
     values = matrix.data if sparse.issparse(matrix) else matrix
     if isinstance(values, np.ndarray) and values.size and not adata.isbacked:
         largest = values.max()
         if np.isfinite(largest) and largest > MAX_VALUE:
             raise ValueError(f"{name} holds {largest:g}, which is no count and no logarithm: mend these values.")
+
+
+def check_dtype(dtype: np.dtype, name: str):
+    """Raises a `ValueError` unless values, which a message calls `name`, are real numbers that can be summed."""
+    dtype = np.dtype(dtype)
+    if dtype.kind not in "iuf" or dtype.itemsize > 8 or dtype == np.float16:
+        raise ValueError(
+            f"{name} holds values of type {dtype}, not numbers of 32 or 64 bits: convert them, as by"
+            " `adata.X = adata.X.astype('float32')`."
+        )
 
 
 def split_cells(adata: ad.AnnData, config: TrainingConfig, origin: Path | None) -> CellSplit:

@@ -11,6 +11,7 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from filelock import FileLock, Timeout
@@ -34,7 +35,7 @@ from .processes import together
 
 logger = get_logger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECORD_NAME = "run.json"
 STAGE_ONE_NAME = "stage_one"  # the finished codec, or what an unfinished one goes on from
 LOCK_NAME = ".lock"
@@ -57,37 +58,50 @@ def describe_cells(adata: ad.AnnData, config: TrainingConfig, chunk_size: int = 
     A fingerprint of the cells: their number, and hashes of names, labels, and each cell's and gene's total. It is the
     same however the matrix is stored.
     """
-    totals, genes = [], np.zeros(adata.n_vars)
+    totals, genes = [np.zeros(0)], np.zeros(adata.n_vars)
     for start in range(0, adata.n_obs, chunk_size):
         chunk = adata[start : start + chunk_size]
         matrix = sparse.csr_matrix(chunk.X if config.layer is None else chunk.layers[config.layer])
         totals.append(np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel())
         genes += np.asarray(matrix.sum(axis=0, dtype=np.float64)).ravel()
+    return describe(adata.obs, adata.var_names, np.concatenate(totals), genes, config)
+
+
+def describe(
+    obs: pd.DataFrame, var_names: pd.Index, totals: np.ndarray, genes: np.ndarray, config: TrainingConfig
+) -> dict[str, Any]:
+    """The fingerprint, of the totals of each cell `(cells,)` and gene `(genes,)`."""
     return {
-        "number of cells": adata.n_obs,
-        "number of genes": adata.n_vars,
-        "names of the cells": hash_of(adata.obs_names),
-        "names of the genes": hash_of(adata.var_names),
+        "number of cells": len(obs),
+        "number of genes": len(var_names),
+        "names of the cells": _hash(obs.index),
+        "names of the genes": _hash(var_names),
         # As float32: the last digits of a sum depend on how the matrix is stored.
-        "values": hash_of([np.concatenate(totals).astype(np.float32).tobytes(), genes.astype(np.float32).tobytes()]),
-        **{f"labels in {key!r}": hash_of(adata.obs[key]) for key in config.label_keys},
+        "values": _hash([totals.astype(np.float32).tobytes(), genes.astype(np.float32).tobytes()]),
+        **{f"labels in {key!r}": _hash(obs[key]) for key in config.label_keys},
     }
 
 
-def make_record(config: TrainingConfig, cells: dict[str, Any], split: CellSplit, var_names: list[str]) -> dict:
-    """What is written to run.json. It names no path."""
+def make_record(
+    config: TrainingConfig,
+    cells: dict[str, Any],
+    split: CellSplit,
+    var_names: list[str],
+    categories: list[list[str]],
+) -> dict:
+    """What is written to run.json. It names no path. `categories` are the labels of each label key in their order."""
     return {
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
         "config": config_without_places(config),  # the cells and the split themselves are compared
         "cells": cells,
-        "split": hash_of([*sorted(split.train), "", *sorted(split.test)]),
-        "genes": hash_of(var_names),
+        "split": _hash([*sorted(split.train), "", *sorted(split.test)]),
+        "genes": _hash(var_names),
+        "labels": [_hash(names) for names in categories],
     }
 
 
-def hash_of(values: Any) -> str:
-    """Of names, labels or bytes, one after the other."""
+def _hash(values: Any) -> str:
     digest = hashlib.sha256()
     for value in values:
         digest.update((value if isinstance(value, bytes) else str(value).encode()) + b"\0")
@@ -111,7 +125,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
         version = record["format_version"]
         if version == FORMAT_VERSION:
-            assert {"config", "cells", "split", "genes"} <= record.keys()
+            assert {"config", "cells", "split", "genes", "labels"} <= record.keys()
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise ValueError(f"{path} is damaged: train again, with --overwrite_output_dir.") from error
     if version != FORMAT_VERSION:
@@ -126,7 +140,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def check_config(record: dict[str, Any], config: TrainingConfig):
     """Raises a `ValueError` that names the first flag that a resumed run may not have otherwise."""
-    for name, new in json.loads(json.dumps(make_record(config, {}, CellSplit([], []), [])["config"])).items():
+    for name, new in json.loads(json.dumps(make_record(config, {}, CellSplit([], []), [], [])["config"])).items():
         old = record["config"].get(name)
         if name in MAY_CHANGE or old == new or (name == "max_train_steps" and old is not None and new > old):
             continue
@@ -150,6 +164,11 @@ def check_cells(record: dict[str, Any], new_record: dict[str, Any]):
         raise ValueError("--split: it holds out other cells than the run to go on with; leave it as it was.")
     if record["genes"] != new_record["genes"]:
         raise ValueError("Other genes are chosen from these cells than in the run to go on with; train anew.")
+    if record["labels"] != new_record["labels"]:
+        raise ValueError(
+            "--label_keys: the labels stand in another order than in the run to go on with, which numbered them by it;"
+            " give the columns of obs the categories that they had, by `adata.obs[key].cat.set_categories`."
+        )
 
 
 def _shown(value: Any) -> str:

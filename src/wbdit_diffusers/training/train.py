@@ -12,6 +12,7 @@ of the cells, with which a resumed run is compared), `training.json` (what the m
 import csv
 import shutil
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from ..hub.publish import publish
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..processing.processor import ScRNAProcessor
 from ..sampling.schedulers import make_scheduler, training_scheduler
-from .backed import backed_file, describe_backed, open_backed
+from .backed import backed_file, open_backed
 from .cells import read_source, split_cells
 from .codec import prepare_codec
 from .config import TrainingConfig, command_of, config_without_places
@@ -81,19 +82,23 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
     if config.report_to is not None and not accelerator.log_with:
         raise ValueError(f"--report_to {config.report_to}: install that tracker, or leave it out.")
     set_seed(config.seed)
-    with interruption.handled(), open_run(config, accelerator) as run:
-        pipeline = _train(source, config, accelerator, run)
+    with interruption.handled(), open_run(config, accelerator) as run, ExitStack() as files:
+        pipeline = _train(source, config, accelerator, run, files)
     accelerator.end_training()
     return pipeline
 
 
 def _train(
-    source: str | Path | ad.AnnData | None, config: TrainingConfig, accelerator: Accelerator, run: Run
+    source: str | Path | ad.AnnData | None,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    run: Run,
+    files: ExitStack,
 ) -> ScRNAGenerationPipeline:
     """The training, in a folder that is its own."""
     # 1. Cells: split once, everything is fitted on the training cells
     with together(accelerator):
-        train_cells, test_cells, split, described = _open(source, config, run.origin)
+        train_cells, test_cells, split, described = _open(source, config, run.origin, files)
         processor = ScRNAProcessor(
             values=config.values,
             recover_counts=config.codec != "expression",
@@ -111,7 +116,8 @@ def _train(
         batch_sizes(config, len(train_dataset), accelerator.num_processes)
         if config.num_programs is not None and config.num_programs > len(processor.var_names):
             raise ValueError(f"--num_programs {config.num_programs}: there are only {len(processor.var_names)} genes.")
-        record = make_record(config, described, split, list(processor.var_names))
+        names = list(processor.var_names), list(processor.config.categories or [])
+        record = make_record(config, described, split, *names)
         if run.origin is not None:
             check_cells(read_record(run.origin), record)
     with together(accelerator), interruption.deferred():
@@ -165,7 +171,7 @@ def _train(
 
 
 def _open(
-    source: str | Path | ad.AnnData | None, config: TrainingConfig, origin: Path | None
+    source: str | Path | ad.AnnData | None, config: TrainingConfig, origin: Path | None, files: ExitStack
 ) -> tuple[ad.AnnData | CellSource, ad.AnnData, CellSplit, dict[str, Any]]:
     """Training cells, wherever they are, held-out cells in memory, the split, and what a resumed run compares."""
     folder = prepared_folder(source, config)
@@ -174,7 +180,7 @@ def _open(
         return prepared, test_cells, split, describe_prepared(prepared)
     file = backed_file(source, config)
     if file is not None:
-        return *open_backed(file, config, origin), describe_backed(file, config)
+        return open_backed(files.enter_context(file), config, origin)
     adata = read_source(source, config)
     split = split_cells(adata, config, origin)
     return *split.apply(adata), split, describe_cells(adata, config)
