@@ -408,7 +408,7 @@ def test_bad_arguments_are_named(pipe, pbmc):
         ({"num_cells": 0}, "whole number from 1"),
         ({"num_cells": 2.5}, "whole number from 1"),
         ({"cell_types": []}, "empty list"),
-        ({"cell_types": "T cell"}, r"'T cell' is not a cell_type of this model, which knows CD14\+ Monocyte"),
+        ({"cell_types": "T cell"}, r"'T cell' is not a cell_type of this model, which knows CD4\+/CD25 T Reg"),
         ({"num_cells": 3, "cell_types": ["CD34+", "Dendritic"]}, "cell_type has 2 entries for 3 cells"),
         ({"conditions": {"donor": "1"}}, "'donor' is not a condition"),
         ({"cell_types": "CD34+", "conditions": {"cell_type": "CD34+"}}, "say the same thing"),

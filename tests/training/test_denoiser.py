@@ -112,10 +112,10 @@ def test_losses_are_logged_and_fall(trained):
 
 
 def test_a_training_ends_when_its_time_is_over(pbmc, tmp_path):
-    config = tiny_config(tmp_path, codec="expression", max_train_steps=1_000_000, max_train_minutes=0.03)
+    config = tiny_config(tmp_path, codec="expression", max_train_steps=1_000_000, max_train_minutes=0.1)
     train(pbmc, config)
     last = read_log(tmp_path)[-1]
-    assert 1.8 <= float(last["seconds"]) < 30 and 0 < int(last["step"]) < 1_000_000
+    assert 6 <= float(last["seconds"]) < 60 and 0 < int(last["step"]) < 1_000_000
     assert float(last["learning_rate"]) < 2e-3  # it fell with the time
 
 
