@@ -125,7 +125,8 @@ def _cells_of_files(args: argparse.Namespace) -> tuple[list, Any, Any, dict[str,
 def check_apart(train: Any, test: Any):
     """Raises a `ValueError` if the held-out cells are among the training cells: their names are, and their values."""
     names = test.obs_names[test.obs_names.isin(train.obs_names)][:NUM_LOOKED_AT]
-    if not len(names) or not train.var_names.equals(test.var_names) or not train.obs_names.is_unique:
+    is_unique = train.obs_names.is_unique and test.obs_names.is_unique
+    if not len(names) or not is_unique or not train.var_names.equals(test.var_names):
         return
     if train.X is None or test.X is None:
         return
@@ -192,6 +193,8 @@ def _generators(args: argparse.Namespace) -> tuple[dict[str, list], Any, Any, di
     elif args.train is not None and args.test is not None:
         train, test = read_cells(args.train), read_cells(args.test)
         check_apart(train, test)
+        if splits and not test.obs_names.is_unique:
+            raise ValueError("Cells of --test have one name: call `adata.obs_names_make_unique()`.")
         for name, split in splits.items():
             if split.prepared is not None or set(split.train) != set(train.obs_names):
                 raise ValueError(
@@ -223,7 +226,7 @@ def _generators(args: argparse.Namespace) -> tuple[dict[str, list], Any, Any, di
         raise ValueError("--num_samples has no effect beside files, of which a model draws as many: leave it out.")
     num_samples = max(num_files, default=args.num_samples or NUM_SAMPLES)
     call = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
-    generators, rows = {}, held_out.get_indexer(test.obs_names)
+    generators, rows = {}, slice(None) if test.n_obs == num_held_out else held_out.get_indexer(test.obs_names)
     for name, given in paths.items():
         if name in pipes:
             pipes[name].set_progress_bar_config(desc=f"Generating {name}", unit=" steps", disable=None)
