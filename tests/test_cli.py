@@ -144,6 +144,14 @@ def test_help_has_examples(command, capsys):
             "--guidance_scale, --num_inference_steps and --device have no effect on files",
         ),
         (["compare", "a=MODEL", "b=pbmc68k_reduced", "--dataset", "PBMC", "--num_samples", "0"], "b' was trained on"),
+        (
+            ["evaluate", "--generated", "PBMC", "--train", "PBMC", "--test", "PBMC", "--num_samples", "3"],
+            "--num_samples has no effect on --generated files",
+        ),
+        (
+            ["evaluate", "--generated", "PBMC", "--train", "PBMC", "--test", "PBMC", "--no-baselines"],
+            "--baselines has no effect on --generated files",
+        ),
         (["compare", "a=absent.h5ad", "b=absent.h5ad"], "Give --train and --test; or --dataset, with a model"),
         (["compare", "absent.h5ad", "b=absent.h5ad", "--dataset", "absent.h5ad"], "--dataset is split as a model"),
         (["compare", "a=MODEL", "a=MODEL", "--dataset", "absent.h5ad"], "'a' is a model and is named twice"),

@@ -16,7 +16,7 @@ from wbdit_diffusers.evaluation.cells import generated_cells, needs_common_genes
 from wbdit_diffusers.evaluation.classifiers import JUDGES
 from wbdit_diffusers.evaluation.references import draw_matching
 from wbdit_diffusers.evaluation.samples import BASELINES
-from wbdit_diffusers.evaluation.table import TITLES
+from wbdit_diffusers.evaluation.table import TITLES, mean_and_sd, to_json
 from wbdit_diffusers.processing.normalize import log_normalize, to_expression
 
 
@@ -263,3 +263,14 @@ def test_the_import_is_light():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_json_has_no_nan():
+    """Which is no JSON; and what is read again can be shown."""
+    report = {"metrics": {"generated": {"w2": [float("nan"), 1.5], "purity": [float("nan")]}}, "num_test": 3}
+    text = to_json(report)
+    assert "NaN" not in text
+    again = json.loads(text)
+    assert again["metrics"]["generated"] == {"w2": [None, 1.5], "purity": [None]} and again["num_test"] == 3
+    assert mean_and_sd(again["metrics"]["generated"]["w2"]) == "1.500 ± 0.000"
+    assert mean_and_sd(again["metrics"]["generated"]["purity"]) == "–"
