@@ -1,7 +1,6 @@
 """The `wbdit` command: its flags. What a command needs is imported when it runs, so that `--help` is quick."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -250,13 +249,6 @@ def seed(text: str) -> int:
     return number
 
 
-def to_line(result: Any) -> str:
-    """JSON, which has no NaN, in one line."""
-    from .evaluation import to_json
-
-    return json.dumps(json.loads(to_json(result)))
-
-
 def main(argv: list[str] | None = None):
     """Runs a command. A user's mistake ends in one line and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
@@ -269,7 +261,11 @@ def main(argv: list[str] | None = None):
         from . import commands
 
         result, text = getattr(commands, args.command)(args)
-        print(to_line(result) if getattr(args, "json", False) else text)
+        if getattr(args, "json", False):
+            from .evaluation import to_json
+
+            text = to_json(result, indent=None)
+        print(text)
     except (ValueError, OSError) as error:
         reason = str(error)
         if isinstance(error, OSError) and error.filename is not None:

@@ -101,8 +101,8 @@ def excess_and_sd(report: dict, name: str) -> str:
     return f"{excess['mean']:.3f} ± {excess['sd']:.3f}" if report["num_samples"] > 1 else f"{excess['mean']:.3f}"
 
 
-def to_json(report: dict) -> str:
-    """A report as JSON, which has no NaN: what could not be measured is `null`."""
+def to_json(report: dict, indent: int | None = 1) -> str:
+    """A report as JSON, which has no NaN: what could not be measured is `null`. Without `indent` it is one line."""
 
     def without_nan(value: Any) -> Any:
         if isinstance(value, dict):
@@ -111,7 +111,7 @@ def to_json(report: dict) -> str:
             return [without_nan(one) for one in value]
         return None if isinstance(value, float) and not np.isfinite(value) else value
 
-    return json.dumps(without_nan(report), indent=1, allow_nan=False)
+    return json.dumps(without_nan(report), indent=indent, allow_nan=False)
 
 
 def mean_and_sd(values: Sequence[float | None] | None) -> str:

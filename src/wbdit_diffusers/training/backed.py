@@ -12,7 +12,7 @@ from ..data import dataset
 from ..data.backed import BackedFile, BackedSource, StoredByGeneError, num_cells_of
 from ..data.source import CHUNK_SIZE
 from ..data.split import CellSplit
-from .cells import MAX_VALUE, check_dtype, split_cells
+from .cells import check_dtype, check_largest, split_cells
 from .config import TrainingConfig
 from .prepared import MAX_TEST_CELLS
 from .run import describe
@@ -80,11 +80,7 @@ def _look(file: BackedFile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     with tqdm(total=len(file.obs), desc="Looking at the cells", unit=" cells", mininterval=1) as progress_bar:
         for start in range(0, len(file.obs), CHUNK_SIZE):
             matrix = file.read(start, min(start + CHUNK_SIZE, len(file.obs)))
-            largest = matrix.data.max(initial=0)
-            if np.isfinite(largest) and largest > MAX_VALUE:
-                raise ValueError(
-                    f"{file.name} holds {largest:g}, which is no count and no logarithm: mend these values."
-                )
+            check_largest(matrix.data.max(initial=0), file.name)
             matrix.eliminate_zeros()
             is_empty.append(np.diff(matrix.indptr) == 0)
             totals.append(np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel())

@@ -51,9 +51,13 @@ def check_matrix(adata: ad.AnnData, layer: str | None):
     check_dtype(matrix.dtype, name)
     values = matrix.data if sparse.issparse(matrix) else matrix
     if isinstance(values, np.ndarray) and values.size and not adata.isbacked:
-        largest = values.max()
-        if np.isfinite(largest) and largest > MAX_VALUE:
-            raise ValueError(f"{name} holds {largest:g}, which is no count and no logarithm: mend these values.")
+        check_largest(values.max(), name)
+
+
+def check_largest(largest: float, name: str):
+    """Raises a `ValueError` if the largest of the values, which a message calls `name`, is none that was measured."""
+    if np.isfinite(largest) and largest > MAX_VALUE:
+        raise ValueError(f"{name} holds {largest:g}, which is no count and no logarithm: mend these values.")
 
 
 def check_dtype(dtype: np.dtype, name: str):
