@@ -3,19 +3,25 @@
     python benchmarks/reproduce.py --dataset all --budget_minutes 65 --device cpu
     python benchmarks/reproduce.py --table lab/results/reproduction_cpu.json
 
+and the two networks alone, for as long as it takes their losses to stand still:
+
+    python benchmarks/reproduce.py --dataset kang_ifnb_pbmc --models White-Box DiT --num_seeds 1 --train_minutes 25 \\
+        --device cpu --output lab/results/reproduction_long_cpu.json --work_dir outputs/reproduction_long
+    python benchmarks/reproduce.py --dataset hnscc_puram_chetah_subset_log pollen_smartseq --train_minutes 8 …
+
 Every model of a dataset sees the same training cells for the same minutes, into which the budget is divided; our
 default is trained once, for as long as the White-Box network's seeds together. The paper's setting is the shipped
 configuration `paper`: log1p(CP10k) of 2,000 genes, no conditions, batches of 16, learning rate 1e-4,
 ε-prediction. On a GPU the networks have the published shape; on a CPU that would be a few epochs, so they are smaller
-unless told otherwise (`--shape`). What is done is not done again: the same command goes on after an interruption. All
-cells are judged on one log scale, so that the paper's, which are no counts, can be judged at all.
+unless told otherwise (`--shape`). What is done is not done again: the same command goes on after an interruption, in
+the middle of a training too. What the layers of a network do is measured at the end of its first seed. All cells are
+judged on one log scale, so that the paper's, which are no counts, can be judged at all.
 """
 
 import argparse
 import functools
 import json
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -37,6 +43,7 @@ from speed import closest_depth, forward_flop, peak_memory
 from wbdit_diffusers import ProgramCodec, ScRNAGenerationPipeline, WhiteBoxDiTModel
 from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
 from wbdit_diffusers.evaluation import evaluate_cells
+from wbdit_diffusers.interpretation.layers import measure_layers
 from wbdit_diffusers.processing.normalize import log_normalize
 from wbdit_diffusers.training import config_from_args, train
 
@@ -51,8 +58,10 @@ DATASETS = [
     "pollen_smartseq",
     "hnscc_puram_chetah_subset_log",
 ]
+MODELS = [DEFAULT, WHITE_BOX, DIT, LARGE]
 SHAPES = {"full": {}, "small": {"patch_size": 40, "num_attention_heads": 4, "attention_head_dim": 24}}
 DEPTH, NUM_GENES, BATCH_SIZE = 3, 2000, 16
+LAYER_TIMESTEPS = [99, 299, 499, 799]
 
 
 def flags_of(shape: dict[str, int]) -> list[str]:
@@ -137,13 +146,13 @@ class Dataset:
         flags += ["--output_dir", self.folder / f"{model}, seed {seed}", "--seed", seed, "--num_genes", NUM_GENES]
         flags += ["--max_train_steps", 10**9, "--max_train_epochs", 10**9, "--max_train_minutes", minutes]
         flags += ["--validation_steps", validation_steps, "--checkpointing_steps", checkpointing_steps]
+        flags += ["--resume_from_checkpoint", "latest"]  # of an interrupted training
         return [str(flag) for flag in flags]
 
     def train_model(self, model: str, seed: int, minutes: float) -> dict:
         """Trains; returns log and peak memory: of a process of its own, or what was allocated on the GPU."""
         flags = self.flags(model, seed, minutes)
         folder = self.folder / f"{model}, seed {seed}"
-        shutil.rmtree(folder, ignore_errors=True)  # of an interrupted training
         if self.args.device == "cpu":
             command = [sys.executable, "-m", "wbdit_diffusers.training", *flags]
             peak = peak_memory(command, os.environ | {"ACCELERATE_USE_CPU": "true"})
@@ -213,6 +222,12 @@ class Dataset:
         obs = labels.set_axis([f"cell_{i}" for i in range(len(labels))])
         return ad.AnnData(x, obs=obs, var=pd.DataFrame(index=pipe.processor.var_names))
 
+    def layers(self, model: str) -> dict:
+        """What attention and ISTA of the first seed do to held-out cells, over layers and timesteps."""
+        pipe = ScRNAGenerationPipeline.from_pretrained(self.folder / f"{model}, seed 0")
+        rows = measure_layers(pipe.denoiser, pipe.scheduler, pipe.encode_cells(self.test), None, LAYER_TIMESTEPS)
+        return {"rows": rows}
+
     def judge(self, samples: list[ad.AnnData]) -> dict:
         """Metrics of the samples and of the real reference, matched by the labels that the model has."""
         label_keys = list(samples[0].obs) or ["cell_type"]
@@ -247,25 +262,28 @@ def reproduce(name: str, entry: dict, minutes: float, args: argparse.Namespace, 
         sample.write_h5ad(data.folder / f"{model}, epoch {epoch}.h5ad", compression="gzip")
         return data.judge([sample])["generated"]
 
+    networks = [model for model in (WHITE_BOX, DIT) if model in args.models]
     # Turn by turn, so that a slower hour of the machine meets both
     for seed in range(args.num_seeds):
-        for model in (WHITE_BOX, DIT):
+        for model in networks:
             record(model, "runs", str(seed), data.train_model, model, seed, minutes)
-    record(LARGE, "runs", "0", data.train_model, LARGE, 0, minutes)
-    record(DEFAULT, "runs", "0", data.train_model, DEFAULT, 0, minutes * args.num_seeds)
+    if LARGE in args.models:
+        record(LARGE, "runs", "0", data.train_model, LARGE, 0, minutes)
+    if DEFAULT in args.models:
+        record(DEFAULT, "runs", "0", data.train_model, DEFAULT, 0, minutes * args.num_seeds)
 
-    for model in (DEFAULT, WHITE_BOX, DIT):
-        record(model, "samplers", "20", judge_steps, model, 20, args.num_seeds)
-    record(LARGE, "samplers", "20", judge_steps, LARGE, 20, 1)
-    for model in (WHITE_BOX, DIT):
+    for model in args.models:
+        record(model, "samplers", "20", judge_steps, model, 20, 1 if model == LARGE else args.num_seeds)
+    for model in networks:
+        record(model, "layers", "0", data.layers, model)
         for epoch, checkpoint in data.checkpoints(model).items():
             record(model, "epochs", str(epoch), judge_checkpoint, model, epoch, checkpoint)
-    for model in (WHITE_BOX, DIT):
+    for model in networks:
         for steps in (20, 100, 1000):  # bfloat16 for their time; the first shows what it costs.
             record(model, "samplers", f"{steps}, bfloat16", judge_steps, model, steps, 1, torch.bfloat16)
-    for model in (WHITE_BOX, DIT, DEFAULT):
+    for model in args.models:
         path = data.folder / f"{model}, five times.h5ad"
-        if not path.exists():
+        if model != LARGE and not path.exists():
             partial = path.with_suffix(".partial")
             data.sample(model, 0, 20, times=5).write_h5ad(partial, compression="gzip")
             partial.replace(path)
@@ -285,7 +303,9 @@ def main():
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="Of the paper's networks: small on a CPU by default.")
+    parser.add_argument("--train_minutes", type=float, help="Of each training, in place of a share of the budget.")
     parser.add_argument("--num_seeds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help="Only some.")
     parser.add_argument("--max_cells", type=int, help="Held-out cells to judge on: 200 on a CPU, 5,000 on a GPU.")
     parser.add_argument("--output", type=Path, help="JSON; outputs/reproduction_DEVICE.json by default.")
     parser.add_argument("--work_dir", type=Path, help="Models and samples; beside the JSON by default.")
@@ -307,13 +327,12 @@ def main():
 
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     # On two cores, more than half of the time goes into sampling and judging.
-    minutes = 0.45 * args.budget_minutes / len(names) / (3 * args.num_seeds + 1)
+    minutes = args.train_minutes or 0.45 * args.budget_minutes / len(names) / (3 * args.num_seeds + 1)
     settings = {
         "shape": args.shape,
         "device": args.device,
         "num_seeds": args.num_seeds,
         "max_cells": args.max_cells,
-        "minutes": minutes,
     }
     if results.setdefault("settings", settings) != settings and not args.figures:
         parser.error(

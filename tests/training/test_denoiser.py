@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny import column, read_log, tiny_config, weights
 
-from wbdit_diffusers import ScRNAProcessor, WhiteBoxDiTModel
+from wbdit_diffusers import GaussianMixtureDenoiser, ScRNAProcessor, WhiteBoxDiTModel
 from wbdit_diffusers.data import CellDataset
 from wbdit_diffusers.sampling import training_scheduler
 from wbdit_diffusers.training import train
@@ -134,7 +134,7 @@ def test_few_cells_are_not_passed_over_without_end(pbmc, tmp_path, caplog):
 
 def test_accumulated_gradients_are_those_of_one_larger_batch(pbmc, tmp_path, monkeypatch):
     # The noise depends on the number of the batch, so here the loss has none
-    def loss_without_noise(model, noise_scheduler, batch, generator):
+    def loss_without_noise(model, noise_scheduler, batch, *_):
         latents = batch["latents"]
         return F.mse_loss(model(latents, 500, return_dict=False)[0], latents.roll(1, 1))
 
@@ -181,6 +181,40 @@ def test_the_loss_of_a_perfect_prediction_is_zero(prediction_type):
 
     batch = {"latents": latents, "class_labels": torch.zeros(32, 0, dtype=torch.long)}
     assert diffusion_loss(perfect, scheduler, batch, torch.Generator().manual_seed(0)) < 1e-5
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_mixture_s_share_of_the_target(prediction_type):
+    latents = torch.randn(300, 3, generator=torch.Generator().manual_seed(1)) * torch.tensor([0.5, 1.0, 2.0])
+    labels = torch.arange(300)[:, None] % 2
+    mixture = GaussianMixtureDenoiser.fit(latents, labels, (2,), training_scheduler("v_prediction"))
+    scheduler = training_scheduler(prediction_type)
+    batch = {"latents": latents, "class_labels": labels}
+
+    def closed_form(noisy_latents, timesteps, class_labels, return_dict):
+        a, s = mixture.signal_and_noise(timesteps, len(noisy_latents))
+        velocity = mixture(noisy_latents, timesteps, class_labels).sample
+        answers = {"epsilon": s * noisy_latents + a * velocity, "v_prediction": velocity}
+        return (answers.get(prediction_type, a * noisy_latents - s * velocity),)
+
+    def loss(share: float) -> float:
+        generator = torch.Generator().manual_seed(0)
+        return diffusion_loss(closed_form, scheduler, batch, generator, mixture, share).item()
+
+    of_cells = diffusion_loss(closed_form, scheduler, batch, torch.Generator().manual_seed(0)).item()
+    assert loss(1.0) < 1e-9 < of_cells
+    assert loss(0.3) == pytest.approx(0.7**2 * of_cells, rel=1e-4)
+    assert loss(0.0) == pytest.approx(of_cells, rel=1e-4)
+
+
+def test_a_network_learns_faster_from_the_mixture(pbmc, tmp_path):
+    """By the loss of held-out cells, in which the mixture has no share."""
+    losses = {}
+    for share in (0.0, 0.3):
+        config = tiny_config(tmp_path / str(share), mixture_share=share, max_train_steps=100, validation_steps=100)
+        train(pbmc, config)
+        losses[share] = column(tmp_path / str(share), "validation_loss")[-1]
+    assert losses[0.3] < losses[0.0]
 
 
 def test_ema_is_an_average_and_without_it_the_last_weights(pbmc, tmp_path):

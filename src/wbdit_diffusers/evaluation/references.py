@@ -87,8 +87,8 @@ def mixture_latents(
     latents: np.ndarray, class_labels: np.ndarray, wanted_labels: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """
-    Draws from one Gaussian mixture per combination of labels: full covariances, 1 to 8 components by the Bayesian
-    information criterion, each covariance shrunk as in [`gaussian_latents`]. The arguments are the same.
+    Draws from one Gaussian mixture per combination of labels: full covariances, 1 to 32 components by the likelihood
+    of cells that are set aside, each covariance shrunk as in [`gaussian_latents`]. The arguments are the same.
     """
 
     def draw(own: np.ndarray, pooled: np.ndarray, number: int) -> np.ndarray:

@@ -89,9 +89,9 @@ def draw_baselines(
         seed (`int`, defaults to 0): Seed of the first sample; the others follow.
 
     Returns:
-        `dict[str, list[AnnData]]`: `"Gaussian per label"` and `"Gaussian mixture per label"` (components by BIC), see
-        [`~evaluation.references.mixture_latents`]; `"training latents resampled"` is what a denoiser without any error
-        would give.
+        `dict[str, list[AnnData]]`: `"Gaussian per label"` and `"Gaussian mixture per label"` (components by
+        cross-validation), see [`~evaluation.references.mixture_latents`]; `"training latents resampled"` is what a
+        denoiser without any error would give.
     """
     latents = pipe.encode_cells(train)
     known, wanted = pipe.processor.encode_labels(train), pipe.processor.encode_labels(test)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..models.codec_programs import ProgramCodec
-from ..models.gaussian_mixture import GaussianMixtureDenoiser, labels_of_cells
+from ..models.gaussian_mixture import MAX_COMPONENTS, GaussianMixtureDenoiser, labels_of_cells
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 
@@ -56,14 +56,14 @@ class HeldDenoiser(nn.Module):
         return ((a * hidden_states - clean) / s,)
 
 
-def fit_mixture(pipe: ScRNAGenerationPipeline, cells, max_components: int = 8) -> GaussianMixtureDenoiser:
+def fit_mixture(pipe: ScRNAGenerationPipeline, cells, max_components: int = MAX_COMPONENTS) -> GaussianMixtureDenoiser:
     """
     The closed form that a pipeline's denoiser is compared with, and held by.
 
     Args:
         pipe ([`ScRNAGenerationPipeline`]): Whose codec and labels are used; its scheduler takes a velocity.
         cells (`AnnData`): The cells that it was trained on.
-        max_components (`int`, defaults to 8): Of one combination of labels.
+        max_components (`int`, defaults to 32): Of one combination of labels.
     """
     return GaussianMixtureDenoiser.fit(
         pipe.encode_cells(cells),

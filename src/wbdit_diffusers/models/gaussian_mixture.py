@@ -13,7 +13,9 @@ from .loading import CheckedModel, check_integer, check_num_parameters, check_si
 
 
 PSEUDO_CELLS = 20  # weight of the covariance pooled within labels in that of one component
-MAX_COMPONENTS = 8  # of one combination of labels
+MAX_COMPONENTS = 32  # of one combination of labels
+COMPONENTS = [2, 3, 4, 6, 8, 12, 16, 24, 32]  # numbers that are tried, beside 1
+MANY_CELLS = 2000  # of which a quarter, set aside once, chooses the number of components
 SMALLEST_VARIANCE = 1e-3  # of a direction, of standardised latents
 
 
@@ -76,15 +78,16 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
         seed: int = 0,
     ) -> "GaussianMixtureDenoiser":
         """
-        Fits full covariances, with as many components for each combination of labels as the Bayesian information
-        criterion says. Each covariance is shrunk towards the one pooled within labels with the weight of 20 cells.
+        Fits full covariances, with as many components for each combination of labels as give cells that were set
+        aside the largest likelihood. Each covariance is shrunk towards the one pooled within labels with the weight of
+        20 cells.
 
         Args:
             latents (`torch.Tensor` of shape `(cells, sample_size)`): Latents of the training cells.
             class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`): Their labels.
             condition_sizes (`tuple[int]`): Number of categories of each label key.
             noise_scheduler ([`DDPMScheduler`]): Its noise schedule is the denoiser's; it must predict the velocity.
-            max_components (`int`, defaults to 8): Of one combination of labels.
+            max_components (`int`, defaults to 32): Of one combination of labels.
             seed (`int`, defaults to 0): Of the fit.
 
         Raises:
@@ -103,14 +106,12 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
         means, covariances, weights, labels = [], [], [], []
         for i, combination in enumerate(combinations):
             own = values[index == i]
-            for share in mixture_responsibilities(own, pooled, seed, max_components).T:
-                number = share.sum()
-                mean = share @ own / number
-                scatter = (own - mean).T @ (share[:, None] * (own - mean))
-                covariances.append((scatter + PSEUDO_CELLS * pooled_covariance) / (number + PSEUDO_CELLS))
-                means.append(mean)
-                weights.append(number / len(values))
-                labels.append(combination)
+            shares = mixture_responsibilities(own, pooled, seed, max_components)
+            own_means, own_covariances = weighted_gaussians(own, shares, pooled_covariance)
+            means += list(own_means)
+            covariances += list(own_covariances)
+            weights += list(shares.sum(axis=0) / len(values))
+            labels += [combination] * shares.shape[1]
         model = cls(
             sample_size=values.shape[1],
             num_components=len(means),
@@ -248,27 +249,72 @@ def labels_of_cells(class_labels: torch.Tensor | None, label_index: torch.Tensor
     return class_labels.reshape(len(class_labels), -1)[label_index]
 
 
+def weighted_gaussians(
+    own: np.ndarray, responsibilities: np.ndarray, pooled_covariance: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means `(components, sample_size)` and shrunk covariances `(components, sample_size, sample_size)`."""
+    means, covariances = [], []
+    for share in responsibilities.T:
+        number = share.sum()
+        mean = share @ own / number
+        scatter = (own - mean).T @ (share[:, None] * (own - mean))
+        means.append(mean)
+        covariances.append((scatter + PSEUDO_CELLS * pooled_covariance) / (number + PSEUDO_CELLS))
+    return np.stack(means), np.stack(covariances)
+
+
 def mixture_responsibilities(
     own: np.ndarray, pooled: np.ndarray, seed: int, max_components: int = MAX_COMPONENTS
 ) -> np.ndarray:
     """
-    Which component each cell belongs to, `(cells, components)`, of the mixture with the best Bayesian information
-    criterion.
+    Which component each cell belongs to, `(cells, components)`, of the mixture under which cells that were set aside
+    are the likeliest: a quarter of them, each in turn where they are few. Numbers of components are tried from 1 up
+    until more no longer help.
 
     Args:
         own (`np.ndarray` of shape `(cells, sample_size)`): Latents of cells of one combination of labels.
         pooled (`np.ndarray` of shape `(all cells, sample_size)`): Deviations of all cells from their label's mean.
         seed (`int`): Of the fit.
-        max_components (`int`, defaults to 8): At most.
+        max_components (`int`, defaults to 32): At most.
     """
+    from scipy.stats import multivariate_normal
     from sklearn.mixture import GaussianMixture  # slow to import
+    from sklearn.model_selection import KFold, train_test_split
 
-    # A full covariance of fewer cells than dimensions is degenerate, and its likelihood has no bound.
+    # Components of fewer cells than dimensions have little to go by but the pooled covariance.
     most = max(1, min(max_components, len(own) // (own.shape[1] + 1)))
     if most == 1:
         return np.ones((len(own), 1))
     floor = 0.01 * pooled.var(axis=0).mean() + 1e-12
-    fits = [
-        GaussianMixture(components, reg_covar=floor, random_state=seed).fit(own) for components in range(1, most + 1)
-    ]
-    return min(fits, key=lambda fit: fit.bic(own)).predict_proba(own)
+    pooled_covariance = pooled.T @ pooled / len(pooled) + floor * np.eye(own.shape[1])
+
+    def fit(cells: np.ndarray, components: int, tol: float) -> np.ndarray:
+        if components == 1:
+            return np.ones((len(cells), 1))
+        mixture = GaussianMixture(components, tol=tol, reg_covar=floor, random_state=seed)
+        return mixture.fit(cells).predict_proba(cells)
+
+    if len(own) > MANY_CELLS:
+        splits = [train_test_split(np.arange(len(own)), test_size=0.25, random_state=seed)]
+    else:
+        splits = list(KFold(4, shuffle=True, random_state=seed).split(own))
+
+    def likelihood(components: int) -> float:
+        """Of the cells that were set aside, the logarithm."""
+        total = 0.0
+        for kept, aside in splits:
+            shares = fit(own[kept], components, tol=0.01)
+            means, covariances = weighted_gaussians(own[kept], shares, pooled_covariance)
+            parts = [
+                np.log(weight) + multivariate_normal.logpdf(own[aside], mean, covariance)
+                for weight, mean, covariance in zip(shares.mean(axis=0), means, covariances)
+            ]
+            total += np.logaddexp.reduce(np.reshape(parts, (components, -1)), axis=0).sum()
+        return total
+
+    best, best_likelihood = 1, likelihood(1)
+    for components in [number for number in COMPONENTS if number <= most]:
+        if (now := likelihood(components)) <= best_likelihood:
+            break
+        best, best_likelihood = components, now
+    return fit(own, best, tol=0.001)

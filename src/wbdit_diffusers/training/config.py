@@ -164,6 +164,10 @@ class DenoiserConfig:
     """Number of attention heads, in a White-Box block the number of subspaces."""
     attention_head_dim: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Dimension of a head. The width of the network is this times the number of heads."""
+    mixture_share: Fraction = 0.3
+    """With gene programs the network first learns what a Gaussian mixture for each label predicts in closed form, and
+    then more and more from the cells themselves: at the end this share of its target is still the mixture's. With 0 it
+    learns from the cells alone."""
     condition_dropout: Share = 0.1
     """Share of the cells that are trained on without their labels, which guidance needs."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
@@ -292,6 +296,8 @@ class TrainingConfig(
     def _refuse_what_has_no_effect(self):
         other = ExpressionCodecConfig if self.codec == "program" else ProgramCodecConfig
         idle = [(f"--codec {self.codec}", [field.name for field in dataclasses.fields(other)])]
+        if self.codec == "expression":
+            idle.append(("--codec expression", ["mixture_share"]))
         if self.num_programs is not None:
             idle.append(("--num_programs", ["min_programs", "max_programs", "min_program_gain"]))
         if self.max_train_minutes is None:

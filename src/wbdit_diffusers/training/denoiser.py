@@ -20,7 +20,9 @@ from tqdm.auto import tqdm
 
 from ..data.dataset import CellDataset, StreamedCellDataset, prefetch
 from ..data.order import BatchSampler
+from ..models.gaussian_mixture import GaussianMixtureDenoiser
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
+from ..sampling import training_scheduler
 from .checkpoints import check_finite, load_checkpoint, read_state, save_checkpoint, write_whole
 from .config import TrainingConfig
 from .processes import TrainingInterrupted, interruption, together
@@ -29,15 +31,34 @@ from .processes import TrainingInterrupted, interruption, together
 logger = get_logger(__name__)
 
 MAX_TOKENS = 32  # of a cell, where no patch size is given: steps of more take minutes too many on a CPU
+MIXTURE_CELLS = 20_000  # of which the Gaussian mixture is fitted
+MAX_LABELS_OF_MIXTURE = 512  # combinations, each of which is a component for every cell
 VALIDATION_CELLS = 512
 VALIDATION_DRAWS = 4  # of noise and timesteps, for each of these cells
 LOG_COLUMNS = ["step", "epoch", "seconds", "learning_rate", "loss", "validation_loss"]
 
 
 def diffusion_loss(
-    model: torch.nn.Module, noise_scheduler: DDPMScheduler, batch: dict[str, torch.Tensor], generator: torch.Generator
+    model: torch.nn.Module,
+    noise_scheduler: DDPMScheduler,
+    batch: dict[str, torch.Tensor],
+    generator: torch.Generator,
+    mixture: GaussianMixtureDenoiser | None = None,
+    share: float = 0.0,
 ) -> torch.Tensor:
-    """Mean squared error of the prediction at one random timestep for each cell."""
+    """
+    Mean squared error of the prediction at one random timestep for each cell.
+
+    Args:
+        model (`torch.nn.Module`): Predicts what the scheduler takes.
+        noise_scheduler ([`DDPMScheduler`]): The forward process.
+        batch (`dict`): `latents` (batch, num_features) and `class_labels` (batch, num_label_keys).
+        generator (`torch.Generator`): Of noise and timesteps.
+        mixture ([`GaussianMixtureDenoiser`], *optional*):
+            Its prediction is this `share` of the target. It is the mean of what a cell may be without its noise, and
+            has none of the chance that a single cell's own noise has.
+        share (`float`, defaults to 0.0): From 0 to 1.
+    """
     latents = batch["latents"]  # (batch, num_features)
     noise = torch.randn(latents.shape, generator=generator, device=latents.device)
     # Timestep 0 is left out, as in the paper.
@@ -48,6 +69,12 @@ def diffusion_loss(
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     class_labels = batch["class_labels"] if batch["class_labels"].shape[1] else None
     prediction = model(noisy_latents, timesteps, class_labels=class_labels, return_dict=False)[0]
+    if mixture is not None:
+        with torch.no_grad():
+            velocity = mixture(noisy_latents, timesteps, class_labels, return_dict=False)[0]
+        a, s = mixture.signal_and_noise(timesteps, len(latents))  # (batch, 1) each
+        latents = torch.lerp(latents, a * noisy_latents - s * velocity, share)
+        noise = torch.lerp(noise, s * noisy_latents + a * velocity, share)
     target = {
         "epsilon": lambda: noise,
         "v_prediction": lambda: noise_scheduler.get_velocity(latents, noise, timesteps),
@@ -56,11 +83,17 @@ def diffusion_loss(
     return F.mse_loss(prediction.float(), target)
 
 
-def learning_rate(config: TrainingConfig, max_train_steps: int, step: int, seconds: float) -> float:
-    """Warm-up, a plateau, and a linear decay that ends with the training, be that by steps or by time."""
+def progress_of(config: TrainingConfig, max_train_steps: int, step: int, seconds: float) -> float:
+    """From 0 to 1 at the end of the training, be that by steps or by time."""
     progress = step / max_train_steps
     if config.max_train_minutes is not None:
         progress = max(progress, seconds / (config.max_train_minutes * 60))
+    return min(progress, 1.0)
+
+
+def learning_rate(config: TrainingConfig, max_train_steps: int, step: int, seconds: float) -> float:
+    """Warm-up, a plateau, and a linear decay that ends with the training."""
+    progress = progress_of(config, max_train_steps, step, seconds)
     warmup = min(1.0, (step + 1) / max(config.lr_warmup_steps, 1))
     decay = min(1.0, (1 - progress) / config.lr_decay_fraction) if config.lr_decay_fraction > 0 else 1.0
     return config.learning_rate * warmup * max(decay, 0.01)
@@ -85,6 +118,18 @@ def batch_sizes(config: TrainingConfig, num_cells: int, num_processes: int) -> t
             f" batches of {batch_size} cells, and a step can't take more: lower it."
         )
     return batch_size, batch_size * config.gradient_accumulation_steps * num_processes
+
+
+def fit_mixture(dataset: CellDataset, seed: int) -> GaussianMixtureDenoiser | None:
+    """The closed form that the network learns from, of 20,000 training cells at most; `None` where so many labels
+    would make it slower than the network."""
+    chosen = np.random.default_rng(seed).permutation(len(dataset))[:MIXTURE_CELLS]
+    batch = dataset.__getitems__(np.sort(chosen).tolist())
+    if len(set(map(tuple, batch["class_labels"].tolist()))) > MAX_LABELS_OF_MIXTURE:
+        logger.info(f"More than {MAX_LABELS_OF_MIXTURE} combinations of labels: there is no --mixture_share.")
+        return None
+    scheduler = training_scheduler("v_prediction")
+    return GaussianMixtureDenoiser.fit(**batch, condition_sizes=dataset.condition_sizes, noise_scheduler=scheduler)
 
 
 class DenoiserTraining:
@@ -116,6 +161,11 @@ class DenoiserTraining:
         self.config, self.accelerator, self.noise_scheduler = config, accelerator, noise_scheduler
         self.start_time, self.global_step = start_time, 0
         self.train_dataset, self.num_seen = train_dataset, 0  # cells that all processes together have seen
+        self.mixture: GaussianMixtureDenoiser | None = None
+        if config.codec == "program" and config.mixture_share > 0:
+            self.mixture = fit_mixture(train_dataset, config.seed)
+        if self.mixture is not None:
+            self.mixture.to(accelerator.device)
         self._losses_before: list[float] = []  # of the run that is gone on with, since its last line of the log
         self.log_path = config.output_dir / "training_log.csv"
         model = WhiteBoxDiTModel(
@@ -243,10 +293,12 @@ class DenoiserTraining:
         batch_of_step = 0
         for batch in batches:
             self.num_seen += self.batch_size * accelerator.num_processes
+            now = config, self.max_train_steps, self.global_step, self.seconds
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(config, self.max_train_steps, self.global_step, self.seconds)
+                group["lr"] = learning_rate(*now)
+            generator, share = self.batch_generator(batch_of_step), 1 - (1 - config.mixture_share) * progress_of(*now)
             with accelerator.accumulate(self.model):
-                loss = diffusion_loss(self.model, self.noise_scheduler, batch, self.batch_generator(batch_of_step))
+                loss = diffusion_loss(self.model, self.noise_scheduler, batch, generator, self.mixture, share)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
