@@ -30,6 +30,7 @@ METRICS = {
     "paper_wasserstein": "paper W1",
     "paper_mmd": "paper MMD",
 }
+LAYER_COLUMNS = ["coding rate, own", "coding rate, random", "cosine to the descent", "sparse coding"]
 METRICS_BY_EPOCH = ("rf_auc", "auc_forest", "auc_boosting", "auc_regression", "w2", "mmd2")
 
 
@@ -67,13 +68,15 @@ def table_of_losses(complete: dict) -> list[str]:
     """The verdict on White-Box against DiT."""
     rows = []
     for name, entry in complete.items():
-        runs = {model: entry["models"][model]["runs"] for model in (WHITE_BOX, DIT, LARGE)}
+        runs = {model: parts["runs"] for model, parts in entry["models"].items() if model != DEFAULT}
         seconds = [
             runs[DIT][seed]["seconds_per_epoch"] / runs[WHITE_BOX][seed]["seconds_per_epoch"]
             for seed in runs[WHITE_BOX]
         ]
         ratios = [
-            ratio_at(runs[model], runs[DIT], axis) for model in (WHITE_BOX, LARGE) for axis in ("epoch", "seconds")
+            ratio_at(runs.get(model, {}), runs[DIT], axis)
+            for model in (WHITE_BOX, LARGE)
+            for axis in ("epoch", "seconds")
         ]
         rows.append([name, mean_sd(seconds, 2), *map(mean_sd, ratios)])
     header = ["dataset", "seconds per epoch, DiT / White-Box", "held-out loss, White-Box / DiT: at equal epochs"]
@@ -130,11 +133,27 @@ def table_of_epochs(complete: dict) -> list[str]:
     return markdown([*header, *(METRICS[key] for key in columns)], rows)
 
 
+def table_of_layers(complete: dict) -> list[str]:
+    """What attention and ISTA do, means over layers and timesteps, beside the same blocks untrained."""
+    rows = []
+    for name, entry in complete.items():
+        for model, parts in entry["models"].items():
+            for network in ("trained", "untrained"):
+                layers = [row for row in parts.get("layers", {}).get("0", {"rows": []})["rows"] if "own" in row]
+                layers = [row for row in layers if row["network"] == network]
+                if layers:
+                    means = [np.mean([row[key] for row in layers]) for key in ("own", "random", "cosine", "objective")]
+                    cells = [f"{value:+.1%}" for value in means[:2]] + [f"{means[2]:.3f}", f"{means[3]:+.1%}"]
+                    rows.append([name, model, network, *cells])
+    return markdown(["dataset", "model", "matrices", *LAYER_COLUMNS], rows) if rows else []
+
+
 def tables(results: dict) -> str:
     """All tables, of the datasets that are complete."""
     complete = {name: entry for name, entry in results["datasets"].items() if "seconds" in entry}
     lines = [*table_of_losses(complete), "", *table_of_costs(complete, results["networks"])]
     lines += ["", *table_of_cells(complete), "", *table_of_epochs(complete)]
+    lines += ["", *table_of_layers(complete)]
     missing = sorted(set(results["datasets"]) - set(complete))
     if missing:
         lines += ["", f"Not complete: {', '.join(missing)}."]
@@ -164,17 +183,20 @@ def draw_dataset(growing: list[Axes], many: list[Axes], entry: dict, data: Any):
     def load(file_name: str) -> ad.AnnData:
         return read_cells(data.folder / f"{file_name}.h5ad")
 
-    last = load(f"{WHITE_BOX}, 20 steps")
+    steps = list(entry["models"][WHITE_BOX]["samplers"])
+    steps = 1000 if DEFAULT not in entry["models"] and "1000" in steps else 20
+    last = load(f"{WHITE_BOX}, {steps} steps")
     real, train_cells = data.test[:, last.var_names], data.train[:, last.var_names]
     epochs = list(entry["models"][WHITE_BOX].get("epochs", {}))[-3:]
     for axis, epoch in zip(growing, epochs):
         draw_cells(axis, f"epoch {epoch}", {"real": real, WHITE_BOX: load(f"{WHITE_BOX}, epoch {epoch}")})
     end = entry["models"][WHITE_BOX]["runs"]["0"]["epochs"]
     draw_cells(growing[3], f"epoch {end:.0f}, the end", {"real": real, WHITE_BOX: last})
-    draw_cells(growing[4], DEFAULT, {"real": real, DEFAULT: load(f"{DEFAULT}, 20 steps")})
-    draw_cells(many[0], "paper's setting", {"real": real, WHITE_BOX: last, DIT: load(f"{DIT}, 20 steps")})
+    other = DEFAULT if DEFAULT in entry["models"] else DIT
+    draw_cells(growing[4], other, {"real": real, other: load(f"{other}, {20 if other == DEFAULT else steps} steps")})
+    draw_cells(many[0], "paper's setting", {"real": real, WHITE_BOX: last, DIT: load(f"{DIT}, {steps} steps")})
     real = train_cells[np.random.default_rng(0).permutation(train_cells.n_obs)[: 5 * real.n_obs]]
-    for axis, model in zip(many[1:], (WHITE_BOX, DEFAULT)):
+    for axis, model in zip(many[1:], (WHITE_BOX, other)):
         draw_cells(axis, f"five times as many: {model}", {"real": real, model: load(f"{model}, five times")})
     for axes in (growing, many):
         axes[0].set_ylabel(data.name, fontsize=8)
@@ -184,7 +206,7 @@ def draw_losses(axes: list[Axes], name: str, entry: dict):
     """Held-out loss of every run over epochs, and over seconds."""
     for axis, key in zip(axes, ("epoch", "seconds")):
         for model in (WHITE_BOX, DIT, LARGE):
-            for i, run in enumerate(entry["models"][model]["runs"].values()):
+            for i, run in enumerate(entry["models"].get(model, {"runs": {}})["runs"].values()):
                 label = model if i == 0 else None
                 axis.plot(run["log"][key], run["log"]["validation_loss"], color=COLOURS[model], label=label)
         axis.set(xlabel=key, yscale="log")

@@ -58,7 +58,7 @@ def sample(scheduler, generator, num_cells=150, batch_size=None, num_inference_s
     batches = [
         denoise(
             *(predict, scheduler, noise.batch(start, min(start + batch_size, num_cells))),
-            *(4, num_inference_steps, CPU, torch.float32),
+            *(4, num_inference_steps, CPU),
             **kwargs,
         )
         for start in range(0, num_cells, batch_size)

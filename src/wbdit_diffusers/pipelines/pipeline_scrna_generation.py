@@ -354,10 +354,10 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
         labels = LabelBatch.from_class_labels(class_labels, config.condition_sizes, device)
 
         def predict(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return predict_guided(self.denoiser, latents, t, labels, self.guidance_scale)
+            return predict_guided(self.denoiser, latents.to(self.denoiser.dtype), t, labels, self.guidance_scale)
 
         denoised = denoise(
-            *(predict, self.scheduler, noise, config.sample_size, num_inference_steps, device, self.denoiser.dtype),
+            *(predict, self.scheduler, noise, config.sample_size, num_inference_steps, device),
             latents=latents,
             on_step_end=on_step_end,
         )

@@ -16,12 +16,12 @@ def denoise(
     num_features: int,
     num_inference_steps: int,
     device: torch.device,
-    dtype: torch.dtype,
     latents: torch.Tensor | None = None,
     on_step_end: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
-    Takes one batch through the reverse process.
+    Takes one batch through the reverse process. Latents are float32 throughout, whatever the network computes in: in
+    half precision many small steps would be rounded away.
 
     Args:
         predict (`Callable`): `predict(latents, timestep)`, what the scheduler's `prediction_type` says.
@@ -30,7 +30,6 @@ def denoise(
         num_features (`int`): Values per cell.
         num_inference_steps (`int`): Denoising steps.
         device (`torch.device`): Where the latents are.
-        dtype (`torch.dtype`): Their type.
         latents (`torch.Tensor` of shape `(cells, num_features)`, *optional*): The initial noise, instead of drawn one.
         on_step_end (`Callable`, *optional*):
             `on_step_end(step, timestep, latents)` returns the latents to go on with.
@@ -46,7 +45,7 @@ def denoise(
     step_kwargs = {"generator": noise.generators} if accepts_generator else {}
 
     # The scheduler works on whole blocks, for which it draws its noise; the denoiser on the batch's own cells.
-    blocks = noise.normal(num_features, device, dtype)  # (blocks, cells per block, num_features)
+    blocks = noise.normal(num_features, device)  # (blocks, cells per block, num_features)
     if latents is not None:
         blocks = noise.put(blocks, latents)
     blocks = blocks * scheduler.init_noise_sigma
@@ -55,7 +54,7 @@ def denoise(
         model_output = predict(noise.take(scheduler.scale_model_input(blocks, t)), t)  # (cells, num_features)
         finite["denoiser"].append(torch.isfinite(model_output).all())
         model_output = noise.put(torch.zeros_like(blocks), model_output)
-        blocks = scheduler.step(model_output, t, blocks, **step_kwargs, return_dict=False)[0].to(dtype)
+        blocks = scheduler.step(model_output, t, blocks, **step_kwargs, return_dict=False)[0]
         cells = noise.take(blocks)
         finite["scheduler"].append(torch.isfinite(cells).all())
         if on_step_end is not None:

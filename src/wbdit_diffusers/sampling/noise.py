@@ -55,10 +55,10 @@ class NoiseBatch:
     generators: list[torch.Generator]
     rows: torch.Tensor
 
-    def normal(self, num_values: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def normal(self, num_values: int, device: torch.device) -> torch.Tensor:
         """Gaussian numbers of whole blocks, `(blocks, CELLS_PER_BLOCK, num_values)`."""
         shape = (len(self.generators), CELLS_PER_BLOCK, num_values)
-        return randn_tensor(shape, generator=self.generators, device=device, dtype=dtype)
+        return randn_tensor(shape, generator=self.generators, device=device, dtype=torch.float32)
 
     def uniform(self, num_values: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Numbers in [0, 1) of the batch's cells, `(cells, num_values)`."""
