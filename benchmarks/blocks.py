@@ -11,11 +11,13 @@ over layers and timesteps of held-out cells, the change of the coding rate by at
 subspaces, the cosine of its step and the steepest descent, and the change of the objective of sparse coding by ISTA.
 
 With `--labels coarse` the labels that are given are merged to three groups of alike codes, and with `none` network and
-mixture get none: there the network must carry what the labels say otherwise.
+mixture get none: there the network must carry what the labels say otherwise. `--mixture_shares 0 0.3` trains each of
+them on the cells alone, and as the default does, from the mixture at first.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import tempfile
 import time
@@ -108,8 +110,9 @@ def measure(dataset: Path, labels: str, args: argparse.Namespace) -> list[dict]:
     loss_of_mixture = losses["mixture"].mean().item()
     rows = []
     for seed in args.seeds:
-        for name in args.blocks:
-            denoiser, seconds = train_block(pipe, cells, seed, args.max_train_steps, BLOCKS[name])
+        for name, share in itertools.product(args.blocks, args.mixture_shares):
+            flags = BLOCKS[name] | {"mixture_share": share}
+            denoiser, seconds = train_block(pipe, cells, seed, args.max_train_steps, flags)
             losses, _ = held_out_losses({"block": denoiser}, test.latents, class_labels)
             few_labels = None if class_labels is None else class_labels[:LAYER_CELLS]
             layers = measure_layers(denoiser, pipe.scheduler, test.latents[:LAYER_CELLS], few_labels, LAYER_TIMESTEPS)
@@ -118,6 +121,7 @@ def measure(dataset: Path, labels: str, args: argparse.Namespace) -> list[dict]:
                 "dataset": dataset.stem,
                 "labels": labels,
                 "block": name,
+                "mixture_share": share,
                 "seed": seed,
                 "steps": args.max_train_steps,
                 "parameters": denoiser.num_parameters(),
@@ -137,15 +141,15 @@ def measure(dataset: Path, labels: str, args: argparse.Namespace) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """Means over seeds, ± their standard deviation."""
     lines = [
-        "| dataset | labels | block | parameters | steps | seconds | held-out loss | closed form"
+        "| dataset | labels | block | mixture | parameters | steps | seconds | held-out loss | closed form"
         " | coding rate: own / random | steps that lower it | cosine | sparse coding |",
-        "|---" * 12 + "|",
+        "|---" * 13 + "|",
     ]
-    keys = ("dataset", "labels", "block", "steps")
+    keys = ("dataset", "labels", "block", "mixture_share", "steps")
     for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
         own = [row for row in rows if tuple(row[name] for name in keys) == key]
         mean = {name: np.mean([row[name] for row in own]) for name in own[0] if name not in keys[:3]}
-        cells = [*key[:3], f"{mean['parameters']:,.0f}", str(key[3]), f"{mean['seconds']:.0f}"]
+        cells = [*key[:3], str(key[3]), f"{mean['parameters']:,.0f}", str(key[4]), f"{mean['seconds']:.0f}"]
         cells.append(f"{mean['loss']:.4f} ± {np.std([row['loss'] for row in own]):.4f} ({len(own)})")
         cells.append(f"{mean['loss_of_mixture']:.4f}")
         if "own" in mean:
@@ -160,6 +164,7 @@ def table(rows: list[dict]) -> str:
 def main():
     parser = parser_of_rows(__doc__)
     parser.add_argument("--blocks", nargs="+", choices=sorted(BLOCKS), default=list(BLOCKS))
+    parser.add_argument("--mixture_shares", nargs="+", type=float, default=[0.3], help="See `wbdit train --help`.")
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=["given"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of the denoiser's training.")
     parser.add_argument("--max_train_steps", type=int, default=600)
