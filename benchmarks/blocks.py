@@ -38,6 +38,7 @@ from wbdit_diffusers.interpretation.layers import measure_layers
 from wbdit_diffusers.sampling import training_scheduler
 from wbdit_diffusers.training import TrainingConfig
 from wbdit_diffusers.training.denoiser import DenoiserTraining
+from wbdit_diffusers.training.mixture import prepare_mixture
 
 
 BLOCKS = {
@@ -86,6 +87,7 @@ def train_block(
             sample_size=pipe.codec.num_features,
             condition_sizes=cells[0].condition_sizes,
             start_time=time.monotonic(),
+            mixture=prepare_mixture(config, accelerator, cells[0], Path(folder)),
         )
         training.start_log(resumed=False)
         start = time.monotonic()

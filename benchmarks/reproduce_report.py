@@ -153,7 +153,8 @@ def tables(results: dict) -> str:
     complete = {name: entry for name, entry in results["datasets"].items() if "seconds" in entry}
     lines = [*table_of_losses(complete), "", *table_of_costs(complete, results["networks"])]
     lines += ["", *table_of_cells(complete), "", *table_of_epochs(complete)]
-    lines += ["", *table_of_layers(complete)]
+    if layers := table_of_layers(complete):
+        lines += ["", *layers]
     missing = sorted(set(results["datasets"]) - set(complete))
     if missing:
         lines += ["", f"Not complete: {', '.join(missing)}."]
@@ -183,8 +184,7 @@ def draw_dataset(growing: list[Axes], many: list[Axes], entry: dict, data: Any):
     def load(file_name: str) -> ad.AnnData:
         return read_cells(data.folder / f"{file_name}.h5ad")
 
-    steps = list(entry["models"][WHITE_BOX]["samplers"])
-    steps = 1000 if DEFAULT not in entry["models"] and "1000" in steps else 20
+    steps = 20 if DEFAULT in entry["models"] else 1000
     last = load(f"{WHITE_BOX}, {steps} steps")
     real, train_cells = data.test[:, last.var_names], data.train[:, last.var_names]
     epochs = list(entry["models"][WHITE_BOX].get("epochs", {}))[-3:]

@@ -1,5 +1,7 @@
 """The closed form of a Gaussian mixture's denoiser, against brute force and as a pipeline's denoiser."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -116,3 +118,32 @@ def test_it_denoises_in_a_pipeline_and_is_saved(program_pipe, pbmc, tmp_path):
 def test_a_scheduler_that_takes_noise_is_refused(data):
     with pytest.raises(ValueError, match="predicts the velocity, and the scheduler takes 'epsilon'"):
         GaussianMixtureDenoiser.fit(*data, condition_sizes=(3,), noise_scheduler=training_scheduler("epsilon"))
+
+
+# ==================== How many components ====================
+
+
+def test_many_cells_of_many_kinds_have_a_component_each():
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.randint(6, (3000,), generator=generator)
+    latents = 3 * torch.randn(6, 4, generator=generator)[kind] + 0.5 * torch.randn(3000, 4, generator=generator)
+    nothing = torch.zeros(3000, 0, dtype=torch.long)
+    assert GaussianMixtureDenoiser.fit(latents, nothing, (), SCHEDULER).config.num_components == 6
+    assert GaussianMixtureDenoiser.fit(latents, nothing, (), SCHEDULER, max_components=4).config.num_components == 4
+    one = torch.randn(3000, 4, generator=generator)
+    assert GaussianMixtureDenoiser.fit(one, nothing, (), SCHEDULER).config.num_components == 1
+
+
+def test_cells_that_are_alike_can_be_fitted():
+    latents = torch.cat([torch.zeros(40, 9), torch.randn(60, 9, generator=torch.Generator().manual_seed(0))])
+    labels = (torch.arange(100) >= 40).long()[:, None]
+    mixture = GaussianMixtureDenoiser.fit(latents, labels, (2,), SCHEDULER)
+    assert all(torch.isfinite(values).all() for values in mixture.state_dict().values())
+
+
+def test_half_precision_changes_little(data, denoiser):
+    half = copy.deepcopy(denoiser).to(torch.bfloat16)
+    x, labels = data[0][:50], data[1][:50]
+    for timestep in (50, 500):
+        whole = denoiser(x, timestep, labels).sample
+        torch.testing.assert_close(half(x, timestep, labels).sample, whole, atol=0.1, rtol=0)

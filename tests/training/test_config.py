@@ -76,6 +76,7 @@ REFUSED = [
 CONTRADICTIONS = [
     ({"codec": "expression", "num_programs": 8}, "--num_programs has no effect with --codec expression"),
     ({"codec": "expression", "kl_weight": 1.0}, "--kl_weight has no effect with --codec expression"),
+    ({"codec": "expression", "mixture_share": 0.5}, "--mixture_share has no effect with --codec expression"),
     ({"standardize": False}, "--standardize has no effect with --codec program"),
     ({"codec": "program", "model_library_size": False}, "--model_library_size has no effect with --codec program"),
 ]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -60,6 +61,8 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
         for name, value in fitted.items():
             self.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
         self.register_buffer("component_labels", torch.zeros(num_components, len(condition_sizes), dtype=torch.long))
+        null_label = torch.tensor(tuple(condition_sizes), dtype=torch.long)  # one past the last category of each key
+        self.register_buffer("null_label", null_label, persistent=False)
         self.register_buffer("alphas_cumprod", torch.ones(num_train_timesteps))
 
     @property
@@ -144,9 +147,10 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
         class_labels = labels_of_cells(class_labels, label_index)
         a, s = self.signal_and_noise(timestep, len(hidden_states))  # (batch, 1) each
         projected, total, responsibilities = self._responsibilities(hidden_states.float(), a, s, class_labels)
-        shrunk = (1 - self.variances) / total * projected  # (batch, components, sample_size)
-        back = torch.einsum("bkd,ked->bke", shrunk, self.directions)
-        velocities = s[..., None] * (a[..., None] * back - self.means)  # (batch, components, sample_size)
+        means, directions, variances = self._fitted()
+        shrunk = (1 - variances) / total * projected  # (batch, components, sample_size)
+        back = torch.einsum("bkd,ked->bke", shrunk, directions)
+        velocities = s[..., None] * (a[..., None] * back - means)  # (batch, components, sample_size)
         sample = (responsibilities[..., None] * velocities).sum(1).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -176,10 +180,11 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
         """
         a, s = self.signal_and_noise(timestep, len(hidden_states))
         projected, total, responsibilities = self._responsibilities(hidden_states.float(), a, s, class_labels)
-        shrunk = a[..., None] * self.variances / total * projected
-        means = self.means + torch.einsum("bkd,ked->bke", shrunk, self.directions)  # of each component, given x
-        of_vector = torch.einsum("ked,e->kd", self.directions, vector)  # (components, sample_size)
-        within = torch.einsum("bkd,ked->bke", s[..., None] ** 2 * self.variances / total * of_vector, self.directions)
+        means, directions, variances = self._fitted()
+        shrunk = a[..., None] * variances / total * projected
+        means = means + torch.einsum("bkd,ked->bke", shrunk, directions)  # of each component, given x
+        of_vector = torch.einsum("ked,e->kd", directions, vector.float())  # (components, sample_size)
+        within = torch.einsum("bkd,ked->bke", s[..., None] ** 2 * variances / total * of_vector, directions)
         mean = (responsibilities[..., None] * means).sum(1, keepdim=True)
         between = (means - mean) * ((means - mean) @ vector)[..., None]
         return (responsibilities[..., None] * (within + between)).sum(1)
@@ -217,8 +222,12 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
     def signal_and_noise(self, timestep: torch.Tensor | float | int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`sqrt(ᾱ_t)` and `sqrt(1 - ᾱ_t)`, `(batch, 1)` each."""
         timestep = torch.as_tensor(timestep, device=self.means.device).reshape(-1).long()
-        alphas_cumprod = self.alphas_cumprod[timestep].expand(batch)[:, None]
+        alphas_cumprod = self.alphas_cumprod[timestep].float().expand(batch)[:, None]
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+    def _fitted(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Means, directions and variances in float32: differences of likelihoods are lost in half precision."""
+        return self.means.float(), self.directions.float(), self.variances.float()
 
     def _mask(self, class_labels: torch.Tensor | None, batch: int) -> torch.Tensor:
         """0 for the components of a cell's labels, else -inf. The null label, and labels that training never saw
@@ -226,7 +235,7 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
         allowed = torch.ones(batch, self.config.num_components, dtype=torch.bool, device=self.means.device)
         if class_labels is not None and self.config.condition_sizes:
             labels = class_labels.reshape(batch, -1).to(self.means.device)
-            is_null = labels == torch.tensor(self.config.condition_sizes, device=labels.device)
+            is_null = labels == self.null_label
             matches = (labels[:, None] == self.component_labels) | is_null[:, None]  # (batch, components, keys)
             allowed = matches.all(-1)
             allowed = allowed | ~allowed.any(1, keepdim=True)
@@ -234,11 +243,12 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
 
     def _responsibilities(self, x: torch.Tensor, a: torch.Tensor, s: torch.Tensor, class_labels: torch.Tensor | None):
         """`Uᵀ (x - a μ)` and `a² λ + s²`, both `(batch, components, sample_size)`, and the responsibilities."""
-        deviation = x[:, None] - a[..., None] * self.means
-        projected = torch.einsum("bke,ked->bkd", deviation, self.directions)
-        total = a[..., None] ** 2 * self.variances + s[..., None] ** 2
+        means, directions, variances = self._fitted()
+        deviation = x[:, None] - a[..., None] * means
+        projected = torch.einsum("bke,ked->bkd", deviation, directions)
+        total = a[..., None] ** 2 * variances + s[..., None] ** 2
         log_likelihood = -0.5 * (projected**2 / total + total.log()).sum(-1)
-        log_joint = log_likelihood + self.log_weights + self._mask(class_labels, len(x))
+        log_joint = log_likelihood + self.log_weights.float() + self._mask(class_labels, len(x))
         return projected, total, log_joint.softmax(-1)
 
 
@@ -275,9 +285,10 @@ def mixture_responsibilities(
         own (`np.ndarray` of shape `(cells, sample_size)`): Latents of cells of one combination of labels.
         pooled (`np.ndarray` of shape `(all cells, sample_size)`): Deviations of all cells from their label's mean.
         seed (`int`): Of the fit.
-        max_components (`int`, defaults to 32): At most.
+        max_components (`int`, defaults to 32): At most; 1, 2, 3, 4, 6, 8, 12, 16, 24 and 32 are tried.
     """
     from scipy.stats import multivariate_normal
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture  # slow to import
     from sklearn.model_selection import KFold, train_test_split
 
@@ -291,8 +302,11 @@ def mixture_responsibilities(
     def fit(cells: np.ndarray, components: int, tol: float) -> np.ndarray:
         if components == 1:
             return np.ones((len(cells), 1))
-        mixture = GaussianMixture(components, tol=tol, reg_covar=floor, random_state=seed)
-        return mixture.fit(cells).predict_proba(cells)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # what is not quite fitted is judged all the same
+            mixture = GaussianMixture(components, tol=tol, reg_covar=floor, random_state=seed).fit(cells)
+        shares = mixture.predict_proba(cells)
+        return shares[:, shares.sum(axis=0) > 1e-6]  # of cells that are alike, some components get none
 
     if len(own) > MANY_CELLS:
         splits = [train_test_split(np.arange(len(own)), test_size=0.25, random_state=seed)]
@@ -306,15 +320,15 @@ def mixture_responsibilities(
             shares = fit(own[kept], components, tol=0.01)
             means, covariances = weighted_gaussians(own[kept], shares, pooled_covariance)
             parts = [
-                np.log(weight) + multivariate_normal.logpdf(own[aside], mean, covariance)
+                np.log(weight) + np.atleast_1d(multivariate_normal.logpdf(own[aside], mean, covariance))
                 for weight, mean, covariance in zip(shares.mean(axis=0), means, covariances)
             ]
-            total += np.logaddexp.reduce(np.reshape(parts, (components, -1)), axis=0).sum()
+            total += np.logaddexp.reduce(parts, axis=0).sum()
         return total
 
     best, best_likelihood = 1, likelihood(1)
     for components in [number for number in COMPONENTS if number <= most]:
-        if (now := likelihood(components)) <= best_likelihood:
+        if not (now := likelihood(components)) > best_likelihood:
             break
         best, best_likelihood = components, now
     return fit(own, best, tol=0.001)

@@ -165,9 +165,9 @@ class DenoiserConfig:
     attention_head_dim: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Dimension of a head. The width of the network is this times the number of heads."""
     mixture_share: Fraction = 0.3
-    """With gene programs the network first learns what a Gaussian mixture for each label predicts in closed form, and
-    then more and more from the cells themselves: at the end this share of its target is still the mixture's. With 0 it
-    learns from the cells alone."""
+    """With gene programs the network first learns what a Gaussian mixture for each combination of labels predicts in
+    closed form, and then more and more from the cells themselves: at the end this share of its target is still the
+    mixture's. With exactly 0 there is no mixture, and the network learns from the cells alone."""
     condition_dropout: Share = 0.1
     """Share of the cells that are trained on without their labels, which guidance needs."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"

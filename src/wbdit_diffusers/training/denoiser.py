@@ -22,17 +22,15 @@ from ..data.dataset import CellDataset, StreamedCellDataset, prefetch
 from ..data.order import BatchSampler
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
-from ..sampling import training_scheduler
 from .checkpoints import check_finite, load_checkpoint, read_state, save_checkpoint, write_whole
 from .config import TrainingConfig
+from .mixture import share_of_mixture
 from .processes import TrainingInterrupted, interruption, together
 
 
 logger = get_logger(__name__)
 
 MAX_TOKENS = 32  # of a cell, where no patch size is given: steps of more take minutes too many on a CPU
-MIXTURE_CELLS = 20_000  # of which the Gaussian mixture is fitted
-MAX_LABELS_OF_MIXTURE = 512  # combinations, each of which is a component for every cell
 VALIDATION_CELLS = 512
 VALIDATION_DRAWS = 4  # of noise and timesteps, for each of these cells
 LOG_COLUMNS = ["step", "epoch", "seconds", "learning_rate", "loss", "validation_loss"]
@@ -55,12 +53,13 @@ def diffusion_loss(
         batch (`dict`): `latents` (batch, num_features) and `class_labels` (batch, num_label_keys).
         generator (`torch.Generator`): Of noise and timesteps.
         mixture ([`GaussianMixtureDenoiser`], *optional*):
-            Its prediction is this `share` of the target. It is the mean of what a cell may be without its noise, and
-            has none of the chance that a single cell's own noise has.
+            Its prediction is this `share` of the target (distillation with an annealed teacher, arXiv 1907.04829). It
+            is the mean of what a cell may be without its noise, and has none of the chance that a single cell's own
+            noise has.
         share (`float`, defaults to 0.0): From 0 to 1.
     """
     latents = batch["latents"]  # (batch, num_features)
-    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
     # Timestep 0 is left out, as in the paper.
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     timesteps = torch.randint(
@@ -120,18 +119,6 @@ def batch_sizes(config: TrainingConfig, num_cells: int, num_processes: int) -> t
     return batch_size, batch_size * config.gradient_accumulation_steps * num_processes
 
 
-def fit_mixture(dataset: CellDataset, seed: int) -> GaussianMixtureDenoiser | None:
-    """The closed form that the network learns from, of 20,000 training cells at most; `None` where so many labels
-    would make it slower than the network."""
-    chosen = np.random.default_rng(seed).permutation(len(dataset))[:MIXTURE_CELLS]
-    batch = dataset.__getitems__(np.sort(chosen).tolist())
-    if len(set(map(tuple, batch["class_labels"].tolist()))) > MAX_LABELS_OF_MIXTURE:
-        logger.info(f"More than {MAX_LABELS_OF_MIXTURE} combinations of labels: there is no --mixture_share.")
-        return None
-    scheduler = training_scheduler("v_prediction")
-    return GaussianMixtureDenoiser.fit(**batch, condition_sizes=dataset.condition_sizes, noise_scheduler=scheduler)
-
-
 class DenoiserTraining:
     """
     The training loop, with what it needs between two steps.
@@ -145,6 +132,7 @@ class DenoiserTraining:
         sample_size (`int`): Values per cell, the codec's `num_features`.
         condition_sizes (`tuple[int]`): Number of categories of each label key.
         start_time (`float`): Time of `time.monotonic()` at which the training began, stage one included.
+        mixture ([`GaussianMixtureDenoiser`], *optional*): What the network learns from at first.
     """
 
     def __init__(
@@ -157,15 +145,12 @@ class DenoiserTraining:
         sample_size: int,
         condition_sizes: tuple[int, ...],
         start_time: float,
+        mixture: GaussianMixtureDenoiser | None = None,
     ):
         self.config, self.accelerator, self.noise_scheduler = config, accelerator, noise_scheduler
         self.start_time, self.global_step = start_time, 0
         self.train_dataset, self.num_seen = train_dataset, 0  # cells that all processes together have seen
-        self.mixture: GaussianMixtureDenoiser | None = None
-        if config.codec == "program" and config.mixture_share > 0:
-            self.mixture = fit_mixture(train_dataset, config.seed)
-        if self.mixture is not None:
-            self.mixture.to(accelerator.device)
+        self.mixture = mixture
         self._losses_before: list[float] = []  # of the run that is gone on with, since its last line of the log
         self.log_path = config.output_dir / "training_log.csv"
         model = WhiteBoxDiTModel(
@@ -296,7 +281,7 @@ class DenoiserTraining:
             now = config, self.max_train_steps, self.global_step, self.seconds
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(*now)
-            generator, share = self.batch_generator(batch_of_step), 1 - (1 - config.mixture_share) * progress_of(*now)
+            generator, share = self.batch_generator(batch_of_step), share_of_mixture(config, progress_of(*now))
             with accelerator.accumulate(self.model):
                 loss = diffusion_loss(self.model, self.noise_scheduler, batch, generator, self.mixture, share)
                 accelerator.backward(loss)

@@ -35,7 +35,7 @@ from .processes import together
 
 logger = get_logger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 RECORD_NAME = "run.json"
 STAGE_ONE_NAME = "stage_one"  # the finished codec, or what an unfinished one goes on from
 LOCK_NAME = ".lock"

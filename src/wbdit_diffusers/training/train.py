@@ -37,6 +37,7 @@ from .cells import read_source, split_cells
 from .codec import prepare_codec
 from .config import TrainingConfig, command_of, config_without_places
 from .denoiser import DenoiserTraining, batch_sizes
+from .mixture import prepare_mixture
 from .prepared import describe_prepared, open_prepared, prepared_folder
 from .processes import interruption, together
 from .run import Run, check_cells, describe_cells, make_record, open_run, read_record
@@ -132,7 +133,8 @@ def _train(
         train_dataset.encode(codec)
     test_dataset.encode(codec)
 
-    # 3. The denoiser
+    # 3. The denoiser, and the closed form that it learns from at first
+    mixture = prepare_mixture(config, accelerator, train_dataset, run.stage_one)
     set_seed(config.seed)  # the first weights must not depend on whether stage one was fitted just now
     noise_scheduler = training_scheduler(config.prediction_type)
     training = DenoiserTraining(
@@ -140,6 +142,7 @@ def _train(
         sample_size=codec.num_features,
         condition_sizes=processor.condition_sizes,
         start_time=start_time,
+        mixture=mixture,
     )
     if config.report_to is not None:
         accelerator.init_trackers("wbdit_diffusers", config={key: str(value) for key, value in vars(config).items()})
@@ -209,6 +212,7 @@ def _save(
         "steps": training.global_step,
         "cells per step": training.cells_per_step,
         "learning rate": config.learning_rate,
+        "share of the mixture in the target": "none" if training.mixture is None else f"1 to {config.mixture_share:g}",
         "EMA decay": config.ema_decay if config.use_ema else "none",
         "mixed precision": training.accelerator.mixed_precision,
         "seed": config.seed,
