@@ -13,9 +13,9 @@ Every model of a dataset sees the same training cells for the same minutes, into
 default is trained once, for as long as the White-Box network's seeds together. The paper's setting is the shipped
 configuration `paper`: log1p(CP10k) of 2,000 genes, no conditions, batches of 16, learning rate 1e-4,
 ε-prediction. On a GPU the networks have the published shape; on a CPU that would be a few epochs, so they are smaller
-unless told otherwise (`--shape`). What is done is not done again: the same command goes on after an interruption, in
-the middle of a training too. What the layers of a network do is measured at the end of its first seed. All cells are
-judged on one log scale, so that the paper's, which are no counts, can be judged at all.
+unless told otherwise (`--shape`). What is done is not done again: the same command goes on after an interruption,
+in the middle of a training too, at its last checkpoint. What the layers of a network do is measured at the end of its
+first seed. All cells are judged on one log scale, so that the paper's, which are no counts, can be judged at all.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils.logging import disable_progress_bar
 from quality import machine
-from reproduce_report import DEFAULT, DIT, LARGE, WHITE_BOX, figures, tables
+from reproduce_report import DEFAULT, DIT, FIGURE_STEPS, LARGE, WHITE_BOX, figures, tables
 from scipy import sparse
 from speed import closest_depth, forward_flop, peak_memory
 
@@ -120,13 +120,15 @@ class Dataset:
         adata = drop_empty_cells(read_cells(self.path))
         split = CellSplit.draw(adata, label_key="cell_type", seed=0)
         split.save(self.folder)
+        as_read = split.apply(adata)[1]
         if self.values == "counts":
+            as_read = as_read.copy()
             # Over all genes, before some are chosen: as the networks see it
             adata.X = log_normalize(adata.X, np.asarray(adata.X.sum(axis=1)).ravel())
         self.train, test = split.apply(adata)
         # Few cells, for 1,000 steps on a CPU
-        chosen = np.random.default_rng(0).permutation(test.n_obs)[: args.max_cells]
-        self.test = test[np.sort(chosen)]
+        chosen = np.sort(np.random.default_rng(0).permutation(test.n_obs)[: args.max_cells])
+        self.test, self.test_as_read = test[chosen], as_read[chosen]
         self.steps_per_epoch = max(1, self.train.n_obs // BATCH_SIZE)
 
     def flags(self, model: str, seed: int, minutes: float) -> list[str]:
@@ -137,7 +139,11 @@ class Dataset:
             configs.append("paper")
             network = SHAPES[self.args.shape] | networks(self.args.shape)[model]["model"]
             flags += [*flags_of(network), "--values", self.values]
-            steps = steps_within(60 * minutes, WhiteBoxDiTModel(sample_size=NUM_GENES, **network), self.args.device)
+            path = self.folder / f"{model}, seed {seed}.steps"  # a run that is gone on with has the same intervals
+            if not path.exists():
+                denoiser = WhiteBoxDiTModel(sample_size=NUM_GENES, **network)
+                path.write_text(str(steps_within(60 * minutes, denoiser, self.args.device)))
+            steps = int(path.read_text())
             epochs = steps / self.steps_per_epoch
             validation_steps = max(1, round(epochs / 16)) * self.steps_per_epoch
             if seed == 0 and model != LARGE:
@@ -177,11 +183,11 @@ class Dataset:
         }
 
     def checkpoints(self, model: str) -> dict[int, Path]:
-        """After 1, 2, 4, … intervals: by epoch."""
-        steps = sorted(
-            int(path.name.split("-")[1]) for path in (self.folder / f"{model}, seed 0").glob("checkpoint-*")
-        )
-        chosen = [steps[2**i - 1] for i in range(len(steps).bit_length())]
+        """After 1, 2, 4, … intervals: by epoch. An interruption leaves a checkpoint between them."""
+        folder = self.folder / f"{model}, seed 0"
+        steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+        interval = json.loads((folder / "run.json").read_text())["config"]["checkpointing_steps"]
+        chosen = [interval * 2**i for i in range(20) if interval * 2**i in steps]
         return {
             step // self.steps_per_epoch: self.folder / f"{model}, seed 0" / f"checkpoint-{step}" for step in chosen
         }
@@ -225,7 +231,8 @@ class Dataset:
     def layers(self, model: str) -> dict:
         """What attention and ISTA of the first seed do to held-out cells, over layers and timesteps."""
         pipe = ScRNAGenerationPipeline.from_pretrained(self.folder / f"{model}, seed 0")
-        rows = measure_layers(pipe.denoiser, pipe.scheduler, pipe.encode_cells(self.test), None, LAYER_TIMESTEPS)
+        latents = pipe.encode_cells(self.test_as_read)
+        rows = measure_layers(pipe.denoiser, pipe.scheduler, latents, None, LAYER_TIMESTEPS)
         return {"rows": rows}
 
     def judge(self, samples: list[ad.AnnData]) -> dict:
@@ -250,7 +257,7 @@ def reproduce(name: str, entry: dict, minutes: float, args: argparse.Namespace, 
 
     def judge_steps(model: str, steps: int, num_seeds: int, dtype: torch.dtype = torch.float32) -> dict:
         samples = [data.sample(model, seed, steps, dtype) for seed in range(num_seeds)]
-        if dtype == torch.float32 and steps in (20, 1000):  # for the figures
+        if dtype == torch.float32:  # for the figures
             samples[0].write_h5ad(data.folder / f"{model}, {steps} steps.h5ad", compression="gzip")
         metrics = data.judge(samples)
         generated = metrics.pop("generated")
@@ -258,7 +265,7 @@ def reproduce(name: str, entry: dict, minutes: float, args: argparse.Namespace, 
         return generated
 
     def judge_checkpoint(model: str, epoch: int, checkpoint: Path) -> dict:
-        sample = data.sample(model, 0, 100, checkpoint=checkpoint)
+        sample = data.sample(model, 0, FIGURE_STEPS, checkpoint=checkpoint)
         sample.write_h5ad(data.folder / f"{model}, epoch {epoch}.h5ad", compression="gzip")
         return data.judge([sample])["generated"]
 
@@ -286,7 +293,8 @@ def reproduce(name: str, entry: dict, minutes: float, args: argparse.Namespace, 
         path = data.folder / f"{model}, five times.h5ad"
         if model != LARGE and not path.exists():
             partial = path.with_suffix(".partial")
-            data.sample(model, 0, 20, times=5).write_h5ad(partial, compression="gzip")
+            steps = 20 if model == DEFAULT else FIGURE_STEPS
+            data.sample(model, 0, steps, times=5).write_h5ad(partial, compression="gzip")
             partial.replace(path)
 
 
@@ -326,16 +334,20 @@ def main():
     args.figure_dir = args.figure_dir or args.work_dir
     names = DATASETS if "all" in args.dataset else args.dataset
 
+    if not {WHITE_BOX, DIT} <= set(args.models):
+        parser.error("--models are compared with each other: White-Box and DiT are among them.")
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     # On two cores, more than half of the time goes into sampling and judging.
-    minutes = args.train_minutes or 0.45 * args.budget_minutes / len(names) / (3 * args.num_seeds + 1)
+    share = 0.45 * args.budget_minutes / len(names) / (3 * args.num_seeds + 1)
+    minutes = share if args.train_minutes is None else args.train_minutes
     settings = {
         "shape": args.shape,
         "device": args.device,
         "num_seeds": args.num_seeds,
         "max_cells": args.max_cells,
     }
-    if results.setdefault("settings", settings) != settings and not args.figures:
+    begun = {key: value for key, value in results.setdefault("settings", settings).items() if key in settings}
+    if begun != settings and not args.figures:
         parser.error(
             f"{args.output} was begun with {results['settings']}, not {settings}: give the same flags, or another"
             " --output."
@@ -354,6 +366,8 @@ def main():
         for name in names:
             start = time.monotonic()
             entry = datasets.setdefault(name, {})
+            if entry.setdefault("minutes", minutes) != minutes:
+                parser.error(f"{name} was begun with {entry['minutes']:g} minutes for each model, not {minutes:g}.")
             reproduce(name, entry, minutes, args, save)
             entry.setdefault("seconds", time.monotonic() - start)
             save()

@@ -30,6 +30,7 @@ METRICS = {
     "paper_wasserstein": "paper W1",
     "paper_mmd": "paper MMD",
 }
+FIGURE_STEPS = 100  # of the networks in the paper's setting, as many as the paper takes with DDIM
 LAYER_COLUMNS = ["coding rate, own", "coding rate, random", "cosine to the descent", "sparse coding"]
 METRICS_BY_EPOCH = ("rf_auc", "auc_forest", "auc_boosting", "auc_regression", "w2", "mmd2")
 
@@ -184,8 +185,7 @@ def draw_dataset(growing: list[Axes], many: list[Axes], entry: dict, data: Any):
     def load(file_name: str) -> ad.AnnData:
         return read_cells(data.folder / f"{file_name}.h5ad")
 
-    steps = 20 if DEFAULT in entry["models"] else 1000
-    last = load(f"{WHITE_BOX}, {steps} steps")
+    last = load(f"{WHITE_BOX}, {FIGURE_STEPS} steps")
     real, train_cells = data.test[:, last.var_names], data.train[:, last.var_names]
     epochs = list(entry["models"][WHITE_BOX].get("epochs", {}))[-3:]
     for axis, epoch in zip(growing, epochs):
@@ -193,8 +193,9 @@ def draw_dataset(growing: list[Axes], many: list[Axes], entry: dict, data: Any):
     end = entry["models"][WHITE_BOX]["runs"]["0"]["epochs"]
     draw_cells(growing[3], f"epoch {end:.0f}, the end", {"real": real, WHITE_BOX: last})
     other = DEFAULT if DEFAULT in entry["models"] else DIT
-    draw_cells(growing[4], other, {"real": real, other: load(f"{other}, {20 if other == DEFAULT else steps} steps")})
-    draw_cells(many[0], "paper's setting", {"real": real, WHITE_BOX: last, DIT: load(f"{DIT}, {steps} steps")})
+    steps = 20 if other == DEFAULT else FIGURE_STEPS
+    draw_cells(growing[4], f"{other}, the end", {"real": real, other: load(f"{other}, {steps} steps")})
+    draw_cells(many[0], "paper's setting", {"real": real, WHITE_BOX: last, DIT: load(f"{DIT}, {FIGURE_STEPS} steps")})
     real = train_cells[np.random.default_rng(0).permutation(train_cells.n_obs)[: 5 * real.n_obs]]
     for axis, model in zip(many[1:], (WHITE_BOX, other)):
         draw_cells(axis, f"five times as many: {model}", {"real": real, model: load(f"{model}, five times")})

@@ -225,6 +225,12 @@ def main():
         return
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     adata = read_cells(args.dataset)
+    for value in (args.stimulated, args.control):
+        if value is not None and value not in set(adata.obs[args.condition_key].astype(str)):
+            parser.error(f"No cell has {value!r} as its {args.condition_key}.")
+    name = args.dataset.stem
+    if args.control is not None:
+        name += f", {args.control} to {args.stimulated}"
     for block in args.blocks:
         for seed in args.seeds:
             folder = args.work_dir / f"{args.dataset.stem}, {args.label_key}, {block}, seed {seed}"
@@ -240,7 +246,7 @@ def main():
                     row["way"] = NAMES[block]
             rows = [row for row in rows if block == "descent" or row["way"] != "training cells"]
             entry = {"program": edits.program, "auc": edits.auc, "rows": rows}
-            results.setdefault(args.dataset.stem, {})[f"{block}, seed {seed}"] = entry
+            results.setdefault(name, {})[f"{block}, seed {seed}"] = entry
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(results, indent=1))
             print(f"{block}, seed {seed}: program_{edits.program}, AUC {edits.auc:.3f}", flush=True)

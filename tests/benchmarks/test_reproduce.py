@@ -56,6 +56,17 @@ def test_tables_of_what_is_complete():
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
+def test_the_table_of_layers_has_trained_and_untrained_matrices():
+    results = results_of({"w2": [3.0]}, {"w2": [2.0]})
+    step = {"own": -0.1, "random": 0.05, "cosine": 0.25, "objective": -0.4}
+    rows = [{"network": network, "layer": 1, **step} for network in ("trained", "untrained")]
+    layers = {"0": {"rows": [{"network": "trained", "layer": 0}, *rows]}}
+    results["datasets"]["cells"]["models"][WHITE_BOX]["layers"] = layers
+    lines = report.tables(results).strip().split("\n\n")[4].splitlines()
+    assert lines[2] == f"| cells | {WHITE_BOX} | trained | -10.0% | +5.0% | 0.250 | -40.0% |"
+    assert "untrained" in lines[3] and len(lines) == 4
+
+
 def test_tables_have_the_metrics_that_were_measured():
     measured = {"auc_forest": [0.75], "w2": [3.0], "nearest_training_cell": [1.0]}
     real = {"auc_forest": [0.5], "w2": [2.0]}  # the nearest training cell of a training cell says nothing
