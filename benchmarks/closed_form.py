@@ -8,7 +8,9 @@
 `--work_dir` is that of `benchmarks/quality.py`, whose pipelines (model `program`) are taken. For each dataset, at the
 same noise and timesteps: the loss of the network, of the mixture, of a single Gaussian for each label, and of network
 and mixture averaged with one weight for all timesteps, which is chosen on every second cell and judged on the others.
-The excess of the mixture's cells stands in quality.py's JSON, as "Gaussian mixture per label".
+Where pipelines were trained with `--mixture_share`, the default, it is no finding that the network is near the
+mixture, but how far it is ahead. The excess of the mixture's cells stands in quality.py's JSON, as "Gaussian mixture
+per label".
 """
 
 import argparse
@@ -22,6 +24,7 @@ from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
 from wbdit_diffusers.interpretation import fit_mixture
 from wbdit_diffusers.sampling import training_scheduler
+from wbdit_diffusers.training.config import read_config
 
 
 DRAWS = 8  # of noise and timesteps, for each cell
@@ -69,6 +72,8 @@ def measure(folder: Path, dataset: Path, seed: int) -> dict:
     losses["average"] = float((averages[chosen[0], 1::2].mean() + averages[chosen[1], ::2].mean()) / 2)
     difference = per_cell["network"] - per_cell["mixture"]
     return {
+        "label_keys": list(pipe.processor.label_keys),
+        "mixture_share": json.loads((folder / "run.json").read_text())["config"].get("mixture_share", 0.0),
         "num_test": len(latents),
         "num_components": mixture.config.num_components,
         "losses": losses,
@@ -80,15 +85,19 @@ def measure(folder: Path, dataset: Path, seed: int) -> dict:
 
 def table(results: dict) -> str:
     lines = [
-        "| dataset | components | " + " | ".join(COLUMNS.values()) + " | network − mixture | weight of the network |",
-        "|---" * (4 + len(COLUMNS)) + "|",
+        "| dataset | labels | mixture's share | components | " + " | ".join(COLUMNS.values()) + " | network − mixture"
+        " | weight of the network |",
+        "|---" * (6 + len(COLUMNS)) + "|",
     ]
     for name, row in results.items():
         losses = row["losses"]
         cells = [f"{losses[key]:.4f}" for key in COLUMNS]
         cells.append(f"{losses['network'] - losses['mixture']:+.4f} ± {row['standard_error']:.4f}")
         cells.append(", ".join(f"{weight:.2f}" for weight in row["weights"]))
-        lines.append(f"| {name} | {row['num_components']} | " + " | ".join(cells) + " |")
+        labels = ", ".join(row["label_keys"]) or "none"
+        lines.append(
+            f"| {name} | {labels} | {row['mixture_share']:g} | {row['num_components']} | " + " | ".join(cells) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -106,8 +115,11 @@ def main():
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     for dataset in args.dataset:
         folder = args.work_dir / f"{dataset.stem}, seed {args.seed}" / "program"
+        row = measure(folder, dataset, args.seed)
         name = dataset.stem if args.seed == 0 else f"{dataset.stem}, seed {args.seed}"
-        results[name] = measure(folder, dataset, args.seed)
+        if row["label_keys"] != read_config(dataset.stem).get("label_keys"):
+            name += f", by {' and '.join(row['label_keys']) or 'no label'}"
+        results[name] = row
         args.output.write_text(json.dumps(results, indent=1))
     print(table(results))
 
