@@ -151,7 +151,7 @@ def test_the_split_of_the_resumed_run_is_used(pbmc, tmp_path):
         (None, "has no run.json"),
         ("{", "run.json is damaged: train again"),
         ("[]", "run.json is damaged"),
-        ('{"format_version": 2}', "run.json is damaged"),
+        ('{"format_version": 3}', "run.json is damaged"),
         ('{"format_version": 99, "package_version": "9.0"}', "was written by wbdit_diffusers 9.0"),
     ],
 )
