@@ -19,7 +19,7 @@ def trained(pbmc) -> tuple[ScRNAGenerationPipeline, GaussianMixtureDenoiser]:
     return pipe, fit_mixture(pipe, pbmc, max_components=1)
 
 
-def held_by_regression(pipe, mixture, activity: float) -> ScRNAGenerationPipeline:
+def held_as_networks_are(pipe, mixture, activity: float) -> ScRNAGenerationPipeline:
     """The way that is taken for a network, with the closed form in the network's place."""
     denoiser = HeldDenoiser(mixture, mixture, program_direction(pipe.codec, 1), activity)
     held = ScRNAGenerationPipeline(**{**pipe.components, "denoiser": denoiser}, num_inference_steps=20)
@@ -27,7 +27,7 @@ def held_by_regression(pipe, mixture, activity: float) -> ScRNAGenerationPipelin
     return held
 
 
-@pytest.mark.parametrize("way", ["exact", "by regression"])
+@pytest.mark.parametrize("way", ["exact", "moved"])
 def test_a_held_program_has_its_value_and_the_others_follow(way, trained, pbmc):
     pipe, mixture = trained
     activities = pipe.codec.activities(pipe.encode_cells(pbmc)).numpy()
@@ -40,7 +40,7 @@ def test_a_held_program_has_its_value_and_the_others_follow(way, trained, pbmc):
             closed.set_progress_bar_config(disable=True)
             held = hold_program(closed, mixture, "program_1", activity)
         else:
-            held = held_by_regression(pipe, mixture, activity)
+            held = held_as_networks_are(pipe, mixture, activity)
         drawn = held(num_cells=1500, generator=torch.Generator().manual_seed(0), output_type="latent").cells
         drawn = pipe.codec.activities(drawn).numpy()
         np.testing.assert_allclose(drawn[:, 1], activity, atol=0.15)
@@ -50,15 +50,18 @@ def test_a_held_program_has_its_value_and_the_others_follow(way, trained, pbmc):
     assert np.abs(regression).max() > 0.1  # else nothing would have to follow
 
 
-def test_both_ways_are_one_for_a_gaussian(trained):
-    pipe, mixture = trained
+@pytest.mark.parametrize("max_components", [1, 2])
+def test_both_ways_are_one_for_the_closed_form(max_components, trained, pbmc):
+    pipe, _ = trained
+    mixture = fit_mixture(pipe, pbmc, max_components=max_components)
+    assert mixture.config.num_components == max_components
     direction = program_direction(pipe.codec, 0)
     x = torch.randn(40, mixture.config.sample_size, generator=torch.Generator().manual_seed(0))
     for timestep in (50, 400, 950):
-        by_regression = HeldDenoiser(mixture, mixture, direction, 0.8)(x, timestep)[0]
+        moved = HeldDenoiser(mixture, mixture, direction, 0.8)(x, timestep)[0]
         exact = mixture.conditioned(direction, 0.8)(x, timestep, return_dict=False)[0]
         a, s = mixture.signal_and_noise(timestep, 40)
-        torch.testing.assert_close(a * x - s * by_regression, a * x - s * exact, atol=0.02, rtol=0)
+        torch.testing.assert_close(a * x - s * moved, a * x - s * exact, atol=0.02, rtol=0)
 
 
 def test_the_pipeline_stays_as_it_is_and_makes_cells_when_held(program_pipe, pbmc):

@@ -13,10 +13,12 @@ class HeldDenoiser(nn.Module):
     """
     A denoiser of those cells for which `direction · latents` is `value`.
 
-    What it expects of a noisy cell is corrected by the regression on the direction among all cells that the noisy cell
-    may be, `x₀ + C d (value - d·x₀) / (dᵀ C d)`: so other programs follow as they do in the data. For a Gaussian this
-    is exact. The covariance C is a Gaussian mixture's, in closed form: the network's own, its derivative by Tweedie's
-    second formula, is lost in its errors where there is much noise (lab/white_box.md).
+    What it expects of a noisy cell is moved by as much as a Gaussian mixture's expectation moves when `direction ·
+    latents` is known, which is exact in closed form: other programs follow as they do in such cells, and cells are of
+    the components that have that value. What the network still misses of the value is made good by the regression
+    among all cells that the noisy cell may be, `x₀ + C d (value - d·x₀) / (dᵀ C d)`. The covariance C is the mixture's
+    too: the network's own, its derivative by Tweedie's second formula, is lost in its errors where there is much noise
+    (lab/white_box.md).
 
     Args:
         denoiser ([`WhiteBoxDiTModel`]): Whose prediction is corrected; it predicts the velocity.
@@ -30,6 +32,7 @@ class HeldDenoiser(nn.Module):
     ):
         super().__init__()
         self.denoiser, self.mixture, self.value = denoiser, mixture, value
+        self.conditioned = mixture.conditioned(direction, value)
         self.register_buffer("direction", direction)
 
     config = property(lambda self: self.denoiser.config)
@@ -50,6 +53,11 @@ class HeldDenoiser(nn.Module):
         class_labels = labels_of_cells(class_labels, label_index)
         a, s = self.mixture.signal_and_noise(timestep, len(hidden_states))
         clean = a * hidden_states - s * velocity  # (batch, sample_size)
+        of_all, of_these = (
+            closed(hidden_states.float(), timestep, class_labels, return_dict=False)[0]
+            for closed in (self.mixture, self.conditioned)
+        )
+        clean = clean - s * (of_these - of_all)
         along = self.mixture.covariance_times(self.direction, hidden_states, timestep, class_labels)
         missing = self.value - clean @ self.direction  # (batch,)
         clean = clean + along * (missing / (along @ self.direction))[:, None]
