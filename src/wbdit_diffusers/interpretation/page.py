@@ -197,7 +197,9 @@ def _steps_figure(report: dict) -> Figure:
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set(title=title, xlabel="block", xticks=layers)
         axis.title.set_fontsize(9)
-        axis.legend(frameon=False, fontsize=8)
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high + 0.17 * len(curves) * (high - low))  # room for the legend
+        axis.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 
