@@ -34,7 +34,7 @@ from sklearn.cluster import AgglomerativeClustering
 
 from wbdit_diffusers import GaussianMixtureDenoiser, ScRNAGenerationPipeline, WhiteBoxDiTModel
 from wbdit_diffusers.data import CellDataset, CellSplit, drop_empty_cells, read_cells
-from wbdit_diffusers.interpretation.layers import measure_layers
+from wbdit_diffusers.interpretation.layers import LAYER_TIMESTEPS, measure_layers
 from wbdit_diffusers.sampling import training_scheduler
 from wbdit_diffusers.training import TrainingConfig
 from wbdit_diffusers.training.denoiser import DenoiserTraining
@@ -48,7 +48,7 @@ BLOCKS = {
     "white_box, as few parameters": {"block_type": "white_box", "patch_size": 8, "attention_head_dim": 15},
     "dit": OURS["program-dit"],
 }
-LAYER_CELLS, LAYER_TIMESTEPS = 500, [99, 299, 499, 799]
+LAYER_CELLS = 500
 STEPS = ("own", "random", "cosine", "objective")
 COARSE_GROUPS = 3
 LABELS = ["given", "coarse", "none"]

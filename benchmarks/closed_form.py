@@ -8,23 +8,24 @@
 `--work_dir` is that of `benchmarks/quality.py`, whose pipelines (model `program`) are taken. For each dataset, at the
 same noise and timesteps: the loss of the network, of the mixture, of a single Gaussian for each label, and of network
 and mixture averaged with one weight for all timesteps, which is chosen on every second cell and judged on the others.
-Where pipelines were trained with `--mixture_share`, the default, it is no finding that the network is near the
-mixture, but how far it is ahead. The excess of the mixture's cells stands in quality.py's JSON, as "Gaussian mixture
-per label".
+`--seeds` and `--label_keys` are those of the trainings. Where pipelines were trained with `--mixture_share`, the
+default, it is no finding that the network is near the mixture, but how far it is ahead. The excess of the mixture's
+cells stands in quality.py's JSON, as "Gaussian mixture per label".
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from quality import run_name
 
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
 from wbdit_diffusers.interpretation import fit_mixture
 from wbdit_diffusers.sampling import training_scheduler
-from wbdit_diffusers.training.config import read_config
 
 
 DRAWS = 8  # of noise and timesteps, for each cell
@@ -105,7 +106,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", nargs="+", type=Path, default=[], help=".h5ad files.")
     parser.add_argument("--work_dir", type=Path, help="That of quality.py.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the training that is looked at, and of the noise.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Of the trainings, and of the noise.")
+    parser.add_argument("--label_keys", nargs="*", help="Of the trainings, where they are not the config's.")
     parser.add_argument("--output", type=Path, help="JSON file; datasets are added to it.")
     parser.add_argument("--table", type=Path, help="Print the table of a JSON file, and nothing else.")
     args = parser.parse_args()
@@ -113,13 +115,9 @@ def main():
         print(table(json.loads(args.table.read_text())))
         return
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    for dataset in args.dataset:
-        folder = args.work_dir / f"{dataset.stem}, seed {args.seed}" / "program"
-        row = measure(folder, dataset, args.seed)
-        name = dataset.stem if args.seed == 0 else f"{dataset.stem}, seed {args.seed}"
-        if row["label_keys"] != read_config(dataset.stem).get("label_keys"):
-            name += f", by {' and '.join(row['label_keys']) or 'no label'}"
-        results[name] = row
+    for dataset, seed in itertools.product(args.dataset, args.seeds):
+        name = run_name(dataset, seed, args.label_keys)
+        results[name] = measure(args.work_dir / name / "program", dataset, seed)
         args.output.write_text(json.dumps(results, indent=1))
     print(table(results))
 

@@ -18,7 +18,8 @@ values.
 
 A dataset's label keys, and whether it holds log values, are those of the shipped config of its name; label keys may be
 given with `--label_keys`. The report of all models is
-printed; JSON holds every number. `--table` renders a JSON as two tables: excess by dataset, and all headline metrics.
+printed; JSON holds every number. `--table` renders a JSON as three tables: excess by training, and by dataset over its
+trainings, and all headline metrics.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -74,11 +76,11 @@ REFERENCE = "real reference"
 
 
 def train_ours(
-    adata: ad.AnnData, folder: Path, model: str, values: str, label_keys: list[str], args: argparse.Namespace
+    adata: ad.AnnData, folder: Path, model: str, values: str, label_keys: list[str], seed: int, train_flags: dict
 ) -> ScRNAGenerationPipeline:
     if not (folder / "model_index.json").exists():
-        flags = {"label_keys": label_keys, "seed": args.seed, "resume_from_checkpoint": "latest"}
-        flags |= {"values": values, "checkpointing_steps": 10**9, **OURS[model], **args.train_flags}
+        flags = {"label_keys": label_keys, "seed": seed, "resume_from_checkpoint": "latest"}
+        flags |= {"values": values, "checkpointing_steps": 10**9, **OURS[model], **train_flags}
         train(adata, make_config(flags | {"output_dir": folder}))
     pipe = ScRNAGenerationPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -104,14 +106,23 @@ def as_tpm(adata: ad.AnnData) -> ad.AnnData:
 SCALES = {"log1p": as_log1p, "tpm": as_tpm}
 
 
-def name_of(path: Path, args: argparse.Namespace) -> str:
-    """Of a dataset on the scale, and with as many cells, as were asked for."""
-    name = path.stem if args.scale is None else f"{path.stem} as {args.scale}"
-    return name if args.num_cells is None else f"{name}, {args.num_cells} cells"
+def usual_label_keys(path: Path) -> list[str]:
+    return read_config(path.stem).get("label_keys", [])
+
+
+def run_name(
+    path: Path, seed: int, label_keys: list[str] | None, scale: str | None = None, num_cells: int | None = None
+):
+    """Of a training on a dataset, and of its entry in a JSON file: what is not as usual is named."""
+    name = path.stem if scale is None else f"{path.stem} as {scale}"
+    name += "" if num_cells is None else f", {num_cells} cells"
+    if label_keys not in (None, usual_label_keys(path)):
+        name += f", by {' and '.join(label_keys) or 'no label'}"
+    return name if seed == 0 else f"{name}, seed {seed}"
 
 
 def draw_variants(
-    pipe: ScRNAGenerationPipeline, model: str, test: ad.AnnData, args: argparse.Namespace
+    pipe: ScRNAGenerationPipeline, model: str, test: ad.AnnData, seed: int, args: argparse.Namespace
 ) -> dict[str, list[ad.AnnData]]:
     """Samples with every dtype, guidance, solver and number of steps that was asked for, by name."""
     scheduler_config, variants = pipe.scheduler.config, {}
@@ -126,7 +137,7 @@ def draw_variants(
         name += "" if steps is None else f", {steps} steps"
         name += "" if scale == 1.0 else f", guidance {scale:g}"
         variants[name], _ = draw_samples(
-            cast, test, args.num_samples, seed=args.seed, guidance_scale=scale, num_inference_steps=steps
+            cast, test, args.num_samples, seed=seed, guidance_scale=scale, num_inference_steps=steps
         )
     return variants
 
@@ -179,12 +190,10 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def judge_dataset(path: Path, args: argparse.Namespace) -> dict:
+def judge_dataset(path: Path, label_keys: list[str], seed: int, name: str, args: argparse.Namespace) -> dict:
     """Trains all models on one dataset, and judges their cells together, beside one reference."""
     adata = drop_empty_cells(read_cells(path))
-    config = read_config(path.stem)
-    label_keys = args.label_keys if args.label_keys is not None else config.get("label_keys", [])
-    values = config.get("values", "counts") if args.scale is None else "log"
+    values = read_config(path.stem).get("values", "counts") if args.scale is None else "log"
     if args.scale is not None:
         adata = SCALES[args.scale](adata)
     label_key = label_keys[0] if label_keys else None
@@ -195,25 +204,25 @@ def judge_dataset(path: Path, args: argparse.Namespace) -> dict:
         adata = CellSplit.draw(adata, label_key=label_key, seed=1000).apply(adata)[0].copy()
     seconds, columns, pipe = {}, {}, None
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(args.work_dir or temporary, f"{name_of(path, args)}, seed {args.seed}")
+        folder = Path(args.work_dir or temporary, name)
         for model in args.models:
             start = time.monotonic()
             if model in OURS:
-                trained = train_ours(adata, folder / model, model, values, label_keys, args)
+                trained = train_ours(adata, folder / model, model, values, label_keys, seed, args.train_flags)
                 seconds[model] = time.monotonic() - start
                 train_cells, test = CellSplit.load(folder / model).apply(adata)
                 test = test[trained.processor.knows_labels(test)]
-                columns |= draw_variants(trained, model, test, args)
+                columns |= draw_variants(trained, model, test, seed, args)
                 if pipe is None:
                     pipe = trained
             else:
                 key = label_key if model == "scvi-by-type" else None
                 genes = pipe.processor.var_names
-                columns[model] = sample_scvi(train_cells, genes, test, key, args.num_samples, args.seed)
+                columns[model] = sample_scvi(train_cells, genes, test, key, args.num_samples, seed)
                 seconds[model] = time.monotonic() - start
     first, *others = columns
     baselines = {name: columns[name] for name in others}
-    baselines |= draw_baselines(pipe, train_cells, test, args.num_samples, args.seed)
+    baselines |= draw_baselines(pipe, train_cells, test, args.num_samples, seed)
     start = time.monotonic()
     report = evaluate_cells(
         *(columns[first], train_cells, test),
@@ -221,7 +230,7 @@ def judge_dataset(path: Path, args: argparse.Namespace) -> dict:
         values=values,
         baselines=baselines,
         donor_key="donor" if "donor" in adata.obs else None,
-        seed=args.seed,
+        seed=seed,
     )
     seconds["judging"] = time.monotonic() - start
     return {
@@ -250,6 +259,23 @@ def excess_table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def trainings_table(results: dict) -> str:
+    """Excess by dataset over its trainings: their mean and standard deviation, where there are several."""
+    trainings: dict[str, list[dict]] = {}
+    for name, entry in results.items():
+        trainings.setdefault(re.sub(r", seed \d+$", "", name), []).append(entry["report"]["excess"])
+    columns = list(dict.fromkeys(name for of_one in trainings.values() for name in of_one[0]))
+    lines = ["| dataset | trainings | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    for name, excesses in trainings.items():
+        cells = []
+        for column in columns:
+            values = [excess[column]["mean"] for excess in excesses if column in excess]
+            cells.append(f"{np.mean(values):.3f}" if values else "–")
+            cells[-1] += f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        lines.append(f"| {name} | {len(excesses)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def headline_table(results: dict) -> str:
     """All datasets and columns of a JSON file, and the real reference."""
     lines = ["| dataset | cells | " + " | ".join(HEADLINE.values()) + " |", "|---" * (2 + len(HEADLINE)) + "|"]
@@ -270,7 +296,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset", nargs="+", type=Path, default=[], help=".h5ad files.")
     parser.add_argument("--models", nargs="+", choices=[*OURS, "scvi", "scvi-by-type"], default=["program"])
     parser.add_argument("--num_samples", type=int, default=3, help="Samples to judge.")
-    parser.add_argument("--seed", type=int, default=0, help="Of training and sampling, and of the split.")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], help="Of training and sampling, and of the split."
+    )
     parser.add_argument("--guidance_scales", nargs="+", type=float, default=[1.0], help="Judged one by one.")
     parser.add_argument(
         "--schedulers", nargs="+", choices=sorted(SCHEDULERS), default=[None], help="Not the pipeline's."
@@ -299,13 +327,15 @@ def main():
     if args.table is not None:
         results = json.loads(args.table.read_text())
         print(excess_table(results))
+        print(trainings_table(results))
         print(headline_table(results))
         return
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    for path in args.dataset:
-        name = name_of(path, args)
-        results[name] = entry = judge_dataset(path, args)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for path, seed in itertools.product(args.dataset, args.seeds):
+        label_keys = args.label_keys if args.label_keys is not None else usual_label_keys(path)
+        name = run_name(path, seed, label_keys, args.scale, args.num_cells)
+        results[name] = entry = judge_dataset(path, label_keys, seed, name, args)
         args.output.write_text(json.dumps(results, indent=1))
         print(f"\n## {name}, seconds: {entry['seconds']}\n\n{to_markdown(entry['report'])}", flush=True)
 

@@ -7,7 +7,9 @@ and the two networks alone, for as long as it takes their losses to stand still:
 
     python benchmarks/reproduce.py --dataset kang_ifnb_pbmc --models White-Box DiT --num_seeds 1 --train_minutes 25 \\
         --device cpu --output lab/results/reproduction_long_cpu.json --work_dir outputs/reproduction_long
-    python benchmarks/reproduce.py --dataset hnscc_puram_chetah_subset_log pollen_smartseq --train_minutes 8 …
+    python benchmarks/reproduce.py --dataset hnscc_puram_chetah_subset_log --models White-Box DiT --num_seeds 1 \\
+        --train_minutes 8 --device cpu --output lab/results/reproduction_long_cpu.json \\
+        --work_dir outputs/reproduction_long
 
 Every model of a dataset sees the same training cells for the same minutes, into which the budget is divided; our
 default is trained once, for as long as the White-Box network's seeds together. The paper's setting is the shipped
@@ -43,7 +45,7 @@ from speed import closest_depth, forward_flop, peak_memory
 from wbdit_diffusers import ProgramCodec, ScRNAGenerationPipeline, WhiteBoxDiTModel
 from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
 from wbdit_diffusers.evaluation import evaluate_cells
-from wbdit_diffusers.interpretation.layers import measure_layers
+from wbdit_diffusers.interpretation.layers import LAYER_TIMESTEPS, measure_layers
 from wbdit_diffusers.processing.normalize import log_normalize
 from wbdit_diffusers.training import config_from_args, train
 
@@ -61,7 +63,6 @@ DATASETS = [
 MODELS = [DEFAULT, WHITE_BOX, DIT, LARGE]
 SHAPES = {"full": {}, "small": {"patch_size": 40, "num_attention_heads": 4, "attention_head_dim": 24}}
 DEPTH, NUM_GENES, BATCH_SIZE = 3, 2000, 16
-LAYER_TIMESTEPS = [99, 299, 499, 799]
 
 
 def flags_of(shape: dict[str, int]) -> list[str]:
@@ -269,10 +270,9 @@ def reproduce(name: str, entry: dict, minutes: float, args: argparse.Namespace, 
         sample.write_h5ad(data.folder / f"{model}, epoch {epoch}.h5ad", compression="gzip")
         return data.judge([sample])["generated"]
 
-    networks = [model for model in (WHITE_BOX, DIT) if model in args.models]
     # Turn by turn, so that a slower hour of the machine meets both
     for seed in range(args.num_seeds):
-        for model in networks:
+        for model in (WHITE_BOX, DIT):
             record(model, "runs", str(seed), data.train_model, model, seed, minutes)
     if LARGE in args.models:
         record(LARGE, "runs", "0", data.train_model, LARGE, 0, minutes)
@@ -281,11 +281,11 @@ def reproduce(name: str, entry: dict, minutes: float, args: argparse.Namespace, 
 
     for model in args.models:
         record(model, "samplers", "20", judge_steps, model, 20, 1 if model == LARGE else args.num_seeds)
-    for model in networks:
+    for model in (WHITE_BOX, DIT):
         record(model, "layers", "0", data.layers, model)
         for epoch, checkpoint in data.checkpoints(model).items():
             record(model, "epochs", str(epoch), judge_checkpoint, model, epoch, checkpoint)
-    for model in networks:
+    for model in (WHITE_BOX, DIT):
         for steps in (100, 1000):
             record(model, "samplers", str(steps), judge_steps, model, steps, 1)
         record(model, "samplers", "20, bfloat16", judge_steps, model, 20, 1, torch.bfloat16)

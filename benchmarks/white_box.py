@@ -34,13 +34,13 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import torch
-from quality import train_ours
+from quality import run_name, train_ours
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.data import CellSplit, read_cells
+from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
 from wbdit_diffusers.evaluation.cells import generated_cells, real_cells
 from wbdit_diffusers.interpretation import fit_mixture, hold_program, program_direction
 from wbdit_diffusers.interpretation.interventions import HeldDenoiser, with_denoiser
@@ -216,7 +216,9 @@ def main():
     parser.add_argument("--control", help="Its value in the cells these are compared with: all others by default.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--blocks", nargs="+", choices=sorted(MODELS), default=["descent"])
-    parser.add_argument("--work_dir", type=Path, help="Keeps trained pipelines; those already there are taken.")
+    parser.add_argument(
+        "--work_dir", type=Path, help="Keeps trained pipelines, as quality.py does; those already there are taken."
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--table", type=Path, help="Print the table of a JSON file, and nothing else.")
     args = parser.parse_args()
@@ -224,7 +226,7 @@ def main():
         print(table(json.loads(args.table.read_text())))
         return
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    adata = read_cells(args.dataset)
+    adata = drop_empty_cells(read_cells(args.dataset))
     for value in (args.stimulated, args.control):
         if value is not None and value not in set(adata.obs[args.condition_key].astype(str)):
             parser.error(f"No cell has {value!r} as its {args.condition_key}.")
@@ -233,9 +235,8 @@ def main():
         name += f", {args.control} to {args.stimulated}"
     for block in args.blocks:
         for seed in args.seeds:
-            folder = args.work_dir / f"{args.dataset.stem}, {args.label_key}, {block}, seed {seed}"
-            flags = argparse.Namespace(seed=seed, train_flags={})
-            pipe = train_ours(adata, folder, MODELS[block], "counts", [args.label_key], flags)
+            folder = args.work_dir / run_name(args.dataset, seed, [args.label_key]) / MODELS[block]
+            pipe = train_ours(adata, folder, MODELS[block], "counts", [args.label_key], seed, {})
             train_cells, test_cells = CellSplit.load(folder).apply(adata)
             condition, test_condition = (condition_of(cells, args) for cells in (train_cells, test_cells))
             edits = Edits(pipe, train_cells, condition, args.label_key)

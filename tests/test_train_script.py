@@ -95,14 +95,15 @@ def test_two_processes_train_together_on_different_cells(pbmc_path, tmp_path):
         *("--output_dir", tmp_path / "out", "--max_train_steps", "4"),
     )
     assert_complete(tmp_path / "out")
-    # 4 × 2 × 64 of the 560 training cells, all of one epoch. The batch of the smaller dataset is for validation; one
-    # cell, and on the first process all of them, are read for the mixture.
+    # 4 × 2 × 64 of the 560 training cells, all of one epoch. The batch of the smaller dataset is for validation, and
+    # the first process reads all cells once for the mixture.
     batches = []
     for rank in "01":
         lines = [line.split(": ") for line in (tmp_path / f"cells-of-{rank}").read_text().splitlines()]
         sizes = [int(size) for size, _ in lines]
-        of_training = [cells.split() for size, cells in lines if int(size) == max(sizes)]
-        batches.append([set(cells) for cells in of_training if len(cells) not in (1, max(sizes))])
+        of_training = [set(cells.split()) for size, cells in lines if int(size) == max(sizes)]
+        assert sum(len(cells) == max(sizes) for cells in of_training) == (rank == "0")
+        batches.append([cells for cells in of_training if len(cells) < max(sizes)])
     assert [len(of_one) for of_one in batches] == [4, 4]
     cells = [set.union(*of_one) for of_one in batches]
     assert all(len(of_one) == 4 * 64 for of_one in cells)

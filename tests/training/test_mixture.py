@@ -1,6 +1,7 @@
 """The closed form that the denoiser learns from at first."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ class Latents(CellDataset):
 
     def __init__(self, latents: torch.Tensor, class_labels: torch.Tensor, condition_sizes: tuple[int, ...]):
         self.latents, self.class_labels, self.condition_sizes = latents, class_labels, condition_sizes
-        self.codec = True
+        self.codec = SimpleNamespace(num_features=latents.shape[1])
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -36,7 +37,7 @@ def cells() -> Latents:
 def test_a_rare_label_has_a_component_and_its_own_weight(cells, monkeypatch):
     monkeypatch.setattr(module, "MAX_CELLS", 40)
     for seed in range(3):
-        mixture = fit_mixture(cells, max_components=1, seed=seed)
+        mixture = fit_mixture(cells, [[0], [1]], cells.class_labels[:, 0].numpy(), max_components=1, seed=seed)
         assert mixture.component_labels.tolist() == [[0], [1]]
         torch.testing.assert_close(mixture.means[1], torch.full((3,), -5.0), atol=0.2, rtol=0)
         torch.testing.assert_close(mixture.log_weights.exp(), torch.tensor([0.99, 0.01]), atol=1e-5, rtol=0)

@@ -16,11 +16,10 @@ from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..pipelines.programs import add_programs, program_table
 from .denoising import measure_decisions, measure_knowledge, measure_listening
 from .interventions import fit_mixture, hold_program, program_direction, with_denoiser
-from .layers import measure_layers
+from .layers import LAYER_TIMESTEPS, measure_layers
 
 
 TIMESTEPS = list(range(99, 1000, 100))
-LAYER_TIMESTEPS = [99, 299, 499, 799]
 LISTENING_TIMESTEP = 299
 NUM_MARKERS = 50
 MIN_CELLS = 5  # of a type, for a program to be judged on it

@@ -22,6 +22,7 @@ from ..models.transformer_white_box_dit import (
 
 
 PRECISION = 0.5  # ε of the coding rate, as in CRATE
+LAYER_TIMESTEPS = [99, 299, 499, 799]  # of the figures and benchmarks: from nearly clean to nearly noise
 
 
 @contextmanager

@@ -41,8 +41,9 @@ def prepare_mixture(
         return None
     finished = folder / "mixture"
     with together(accelerator), interruption.deferred():
-        num_combinations = len(_combinations(dataset)[0])
-        num_values = dataset.__getitems__([0])["latents"].shape[1]
+        known, combinations = _combinations(dataset)
+        assert dataset.codec is not None  # the cells are encoded
+        num_combinations, num_values = len(known), dataset.codec.num_features
         max_components = MAX_SIZE // (num_values**2 * num_combinations)
         if max_components == 0:
             logger.warning(
@@ -53,7 +54,8 @@ def prepare_mixture(
             return None
         if accelerator.is_main_process and not finished.is_dir():
             folder.mkdir(exist_ok=True)
-            mixture = fit_mixture(dataset, min(max_components, MAX_COMPONENTS), config.seed)
+            max_components = min(max_components, MAX_COMPONENTS)
+            mixture = fit_mixture(dataset, known, combinations, max_components, config.seed)
             write_whole(finished, mixture.save_pretrained)
     try:
         mixture = GaussianMixtureDenoiser.from_pretrained(finished)
@@ -62,17 +64,20 @@ def prepare_mixture(
     return mixture.to(accelerator.device)
 
 
-def fit_mixture(dataset: CellDataset, max_components: int, seed: int) -> GaussianMixtureDenoiser:
+def fit_mixture(
+    dataset: CellDataset, known: list[list[int]], combinations: np.ndarray, max_components: int, seed: int
+) -> GaussianMixtureDenoiser:
     """
     The mixture of 20,000 training cells at most, of every combination of labels as many as of any other, where there
     are: a rare one would have no component else.
 
     Args:
         dataset ([`CellDataset`]): Training cells, encoded.
+        known (`list[list[int]]`): Every combination of labels that a cell has.
+        combinations (`np.ndarray` of shape `(cells,)`): Which of them each cell has.
         max_components (`int`): Of one combination.
         seed (`int`): Of the cells and of the fit.
     """
-    known, combinations = _combinations(dataset)
     order = np.random.default_rng(seed).permutation(len(dataset))
     by_label = order[np.argsort(combinations[order], kind="stable")]
     counts = np.bincount(combinations)
