@@ -13,11 +13,14 @@ Parts (`--parts`), all by default:
   the weights), against the reference's ancestral sampling: 1,000 forward passes per batch.
 - `memory`: peak memory of `wbdit generate`, for many and few cells; on Linux.
 - `start`: time to import the package and to load a pipeline.
+- `busy`: a training step alone, and beside another training that keeps one core; the package imported before PyTorch,
+  whose threads then share cores, and after it, when it is too late for that.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -286,6 +289,49 @@ def time_start(program: Path, repeats: int) -> dict:
     return {name: {"seconds": statistics.median(values)} for name, values in seconds.items()}
 
 
+def time_busy(repeats: int) -> dict:
+    """Milliseconds of a training step on all cores, in fresh processes that take turns."""
+    package = ["from wbdit_diffusers import WhiteBoxDiTModel", "import torch"]
+    step = [
+        "import itertools, time",
+        "model, timesteps = WhiteBoxDiTModel(sample_size=24), torch.randint(0, 1000, (256,))",
+        "step = lambda: model(torch.randn(256, 24), timesteps, return_dict=False)[0].square().mean().backward()",
+    ]
+    timed = [
+        "step(); start, steps = time.perf_counter(), 0",
+        "while time.perf_counter() - start < 5: step(); steps += 1",
+        "print(1000 * (time.perf_counter() - start) / steps)",
+    ]
+    forever = ["print('ready', flush=True)", "while True: step()"]
+    # This process has imported the package, which has set this for its children too.
+    all_threads = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    one_thread = {**all_threads, "OMP_NUM_THREADS": "1"}
+    milliseconds = {}
+    for _ in range(repeats):
+        for beside in ("alone", "beside another training, of one thread"):
+            other = None
+            if beside != "alone":
+                command = [sys.executable, "-c", "\n".join([*package, *step, *forever])]
+                other = subprocess.Popen(command, env=one_thread, stdout=subprocess.PIPE)
+                other.stdout.readline()
+            try:
+                for name, order in {"the package first": package, "PyTorch first": package[::-1]}.items():
+                    command = [sys.executable, "-c", "\n".join([*order, *step, *timed])]
+                    printed = subprocess.run(
+                        command, env=all_threads, check=True, capture_output=True, text=True
+                    ).stdout
+                    row = milliseconds.setdefault(name, {}).setdefault(beside, [])
+                    row.append(float(printed.split()[-1]))
+            finally:
+                if other is not None:
+                    other.kill()
+                    other.wait()
+    return {
+        name: {"milliseconds": {beside: statistics.median(values) for beside, values in of_one.items()}}
+        for name, of_one in milliseconds.items()
+    }
+
+
 def table(results: dict) -> str:
     """All parts as Markdown."""
 
@@ -315,7 +361,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, help=".h5ad file of counts with at least 2,000 genes.")
     parser.add_argument("--label_keys", nargs="*", default=["cell_type"])
-    parser.add_argument("--parts", nargs="+", default=["network", "pipeline", "memory", "start"])
+    parser.add_argument("--parts", nargs="+", default=["network", "pipeline", "memory", "start", "busy"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch_size", nargs="+", type=int, default=[16], help="Of the network's steps.")
     parser.add_argument("--num_cells", type=int, default=5000, help="Of the default pipeline.")
@@ -327,8 +373,8 @@ def main():
     if args.table is not None:
         print(table(json.loads(args.table.read_text())))
         return
-    if args.output is None or args.dataset is None and set(args.parts) != {"network"}:
-        parser.error("--output and, unless the network alone is timed, --dataset are required.")
+    if args.output is None or args.dataset is None and not {*args.parts} <= {"network", "busy"}:
+        parser.error("--output and, unless only `network` or `busy` is timed, --dataset are required.")
 
     results = json.loads(args.output.read_text()) if args.output.exists() else {"parts": {}}
     results["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
@@ -344,7 +390,9 @@ def main():
         for batch_size in args.batch_size:
             keep(f"network, batch {batch_size}", time_network(args.device, batch_size, args.repeats))
             torch.compiler.reset()
-    if set(args.parts) == {"network"}:
+    if "busy" in args.parts:
+        keep("busy", time_busy(args.repeats))
+    if {*args.parts} <= {"network", "busy"}:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
