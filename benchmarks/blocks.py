@@ -96,7 +96,7 @@ def train_block(
 
 
 def measure(dataset: Path, labels: str, args: argparse.Namespace) -> list[dict]:
-    folder = args.work_dir / f"{dataset.stem}, seed 0" / "program"
+    folder = args.work_dir / dataset.stem / "program"
     pipe = ScRNAGenerationPipeline.from_pretrained(folder)
     train_cells, test_cells = CellSplit.load(folder).apply(drop_empty_cells(read_cells(dataset)))
     test_cells = test_cells[pipe.processor.knows_labels(test_cells)]

@@ -65,7 +65,7 @@ def resample(train: ad.AnnData, test: ad.AnnData, label_keys: list[str], num_sam
 
 
 def measure(path: Path, args: argparse.Namespace) -> list[dict]:
-    folder = args.work_dir / f"{path.stem}, seed 0" / "program"
+    folder = args.work_dir / path.stem / "program"
     pipe = ScRNAGenerationPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     train, test = CellSplit.load(folder).apply(drop_empty_cells(read_cells(path)))

@@ -40,7 +40,7 @@ def within(latents: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def measure(path: Path, args: argparse.Namespace) -> list[dict]:
-    folder = args.work_dir / f"{path.stem}, seed 0" / "program"
+    folder = args.work_dir / path.stem / "program"
     pipe = ScRNAGenerationPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     train, _ = CellSplit.load(folder).apply(drop_empty_cells(read_cells(path)))

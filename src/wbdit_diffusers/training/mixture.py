@@ -57,6 +57,10 @@ def prepare_mixture(
             max_components = min(max_components, MAX_COMPONENTS)
             mixture = fit_mixture(dataset, known, combinations, max_components, config.seed)
             write_whole(finished, mixture.save_pretrained)
+            logger.info(
+                f"A Gaussian mixture of {mixture.config.num_components} components, from which the denoiser learns at"
+                f" first: at the end it is {config.mixture_share:.0%} of the target (--mixture_share)."
+            )
     try:
         mixture = GaussianMixtureDenoiser.from_pretrained(finished)
     except Exception as error:  # of Diffusers and safetensors
