@@ -39,15 +39,22 @@ def test_the_report_has_every_part_with_its_control(explained):
     assert report["num_cells"] == 142 and len(report["programs"]) == 6
     assert {row["network"] for row in report["layers"]} == {"trained", "untrained"}
     assert {row["denoiser"] for row in report["decisions"]} == {"network", "mixture"}
-    assert {(row["program"], row["denoiser"]) for row in report["interventions"]} == {
-        (program, name) for program in ("program_0", "program_1") for name in ("network", "mixture")
+    sources = ("network", "mixture", "training cells")
+    assert {(row["program"], row["source"]) for row in report["interventions"]} == {
+        (program, name) for program in ("program_0", "program_1") for name in sources
     }
     # The closed form knows nearly all where there is little noise, nothing at the end, and more than random weights.
     first, last = report["knowledge"][0], report["knowledge"][-1]
     assert first["mixture_mean"] > 0.8 and abs(last["mixture_mean"]) < 0.05
     assert all(row["mixture_mean"] > row["network_mean"] for row in report["knowledge"][:5])
+    of_training = {row["program"]: row["responses"] for row in report["interventions"] if "held" not in row}
     for row in report["interventions"]:
+        if row["source"] == "training cells":
+            assert row["responses"][int(row["program"][-1])] == pytest.approx(1)  # on itself
+            continue
         assert row["held"] < 0.2
+        # Programs follow as they do in the cells that the closed form was fitted to.
+        assert np.corrcoef(row["responses"], of_training[row["program"]])[0, 1] > 0.9
 
 
 def test_types_are_told_by_programs(explained):

@@ -64,7 +64,9 @@ def explain(
     chosen = np.random.default_rng(seed).permutation(test.n_obs)[:max_cells]
     test, train = test[chosen], train[pipe.processor.knows_labels(train)]
     latents, train_latents = pipe.encode_cells(test), pipe.encode_cells(train)
-    labels = pipe.processor.encode_labels(test) if pipe.processor.label_keys else None
+    labels, train_labels = (
+        pipe.processor.encode_labels(cells) if pipe.processor.label_keys else None for cells in (test, train)
+    )
     mixture = fit_mixture(pipe, train)
     denoiser, codec, scheduler = pipe.denoiser.cpu().eval(), pipe.codec, pipe.scheduler
     if pipe.processor.label_keys:
@@ -92,7 +94,9 @@ def explain(
                 for name, one in listeners.items()
             }
         ),
-        "interventions": lambda: measure_interventions(pipe, mixture, latents, labels, seed),
+        "interventions": lambda: measure_interventions(
+            *(pipe, mixture, latents, labels, train_latents, train_labels, seed)
+        ),
     }
     with tqdm(total=1 + len(parts), desc="Looking inside", unit=" parts") as progress_bar:
         cells = _cells(pipe, test, latents)
@@ -184,6 +188,8 @@ def measure_interventions(
     mixture: GaussianMixtureDenoiser,
     latents: torch.Tensor,
     class_labels: torch.Tensor | None,
+    train_latents: torch.Tensor,
+    train_labels: torch.Tensor | None,
     seed: int = 0,
 ) -> list[dict]:
     """
@@ -196,21 +202,22 @@ def measure_interventions(
         latents (`torch.Tensor` of shape `(cells, num_features)`): Held-out cells, whose regression is the truth.
         class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*): Their labels; the cells that
             are drawn have these.
+        train_latents (`torch.Tensor` of shape `(training cells, num_features)`): The cells of the training, whose own
+            regression is the real reference: among few held-out cells that of other real cells is not the same.
+        train_labels (`torch.LongTensor` of shape `(training cells, num_label_keys)`, *optional*): Their labels.
         seed (`int`, defaults to 0): Of the cells.
 
     Returns:
-        `list[dict]`: for each program and denoiser (`"network"`, `"mixture"`): `"held"`, the mean deviation of the
-        program from what was asked for; `"slope"` and `"correlation"` of the other programs' responses against their
-        regression on the program among cells of the same labels (1 is as in the data; where a value is written over
-        another, the slope is 0).
+        `list[dict]`: for each program and source (`"network"`, `"mixture"`, `"training cells"`): `"held"`, the mean
+        deviation of the program from what was asked for; `"slope"` and `"correlation"` of the other programs'
+        responses against their regression on the program among cells of the same labels (1 is as in the held-out
+        cells; where a value is written over another, the slope is 0). Training cells respond by their regression.
     """
     rows, codec = [], pipe.codec
-    codes = None if class_labels is None else np.unique(class_labels.numpy(), axis=0, return_inverse=True)[1].ravel()
-    activities = codec.activities(latents).cpu().numpy()
-    within = activities.copy()
-    for code in np.unique(codes) if codes is not None else [0]:
-        own = slice(None) if codes is None else codes == code
-        within[own] -= within[own].mean(axis=0)
+    within, train_within = (
+        _within_labels(codec.activities(cells).cpu().numpy(), labels)
+        for cells, labels in ((latents, class_labels), (train_latents, train_labels))
+    )
     num_cells = min(HELD_CELLS, len(latents))
     conditions = {}
     if class_labels is not None:
@@ -219,8 +226,24 @@ def measure_interventions(
             for k, key in enumerate(pipe.processor.label_keys)
         }
     closed = with_denoiser(pipe, mixture)
+
+    def row(program: int, name: str, responses: np.ndarray, **more: float) -> dict:
+        others = np.arange(len(truth)) != program
+        return {
+            "program": f"program_{program}",
+            "source": name,
+            **more,
+            "slope": float(responses[others] @ truth[others] / (truth[others] @ truth[others])),
+            "correlation": float(np.corrcoef(responses[others], truth[others])[0, 1]),
+            "responses": responses.tolist(),
+            "regression": truth.tolist(),
+        }
+
     for program in range(min(2, codec.config.num_programs)):
-        truth = within.T @ within[:, program] / (within[:, program] @ within[:, program])
+        truth, of_training = (
+            cells.T @ cells[:, program] / (cells[:, program] @ cells[:, program]) for cells in (within, train_within)
+        )
+        rows.append(row(program, "training cells", of_training))
         for name, source in (("network", pipe), ("mixture", closed)):
             means, misses = [], []
             for activity in HELD_ACTIVITIES:
@@ -235,16 +258,16 @@ def measure_interventions(
                 misses.append((drawn @ program_direction(codec, program) - activity).abs().mean().item())
                 means.append(codec.activities(drawn).mean(0).cpu().numpy())
             slopes = np.polyfit(HELD_ACTIVITIES, np.array(means), 1)[0]
-            others = np.arange(len(slopes)) != program
-            rows.append(
-                {
-                    "program": f"program_{program}",
-                    "denoiser": name,
-                    "held": float(np.mean(misses)),
-                    "slope": float(slopes[others] @ truth[others] / (truth[others] @ truth[others])),
-                    "correlation": float(np.corrcoef(slopes[others], truth[others])[0, 1]),
-                    "responses": slopes.tolist(),
-                    "regression": truth.tolist(),
-                }
-            )
+            rows.append(row(program, name, slopes, held=float(np.mean(misses))))
     return rows
+
+
+def _within_labels(activities: np.ndarray, class_labels: torch.Tensor | None) -> np.ndarray:
+    """Deviations from the mean of the cells that have the same labels."""
+    if class_labels is None:
+        return activities - activities.mean(axis=0)
+    within = activities.copy()
+    codes = np.unique(class_labels.numpy(), axis=0, return_inverse=True)[1].ravel()
+    for code in np.unique(codes):
+        within[codes == code] -= within[codes == code].mean(axis=0)
+    return within

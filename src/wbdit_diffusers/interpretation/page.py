@@ -93,9 +93,9 @@ def summarize(report: dict) -> dict[str, float]:
         values = [row[key] for row in trained if key in row]
         if values:
             facts[key] = float(np.mean(values))
-    for name in ("network", "mixture"):
-        rows = [row for row in report["interventions"] if row["denoiser"] == name]
-        facts[f"slope_{name}"] = float(np.mean([row["slope"] for row in rows]))
+    for name in ("network", "mixture", "training cells"):
+        rows = [row for row in report["interventions"] if row["source"] == name]
+        facts[f"slope_{name.split()[0]}"] = float(np.mean([row["slope"] for row in rows]))
     network, mixture = (np.array(report["listening"][name]) for name in ("network", "mixture"))
     facts["listening_correlation"] = _correlation(network, mixture)
     changed = [row for row in report["decisions"] if row["denoiser"] == "network" and "changed" in row]
@@ -258,13 +258,19 @@ def _interventions_figure(report: dict) -> Figure:
     programs = sorted({row["program"] for row in report["interventions"]})
     figure, axes = plt.subplots(1, len(programs), figsize=(6 * len(programs), 4), layout="constrained", squeeze=False)
     for axis, program in zip(axes[0], programs):
-        for name, colour, label in (("network", NETWORK, "network"), ("mixture", CONTROL, "closed form")):
-            row = next(r for r in report["interventions"] if (r["program"], r["denoiser"]) == (program, name))
+        sources = (
+            ("training cells", "black", "training cells", "x"),
+            ("mixture", CONTROL, "closed form, held", "o"),
+            ("network", NETWORK, "network, held", "o"),
+        )
+        for name, colour, label, marker in sources:
+            row = next(r for r in report["interventions"] if (r["program"], r["source"]) == (program, name))
             others = [i for i in range(len(row["responses"])) if f"program_{i}" != program]
             axis.scatter(
                 np.array(row["regression"])[others],
                 np.array(row["responses"])[others],
                 color=colour,
+                marker=marker,
                 s=22,
                 label=f"{label}: slope {row['slope']:.2f}",
             )
