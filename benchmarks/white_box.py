@@ -179,7 +179,7 @@ def agreement(response: np.ndarray, real: np.ndarray) -> dict[str, float]:
 
 def table(results: dict) -> str:
     """By dataset, and way of editing."""
-    lines = ["| dataset | way | slope | correlation | dose | identity |", "|---|---|---|---|---|---|"]
+    lines = ["| dataset, trainings | way | slope | correlation | dose | identity |", "|---|---|---|---|---|---|"]
     return "\n".join(lines + [line for dataset, entries in results.items() for line in lines_of(dataset, entries)])
 
 
@@ -195,8 +195,10 @@ def lines_of(dataset: str, results: dict) -> list[str]:
                 for entry in results.values()
                 if any(row["way"] == way and metric in row for row in entry["rows"])
             ]
-            cells.append(f"{np.mean(values):.2f} ± {np.std(values):.2f}" if values else "–")
-        lines.append(f"| {dataset} | {way} | " + " | ".join(cells) + " |")
+            cells.append(f"{np.mean(values):.2f}" if values else "–")
+            cells[-1] += f" ± {np.std(values):.2f}" if len(values) > 1 else ""
+        trainings = sum(any(row["way"] == way for row in entry["rows"]) for entry in results.values())
+        lines.append(f"| {dataset}, {trainings} | {way} | " + " | ".join(cells) + " |")
     return lines
 
 
