@@ -10,7 +10,9 @@
 Networks (White-Box and DiT) are trained on cell types alone; which cells were stimulated is hidden from them. The
 program that tells stimulated training cells best is then held at what control cells of a type have, at what stimulated
 ones have, and at two doses between. The change of the 100 genes that respond most in training cells is compared with
-that of held-out cells, by type. Beside the network:
+that of held-out cells, by type: with that of the stimulated ones ("slope"), which differ in other programs too, and,
+for the 100 genes of which that is most, with that of cells which have the held value themselves, whatever was done to
+them ("given": a local linear regression of each gene on the program). Beside the network:
 
     closed form        a Gaussian mixture for each label, conditioned exactly, without any network
     random direction   another direction in the space of programs, held with the same shift
@@ -52,7 +54,8 @@ MIN_CELLS = 10  # held out, of a type and condition
 DOSES = np.array([0, 1 / 3, 2 / 3, 1])
 MODELS = {"descent": "program", "white_box": "program-white-box", "dit": "program-dit"}  # of quality.py
 NAMES = {"descent": "network", "white_box": "network, published block", "dit": "network, DiT block"}
-METRICS = ("slope", "correlation", "dose", "identity")
+METRICS = ("slope", "correlation", "given_slope", "given_correlation", "dose", "identity")
+BANDWIDTH = 0.3  # of the local regression, in standard deviations of the program among cells of the type
 WAYS = ["network", "closed form", "random direction", "shift of the mean", "regression", "arithmetic"]
 ABLATIONS = {"without attention": "attn", "without ISTA": "ff", "without reading the program": None}
 
@@ -136,6 +139,7 @@ def judge(edits: Edits, train_cells: ad.AnnData, test_cells: ad.AnnData, test_co
     genes = edits.pipe.processor.var_names
     x, y = (real_cells(cells, genes).expression for cells in (train_cells, test_cells))
     test_types = test_cells.obs[edits.label_key].astype(str).to_numpy()
+    test_activities = edits.pipe.codec.activities(edits.pipe.encode_cells(test_cells)).numpy()[:, edits.program]
     classifier = LogisticRegression(max_iter=500, C=0.1).fit(x, edits.types)
     rows = []
     for cell_type in np.unique(test_types):
@@ -147,7 +151,16 @@ def judge(edits: Edits, train_cells: ad.AnnData, test_cells: ad.AnnData, test_co
         in_training = x[own & (edits.condition == 1)].mean(0) - x[own & (edits.condition == 0)].mean(0)
         chosen = np.argsort(-np.abs(in_training))[:NUM_GENES]
         held_out = y[of_type & (test_condition == 1)].mean(0) - y[of_type & (test_condition == 0)].mean(0)
-        rows.append({"type": cell_type, "way": "training cells", **agreement(in_training[chosen], held_out[chosen])})
+        first, last = edits.doses(cell_type)[[0, -1]]
+        width = BANDWIDTH * edits.activities[own].std()
+        given_in_training, given = (
+            expected_at(cells, activities, last, width) - expected_at(cells, activities, first, width)
+            for cells, activities in ((x[own], edits.activities[own]), (y[of_type], test_activities[of_type]))
+        )
+        # What each reference is in training cells, which choose the genes, and in held-out cells.
+        references = {"": (in_training, held_out), "given_": (given_in_training, given)}
+        of_training = agreement({name: of_both[0] for name, of_both in references.items()}, references)
+        rows.append({"type": cell_type, "way": "training cells", **of_training})
         for way in ways:
             if way == "arithmetic" and not all(others):
                 continue
@@ -156,13 +169,13 @@ def judge(edits: Edits, train_cells: ad.AnnData, test_cells: ad.AnnData, test_co
                 drawn = generated_cells(edits.draw(way, cell_type, dose, seed=0)).expression
                 means.append(drawn.mean(0))
                 identity.append((classifier.predict(drawn) == cell_type).mean())
-            response = (means[-1] - means[0])[chosen]
+            response = means[-1] - means[0]
             doses = [spearmanr(DOSES, np.array(means)[:, gene] * np.sign(in_training[gene]))[0] for gene in chosen]
             rows.append(
                 {
                     "type": cell_type,
                     "way": way,
-                    **agreement(response, held_out[chosen]),
+                    **agreement(dict.fromkeys(references, response), references),
                     "dose": float(np.nanmean(doses)),
                     "identity": float(identity[-1] / max(identity[0], 1e-9)),
                 }
@@ -170,16 +183,27 @@ def judge(edits: Edits, train_cells: ad.AnnData, test_cells: ad.AnnData, test_co
     return rows
 
 
-def agreement(response: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    return {
-        "slope": float(response @ real / (real @ real)),
-        "correlation": float(np.corrcoef(response, real)[0, 1]),
-    }
+def expected_at(cells: np.ndarray, activities: np.ndarray, activity: float, width: float) -> np.ndarray:
+    """What cells with that activity have on average of each gene, by a local linear regression."""
+    weights = np.exp(-0.25 * ((activities - activity) / width) ** 2)[:, None]  # square roots of a Gaussian's
+    design = np.stack([np.ones_like(activities), activities - activity], axis=1)
+    return np.linalg.lstsq(design * weights, cells * weights, rcond=None)[0][0]
+
+
+def agreement(responses: dict[str, np.ndarray], references: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict:
+    """Slope and correlation of each response against held-out cells, over the genes that change most in training."""
+    result = {}
+    for name, (in_training, held_out) in references.items():
+        chosen = np.argsort(-np.abs(in_training))[:NUM_GENES]
+        response, real = responses[name][chosen], held_out[chosen]
+        result[f"{name}slope"] = float(response @ real / (real @ real))
+        result[f"{name}correlation"] = float(np.corrcoef(response, real)[0, 1])
+    return result
 
 
 def table(results: dict) -> str:
     """By dataset, and way of editing."""
-    lines = ["| dataset, trainings | way | slope | correlation | dose | identity |", "|---|---|---|---|---|---|"]
+    lines = ["| dataset, trainings | way | " + " | ".join(METRICS).replace("_", ", ") + " |", "|---" * 8 + "|"]
     return "\n".join(lines + [line for dataset, entries in results.items() for line in lines_of(dataset, entries)])
 
 
