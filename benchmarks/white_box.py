@@ -12,7 +12,9 @@ program that tells stimulated training cells best is then held at what control c
 ones have, and at two doses between. The change of the 100 genes that respond most in training cells is compared with
 that of held-out cells, by type: with that of the stimulated ones ("slope"), which differ in other programs too, and,
 for the 100 genes of which that is most, with that of cells which have the held value themselves, whatever was done to
-them ("given": a local linear regression of each gene on the program). Beside the network:
+them ("given": a local linear regression of each gene on the program). What can be reached is shown by training cells,
+and by cells decoded from their latents: in these, what a program's activity owes to the chance of the same counts is
+gone. Beside the network:
 
     closed form        a Gaussian mixture for each label, conditioned exactly, without any network
     random direction   another direction in the space of programs, held with the same shift
@@ -139,7 +141,9 @@ def judge(edits: Edits, train_cells: ad.AnnData, test_cells: ad.AnnData, test_co
     genes = edits.pipe.processor.var_names
     x, y = (real_cells(cells, genes).expression for cells in (train_cells, test_cells))
     test_types = test_cells.obs[edits.label_key].astype(str).to_numpy()
-    test_activities = edits.pipe.codec.activities(edits.pipe.encode_cells(test_cells)).numpy()[:, edits.program]
+    activities = edits.pipe.codec.activities(edits.pipe.encode_cells(test_cells)).numpy()[:, edits.program]
+    labels, generator = edits.pipe.processor.encode_labels(train_cells), torch.Generator().manual_seed(0)
+    z = generated_cells(edits.pipe.decode_latents(edits.latents, labels, generator=generator)).expression
     classifier = LogisticRegression(max_iter=500, C=0.1).fit(x, edits.types)
     rows = []
     for cell_type in np.unique(test_types):
@@ -148,19 +152,14 @@ def judge(edits: Edits, train_cells: ad.AnnData, test_cells: ad.AnnData, test_co
             continue
         own = edits.types == cell_type
         others = [(~own & (edits.condition == value)).any() for value in (0, 1)]
-        in_training = x[own & (edits.condition == 1)].mean(0) - x[own & (edits.condition == 0)].mean(0)
-        chosen = np.argsort(-np.abs(in_training))[:NUM_GENES]
-        held_out = y[of_type & (test_condition == 1)].mean(0) - y[of_type & (test_condition == 0)].mean(0)
-        first, last = edits.doses(cell_type)[[0, -1]]
-        width = BANDWIDTH * edits.activities[own].std()
-        given_in_training, given = (
-            expected_at(cells, activities, last, width) - expected_at(cells, activities, first, width)
-            for cells, activities in ((x[own], edits.activities[own]), (y[of_type], test_activities[of_type]))
+        ends = edits.doses(cell_type)[[0, -1]]
+        in_training, decoded = (
+            changes(cells[own], edits.condition[own], edits.activities[own], ends) for cells in (x, z)
         )
-        # What each reference is in training cells, which choose the genes, and in held-out cells.
-        references = {"": (in_training, held_out), "given_": (given_in_training, given)}
-        of_training = agreement({name: of_both[0] for name, of_both in references.items()}, references)
-        rows.append({"type": cell_type, "way": "training cells", **of_training})
+        held_out = changes(y[of_type], test_condition[of_type], activities[of_type], ends)
+        for way, change in (("training cells", in_training), ("training latents, decoded", decoded)):
+            rows.append({"type": cell_type, "way": way, **agreement(change, in_training, held_out)})
+        chosen = most_changed(in_training[""])
         for way in ways:
             if way == "arithmetic" and not all(others):
                 continue
@@ -170,12 +169,13 @@ def judge(edits: Edits, train_cells: ad.AnnData, test_cells: ad.AnnData, test_co
                 means.append(drawn.mean(0))
                 identity.append((classifier.predict(drawn) == cell_type).mean())
             response = means[-1] - means[0]
-            doses = [spearmanr(DOSES, np.array(means)[:, gene] * np.sign(in_training[gene]))[0] for gene in chosen]
+            signs = np.sign(in_training[""])
+            doses = [spearmanr(DOSES, np.array(means)[:, gene] * signs[gene])[0] for gene in chosen]
             rows.append(
                 {
                     "type": cell_type,
                     "way": way,
-                    **agreement(dict.fromkeys(references, response), references),
+                    **agreement(dict.fromkeys(in_training, response), in_training, held_out),
                     "dose": float(np.nanmean(doses)),
                     "identity": float(identity[-1] / max(identity[0], 1e-9)),
                 }
@@ -190,12 +190,24 @@ def expected_at(cells: np.ndarray, activities: np.ndarray, activity: float, widt
     return np.linalg.lstsq(design * weights, cells * weights, rcond=None)[0][0]
 
 
-def agreement(responses: dict[str, np.ndarray], references: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict:
-    """Slope and correlation of each response against held-out cells, over the genes that change most in training."""
+def changes(cells: np.ndarray, condition: np.ndarray, activities: np.ndarray, ends: np.ndarray) -> dict:
+    """Of each gene, in cells of one type: from controls to stimulated cells, and, `"given_"`, from cells that have the
+    first activity of `ends` to those that have the second, by the condition or not."""
+    width = BANDWIDTH * activities.std()
+    first, last = (expected_at(cells, activities, activity, width) for activity in ends)
+    return {"": cells[condition == 1].mean(0) - cells[condition == 0].mean(0), "given_": last - first}
+
+
+def most_changed(change: np.ndarray) -> np.ndarray:
+    return np.argsort(-np.abs(change))[:NUM_GENES]
+
+
+def agreement(responses: dict, in_training: dict, held_out: dict) -> dict[str, float]:
+    """Slope and correlation against both changes of held-out cells, over the genes that change most in training."""
     result = {}
-    for name, (in_training, held_out) in references.items():
-        chosen = np.argsort(-np.abs(in_training))[:NUM_GENES]
-        response, real = responses[name][chosen], held_out[chosen]
+    for name, change in in_training.items():
+        chosen = most_changed(change)
+        response, real = responses[name][chosen], held_out[name][chosen]
         result[f"{name}slope"] = float(response @ real / (real @ real))
         result[f"{name}correlation"] = float(np.corrcoef(response, real)[0, 1])
     return result
@@ -271,7 +283,7 @@ def main():
             for row in rows:
                 if row["way"] == "network":
                     row["way"] = NAMES[block]
-            rows = [row for row in rows if block == "descent" or row["way"] != "training cells"]
+            rows = [row for row in rows if block == "descent" or not row["way"].startswith("training")]
             entry = {"program": edits.program, "auc": edits.auc, "rows": rows}
             results.setdefault(name, {})[f"{block}, seed {seed}"] = entry
             args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -20,5 +20,5 @@ def test_genes_are_chosen_by_training_cells():
     in_training = np.concatenate([rng.normal(0, 5, 100), np.zeros(50)])
     held_out = in_training.copy()
     held_out[100:] = 1000  # changes by chance in held-out cells alone
-    judged = agreement({"": 0.5 * in_training}, {"": (in_training, held_out)})
+    judged = agreement({"": 0.5 * in_training}, {"": in_training}, {"": held_out})
     assert judged == {"slope": pytest.approx(0.5), "correlation": pytest.approx(1)}
