@@ -47,6 +47,8 @@ BLOCKS = {
     "white_box, one token per program": {"block_type": "white_box"},
     "white_box, as few parameters": {"block_type": "white_box", "patch_size": 8, "attention_head_dim": 15},
     "dit": OURS["program-dit"],
+    "dit, as few parameters": {"block_type": "dit", "patch_size": 8, "attention_head_dim": 11},
+    "descent, wide": {"attention_head_dim": 72},  # nearly as many parameters as the published block
 }
 LAYER_CELLS = 500
 STEPS = ("own", "random", "cosine", "objective")
