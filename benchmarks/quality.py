@@ -112,7 +112,7 @@ def usual_label_keys(path: Path) -> list[str]:
 
 def run_name(
     path: Path, seed: int, label_keys: list[str] | None, scale: str | None = None, num_cells: int | None = None
-):
+) -> str:
     """Of a training on a dataset, and of its entry in a JSON file: what is not as usual is named."""
     name = path.stem if scale is None else f"{path.stem} as {scale}"
     name += "" if num_cells is None else f", {num_cells} cells"

@@ -264,6 +264,14 @@ def measure_memory(program: Path, folder: Path, sizes: list[int]) -> dict:
     return rows
 
 
+def number_printed_by(code: str, *arguments: object, environment: dict[str, str] | None = None) -> float:
+    """By a fresh process, the last."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return float(
+        subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()[-1]
+    )
+
+
 def time_start(program: Path, repeats: int) -> dict:
     """Seconds to import and to load, each in fresh processes that take turns and print what they measured."""
     timed = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
@@ -283,9 +291,7 @@ def time_start(program: Path, repeats: int) -> dict:
     seconds = {name: [] for name in codes}
     for _ in range(repeats):
         for name, code in codes.items():
-            command = [sys.executable, "-c", code, str(program)]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            seconds[name].append(float(printed.split()[-1]))
+            seconds[name].append(number_printed_by(code, program))
     return {name: {"seconds": statistics.median(values)} for name, values in seconds.items()}
 
 
@@ -316,12 +322,9 @@ def time_busy(repeats: int) -> dict:
                 other.stdout.readline()
             try:
                 for name, order in {"the package first": package, "PyTorch first": package[::-1]}.items():
-                    command = [sys.executable, "-c", "\n".join([*order, *step, *timed])]
-                    printed = subprocess.run(
-                        command, env=all_threads, check=True, capture_output=True, text=True
-                    ).stdout
+                    code = "\n".join([*order, *step, *timed])
                     row = milliseconds.setdefault(name, {}).setdefault(beside, [])
-                    row.append(float(printed.split()[-1]))
+                    row.append(number_printed_by(code, environment=all_threads))
             finally:
                 if other is not None:
                     other.kill()

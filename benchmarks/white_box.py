@@ -5,6 +5,9 @@
     python benchmarks/white_box.py --dataset ../shared/data/pancreas_endocrinogenesis.h5ad --work_dir WORK \\
         --label_key cell_type_coarse --condition_key cell_type --control Alpha --stimulated Beta \\
         --output lab/results/interventions_cpu.json
+    python benchmarks/white_box.py --dataset ../shared/data/zheng_facs_pbmc.h5ad --work_dir WORK \\
+        --label_key cell_type_coarse --condition_key cell_type --control "CD8+/CD45RA+ Naive Cytotoxic" \\
+        --stimulated "CD8+ Cytotoxic T" --output lab/results/interventions_cpu.json
     python benchmarks/white_box.py --table lab/results/interventions_cpu.json
 
 Networks (White-Box and DiT) are trained on cell types alone; which cells were stimulated is hidden from them. The

@@ -9,8 +9,8 @@ SPINS = "5000"  # costs nothing that is seen where cores are free; benchmarks/sp
 def share_cores():
     """
     Lets the threads of GNU's OpenMP, which PyTorch has on Linux, sleep soon while they wait, instead of keeping a core
-    for milliseconds. Beside another training a step takes 1.5 to 5 times as long otherwise, as the thread waited
-    for has no core. OpenMP reads this once, when PyTorch is imported: it has no effect later, and neither where
+    for milliseconds. Beside another training a step takes half as long again otherwise, as the thread waited for
+    has no core. OpenMP reads this once, when PyTorch is imported: it has no effect later, and neither where
     `GOMP_SPINCOUNT` or `OMP_WAIT_POLICY` says what the user wants.
     """
     if "OMP_WAIT_POLICY" not in os.environ:

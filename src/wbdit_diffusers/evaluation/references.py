@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..models.gaussian_mixture import PSEUDO_CELLS, mixture_responsibilities
+from ..models.gaussian_mixture import PSEUDO_CELLS, mixture_responsibilities, within_labels
 
 
 # ==================== Real cells ====================
@@ -133,9 +133,7 @@ def _draw_by_label(
     """`draw(latents of the label, deviations from the label means of all cells, number)` for each combination."""
     codes = _combination_codes(class_labels, wanted_labels)
     codes, wanted = codes[: len(latents)], codes[len(latents) :]
-    pooled = latents.astype(np.float64)
-    for code in np.unique(codes):
-        pooled[codes == code] -= pooled[codes == code].mean(axis=0)
+    pooled = within_labels(latents.astype(np.float64), codes)
     drawn = np.empty((len(wanted), latents.shape[1]))
     for code in np.unique(wanted):
         own = latents[codes == code] if (codes == code).any() else latents

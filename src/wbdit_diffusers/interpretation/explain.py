@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from ..evaluation.cells import real_cells
 from ..evaluation.metrics import rank_markers
 from ..models.codec_programs import ProgramCodec
-from ..models.gaussian_mixture import GaussianMixtureDenoiser
+from ..models.gaussian_mixture import GaussianMixtureDenoiser, within_labels
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..pipelines.programs import add_programs, program_table
@@ -227,7 +227,7 @@ def measure_interventions(
         }
     closed = with_denoiser(pipe, mixture)
 
-    def row(program: int, name: str, responses: np.ndarray, **more: float) -> dict:
+    def row(program: int, name: str, responses: np.ndarray, truth: np.ndarray, **more: float) -> dict:
         others = np.arange(len(truth)) != program
         return {
             "program": f"program_{program}",
@@ -243,7 +243,7 @@ def measure_interventions(
         truth, of_training = (
             cells.T @ cells[:, program] / (cells[:, program] @ cells[:, program]) for cells in (within, train_within)
         )
-        rows.append(row(program, "training cells", of_training))
+        rows.append(row(program, "training cells", of_training, truth))
         for name, source in (("network", pipe), ("mixture", closed)):
             means, misses = [], []
             for activity in HELD_ACTIVITIES:
@@ -258,16 +258,11 @@ def measure_interventions(
                 misses.append((drawn @ program_direction(codec, program) - activity).abs().mean().item())
                 means.append(codec.activities(drawn).mean(0).cpu().numpy())
             slopes = np.polyfit(HELD_ACTIVITIES, np.array(means), 1)[0]
-            rows.append(row(program, name, slopes, held=float(np.mean(misses))))
+            rows.append(row(program, name, slopes, truth, held=float(np.mean(misses))))
     return rows
 
 
 def _within_labels(activities: np.ndarray, class_labels: torch.Tensor | None) -> np.ndarray:
-    """Deviations from the mean of the cells that have the same labels."""
     if class_labels is None:
         return activities - activities.mean(axis=0)
-    within = activities.copy()
-    codes = np.unique(class_labels.numpy(), axis=0, return_inverse=True)[1].ravel()
-    for code in np.unique(codes):
-        within[codes == code] -= within[codes == code].mean(axis=0)
-    return within
+    return within_labels(activities, np.unique(class_labels.numpy(), axis=0, return_inverse=True)[1].ravel())

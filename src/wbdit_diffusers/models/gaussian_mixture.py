@@ -102,9 +102,7 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
         values, codes = latents.double().cpu().numpy(), class_labels.cpu().numpy()
         combinations, index = np.unique(codes, axis=0, return_inverse=True)
         index = np.zeros(len(values), dtype=int) if codes.shape[1] == 0 else index.ravel()
-        pooled = values.copy()
-        for i in range(len(combinations)):
-            pooled[index == i] -= pooled[index == i].mean(axis=0)
+        pooled = within_labels(values, index)
         pooled_covariance = pooled.T @ pooled / len(pooled)
         means, covariances, weights, labels = [], [], [], []
         for i, combination in enumerate(combinations):
@@ -257,6 +255,14 @@ def labels_of_cells(class_labels: torch.Tensor | None, label_index: torch.Tensor
     if class_labels is None or label_index is None:
         return class_labels
     return class_labels.reshape(len(class_labels), -1)[label_index]
+
+
+def within_labels(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Deviations `(cells, values)` from the mean of the cells that have the same combination of labels."""
+    within = values.copy()
+    for code in np.unique(codes):
+        within[codes == code] -= within[codes == code].mean(axis=0)
+    return within
 
 
 def weighted_gaussians(
