@@ -8,7 +8,7 @@ share_cores()  # before PyTorch is imported
 from ._quiet import drop_empty_warnings  # noqa: E402
 from ._registration import register  # noqa: E402
 from .models import ExpressionCodec, GaussianMixtureDenoiser, ProgramCodec, WhiteBoxDiTModel  # noqa: E402
-from .pipelines import ScRNAGenerationPipeline, ScRNAPipelineOutput  # noqa: E402
+from .pipelines import ScRNAGenerationPipeline, ScRNAPipeline, ScRNAPipelineOutput  # noqa: E402
 from .processing import ScRNAProcessor  # noqa: E402
 from .version import __version__  # noqa: E402
 
@@ -21,6 +21,7 @@ __all__ = [
     "GaussianMixtureDenoiser",
     "ProgramCodec",
     "ScRNAGenerationPipeline",
+    "ScRNAPipeline",
     "ScRNAPipelineOutput",
     "ScRNAProcessor",
     "WhiteBoxDiTModel",

@@ -12,8 +12,12 @@ from conftest import make_pipeline
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.cli import main
 from wbdit_diffusers.data import CellSplit
-from wbdit_diffusers.interpretation import explain, fit_mixture
-from wbdit_diffusers.interpretation.denoising import measure_decisions, measure_knowledge, measure_listening
+from wbdit_diffusers.interpretation import explain, fit_gaussian_mixture
+from wbdit_diffusers.interpretation.denoising import (
+    measure_explained_variance,
+    measure_program_jacobian,
+    measure_type_stability,
+)
 from wbdit_diffusers.sampling import make_scheduler, training_scheduler
 
 
@@ -38,15 +42,15 @@ def test_the_report_has_every_part_with_its_control(explained):
     report = explained["report"]
     assert report["num_cells"] == 142 and len(report["programs"]) == 6
     assert {row["network"] for row in report["layers"]} == {"trained", "untrained"}
-    assert {row["denoiser"] for row in report["decisions"]} == {"network", "mixture"}
-    sources = ("network", "mixture", "training cells")
+    assert {row["denoiser"] for row in report["type_stability"]} == {"network", "closed_form"}
+    sources = ("network", "closed_form", "training cells")
     assert {(row["program"], row["source"]) for row in report["interventions"]} == {
         (program, name) for program in ("program_0", "program_1") for name in sources
     }
     # The closed form knows nearly all where there is little noise, nothing at the end, and more than random weights.
-    first, last = report["knowledge"][0], report["knowledge"][-1]
-    assert first["mixture_mean"] > 0.8 and abs(last["mixture_mean"]) < 0.05
-    assert all(row["mixture_mean"] > row["network_mean"] for row in report["knowledge"][:5])
+    first, last = report["explained_variance"][0], report["explained_variance"][-1]
+    assert first["closed_form_mean"] > 0.8 and abs(last["closed_form_mean"]) < 0.05
+    assert all(row["closed_form_mean"] > row["network_mean"] for row in report["explained_variance"][:5])
     of_training = {row["program"]: row["responses"] for row in report["interventions"] if "held" not in row}
     for row in report["interventions"]:
         if row["source"] == "training cells":
@@ -57,7 +61,7 @@ def test_the_report_has_every_part_with_its_control(explained):
         assert np.corrcoef(row["responses"], of_training[row["program"]])[0, 1] > 0.9
 
 
-def test_types_are_told_by_programs(explained):
+def test_programs_separate_types(explained):
     by_type = {row["type"]: row for row in explained["report"]["types"]}
     assert set(by_type) <= set(explained["cells"].obs["cell_type"]) and len(by_type) > 4
     assert all(row["auc"] >= row["second_auc"] >= 0.5 and 0 <= row["markers"] <= 50 for row in by_type.values())
@@ -79,40 +83,44 @@ def test_the_page_holds_all_figures_and_escapes_names(explained):
 def test_a_model_without_labels_is_explained(pbmc):
     pipe = make_pipeline(pbmc, codec="program")
     report, cells = explain(pipe, pbmc[:500], pbmc[500:560])
-    assert report["types"] == [] and "changed" not in report["decisions"][0] and cells.n_obs == 60
+    assert report["types"] == [] and "changed" not in report["type_stability"][0] and cells.n_obs == 60
 
 
-def test_the_closed_form_in_the_networks_place_is_all_that_is_said(pbmc):
+def test_the_closed_form_agrees_with_itself(pbmc):
     pipe = make_pipeline(pbmc, codec="program")
-    mixture, latents = fit_mixture(pipe, pbmc), pipe.encode_cells(pbmc)
-    rows = measure_knowledge(mixture, mixture, pipe.codec, latents, None, [100, 500])
-    assert [row["closed_form"] for row in rows] == [1, 1]
-    assert rows[0]["network"] == rows[0]["mixture"]
+    gaussian_mixture, latents = fit_gaussian_mixture(pipe, pbmc), pipe.encode_cells(pbmc)
+    rows = measure_explained_variance(
+        gaussian_mixture, gaussian_mixture, pipe.scheduler, pipe.codec, latents, None, [100, 500]
+    )
+    assert [row["agreement"] for row in rows] == [1, 1]
+    assert rows[0]["network"] == rows[0]["closed_form"]
 
 
 def test_little_noise_changes_few_cells_and_much_of_it_all(pbmc):
     pipe = make_pipeline(pbmc, codec="program")
-    mixture, latents = fit_mixture(pipe, pbmc), pipe.encode_cells(pbmc)
+    gaussian_mixture, latents = fit_gaussian_mixture(pipe, pbmc), pipe.encode_cells(pbmc)
     types = pbmc.obs["cell_type"].astype(str).to_numpy()
-    rows = measure_decisions(mixture, mixture, pipe.scheduler, pipe.codec, (latents, types), latents[:200])
+    rows = measure_type_stability(
+        gaussian_mixture, gaussian_mixture, pipe.scheduler, pipe.codec, (latents, types), latents[:200]
+    )
     first, last = rows[0], rows[-1]
     assert first["changed"] < 0.5 * first["chance"] and last["changed"] > 0.7 * last["chance"]
     assert first["correlation_mean"] > 0.8 and abs(last["correlation_mean"]) < 0.3
 
 
-def test_listening_is_the_derivative_of_what_is_expected(program_pipe, pbmc):
-    mixture = fit_mixture(program_pipe, pbmc)
+def test_the_jacobian_is_the_derivative_of_the_expected_programs(program_pipe, pbmc):
+    gaussian_mixture = fit_gaussian_mixture(program_pipe, pbmc)
     latents = program_pipe.encode_cells(pbmc)[:40]
     codec = program_pipe.codec
-    matrix = measure_listening(mixture, mixture, codec, latents, None, 300)
+    matrix = measure_program_jacobian(gaussian_mixture, program_pipe.scheduler, codec, latents, None, 300)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    a, s = mixture.signal_and_noise(300, 40)
+    a, s = gaussian_mixture.signal_and_noise(300, 40)
     step = torch.zeros(codec.num_features)
     step[:6] = 0.01 * torch.linalg.inv(codec.program_axes)[:, 2]  # program 2, the others left as they are
     expected = []
     for sign in (1, -1):
         x = a * latents + s * noise + sign * step
-        expected.append(codec.activities(a * x - s * mixture(x, 300, return_dict=False)[0]))
+        expected.append(codec.activities(a * x - s * gaussian_mixture(x, 300, return_dict=False)[0]))
     torch.testing.assert_close(matrix[:, 2], ((expected[0] - expected[1]) / 0.02).mean(0), atol=2e-3, rtol=0.02)
 
 
@@ -127,8 +135,8 @@ def test_listening_is_the_derivative_of_what_is_expected(program_pipe, pbmc):
 def test_what_cannot_be_explained_is_refused(spoil, message, program_pipe, pipe, pbmc):
     chosen = pipe if spoil == "codec" else program_pipe
     if spoil == "mixture":
-        mixture = fit_mixture(program_pipe, pbmc)
-        chosen = ScRNAGenerationPipeline(**{**program_pipe.components, "denoiser": mixture})
+        gaussian_mixture = fit_gaussian_mixture(program_pipe, pbmc)
+        chosen = ScRNAGenerationPipeline(**{**program_pipe.components, "denoiser": gaussian_mixture})
     with pytest.raises(ValueError, match=message):
         explain(chosen, pbmc[:500], pbmc[500:505] if spoil == "cells" else pbmc[500:])
 

@@ -1,4 +1,4 @@
-"""A held program: its value is met, the others follow as they do in cells, and what can't be held is refused."""
+"""A held program: its value is met, other programs follow as they do in cells, and impossible requests are refused."""
 
 import numpy as np
 import pytest
@@ -6,79 +6,70 @@ import torch
 from conftest import make_pipeline
 
 from wbdit_diffusers import GaussianMixtureDenoiser, ScRNAGenerationPipeline
-from wbdit_diffusers.interpretation import fit_mixture, hold_program, program_direction
-from wbdit_diffusers.interpretation.interventions import HeldDenoiser
-from wbdit_diffusers.sampling import make_scheduler, training_scheduler
+from wbdit_diffusers.interpretation import LinearGuide, fit_gaussian_mixture, hold_program, program_direction
+from wbdit_diffusers.interpretation.interventions import with_denoiser
+from wbdit_diffusers.sampling import Conditions, make_scheduler, to_clean, training_scheduler
+
+
+NO_LABELS = Conditions({}, torch.zeros(40, dtype=torch.long))
 
 
 @pytest.fixture(scope="module")
 def trained(pbmc) -> tuple[ScRNAGenerationPipeline, GaussianMixtureDenoiser]:
-    """A pipeline whose network is a Gaussian's closed form: what a perfect training would end with."""
+    """A pipeline whose network is the closed form of one Gaussian: the result of a perfect training."""
     pipe = make_pipeline(pbmc, codec="program")
     pipe.scheduler = make_scheduler("dpmsolver++", training_scheduler("v_prediction").config)
-    return pipe, fit_mixture(pipe, pbmc, max_components=1)
+    gaussian_mixture = fit_gaussian_mixture(pipe, pbmc, max_components=1)
+    return with_denoiser(pipe, gaussian_mixture), gaussian_mixture
 
 
-def held_as_networks_are(pipe, mixture, activity: float) -> ScRNAGenerationPipeline:
-    """The way that is taken for a network, with the closed form in the network's place."""
-    denoiser = HeldDenoiser(mixture, mixture, program_direction(pipe.codec, 1), activity)
-    held = ScRNAGenerationPipeline(**{**pipe.components, "denoiser": denoiser}, num_inference_steps=20)
-    held.set_progress_bar_config(disable=True)
-    return held
-
-
-@pytest.mark.parametrize("way", ["exact", "moved"])
-def test_a_held_program_has_its_value_and_the_others_follow(way, trained, pbmc):
-    pipe, mixture = trained
+def test_a_held_program_has_its_value_and_the_others_follow(trained, pbmc):
+    pipe, gaussian_mixture = trained
     activities = pipe.codec.activities(pipe.encode_cells(pbmc)).numpy()
     centred = activities - activities.mean(axis=0)
     regression = centred.T @ centred[:, 1] / (centred[:, 1] @ centred[:, 1])
     means = []
     for activity in (-1.5, 1.5):
-        if way == "exact":
-            closed = ScRNAGenerationPipeline(**{**pipe.components, "denoiser": mixture}, num_inference_steps=20)
-            closed.set_progress_bar_config(disable=True)
-            held = hold_program(closed, mixture, "program_1", activity)
-        else:
-            held = held_as_networks_are(pipe, mixture, activity)
-        drawn = held(num_cells=1500, generator=torch.Generator().manual_seed(0), output_type="latent").cells
+        drawn = pipe(
+            num_cells=1500,
+            num_inference_steps=20,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            guides=[hold_program(pipe, gaussian_mixture, "program_1", activity)],
+        ).cells
         drawn = pipe.codec.activities(drawn).numpy()
         np.testing.assert_allclose(drawn[:, 1], activity, atol=0.15)
         means.append(drawn.mean(axis=0))
-    slopes = (means[1] - means[0]) / 3
-    np.testing.assert_allclose(slopes, regression, atol=0.06)
+    np.testing.assert_allclose((means[1] - means[0]) / 3, regression, atol=0.06)
     assert np.abs(regression).max() > 0.1  # else nothing would have to follow
 
 
 @pytest.mark.parametrize("max_components", [1, 2])
-def test_both_ways_are_one_for_the_closed_form(max_components, trained, pbmc):
+def test_the_guide_is_exact_for_the_closed_form(max_components, trained, pbmc):
     pipe, _ = trained
-    mixture = fit_mixture(pipe, pbmc, max_components=max_components)
-    assert mixture.config.num_components == max_components
-    direction = program_direction(pipe.codec, 0)
-    x = torch.randn(40, mixture.config.sample_size, generator=torch.Generator().manual_seed(0))
+    gaussian_mixture = fit_gaussian_mixture(pipe, pbmc, max_components=max_components)
+    assert gaussian_mixture.config.num_components == max_components
+    guide = LinearGuide(gaussian_mixture, program_direction(pipe.codec, 0), 0.8)
+    x = torch.randn(40, gaussian_mixture.config.sample_size, generator=torch.Generator().manual_seed(0))
     for timestep in (50, 400, 950):
-        moved = HeldDenoiser(mixture, mixture, direction, 0.8)(x, timestep)[0]
-        exact = mixture.conditioned(direction, 0.8)(x, timestep, return_dict=False)[0]
-        a, s = mixture.signal_and_noise(timestep, 40)
-        torch.testing.assert_close(a * x - s * moved, a * x - s * exact, atol=0.02, rtol=0)
+        clean, exact = (
+            to_clean(one(x, timestep, return_dict=False)[0], x, timestep, pipe.scheduler)
+            for one in (gaussian_mixture, guide.conditioned)
+        )
+        torch.testing.assert_close(guide(clean, x, timestep, NO_LABELS), exact, atol=0.02, rtol=0)
 
 
-def test_the_pipeline_stays_as_it_is_and_makes_cells_when_held(program_pipe, pbmc):
-    denoiser, mixture = program_pipe.denoiser, fit_mixture(program_pipe, pbmc)
-    held = hold_program(program_pipe, mixture, 2, 1.0)
-    assert program_pipe.denoiser is denoiser
-    cells = held(num_cells=6, cell_types="Dendritic", generator=torch.Generator().manual_seed(0)).cells
+def test_labels_and_programs_can_be_asked_for_together(program_pipe, pbmc):
+    guide = hold_program(program_pipe, fit_gaussian_mixture(program_pipe, pbmc), 2, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    cells = program_pipe(num_cells=6, cell_types="Dendritic", generator=generator, guides=[guide]).cells
     np.testing.assert_allclose(cells.obsm["X_programs"][:, 2], 1.0, atol=1e-3)
     assert list(cells.obs["cell_type"]) == ["Dendritic"] * 6
 
 
-def test_what_cannot_be_held_is_refused(program_pipe, pipe, pbmc):
-    mixture = fit_mixture(program_pipe, pbmc)
+def test_impossible_requests_are_refused(program_pipe, pipe, pbmc):
+    gaussian_mixture = fit_gaussian_mixture(program_pipe, pbmc)
     with pytest.raises(ValueError, match="There is no 'program_6': the model has program_0 to program_5"):
-        hold_program(program_pipe, mixture, "program_6", 1.0)
+        hold_program(program_pipe, gaussian_mixture, "program_6", 1.0)
     with pytest.raises(ValueError, match="no gene programs: it was trained with ExpressionCodec"):
-        hold_program(pipe, mixture, 0, 1.0)
-    program_pipe.scheduler = training_scheduler("epsilon")
-    with pytest.raises(ValueError, match="predicts the velocity"):
-        hold_program(program_pipe, mixture, 0, 1.0)
+        hold_program(pipe, gaussian_mixture, 0, 1.0)

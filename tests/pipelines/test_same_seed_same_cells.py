@@ -7,7 +7,7 @@ import torch
 from conftest import make_pipeline
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from wbdit_diffusers.pipelines import pipeline_scrna_generation
+from wbdit_diffusers.pipelines import pipeline_utils
 
 
 def seeded(seed=0) -> torch.Generator:
@@ -72,7 +72,7 @@ def test_streams_do_not_disturb_each_other(pipe):
 def test_counts_are_drawn_block_by_block(program_pipe, monkeypatch):
     """The pieces in which counts are made dense never change them, nor does a generator per cell."""
     expected = program_pipe(num_cells=150, generator=seeded()).cells
-    monkeypatch.setattr(pipeline_scrna_generation, "VALUES_AT_ONCE", 1)
+    monkeypatch.setattr(pipeline_utils, "VALUES_AT_ONCE", 1)
     for batch_size in (150, 100):
         cells = program_pipe(num_cells=150, generator=seeded(), batch_size=batch_size).cells
         assert (cells.X != expected.X).nnz <= 1e-3 * expected.X.nnz

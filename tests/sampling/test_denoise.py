@@ -8,7 +8,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from wbdit_diffusers.sampling import CellNoise, denoise, make_scheduler, training_scheduler
+from wbdit_diffusers.sampling import CellNoise, denoise, make_scheduler, signal_and_noise, training_scheduler
 
 
 ANY_SCHEDULER = [
@@ -51,18 +51,16 @@ def exact_denoiser(prediction_type: str):
     return predict
 
 
-def sample(scheduler, generator, num_cells=150, batch_size=None, num_inference_steps=5, **kwargs):
+def sample(scheduler, generator, num_cells=150, batch_size=None, num_inference_steps=5, latents=None, **kwargs):
     """Cells of the Gaussian, batch by batch."""
     noise, batch_size = CellNoise(generator), batch_size or num_cells
-    predict = exact_denoiser(scheduler.config.prediction_type)
-    batches = [
-        denoise(
-            *(predict, scheduler, noise.batch(start, min(start + batch_size, num_cells))),
-            *(4, num_inference_steps, CPU),
-            **kwargs,
-        )
-        for start in range(0, num_cells, batch_size)
-    ]
+    predict, batches = exact_denoiser(scheduler.config.prediction_type), []
+    for start in range(0, num_cells, batch_size):
+        batch = noise.batch(start, min(start + batch_size, num_cells))
+        scheduler.set_timesteps(num_inference_steps)
+        initial = batch.normal(4, CPU) if latents is None else latents
+        initial = initial * scheduler.init_noise_sigma
+        batches.append(denoise(predict, scheduler, batch, initial, scheduler.timesteps, **kwargs))
     return torch.cat(batches)
 
 
@@ -129,7 +127,7 @@ def test_latents_replace_the_initial_noise():
     torch.testing.assert_close(flipped, cells.flip(0))
 
 
-def test_on_step_end_decides_what_goes_on():
+def test_on_step_end_replaces_the_latents():
     scheduler, calls = stochastic_scheduler(DDPMScheduler), []
 
     def on_step_end(step, timestep, latents):
@@ -147,4 +145,26 @@ def test_gradients_flow_through_the_loop():
     assert torch.isfinite(latents.grad).all() and (latents.grad != 0).all()
 
 
-# ==================== Labels and guidance ====================
+@pytest.mark.parametrize("solver, steps", [("ddpm", 1000), ("ddim", 200), ("dpmsolver++", 50), ("unipc", 50)])
+def test_denoising_starts_in_the_middle(solver, steps):
+    """Cells of the Gaussian with noise up to a quarter of the timesteps become cells of the Gaussian again."""
+    scheduler = make_scheduler(solver, training_scheduler("v_prediction").config)
+    noise = CellNoise(seeded()).batch(0, 2048)
+    clean = MEAN + noise.normal(4, CPU) @ FACTOR.T
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps[3 * len(scheduler.timesteps) // 4 :]
+    a, s = signal_and_noise(scheduler, timesteps[0], clean)
+    noisy = a * clean + s * torch.randn(clean.shape, generator=seeded(1))
+    cells = denoise(exact_denoiser("v_prediction"), scheduler, noise, noisy, timesteps)
+    std = COVARIANCE.diagonal().sqrt()
+    assert ((cells.mean(0) - MEAN) / std).abs().max() < 0.13
+    assert ((cells.T.cov() - COVARIANCE) / (std[:, None] * std)).abs().max() < 0.13
+    assert torch.corrcoef(torch.stack([cells[:, 0], clean[:, 0]]))[0, 1] > 0.3  # what the noise left of each cell
+
+
+def test_nan_never_leaves_the_loop():
+    def spoil(step, timestep, latents):
+        return latents * torch.nan if step == 2 else latents
+
+    with pytest.raises(ValueError, match="NaN or infinite latents with DDPMScheduler: lower `guidance_scale`"):
+        sample(stochastic_scheduler(DDPMScheduler), seeded(), num_cells=5, on_step_end=spoil)

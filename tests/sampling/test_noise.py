@@ -16,7 +16,7 @@ def seeded(seed=0) -> torch.Generator:
 def draw(noise: CellNoise, start: int, stop: int) -> torch.Tensor:
     """What a pipeline draws of a batch: uniform numbers, then normal ones, then others of another type."""
     batch = noise.batch(start, stop)
-    numbers = [batch.uniform(2), batch.take(batch.normal(3, CPU)), batch.uniform(2, torch.float64)]
+    numbers = [batch.uniform(2), batch.normal(3, CPU), batch.uniform(2, torch.float64)]
     return torch.cat([values.double() for values in numbers], dim=1)  # (cells, 7)
 
 
@@ -56,17 +56,12 @@ def test_with_a_generator_for_each_cell_every_cell_is_the_first_of_its_own():
 @pytest.mark.parametrize("start, stop", [(0, 64), (0, 3), (63, 65), (30, 150)])
 def test_put_and_take_are_inverse(start, stop):
     batch = CellNoise(seeded()).batch(start, stop)
-    blocks = batch.normal(4, CPU)
     first, last = start // CELLS_PER_BLOCK, (stop - 1) // CELLS_PER_BLOCK
+    cells = 1 + torch.arange(4.0 * (stop - start)).view(-1, 4)
+    blocks = batch.put(cells)
     assert blocks.shape == (last - first + 1, CELLS_PER_BLOCK, 4)
-    assert torch.equal(batch.put(blocks, batch.take(blocks)), blocks)
-
-    before = blocks.clone()
-    cells = torch.arange(4.0 * (stop - start)).view(-1, 4)
-    changed = batch.put(blocks, cells)
-    assert torch.equal(batch.take(changed), cells)
-    assert torch.equal(blocks, before)
-    assert (changed != before).any(dim=2).sum() == stop - start  # and no other cell of the blocks
+    assert torch.equal(batch.take(blocks), cells)
+    assert (blocks != 0).any(dim=2).sum() == stop - start  # and no other cell of the blocks
 
 
 @pytest.mark.parametrize("max_blocks", [1, 2, 5])

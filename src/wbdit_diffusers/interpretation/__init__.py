@@ -1,15 +1,16 @@
-"""What a trained pipeline has learnt, to be read."""
+"""What a trained pipeline has learned: programs, layers, decisions and interventions."""
 
 from ..pipelines.programs import program_table
 from .explain import explain
-from .interventions import fit_mixture, hold_program, program_direction
+from .interventions import LinearGuide, fit_gaussian_mixture, hold_program, program_direction
 from .layers import record_blocks
 
 
 # `interpretation.page` is imported where it is used: it needs matplotlib.
 __all__ = [
+    "LinearGuide",
     "explain",
-    "fit_mixture",
+    "fit_gaussian_mixture",
     "hold_program",
     "program_direction",
     "program_table",

@@ -1,4 +1,4 @@
-"""What the denoiser does to a cell: what it knows at which noise, when a cell decides, which programs hear which."""
+"""What the denoiser does to a cell: how well it predicts programs, when the type is fixed, which programs interact."""
 
 import numpy as np
 import torch
@@ -9,27 +9,35 @@ from torch import nn
 
 from ..models.codec_programs import ProgramCodec
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
+from ..sampling import CellNoise, denoise, signal_and_noise, to_clean
 
 
-DECISION_STEPS = 50  # of DDIM, from pure noise
+RENOISING_STEPS = 50  # of DDIM, from pure noise
 
 
 def clean_latents(
     denoiser: nn.Module,
-    mixture: GaussianMixtureDenoiser,
+    scheduler: SchedulerMixin,
     noisy: torch.Tensor,
     timestep: int,
     class_labels: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The clean cell that a denoiser expects, from its velocity: `a x - s v`. The mixture knows the noise schedule."""
-    a, s = mixture.signal_and_noise(timestep, len(noisy))
-    return a * noisy - s * denoiser(noisy, timestep, class_labels, return_dict=False)[0]
+    """A denoiser's estimate of the clean latents, `(cells, num_features)`."""
+    return to_clean(denoiser(noisy, timestep, class_labels, return_dict=False)[0], noisy, timestep, scheduler)
+
+
+def add_noise(latents: torch.Tensor, timestep: int, scheduler: SchedulerMixin, seed: int) -> torch.Tensor:
+    """Latents with noise up to a timestep."""
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
+    a, s = signal_and_noise(scheduler, timestep, latents)
+    return a * latents + s * noise
 
 
 @torch.no_grad()
-def measure_knowledge(
+def measure_explained_variance(
     denoiser: nn.Module,
-    mixture: GaussianMixtureDenoiser,
+    gaussian_mixture: GaussianMixtureDenoiser,
+    scheduler: SchedulerMixin,
     codec: ProgramCodec,
     latents: torch.Tensor,
     class_labels: torch.Tensor | None,
@@ -37,66 +45,67 @@ def measure_knowledge(
     seed: int = 0,
 ) -> list[dict]:
     """
-    How much of a cell network and closed form know at each noise, and how much of the network the closed form is.
+    Measures how well the network and the closed form predict the programs of noisy cells, and how far they agree.
 
     Args:
         denoiser (`torch.nn.Module`): The network.
-        mixture ([`GaussianMixtureDenoiser`]): Of the same training cells.
-        codec ([`ProgramCodec`]): Gives the programs.
+        gaussian_mixture ([`GaussianMixtureDenoiser`]): The closed form, fitted to the same training cells.
+        scheduler ([`SchedulerMixin`]): The noise schedule.
+        codec ([`ProgramCodec`]): Defines the programs.
         latents (`torch.Tensor` of shape `(cells, num_features)`): Clean latents of held-out cells.
         class_labels (`torch.LongTensor`, *optional*): Their labels.
-        timesteps (`list[int]`): At which noise is added.
-        seed (`int`, defaults to 0): Of the noise.
+        timesteps (`list[int]`): Timesteps up to which noise is added.
+        seed (`int`, defaults to 0): Seed of the noise.
 
     Returns:
-        `list[dict]`: for each timestep `"network"`, `"mixture"`, for each program the share of its variance (around
-        what is known at pure noise) that is foretold, and `"network_mean"`, `"mixture_mean"` over programs; and
-        `"closed_form"`, the share of what the network says beyond that which the mixture says too.
+        `list[dict]`: for each timestep, `"network"` and `"closed_form"` (the fraction of each program's variance that
+        is explained, relative to the prediction at pure noise), their means `"network_mean"` and `"closed_form_mean"`,
+        and `"agreement"`, the fraction of the network's prediction that the closed form makes too.
     """
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
-    last = len(mixture.alphas_cumprod) - 1
-    prior = codec.activities(clean_latents(mixture, mixture, torch.zeros_like(latents), last, class_labels))
+    last = scheduler.config.num_train_timesteps - 1
+    pure_noise = torch.zeros_like(latents)
+    prior = codec.activities(clean_latents(gaussian_mixture, scheduler, pure_noise, last, class_labels))
     truth = codec.activities(latents)
     scale = (truth - prior).square().mean(0)  # (programs,)
     rows = []
     for timestep in timesteps:
-        a, s = mixture.signal_and_noise(timestep, len(latents))
-        noisy = a * latents + s * noise
-        of_network, of_mixture = (
-            codec.activities(clean_latents(one, mixture, noisy, timestep, class_labels)) for one in (denoiser, mixture)
+        noisy = add_noise(latents, timestep, scheduler, seed)
+        network, closed_form = (
+            codec.activities(clean_latents(one, scheduler, noisy, timestep, class_labels))
+            for one in (denoiser, gaussian_mixture)
         )
-        foretold = [1 - (truth - guess).square().mean(0) / scale for guess in (of_network, of_mixture)]
-        unlike = (of_network - of_mixture).square().sum() / (of_network - prior).square().sum()
+        explained = [1 - (truth - guess).square().mean(0) / scale for guess in (network, closed_form)]
+        difference = (network - closed_form).square().sum() / (network - prior).square().sum()
         rows.append(
             {
                 "timestep": timestep,
-                "network": foretold[0].tolist(),
-                "mixture": foretold[1].tolist(),
-                "network_mean": foretold[0].mean().item(),
-                "mixture_mean": foretold[1].mean().item(),
-                "closed_form": 1 - unlike.item(),
+                "network": explained[0].tolist(),
+                "closed_form": explained[1].tolist(),
+                "network_mean": explained[0].mean().item(),
+                "closed_form_mean": explained[1].mean().item(),
+                "agreement": 1 - difference.item(),
             }
         )
     return rows
 
 
 @torch.no_grad()
-def denoise_from(
+def renoise(
     denoiser: nn.Module, scheduler: SchedulerMixin, latents: torch.Tensor, timestep: int, seed: int
 ) -> torch.Tensor:
-    """Cells with noise up to a timestep, denoised again by DDIM, without labels: they may become anything."""
+    """Adds noise to latents up to a timestep, and denoises them by DDIM without labels: `(cells, num_features)`."""
     ddim = DDIMScheduler.from_config(scheduler.config)
-    ddim.set_timesteps(DECISION_STEPS)
+    ddim.set_timesteps(RENOISING_STEPS)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
-    x = ddim.add_noise(latents, noise, torch.tensor([timestep]))
-    for t in ddim.timesteps[ddim.timesteps <= timestep]:
-        x = ddim.step(denoiser(x, t, return_dict=False)[0], t, x, return_dict=False)[0]
-    return x
+    noisy = ddim.add_noise(latents, noise, torch.tensor([timestep]))
+    cell_noise = CellNoise(torch.Generator().manual_seed(seed)).batch(0, len(latents))
+    timesteps = ddim.timesteps[ddim.timesteps <= timestep]
+    return denoise(lambda x, t: denoiser(x, t, return_dict=False)[0], ddim, cell_noise, noisy, timesteps)
 
 
-def measure_decisions(
+def measure_type_stability(
     denoiser: nn.Module,
-    mixture: GaussianMixtureDenoiser,
+    gaussian_mixture: GaussianMixtureDenoiser,
     scheduler: SchedulerMixin,
     codec: ProgramCodec,
     train: tuple[torch.Tensor, np.ndarray],
@@ -104,22 +113,24 @@ def measure_decisions(
     seed: int = 0,
 ) -> list[dict]:
     """
-    When a cell decides: noise is added up to a timestep, and taken away again; is it the same cell?
+    Measures at which timestep the cell type is fixed: noise is added up to a timestep and removed again, and a
+    classifier compares the type before and after.
 
     Args:
         denoiser (`torch.nn.Module`): The network.
-        mixture ([`GaussianMixtureDenoiser`]): The control.
+        gaussian_mixture ([`GaussianMixtureDenoiser`]): The closed form, as the control.
         scheduler ([`SchedulerMixin`]): The noise schedule.
-        codec ([`ProgramCodec`]): Gives the programs.
-        train (`tuple`): Latents `(cells, num_features)` and cell types `(cells,)` of training cells: a logistic
-            regression of these tells the type of a cell before and after.
+        codec ([`ProgramCodec`]): Defines the programs.
+        train (`tuple`):
+            Latents `(cells, num_features)` and cell types `(cells,)` of training cells, for the classifier (logistic
+            regression).
         latents (`torch.Tensor` of shape `(cells, num_features)`): Clean latents of held-out cells.
-        seed (`int`, defaults to 0): Of the noise.
+        seed (`int`, defaults to 0): Seed of the noise.
 
     Returns:
-        `list[dict]`: for each timestep and each denoiser (`"network"`, `"mixture"`): `"changed"`, the share of cells
-        whose type is another one; `"chance"`, that of cells that were mixed up; `"correlation"` before and after of
-        each program, and `"correlation_mean"`.
+        `list[dict]`: for each timestep and `"denoiser"` (`"network"`, `"closed_form"`), `"changed"`, the fraction of
+        cells whose type changed; `"chance"`, the same for shuffled cells; `"correlation"` of each program before and
+        after, and its mean `"correlation_mean"`.
     """
     classifier = None
     if len(np.unique(train[1])) > 1:
@@ -129,8 +140,8 @@ def measure_decisions(
     chance = None if types is None else float((types != np.random.default_rng(seed).permutation(types)).mean())
     rows = []
     for timestep in range(99, 1000, 100):
-        for name, one in (("network", denoiser), ("mixture", mixture)):
-            again = denoise_from(one, scheduler, latents, timestep, seed)
+        for name, one in (("network", denoiser), ("closed_form", gaussian_mixture)):
+            again = renoise(one, scheduler, latents, timestep, seed)
             after = codec.activities(again).cpu().numpy()
             correlation = [float(np.corrcoef(before[:, i], after[:, i])[0, 1]) for i in range(before.shape[1])]
             row = {"timestep": timestep, "denoiser": name, "correlation": correlation}
@@ -141,9 +152,9 @@ def measure_decisions(
     return rows
 
 
-def measure_listening(
+def measure_program_jacobian(
     denoiser: nn.Module,
-    mixture: GaussianMixtureDenoiser,
+    scheduler: SchedulerMixin,
     codec: ProgramCodec,
     latents: torch.Tensor,
     class_labels: torch.Tensor | None,
@@ -151,14 +162,13 @@ def measure_listening(
     seed: int = 0,
 ) -> torch.Tensor:
     """
-    Which programs each program listens to: by how much the expected clean program (row) rises with a noisy one
-    (column), on average over cells, `(programs, programs)`.
+    Measures which programs influence each other: the mean derivative over cells of each expected clean program (row)
+    with respect to each noisy program (column), `(programs, programs)`. The arguments are those of
+    [`measure_explained_variance`].
     """
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
-    a, s = mixture.signal_and_noise(timestep, len(latents))
-    noisy = (a * latents + s * noise).requires_grad_()
-    programs = codec.activities(clean_latents(denoiser, mixture, noisy, timestep, class_labels))
-    # A step of one program's activity, the others left as they are, is a column of the inverse axes.
+    noisy = add_noise(latents, timestep, scheduler, seed).requires_grad_()
+    programs = codec.activities(clean_latents(denoiser, scheduler, noisy, timestep, class_labels))
+    # A column of the inverse axes changes one program's activity and leaves the others.
     steps = torch.linalg.inv(codec.program_axes.float()).to(latents)  # (num_programs, num_programs)
     rows = []
     for i in range(programs.shape[1]):

@@ -14,18 +14,18 @@ from ..models.gaussian_mixture import GaussianMixtureDenoiser, within_labels
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..pipelines.programs import add_programs, program_table
-from .denoising import measure_decisions, measure_knowledge, measure_listening
-from .interventions import fit_mixture, hold_program, program_direction, with_denoiser
+from .denoising import measure_explained_variance, measure_program_jacobian, measure_type_stability
+from .interventions import fit_gaussian_mixture, hold_program, program_direction, with_denoiser
 from .layers import LAYER_TIMESTEPS, measure_layers
 
 
 TIMESTEPS = list(range(99, 1000, 100))
-LISTENING_TIMESTEP = 299
+JACOBIAN_TIMESTEP = 299
 NUM_MARKERS = 50
 MIN_CELLS = 5  # of a type, for a program to be judged on it
-LISTENING_CELLS = 500
+JACOBIAN_CELLS = 500
 HELD_ACTIVITIES = [-1.0, 0.0, 1.0, 2.0]
-DECIDING_CELLS = 500  # that are denoised again
+RENOISED_CELLS = 500
 HELD_CELLS = 500  # for each activity
 
 
@@ -43,11 +43,11 @@ def explain(
         seed (`int`, defaults to 0): Of all random numbers.
 
     Returns:
-        `tuple[dict, AnnData]`: the report, with `"programs"` (a row for each), `"types"` (the best program of each
-        type), `"layers"` (see [`measure_layers`]), `"knowledge"` (see [`measure_knowledge`]), `"decisions"` (see
-        [`measure_decisions`]), `"listening"` (see [`measure_listening`]) and `"interventions"` (see
-        [`measure_interventions`]); and the held-out cells, with programs as in a generated AnnData and a UMAP of their
-        latents in `obsm["X_umap"]`.
+        `tuple[dict, AnnData]`: the report and the held-out cells. The report has `"programs"` (a row for each),
+        `"types"` (the best program of each type), and the results of [`measure_layers`],
+        [`measure_explained_variance`], [`measure_type_stability`], [`measure_program_jacobian`] and
+        [`measure_interventions`] under the functions' names. The cells have programs as generated cells do, and a UMAP
+        of their latents in `obsm["X_umap"]`.
 
     Raises:
         ValueError: If the pipeline has no programs, or no network, or no held-out cell has labels that it knows.
@@ -67,7 +67,7 @@ def explain(
     labels, train_labels = (
         pipe.processor.encode_labels(cells) if pipe.processor.label_keys else None for cells in (test, train)
     )
-    mixture = fit_mixture(pipe, train)
+    gaussian_mixture = fit_gaussian_mixture(pipe, train)
     denoiser, codec, scheduler = pipe.denoiser.cpu().eval(), pipe.codec, pipe.scheduler
     if pipe.processor.label_keys:
         types, train_types = (
@@ -76,26 +76,28 @@ def explain(
     else:
         types, train_types = np.full(test.n_obs, ""), np.full(train.n_obs, "")
 
-    few = slice(LISTENING_CELLS)
+    few = slice(JACOBIAN_CELLS)
     few_labels = None if labels is None else labels[few]
-    listeners = {"network": denoiser, "mixture": mixture}
+    denoisers = {"network": denoiser, "closed_form": gaussian_mixture}
     parts = {
         "layers": lambda: measure_layers(denoiser, scheduler, latents, labels, LAYER_TIMESTEPS, seed),
-        "knowledge": lambda: measure_knowledge(denoiser, mixture, codec, latents, labels, TIMESTEPS, seed),
-        "decisions": lambda: measure_decisions(
-            denoiser, mixture, scheduler, codec, (train_latents, train_types), latents[:DECIDING_CELLS], seed
+        "explained_variance": lambda: measure_explained_variance(
+            denoiser, gaussian_mixture, scheduler, codec, latents, labels, TIMESTEPS, seed
         ),
-        "listening": lambda: (
-            {"timestep": LISTENING_TIMESTEP}
-            | {
-                name: measure_listening(
-                    one, mixture, codec, latents[few], few_labels, LISTENING_TIMESTEP, seed
+        "type_stability": lambda: measure_type_stability(
+            denoiser, gaussian_mixture, scheduler, codec, (train_latents, train_types), latents[:RENOISED_CELLS], seed
+        ),
+        "program_jacobian": lambda: {
+            "timestep": JACOBIAN_TIMESTEP,
+            **{
+                name: measure_program_jacobian(
+                    one, scheduler, codec, latents[few], few_labels, JACOBIAN_TIMESTEP, seed
                 ).tolist()
-                for name, one in listeners.items()
-            }
-        ),
+                for name, one in denoisers.items()
+            },
+        },
         "interventions": lambda: measure_interventions(
-            *(pipe, mixture, latents, labels, train_latents, train_labels, seed)
+            pipe, gaussian_mixture, latents, labels, train_latents, train_labels, seed
         ),
     }
     with tqdm(total=1 + len(parts), desc="Looking inside", unit=" parts") as progress_bar:
@@ -103,7 +105,7 @@ def explain(
         programs, by_type = describe_programs(pipe, cells, types)
         report = {
             "num_cells": test.n_obs,
-            "num_components": mixture.config.num_components,
+            "num_components": gaussian_mixture.config.num_components,
             "label_key": pipe.processor.label_keys[0] if pipe.processor.label_keys else None,
             "programs": programs,
             "types": by_type,
@@ -185,7 +187,7 @@ def describe_programs(pipe: ScRNAGenerationPipeline, cells: ad.AnnData, types: n
 
 def measure_interventions(
     pipe: ScRNAGenerationPipeline,
-    mixture: GaussianMixtureDenoiser,
+    gaussian_mixture: GaussianMixtureDenoiser,
     latents: torch.Tensor,
     class_labels: torch.Tensor | None,
     train_latents: torch.Tensor,
@@ -198,7 +200,7 @@ def measure_interventions(
 
     Args:
         pipe ([`ScRNAGenerationPipeline`]): Its network is held by the mixture's covariance.
-        mixture ([`GaussianMixtureDenoiser`]): Also held itself, exactly, as the control.
+        gaussian_mixture ([`GaussianMixtureDenoiser`]): Also held itself, exactly, as the control.
         latents (`torch.Tensor` of shape `(cells, num_features)`): Held-out cells, whose regression is the truth.
         class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*): Their labels; the cells that
             are drawn have these.
@@ -208,10 +210,10 @@ def measure_interventions(
         seed (`int`, defaults to 0): Of the cells.
 
     Returns:
-        `list[dict]`: for each program and source (`"network"`, `"mixture"`, `"training cells"`): `"held"`, the mean
-        deviation of the program from what was asked for; `"slope"` and `"correlation"` of the other programs'
-        responses against their regression on the program among cells of the same labels (1 is as in the held-out
-        cells; where a value is written over another, the slope is 0). Training cells respond by their regression.
+        `list[dict]`: for each program and source (`"network"`, `"closed_form"`, `"training cells"`), `"held"`, the
+        mean deviation of the program from the activity asked for, and `"slope"` and `"correlation"` of the other
+        programs' responses against their regression on the program among held-out cells of the same labels. A slope of
+        1 is that of held-out cells, 0 that of an overwritten value. Training cells respond by their own regression.
     """
     rows, codec = [], pipe.codec
     within, train_within = (
@@ -225,7 +227,7 @@ def measure_interventions(
             key: [pipe.processor.config.categories[k][code] for code in class_labels[:num_cells, k].tolist()]
             for k, key in enumerate(pipe.processor.label_keys)
         }
-    closed = with_denoiser(pipe, mixture)
+    closed_form = with_denoiser(pipe, gaussian_mixture)
 
     def row(program: int, name: str, responses: np.ndarray, truth: np.ndarray, **more: float) -> dict:
         others = np.arange(len(truth)) != program
@@ -244,16 +246,15 @@ def measure_interventions(
             cells.T @ cells[:, program] / (cells[:, program] @ cells[:, program]) for cells in (within, train_within)
         )
         rows.append(row(program, "training cells", of_training, truth))
-        for name, source in (("network", pipe), ("mixture", closed)):
+        for name, source in (("network", pipe), ("closed_form", closed_form)):
             means, misses = [], []
             for activity in HELD_ACTIVITIES:
-                held = hold_program(source, mixture, program, activity)
-                held.set_progress_bar_config(disable=True)
-                drawn = held(
+                drawn = source(
                     num_cells=num_cells,
                     conditions=conditions,
                     generator=torch.Generator().manual_seed(seed),
                     output_type="latent",
+                    guides=[hold_program(source, gaussian_mixture, program, activity)],
                 ).cells
                 misses.append((drawn @ program_direction(codec, program) - activity).abs().mean().item())
                 means.append(codec.activities(drawn).mean(0).cpu().numpy())

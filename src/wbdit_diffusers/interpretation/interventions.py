@@ -1,77 +1,59 @@
-"""Cells in which a program has a given activity: a conditional sample, not a value written over another."""
+"""Cells in which a program has a given activity: a conditional sample, not an overwritten value."""
 
+import anndata as ad
 import torch
-from torch import nn
 
 from ..models.codec_programs import ProgramCodec
-from ..models.gaussian_mixture import MAX_COMPONENTS, GaussianMixtureDenoiser, labels_of_cells
-from ..models.transformer_white_box_dit import WhiteBoxDiTModel
-from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
+from ..models.gaussian_mixture import MAX_COMPONENTS, GaussianMixtureDenoiser
+from ..pipelines import ScRNAGenerationPipeline
+from ..sampling import Conditions
 
 
-class HeldDenoiser(nn.Module):
+class LinearGuide:
     """
-    A denoiser of those cells for which `direction · latents` is `value`.
+    A guide to cells for which `direction · latents` equals `value`.
 
-    What it expects of a noisy cell is moved by as much as a Gaussian mixture's expectation moves when `direction ·
-    latents` is known, which is exact in closed form: other programs follow as they do in such cells, and cells are of
-    the components that have that value. What the network still misses of the value is made good by the regression
-    among all cells that the noisy cell may be, `x₀ + C d (value - d·x₀) / (dᵀ C d)`. The covariance C is the mixture's
-    too: the network's own, its derivative by Tweedie's second formula, is lost in its errors where there is much noise
-    (lab/white_box.md).
+    The clean estimate moves as far as a Gaussian mixture's expectation moves when `direction · latents` is known,
+    which has a closed form: other programs follow as they do in such cells. What the network still misses of the value
+    is corrected by the regression among all cells that the noisy cell may be,
+    `x₀ + C d (value - d·x₀) / (dᵀ C d)`. The covariance C comes from the mixture too, since the network's own, its
+    derivative by Tweedie's second formula, is lost in its errors at high noise (lab/white_box.md).
 
     Args:
-        denoiser ([`WhiteBoxDiTModel`]): Whose prediction is corrected; it predicts the velocity.
-        mixture ([`GaussianMixtureDenoiser`]): Of the same latents.
-        direction (`torch.Tensor` of shape `(sample_size,)`): In latent space.
-        value (`float`): Of `direction · latents`.
+        gaussian_mixture ([`GaussianMixtureDenoiser`]): The closed form; see [`fit_gaussian_mixture`].
+        direction (`torch.Tensor` of shape `(num_features,)`): A direction in latent space.
+        value (`float`): The value of `direction · latents`.
     """
 
-    def __init__(
-        self, denoiser: WhiteBoxDiTModel, mixture: GaussianMixtureDenoiser, direction: torch.Tensor, value: float
-    ):
-        super().__init__()
-        self.denoiser, self.mixture, self.value = denoiser, mixture, value
-        self.conditioned = mixture.conditioned(direction, value)
-        self.register_buffer("direction", direction)
+    def __init__(self, gaussian_mixture: GaussianMixtureDenoiser, direction: torch.Tensor, value: float):
+        self.gaussian_mixture, self.direction, self.value = gaussian_mixture, direction, value
+        self.conditioned = gaussian_mixture.conditioned(direction, value)
 
-    config = property(lambda self: self.denoiser.config)
-    dtype = property(lambda self: self.denoiser.dtype)
-    device = property(lambda self: self.denoiser.device)
-    num_tokens = property(lambda self: self.denoiser.num_tokens)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor | float | int,
-        class_labels: torch.Tensor | None = None,
-        return_dict: bool = False,
-        label_index: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor]:
-        """The arguments are those of [`WhiteBoxDiTModel`]; always a tuple."""
-        velocity = self.denoiser(hidden_states, timestep, class_labels, return_dict=False, label_index=label_index)[0]
-        class_labels = labels_of_cells(class_labels, label_index)
-        a, s = self.mixture.signal_and_noise(timestep, len(hidden_states))
-        clean = a * hidden_states - s * velocity  # (batch, sample_size)
-        of_all, of_these = (
-            closed(hidden_states.float(), timestep, class_labels, return_dict=False)[0]
-            for closed in (self.mixture, self.conditioned)
+    def __call__(
+        self, clean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        """The moved estimate, `(cells, num_features)`."""
+        labels, direction = conditions.class_labels, self.direction
+        _, s = self.gaussian_mixture.signal_and_noise(timestep, len(noisy))
+        unconditional, conditional = (
+            one(noisy, timestep, labels, return_dict=False)[0] for one in (self.gaussian_mixture, self.conditioned)
         )
-        clean = clean - s * (of_these - of_all)
-        along = self.mixture.covariance_times(self.direction, hidden_states, timestep, class_labels)
-        missing = self.value - clean @ self.direction  # (batch,)
-        clean = clean + along * (missing / (along @ self.direction))[:, None]
-        return ((a * hidden_states - clean) / s,)
+        clean = clean - s * (conditional - unconditional)
+        along = self.gaussian_mixture.covariance_times(direction, noisy, timestep, labels)  # (cells, num_features)
+        missing = self.value - clean @ direction  # (cells,)
+        return clean + along * (missing / (along @ direction))[:, None]
 
 
-def fit_mixture(pipe: ScRNAGenerationPipeline, cells, max_components: int = MAX_COMPONENTS) -> GaussianMixtureDenoiser:
+def fit_gaussian_mixture(
+    pipe: ScRNAGenerationPipeline, cells: ad.AnnData, max_components: int = MAX_COMPONENTS
+) -> GaussianMixtureDenoiser:
     """
-    The closed form that a pipeline's denoiser is compared with, and held by.
+    Fits the closed form that a pipeline's denoiser is compared with, and guided by.
 
     Args:
-        pipe ([`ScRNAGenerationPipeline`]): Whose codec and labels are used; its scheduler takes a velocity.
-        cells (`AnnData`): The cells that it was trained on.
-        max_components (`int`, defaults to 32): Of one combination of labels.
+        pipe ([`ScRNAGenerationPipeline`]): Gives codec, labels and noise schedule; its network predicts the velocity.
+        cells (`AnnData`): The training cells.
+        max_components (`int`, defaults to 32): Maximum number of components per combination of labels.
     """
     return GaussianMixtureDenoiser.fit(
         pipe.encode_cells(cells),
@@ -88,7 +70,7 @@ def program_direction(codec: ProgramCodec, program: int | str) -> torch.Tensor:
 
     Args:
         codec ([`ProgramCodec`]): The codec.
-        program (`int` or `str`): Its number, or `"program_3"` as in [`program_table`].
+        program (`int` or `str`): Number of the program, or its name such as `"program_3"`.
 
     Raises:
         ValueError: If the codec has no such program.
@@ -103,39 +85,30 @@ def program_direction(codec: ProgramCodec, program: int | str) -> torch.Tensor:
 
 
 def hold_program(
-    pipe: ScRNAGenerationPipeline, mixture: GaussianMixtureDenoiser, program: int | str, activity: float
-) -> ScRNAGenerationPipeline:
+    pipe: ScRNAGenerationPipeline, gaussian_mixture: GaussianMixtureDenoiser, program: int | str, activity: float
+) -> LinearGuide:
     """
-    A pipeline of the cells in which a program has a given activity, everything else being as it is in such cells.
+    A guide to cells in which a program has a given activity and everything else is as in such cells:
+    `pipe(num_cells=500, guides=[hold_program(pipe, gaussian_mixture, "program_3", 2.0)])`.
 
     Args:
-        pipe ([`ScRNAGenerationPipeline`]): With a [`ProgramCodec`]. It is left as it is.
-        mixture ([`GaussianMixtureDenoiser`]): See [`fit_mixture`].
-        program (`int` or `str`): Which program, such as `"program_3"`.
-        activity (`float`): In standard deviations of the training cells', 0 is their mean.
-
-    Returns:
-        [`ScRNAGenerationPipeline`]: with the same components but the denoiser. It is called as ever, and not saved.
+        pipe ([`ScRNAGenerationPipeline`]): A pipeline with a [`ProgramCodec`].
+        gaussian_mixture ([`GaussianMixtureDenoiser`]): The closed form; see [`fit_gaussian_mixture`].
+        program (`int` or `str`): The program, such as `"program_3"`.
+        activity (`float`): Activity in standard deviations of the training cells. 0 is their mean.
 
     Raises:
-        ValueError: If the pipeline has no such program, or its scheduler takes no velocity.
+        ValueError: If the pipeline has no such program.
     """
     if not isinstance(pipe.codec, ProgramCodec):
         raise ValueError(f"The pipeline has no gene programs: it was trained with {type(pipe.codec).__name__}.")
-    if pipe.scheduler.config.prediction_type != "v_prediction":
-        raise ValueError("Only a pipeline whose denoiser predicts the velocity can be held.")
-    direction = program_direction(pipe.codec, program).to(pipe.denoiser.device)
-    if isinstance(pipe.denoiser, GaussianMixtureDenoiser):
-        denoiser = pipe.denoiser.conditioned(direction, activity)
-    else:
-        denoiser = HeldDenoiser(pipe.denoiser, mixture.to(pipe.denoiser.device), direction, activity)
-    return with_denoiser(pipe, denoiser)
+    device = pipe.denoiser.device
+    return LinearGuide(gaussian_mixture.to(device), program_direction(pipe.codec, program).to(device), activity)
 
 
-def with_denoiser(pipe: ScRNAGenerationPipeline, denoiser: nn.Module) -> ScRNAGenerationPipeline:
-    """The pipeline with another denoiser, such as the closed form, and all else as it is."""
-    other = ScRNAGenerationPipeline(
-        **{**pipe.components, "denoiser": denoiser}, num_inference_steps=pipe.config.num_inference_steps
-    )
+def with_denoiser(pipe: ScRNAGenerationPipeline, denoiser: torch.nn.Module) -> ScRNAGenerationPipeline:
+    """The pipeline with another denoiser, such as the closed form."""
+    components = {**pipe.components, "denoiser": denoiser}
+    other = ScRNAGenerationPipeline(**components, num_inference_steps=pipe.config.num_inference_steps)
     other.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return other

@@ -32,9 +32,9 @@ def draw_figures(report: dict, cells: ad.AnnData) -> dict[str, Figure]:
         "programs": _programs_figure(report, cells),
         "layers": _layers_figure(report),
         "steps": _steps_figure(report),
-        "decisions": _decisions_figure(report),
-        "knowledge": _knowledge_figure(report),
-        "listening": _listening_figure(report),
+        "type_stability": _type_stability_figure(report),
+        "explained_variance": _explained_variance_figure(report),
+        "program_jacobian": _program_jacobian_figure(report),
         "interventions": _interventions_figure(report),
     }
 
@@ -80,8 +80,8 @@ def summarize(report: dict) -> dict[str, float]:
     """The numbers that the page's sentences quote."""
     layers = [row for row in report["layers"] if row["layer"]]
     trained, untrained = ([row for row in layers if row["network"] == name] for name in ("trained", "untrained"))
-    facts = {"closed_form_early": report["knowledge"][0]["closed_form"]}
-    gains = [row["network_mean"] - row["mixture_mean"] for row in report["knowledge"]]
+    facts = {"closed_form_early": report["explained_variance"][0]["agreement"]}
+    gains = [row["network_mean"] - row["closed_form_mean"] for row in report["explained_variance"]]
     facts["gain_of_network"] = float(np.mean(gains))
     last = max(row["layer"] for row in layers)
     for name, rows in (("trained", trained), ("untrained", untrained)):
@@ -93,12 +93,12 @@ def summarize(report: dict) -> dict[str, float]:
         values = [row[key] for row in trained if key in row]
         if values:
             facts[key] = float(np.mean(values))
-    for name in ("network", "mixture", "training cells"):
+    for name in ("network", "closed_form", "training cells"):
         rows = [row for row in report["interventions"] if row["source"] == name]
         facts[f"slope_{name.split()[0]}"] = float(np.mean([row["slope"] for row in rows]))
-    network, mixture = (np.array(report["listening"][name]) for name in ("network", "mixture"))
-    facts["listening_correlation"] = _correlation(network, mixture)
-    changed = [row for row in report["decisions"] if row["denoiser"] == "network" and "changed" in row]
+    network, closed_form = (np.array(report["program_jacobian"][name]) for name in ("network", "closed_form"))
+    facts["jacobian_correlation"] = _correlation(network, closed_form)
+    changed = [row for row in report["type_stability"] if row["denoiser"] == "network" and "changed" in row]
     decided = [row["timestep"] for row in changed if row["changed"] > row["chance"] / 2]
     if decided:
         facts["decided"] = decided[0]
@@ -203,15 +203,15 @@ def _steps_figure(report: dict) -> Figure:
     return figure
 
 
-def _decisions_figure(report: dict) -> Figure:
-    rows = report["decisions"]
+def _type_stability_figure(report: dict) -> Figure:
+    rows = report["type_stability"]
     has_types = "changed" in rows[0]
     figure, axes = plt.subplots(1, 1 + has_types, figsize=(6.5 * (1 + has_types), 3.6), layout="constrained")
     axes = np.atleast_1d(axes)
-    for name, style in (("network", {"color": NETWORK}), ("mixture", {"color": CONTROL, "linestyle": "--"})):
+    for name, style in (("network", {"color": NETWORK}), ("closed_form", {"color": CONTROL, "linestyle": "--"})):
         own = [row for row in rows if row["denoiser"] == name]
         timesteps = [row["timestep"] for row in own]
-        label = {"network": "network", "mixture": "closed form of a Gaussian mixture"}[name]
+        label = {"network": "network", "closed_form": "closed form of a Gaussian mixture"}[name]
         axes[0].plot(timesteps, [row["correlation_mean"] for row in own], marker="o", label=label, **style)
         if name == "network":
             for program in np.array([row["correlation"] for row in own]).T:
@@ -227,14 +227,14 @@ def _decisions_figure(report: dict) -> Figure:
     return figure
 
 
-def _knowledge_figure(report: dict) -> Figure:
-    rows = report["knowledge"]
+def _explained_variance_figure(report: dict) -> Figure:
+    rows = report["explained_variance"]
     timesteps = [row["timestep"] for row in rows]
     figure, axes = plt.subplots(1, 2, figsize=(13, 3.6), layout="constrained")
     axes[0].plot(timesteps, [row["network_mean"] for row in rows], "o-", color=NETWORK, label="network")
-    axes[0].plot(timesteps, [row["mixture_mean"] for row in rows], "o--", color=CONTROL, label="closed form")
+    axes[0].plot(timesteps, [row["closed_form_mean"] for row in rows], "o--", color=CONTROL, label="closed form")
     axes[0].set(title="share of the programs' variance that is foretold", xlabel="timestep")
-    axes[1].plot(timesteps, [row["closed_form"] for row in rows], "o-", color=NETWORK)
+    axes[1].plot(timesteps, [row["agreement"] for row in rows], "o-", color=NETWORK)
     axes[1].set(
         title="share of the network's prediction that the closed form makes too", xlabel="timestep", ylim=(0, 1.02)
     )
@@ -242,8 +242,8 @@ def _knowledge_figure(report: dict) -> Figure:
     return figure
 
 
-def _listening_figure(report: dict) -> Figure:
-    matrices = [np.array(report["listening"][name]) for name in ("network", "mixture")]
+def _program_jacobian_figure(report: dict) -> Figure:
+    matrices = [np.array(report["program_jacobian"][name]) for name in ("network", "closed_form")]
     off = [matrix - np.diag(np.diag(matrix)) for matrix in matrices]
     limit = max(np.abs(matrix).max() for matrix in off)
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
@@ -260,7 +260,7 @@ def _interventions_figure(report: dict) -> Figure:
     for axis, program in zip(axes[0], programs):
         sources = (
             ("training cells", "black", "training cells", "x"),
-            ("mixture", CONTROL, "closed form, held", "o"),
+            ("closed_form", CONTROL, "closed form, held", "o"),
             ("network", NETWORK, "network, held", "o"),
         )
         for name, colour, label, marker in sources:

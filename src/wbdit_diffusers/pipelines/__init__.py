@@ -2,6 +2,7 @@
 
 from .pipeline_output import ScRNAPipelineOutput
 from .pipeline_scrna_generation import ScRNAGenerationPipeline
+from .pipeline_utils import ScRNAPipeline
 
 
-__all__ = ["ScRNAGenerationPipeline", "ScRNAPipelineOutput"]
+__all__ = ["ScRNAGenerationPipeline", "ScRNAPipeline", "ScRNAPipelineOutput"]

@@ -22,7 +22,6 @@ from diffusers.utils import logging
 from filelock import FileLock, Timeout
 
 from ..data.writer import check_cells_file, check_output, write_cells
-from ..hub.identity import model_id
 from ..models.loading import check_integer
 from ..sampling.schedulers import SCHEDULERS, make_scheduler
 from ..version import __version__
@@ -145,7 +144,7 @@ def generate_cells(request: GenerationRequest, output: str | Path, num_processes
             return write_cells(path, _counted(request.stream(pipe, 0, request.num_cells), bar))
 
     parts = Parts(folder, request.num_cells, cells_per_part, len(pipe.processor.var_names))
-    facts = asdict(request) | {"batch_size": batch_size, "model": model_id(pipe.components), "version": __version__}
+    facts = asdict(request) | {"batch_size": batch_size, "model": request.model, "version": __version__}
     with parts.claim(facts | {"device": pipe.device.type}):
         try:
             if num_processes == 1:

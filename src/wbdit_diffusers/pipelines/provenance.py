@@ -1,4 +1,4 @@
-"""How generated cells were made: what `uns["wbdit"]` says."""
+"""How generated cells were made: the contents of `uns["wbdit"]`."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from ..version import __version__
 
 
 def public_name(name_or_path: str | Path | None) -> str:
-    """A Hub id as it is, and the name of a local folder: where that lies on a machine is nobody's business."""
+    """A Hub id as it is, and the last part of a local path: the rest of a path stays private."""
     name = str(name_or_path or "")
     return Path(name).name if Path(name).is_dir() or Path(name).is_absolute() else name
 
@@ -23,18 +23,18 @@ def provenance_of(
     generator: torch.Generator | list[torch.Generator],
 ) -> dict[str, Any]:
     """
-    What is needed to make the same cells again, as plain values that an .h5ad file can hold.
+    Everything needed to make the same cells again, as plain values that an .h5ad file can hold.
 
     Args:
-        pipe ([`ScRNAGenerationPipeline`]): What makes the cells.
-        num_inference_steps (`int`): Denoising steps.
+        pipe ([`ScRNAPipeline`]): The pipeline that makes the cells.
+        num_inference_steps (`int`): Number of denoising steps.
         guidance_scale (`float`): Strength of the guidance.
-        generator (`torch.Generator` or `list[torch.Generator]`): As it is before the first random number is drawn.
+        generator (`torch.Generator` or `list[torch.Generator]`): The generator before its first random number.
 
     Returns:
-        `dict`: `model_id`, `scheduler`, `num_inference_steps`, `guidance_scale`, `version`, `X` (what the matrix
-        holds), and `seed` (one, or one for each cell), unless a generator has given numbers before, so that its seed
-        would not give the same cells again.
+        `dict`: `model_id`, `scheduler`, `num_inference_steps`, `guidance_scale`, `version`, `X` (the unit of the
+        matrix), and `seed`, one or one per cell. A generator that was used before has no `seed`, since its seed would
+        give other cells.
     """
     provenance = {
         "model_id": public_name(pipe.config.get("_name_or_path")),

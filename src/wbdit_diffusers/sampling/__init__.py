@@ -1,18 +1,22 @@
-"""From noise to latents: random numbers by cell, the reverse loop, the solvers."""
+"""From noise to latents: random numbers by cell, the reverse loop, guidance, solvers."""
 
 from .denoise import denoise
-from .guidance import LabelBatch, predict_guided
+from .guidance import Conditions, Guide, predict
 from .noise import CellNoise, NoiseBatch
-from .schedulers import SCHEDULERS, make_scheduler, training_scheduler
+from .schedulers import SCHEDULERS, from_clean, make_scheduler, signal_and_noise, to_clean, training_scheduler
 
 
 __all__ = [
     "SCHEDULERS",
     "CellNoise",
-    "LabelBatch",
+    "Conditions",
+    "Guide",
     "NoiseBatch",
     "denoise",
+    "from_clean",
     "make_scheduler",
-    "predict_guided",
+    "predict",
+    "signal_and_noise",
+    "to_clean",
     "training_scheduler",
 ]

@@ -1,7 +1,7 @@
-"""The reverse process of one batch of cells, for any pipeline that denoises them."""
+"""The reverse process of one batch of cells, from any latents and along any timesteps."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -13,70 +13,41 @@ def denoise(
     predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     scheduler: SchedulerMixin,
     noise: NoiseBatch,
-    num_features: int,
-    num_inference_steps: int,
-    device: torch.device,
-    latents: torch.Tensor | None = None,
+    latents: torch.Tensor,
+    timesteps: Iterable[torch.Tensor],
     on_step_end: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
-    Takes one batch through the reverse process. Latents are float32 throughout, whatever the network computes in: in
-    half precision many small steps would be rounded away.
+    Takes one batch along the reverse process. Call `scheduler.set_timesteps` before each batch, since multistep
+    solvers remember the last one. Latents stay float32, as half precision would round many small steps away.
 
     Args:
-        predict (`Callable`): `predict(latents, timestep)`, what the scheduler's `prediction_type` says.
-        scheduler ([`SchedulerMixin`]): Any of Diffusers'.
-        noise ([`NoiseBatch`]): The batch's random numbers.
-        num_features (`int`): Values per cell.
-        num_inference_steps (`int`): Denoising steps.
-        device (`torch.device`): Where the latents are.
-        latents (`torch.Tensor` of shape `(cells, num_features)`, *optional*): The initial noise, instead of drawn one.
-        on_step_end (`Callable`, *optional*):
-            `on_step_end(step, timestep, latents)` returns the latents to go on with.
+        predict (`Callable`): `predict(latents, timestep)`, the quantity that the scheduler's `prediction_type` names.
+        scheduler ([`SchedulerMixin`]): Any Diffusers scheduler.
+        noise ([`NoiseBatch`]): Random numbers of the batch, for schedulers that add noise.
+        latents (`torch.Tensor` of shape `(cells, num_features)`):
+            Noisy latents at the first timestep: scaled Gaussian noise, or cells with noise up to that timestep.
+        timesteps (`Iterable[torch.Tensor]`): All of `scheduler.timesteps`, or the last ones.
+        on_step_end (`Callable`, *optional*): `on_step_end(step, timestep, latents)` returns the next latents.
 
     Returns:
-        `torch.Tensor` of shape `(cells, num_features)`.
+        `torch.Tensor` of shape `(cells, num_features)`: denoised latents.
 
     Raises:
-        ValueError: If a latent is not finite; the message names the step and what made it so.
+        ValueError: If a latent is NaN or infinite.
     """
-    scheduler.set_timesteps(num_inference_steps, device=device)  # multistep solvers remember the last batch
     accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_kwargs = {"generator": noise.generators} if accepts_generator else {}
-
-    # The scheduler works on whole blocks, for which it draws its noise; the denoiser on the batch's own cells.
-    blocks = noise.normal(num_features, device)  # (blocks, cells per block, num_features)
-    if latents is not None:
-        blocks = noise.put(blocks, latents)
-    blocks = blocks * scheduler.init_noise_sigma
-    finite: dict[str, list[torch.Tensor]] = {"denoiser": [], "scheduler": [], "callback_on_step_end": []}
-    for i, t in enumerate(scheduler.timesteps):
-        model_output = predict(noise.take(scheduler.scale_model_input(blocks, t)), t)  # (cells, num_features)
-        finite["denoiser"].append(torch.isfinite(model_output).all())
-        model_output = noise.put(torch.zeros_like(blocks), model_output)
-        blocks = scheduler.step(model_output, t, blocks, **step_kwargs, return_dict=False)[0]
-        cells = noise.take(blocks)
-        finite["scheduler"].append(torch.isfinite(cells).all())
+    for i, t in enumerate(timesteps):
+        model_output = predict(scheduler.scale_model_input(latents, t), t)  # (cells, num_features)
+        # The scheduler draws its noise for whole blocks of cells.
+        blocks = scheduler.step(noise.put(model_output), t, noise.put(latents), **step_kwargs, return_dict=False)[0]
+        latents = noise.take(blocks)
         if on_step_end is not None:
-            cells = on_step_end(i, t, cells)
-            finite["callback_on_step_end"].append(torch.isfinite(cells).all())
-            blocks = noise.put(blocks, cells)
-    _check_finite(finite, scheduler)
-    return noise.take(blocks)
-
-
-def _check_finite(finite: dict[str, list[torch.Tensor]], scheduler: SchedulerMixin):
-    """Raises on the first step whose numbers are not finite. Looked at once at the end: a GPU waits for each look."""
-    wrong = {source: (~torch.stack(steps)).nonzero() for source, steps in finite.items() if steps}
-    failures = [(int(steps[0]), order, source) for order, (source, steps) in enumerate(wrong.items()) if len(steps)]
-    if failures:
-        step, _, source = min(failures)
-        mend = {
-            "denoiser": "lower `guidance_scale`, take float32 instead of half precision, or train the model anew",
-            "scheduler": "take another number of steps or another scheduler",
-            "callback_on_step_end": "return finite latents",
-        }[source]
+            latents = on_step_end(i, t, latents)
+    if not torch.isfinite(latents).all():
         raise ValueError(
-            f"Step {step + 1} of {len(scheduler.timesteps)} (timestep {scheduler.timesteps[step]:g},"
-            f" {type(scheduler).__name__}) gave NaN or infinite latents, and it was the {source}: {mend}."
+            f"Denoising gave NaN or infinite latents with {type(scheduler).__name__}: lower `guidance_scale`, use"
+            " float32, take another scheduler, or train the model again."
         )
+    return latents

@@ -1,4 +1,4 @@
-"""Random numbers that belong to a cell, whatever batch it is in."""
+"""Random numbers that belong to a cell, regardless of the batch it is in."""
 
 import math
 from dataclasses import dataclass
@@ -44,21 +44,21 @@ class NoiseBatch:
     """
     The random numbers of one batch of cells.
 
-    What is random is drawn for whole blocks, in the shape `(blocks, CELLS_PER_BLOCK, values)`, for which Diffusers'
-    `randn_tensor`, and so the `step` of every scheduler, takes one generator for each block.
+    Random numbers are drawn for whole blocks, `(blocks, CELLS_PER_BLOCK, values)`. For that shape Diffusers'
+    `randn_tensor`, and so the `step` of every scheduler, takes one generator per block.
 
     Args:
         generators (`list[torch.Generator]`): One for each block that the batch touches.
-        rows (`torch.LongTensor` of shape `(cells,)`): Where the batch's own cells stand in these blocks.
+        rows (`torch.LongTensor` of shape `(cells,)`): Places of the batch's own cells in these blocks.
     """
 
     generators: list[torch.Generator]
     rows: torch.Tensor
 
     def normal(self, num_values: int, device: torch.device) -> torch.Tensor:
-        """Gaussian numbers of whole blocks, `(blocks, CELLS_PER_BLOCK, num_values)`."""
+        """Gaussian numbers of the batch's cells, `(cells, num_values)` in float32."""
         shape = (len(self.generators), CELLS_PER_BLOCK, num_values)
-        return randn_tensor(shape, generator=self.generators, device=device, dtype=torch.float32)
+        return self.take(randn_tensor(shape, generator=self.generators, device=device, dtype=torch.float32))
 
     def uniform(self, num_values: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Numbers in [0, 1) of the batch's cells, `(cells, num_values)`."""
@@ -70,10 +70,11 @@ class NoiseBatch:
         """The batch's cells out of whole blocks: `(cells, values)`."""
         return blocks.flatten(0, 1)[self.rows.to(blocks.device)]
 
-    def put(self, blocks: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-        """Whole blocks with the batch's cells `(cells, values)` in their places."""
-        rows = self.rows.to(blocks.device)
-        return blocks.flatten(0, 1).index_copy(0, rows, cells.to(blocks)).view(blocks.shape)
+    def put(self, cells: torch.Tensor) -> torch.Tensor:
+        """The batch's cells `(cells, values)` at their places in whole blocks; zeros elsewhere. In float32."""
+        blocks = cells.new_zeros(len(self.generators) * CELLS_PER_BLOCK, cells.shape[1], dtype=torch.float32)
+        blocks = blocks.index_copy(0, self.rows.to(cells.device), cells.float())
+        return blocks.view(len(self.generators), CELLS_PER_BLOCK, -1)  # (blocks, CELLS_PER_BLOCK, values)
 
     def parts(self, max_blocks: int) -> list[tuple["NoiseBatch", slice]]:
         """The same random numbers a few blocks at a time, each part with the positions of its cells in the batch."""

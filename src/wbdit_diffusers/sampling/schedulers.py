@@ -1,5 +1,6 @@
-"""The forward process of training, and solvers of the reverse one: all of them Diffusers' own."""
+"""The noise schedule of training, solvers of the reverse process, and conversions between what networks predict."""
 
+import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -18,8 +19,8 @@ def make_scheduler(name: str, config: dict) -> SchedulerMixin:
     """
     A solver by name, with the noise schedule of another scheduler.
 
-    DPM-Solver++ and UniPC take steps that are equal in the log of the noise (`use_exponential_sigmas`): equal steps in
-    time leave little of them for the end, where codes of one type get their spread (lab/experiments.md).
+    DPM-Solver++ and UniPC take equal steps in the log of the noise (`use_exponential_sigmas`). Equal steps in time
+    leave few for the end, where cells of one type get their spread (lab/experiments.md).
 
     Args:
         name (`str`): A key of `SCHEDULERS`.
@@ -32,7 +33,7 @@ def make_scheduler(name: str, config: dict) -> SchedulerMixin:
         ValueError: If there is no such solver.
     """
     if name not in SCHEDULERS:
-        raise ValueError(f"`scheduler` is one of {', '.join(SCHEDULERS)}, not {name!r}.")
+        raise ValueError(f"There is no scheduler {name!r}: choose one of {', '.join(SCHEDULERS)}.")
     options = {"use_exponential_sigmas": True} if name in MULTISTEP else {}
     return SCHEDULERS[name].from_config(config, **options)
 
@@ -41,10 +42,54 @@ def training_scheduler(prediction_type: str) -> DDPMScheduler:
     """
     The noise schedule of arXiv 2411.06785: 1,000 steps, β linear from 1e-4 to 0.02.
 
-    Expression is no image in [-1, 1], so samples are never clipped. "trailing" spaces the steps from the end: from any
-    number of steps, and with any solver made `from_config`, the first is at pure noise.
+    Samples are never clipped, since expression is not an image in [-1, 1]. Spacing "trailing" makes the first step of
+    any solver start at pure noise, whatever the number of steps.
 
     Args:
-        prediction_type (`str`): What the denoiser predicts: `"epsilon"`, `"v_prediction"` or `"sample"`.
+        prediction_type (`str`): The quantity that the denoiser predicts: `"epsilon"`, `"v_prediction"` or `"sample"`.
     """
     return DDPMScheduler(prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing")
+
+
+def signal_and_noise(
+    scheduler: SchedulerMixin, timestep: torch.Tensor | float | int, latents: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The scales `a = sqrt(ᾱ_t)` and `s = sqrt(1 - ᾱ_t)` of `noisy = a · clean + s · noise`, for timesteps `(cells,)` or
+    one for all cells: `(cells or 1, 1)` each, in float32.
+
+    Raises:
+        ValueError: If the scheduler has no `alphas_cumprod`, as flow matching has none.
+    """
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"{type(scheduler).__name__} has no `alphas_cumprod`, so clean latents can't be estimated: use"
+            f" {', '.join(kind.__name__ for kind in SCHEDULERS.values())}."
+        )
+    timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1).long()
+    alphas_cumprod = scheduler.alphas_cumprod.to(latents.device)[timestep].float()[:, None]
+    return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+
+def to_clean(
+    model_output: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor | float | int, scheduler: SchedulerMixin
+) -> torch.Tensor:
+    """The clean latents that a prediction stands for: `a x - s v`, `(x - s ε) / a`, or the prediction itself."""
+    a, s = signal_and_noise(scheduler, timestep, noisy)
+    return {
+        "v_prediction": lambda: a * noisy - s * model_output,
+        "epsilon": lambda: (noisy - s * model_output) / a,
+        "sample": lambda: model_output,
+    }[scheduler.config.prediction_type]()
+
+
+def from_clean(
+    clean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor | float | int, scheduler: SchedulerMixin
+) -> torch.Tensor:
+    """The prediction that stands for clean latents, the inverse of [`to_clean`]."""
+    a, s = signal_and_noise(scheduler, timestep, noisy)
+    return {
+        "v_prediction": lambda: (a * noisy - clean) / s,
+        "epsilon": lambda: (noisy - a * clean) / s,
+        "sample": lambda: clean,
+    }[scheduler.config.prediction_type]()

@@ -1,0 +1,245 @@
+"""`ScRNAPipeline`: what all pipelines share. Components, saving and loading, cells to latents and back."""
+
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from scipy import sparse
+
+from ..data.dataset import CellDataset, encode_cells
+from ..files import one_line, partial_path, remove, write_whole
+from ..hub.model_card import push_model_card
+from ..hub.remote_code import without_remote_code
+from ..models.codec_programs import ProgramCodec
+from ..pretrained import locate
+from ..sampling.noise import CELLS_PER_BLOCK, CellNoise, NoiseBatch
+from .programs import add_programs
+from .provenance import public_name
+
+
+TOKENS_PER_BATCH = 32_768  # of the default batch size
+MAX_CELLS_PER_BATCH = 2048  # larger batches are no faster, and cells × genes fill the memory
+VALUES_AT_ONCE = 2**21  # cells × genes that are dense in memory while counts are drawn
+
+
+class ScRNAPipeline(DiffusionPipeline):
+    r"""
+    Base of the pipelines that generate, complete or translate single cells.
+
+    The pipelines of the family share their components. Each loads a folder that another one saved, and
+    `OtherPipeline.from_pipe(pipe)` shares the components in memory. A component named in `_optional_components` may be
+    `None`.
+    """
+
+    model_cpu_offload_seq = "denoiser"
+    _exclude_from_cpu_offload = ["codec"]  # small, and Accelerate's hook needs parameters
+    _callback_tensor_inputs = ["latents"]
+
+    # ==================== Saving and loading ====================
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> Any:
+        """
+        Loads a pipeline from a folder, a Hub id, or by the name of the one in the package (`"pbmc68k_reduced"`). Only
+        safetensors files are read. See [`DiffusionPipeline.from_pretrained`] for the arguments.
+
+        Raises:
+            OSError: If the folder or repository holds no complete pipeline.
+        """
+        where = locate(pretrained_model_name_or_path)
+        if Path(where).exists() and not Path(where, cls.config_name).is_file():
+            raise OSError(
+                f"{where} is not a complete pipeline: it has no {cls.config_name}. Give the --output_dir of a finished"
+                " training, a folder written by `save_pretrained`, or a Hub id."
+            )
+        try:
+            return super().from_pretrained(where, **(kwargs | {"use_safetensors": True}))
+        except Exception as error:  # Diffusers raises many kinds on damaged files
+            absent = "" if Path(where).exists() else f"There is no folder {where}, and as a Hub id "
+            raise OSError(f"{absent}{where} cannot be loaded as a pipeline: {one_line(error)}") from error
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | Path, **kwargs) -> dict[str, Any]:
+        """A configuration in which this package takes the place of the repository's own modules."""
+        return without_remote_code(super()._dict_from_json_file(json_file, **kwargs))
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs):
+        """
+        Writes the pipeline to a folder as safetensors; see [`DiffusionPipeline.save_pretrained`]. Other files in the
+        folder stay. `model_index.json` is written last: a folder without it is incomplete, and is refused.
+
+        Raises:
+            OSError: If the folder can't be written.
+        """
+        folder, save = Path(save_directory), super().save_pretrained
+        if folder.is_file():
+            raise OSError(f"{folder} is a file: give a folder to save the pipeline to.")
+        kwargs.pop("safe_serialization", None)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", folder.name)
+        for part in (self, *self.components.values()):
+            if "_name_or_path" in (getattr(part, "config", None) or {}) and hasattr(part, "register_to_config"):
+                part.register_to_config(_name_or_path=public_name(part.config["_name_or_path"]))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            write_whole(folder, lambda partial: save(partial, **kwargs))
+            return
+        staged = partial_path(folder / "pipeline")
+        remove(staged)  # of a save that was killed
+        write_whole(staged, lambda partial: save(partial, **kwargs))
+        try:
+            (folder / self.config_name).unlink(missing_ok=True)
+            files = [path for path in staged.rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda path: path.name == self.config_name):
+                target = folder / path.relative_to(staged)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
+        finally:
+            remove(staged)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """
+        Uploads the pipeline, with a model card unless the repository has one.
+
+        Args:
+            repo_id (`str`): The repository, e.g. `"me/wbdit-pbmc"`.
+            kwargs: `private`, `token`, `commit_message`, … of [`DiffusionPipeline.push_to_hub`].
+        """
+        push_model_card(self, repo_id, private=kwargs.get("private"), token=kwargs.get("token"))
+        return super().push_to_hub(repo_id, **kwargs)
+
+    def _check_components(self):
+        """Raises a `ValueError` if `denoiser`, `codec` and `processor` come from different models."""
+        denoiser, codec, processor = self.denoiser, self.codec, self.processor
+        if denoiser is None or codec is None or processor is None:
+            return
+        sizes = {
+            "values per cell": (codec.num_features, denoiser.config.sample_size),
+            "labels": (tuple(processor.condition_sizes), tuple(denoiser.config.condition_sizes)),
+            "genes": (len(processor.var_names), codec.config.num_genes),
+        }
+        if codec.config.get("condition_sizes"):
+            sizes["labels of the codec"] = (tuple(processor.condition_sizes), tuple(codec.config.condition_sizes))
+        for what, (expected, got) in sizes.items():
+            if expected != got:
+                raise ValueError(
+                    f"`denoiser`, `codec` and `processor` come from different models: {expected} and {got} {what}."
+                )
+
+    # ==================== Cells to latents, and back ====================
+
+    @property
+    def default_batch_size(self) -> int:
+        """Number of cells denoised at once when a call gives no `batch_size`."""
+        num_tokens = getattr(self.denoiser, "num_tokens", 32)
+        return min(max(CELLS_PER_BLOCK, TOKENS_PER_BATCH // num_tokens), MAX_CELLS_PER_BATCH)
+
+    @torch.no_grad()
+    def encode_cells(self, adata: ad.AnnData) -> torch.Tensor:
+        """
+        Encodes real cells.
+
+        Args:
+            adata (`AnnData`): Cells. Genes are aligned by name, and labels are not needed.
+
+        Returns:
+            `torch.Tensor` of shape `(cells, num_features)`: latents, on the CPU.
+
+        Raises:
+            ValueError: If no gene is in common, or the cells are not of the kind that the pipeline was trained on.
+        """
+        return encode_cells(CellDataset(adata, self.processor, with_labels=False), self.codec)
+
+    @torch.no_grad()
+    def decode_latents(
+        self,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        library_size: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ad.AnnData:
+        """
+        Draws cells for given latents, as a call does at its end.
+
+        Args:
+            latents (`torch.Tensor` of shape `(cells, num_features)`): Denoised or encoded cells.
+            class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*):
+                Codes of the labels, whose effects on genes are added.
+            library_size (`torch.Tensor` of shape `(cells,)`, *optional*):
+                Expected total counts, instead of those in `latents`.
+            generator (`torch.Generator`, *optional*): Makes the draw reproducible.
+
+        Returns:
+            `AnnData`: like the result of a call, without `uns["wbdit"]`, since the origin of the latents is unknown.
+
+        Raises:
+            ValueError: If the shapes don't fit, or `library_size` is given to a model of log values.
+        """
+        if library_size is not None and not self.processor.has_library_size:
+            raise ValueError("`library_size` was given, but this model was trained on log values, not on counts.")
+        shapes = {
+            "latents": (latents, (len(latents), self.codec.num_features)),
+            "class_labels": (class_labels, (len(latents), len(self.processor.label_keys))),
+            "library_size": (library_size, (len(latents),)),
+        }
+        for name, (tensor, shape) in shapes.items():
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, expected {shape}.")
+        noise = CellNoise(generator or new_generator())
+        batches = []
+        for start in range(0, len(latents), MAX_CELLS_PER_BATCH):
+            rows = slice(start, min(start + MAX_CELLS_PER_BATCH, len(latents)))
+            batch = noise.batch(rows.start, rows.stop)
+            uniform = batch.uniform(1).cpu()[:, 0]
+            labels, sizes = (None if values is None else values[rows] for values in (class_labels, library_size))
+            batches.append(self._draw_cells(latents[rows], labels, sizes, batch, uniform, first_cell=start))
+        return ad.concat(batches, merge="same")
+
+    def _draw_cells(
+        self,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        library_size: torch.Tensor | None,
+        noise: NoiseBatch,
+        uniform: torch.Tensor,
+        first_cell: int = 0,
+    ) -> ad.AnnData:
+        """Draws the cells of a batch of latents, a few blocks at a time, as dense cells are large."""
+        latents = latents.to(self.codec.device)  # a `device_map` may have placed the codec elsewhere
+        processor, num_genes = self.processor, self.codec.config.num_genes
+        if library_size is None and processor.has_library_size and not self.codec.models_library_size:
+            codes = processor.encode_conditions({}, len(latents)) if class_labels is None else class_labels
+            library_size = processor.sample_library_size(codes, uniform)
+        matrices, sizes = [], []
+        for part, rows in noise.parts(max(1, VALUES_AT_ONCE // (num_genes * CELLS_PER_BLOCK))):
+            given = (None if values is None else values[rows] for values in (library_size, class_labels))
+            distribution = self.codec.decode(latents[rows], *given)
+            values = distribution.icdf(part.uniform(distribution.num_values, dtype=torch.float64))
+            matrices.append(sparse.csr_matrix(values[:, :num_genes].numpy()))
+            # Where the bin of other genes is drawn, the library size is the sum of the drawn counts.
+            sizes.append(values.sum(1) if values.shape[1] > num_genes else distribution.library_size)
+            check_decoded(values, sizes[-1])
+        matrix = sparse.vstack(matrices, format="csr")
+        all_sizes = torch.cat(sizes) if processor.has_library_size else None
+        cells = processor.to_anndata(matrix, class_labels, all_sizes, first_cell=first_cell)
+        if isinstance(self.codec, ProgramCodec):
+            add_programs(cells, self.codec, latents)
+        return cells
+
+
+def new_generator() -> torch.Generator:
+    """A generator seeded from the global one, so that its seed can be recorded."""
+    return torch.Generator().manual_seed(int(torch.randint(2**31, (1,))))
+
+
+def check_decoded(values: torch.Tensor, library_size: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns decoded cells. Raises a `ValueError` if they, or their library sizes, are not finite."""
+    for tensor in (values, library_size):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError(
+                "Decoded cells hold NaN or infinite values: lower `guidance_scale` or `library_size`, take another"
+                " scheduler or number of steps, or train the model again."
+            )
+    return values
