@@ -29,13 +29,8 @@ def test_save_and_load(pbmc, tmp_path):
     split = CellSplit.draw(pbmc, 0.2, label_key="cell_type", seed=3)
     split.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["split.json"]
-    assert CellSplit.load(tmp_path) == split
-    assert CellSplit.load(tmp_path / "split.json") == split
-
-
-def test_a_split_without_a_seed_is_read(tmp_path):
-    """Of cells that the data's authors held out, say."""
-    (tmp_path / "split.json").write_text(json.dumps({"train": ["a", "b"], "test": ["c"]}))
+    assert CellSplit.load(tmp_path) == CellSplit.load(tmp_path / "split.json") == split
+    (tmp_path / "split.json").write_text(json.dumps({"train": ["a", "b"], "test": ["c"]}))  # of the data's authors
     assert CellSplit.load(tmp_path) == CellSplit(["a", "b"], ["c"], seed=None)
 
 
@@ -52,52 +47,49 @@ def test_apply_finds_cells_by_name(pbmc):
     assert [side.n_obs for side in split.apply(more)] == [len(split.train), len(split.test)]
 
 
-# ==================== Bad input ====================
-
-
-def test_what_cannot_be_drawn_is_named(pbmc):
-    with pytest.raises(ValueError, match=r"no column 'louvain'; it has \['cell_type', 'phase'\]"):
-        CellSplit.draw(pbmc, label_key="louvain")
-    for fraction in (0.0, 1.0, -0.2):
-        with pytest.raises(ValueError, match=f"between 0 and 1, not {fraction}"):
-            CellSplit.draw(pbmc, test_fraction=fraction)
-    with pytest.raises(ValueError, match=r"1 cells are too few to hold out a share of 0.2"):
-        CellSplit.draw(pbmc[:1])
-
-
-def test_names_that_occur_twice_are_named(pbmc):
-    split = CellSplit.draw(pbmc)
+def with_names_twice(pbmc):
     twice = pbmc.copy()
     twice.obs_names = ["A", *twice.obs_names[1:-1], "A"]
-    with pytest.raises(ValueError, match="'A' occurs more than once.*obs_names_make_unique"):
-        CellSplit.draw(twice)
-    with pytest.raises(ValueError, match="'A' occurs more than once.*obs_names_make_unique"):
-        split.apply(twice)
+    return twice
+
+
+DRAWS = [
+    (lambda pbmc: pbmc, {"label_key": "louvain"}, r"no column 'louvain'; it has \['cell_type', 'phase'\]"),
+    (lambda pbmc: pbmc[:1], {}, "1 cells are too few to hold out a fraction of 0.2: the largest label has 1"),
+    (lambda pbmc: pbmc, {"test_fraction": 1.0}, "too few to hold out a fraction of 1.0"),
+    (lambda pbmc: pbmc, {"test_fraction": 0.0}, "too few to hold out a fraction of 0.0"),
+    (with_names_twice, {}, "'A' occurs more than once.*obs_names_make_unique"),
+]
+
+
+@pytest.mark.parametrize("change, kwargs, message", DRAWS)
+def test_a_split_that_cannot_be_drawn(change, kwargs, message, pbmc):
+    with pytest.raises(ValueError, match=message):
+        CellSplit.draw(change(pbmc), **kwargs)
 
 
 def test_cells_of_another_file_are_named(pbmc):
     split = CellSplit.draw(pbmc)
-    first, second = sorted(split.train + split.test)[:2]
-    with pytest.raises(ValueError, match=f"no cell '{first}', nor 1 others of the split"):
-        split.apply(pbmc[~pbmc.obs_names.isin([first, second])])
+    gone = split.train[:2]
+    with pytest.raises(ValueError, match=f"no cell '{gone[0]}', nor 1 others of the split"):
+        split.apply(pbmc[~pbmc.obs_names.isin(gone)])
+    with pytest.raises(ValueError, match="'A' occurs more than once"):
+        split.apply(with_names_twice(pbmc))
+    with pytest.raises(ValueError, match="names no cells"):
+        CellSplit([], [], 0, "0" * 64).apply(pbmc)
 
 
 def test_a_missing_file_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "split.json"):
-        with pytest.raises(FileNotFoundError, match="split.json is missing.*--output_dir"):
+        with pytest.raises(FileNotFoundError, match="There is no .*split.json.*--output_dir"):
             CellSplit.load(path)
 
 
-@pytest.mark.parametrize(
-    "text", ["[1, 2]", "{}", '{"train": ["a"]}', '{"train": ["a"], "test": []}', '{"train": ["a"], "te', ""]
-)
+FILES = ["", "[1, 2]", "{}", '{"train": ["a"], "te', '{"train": ["a"]}', '{"train": ["a"], "test": []}']
+
+
+@pytest.mark.parametrize("text", [*FILES, '{"train": 1, "test": 2}', '{"train": ["a", "b"], "test": ["b"]}'])
 def test_a_file_that_is_no_split_is_named(text, tmp_path):
     (tmp_path / "split.json").write_text(text)
     with pytest.raises(ValueError, match="split.json is no split.json of a training"):
-        CellSplit.load(tmp_path)
-
-
-def test_a_cell_on_both_sides_is_named(tmp_path):
-    CellSplit(["a", "b"], ["b"], seed=0).save(tmp_path)
-    with pytest.raises(ValueError, match="names a cell twice"):
         CellSplit.load(tmp_path)

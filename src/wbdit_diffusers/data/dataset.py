@@ -16,8 +16,8 @@ import torch
 from scipy import sparse
 from torch.utils.data import Dataset
 
+from .cells import CellSource, as_source
 from .order import WINDOW_SIZE, CellOrder, choose_groups
-from .source import CellSource, as_source
 
 
 if TYPE_CHECKING:  # which reads cells through this folder

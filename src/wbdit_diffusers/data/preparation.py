@@ -20,11 +20,10 @@ from diffusers.utils import logging
 from scipy import sparse
 from tqdm.auto import tqdm
 
-from .backed import BackedFile
 from .card import write_card
+from .cells import CHUNK_SIZE, BackedSource, check_values, place_genes
 from .columns import Column, merge_columns
 from .prepared import COLUMNS, FORMAT_VERSION, GENES, GENES_KEY, METADATA, SPLITS, PreparedCells, hash_of_genes
-from .source import CHUNK_SIZE, check_values, place_genes
 from .split import held_out
 
 
@@ -145,7 +144,7 @@ class _Preparation:
         columns: dict[str, Column] | None = None
         self.num_cells = 0
         for path, name in zip(self.paths, self.names):
-            with BackedFile(path, config.layer) as file:
+            with BackedSource(path, config.layer) as file:
                 _check_names(file)
                 obs = self._obs(file, name)
                 for key in config.label_keys:
@@ -178,7 +177,7 @@ class _Preparation:
         self.var = var.set_axis(all_genes[0]).reindex(genes) if has_all else pd.DataFrame(index=genes)
         return columns
 
-    def _obs(self, file: BackedFile, name: str) -> pd.DataFrame:
+    def _obs(self, file: BackedSource, name: str) -> pd.DataFrame:
         """`obs` as it will be: cells of several files named after them, and the file as a label."""
         obs = file.obs.drop(columns=["total_counts"], errors="ignore")  # is counted anew
         obs.columns = obs.columns.astype(str)
@@ -309,11 +308,11 @@ class _Preparation:
         """Number of the file, and `obs` and values of some of its cells."""
         with tqdm(total=self.num_cells, desc=description, unit=" cells", mininterval=1) as progress_bar:
             for number, (path, name) in enumerate(zip(self.paths, self.names)):
-                with BackedFile(path, self.config.layer) as file:
+                with BackedSource(path, self.config.layer) as file:
                     obs = self._obs(file, name)
                     for start in range(0, len(obs), CHUNK_SIZE):
                         chunk = obs.iloc[start : start + CHUNK_SIZE]
-                        yield number, chunk, file.read(start, start + len(chunk))
+                        yield number, chunk, file.read_rows(np.arange(start, start + len(chunk)))
                         progress_bar.update(len(chunk))
 
     # ==================== Writing ====================
@@ -399,7 +398,7 @@ def _read_bucket(path: Path):
     return pa.concat_tables(tables).combine_chunks()
 
 
-def _check_names(file: BackedFile):
+def _check_names(file: BackedSource):
     if len(file.obs) == 0 or len(file.var) == 0:
         raise ValueError(f"{file.path} is empty: {len(file.obs)} cells × {len(file.var)} genes.")
     for what, index in (("gene", file.var.index), ("cell", file.obs.index)):

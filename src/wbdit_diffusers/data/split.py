@@ -1,4 +1,4 @@
-"""Which cells are trained on, and which are held out: decided once, and written beside the model."""
+"""Training and held-out cells: drawn once, and written beside the model."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -6,8 +6,11 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 
+from ..files import one_line, write_whole
 from ..pretrained import locate
+from .cells import CellSource, label_column
 from .io import read_cells
 from .prepared import is_prepared, read_metadata
 
@@ -20,9 +23,8 @@ class CellSplit:
     Args:
         train (`list[str]`): Names of the training cells (`obs_names`).
         test (`list[str]`): Names of the held-out cells.
-        seed (`int`, *optional*): Seed with which they were drawn.
-        prepared (`str`, *optional*):
-            Fingerprint of a prepared folder, whose own split it is. The cells are not named then: they may be many.
+        seed (`int`, *optional*): Seed of the draw.
+        prepared (`str`, *optional*): Fingerprint of a prepared folder, which has its own split. No cell is named then.
     """
 
     FILE_NAME = "split.json"
@@ -34,69 +36,53 @@ class CellSplit:
 
     @classmethod
     def draw(
-        cls, adata: ad.AnnData, test_fraction: float = 0.2, label_key: str | None = None, seed: int = 0
+        cls, cells: ad.AnnData | CellSource, test_fraction: float = 0.2, label_key: str | None = None, seed: int = 0
     ) -> "CellSplit":
         """
-        Splits cells at random, stratified by label. A label's single cell is trained on.
+        Splits cells at random, stratified by label. The only cell of a label is a training cell.
 
         Args:
-            adata (`AnnData`): Cells.
-            test_fraction (`float`, defaults to 0.2): Share of the held-out cells.
-            label_key (`str`, *optional*): The `obs` column to stratify by.
+            cells (`AnnData` or [`CellSource`]): Cells.
+            test_fraction (`float`, defaults to 0.2): Fraction of held-out cells, between 0 and 1.
+            label_key (`str`, *optional*): Column of `obs` to stratify by.
             seed (`int`, defaults to 0): Seed of the shuffle.
 
         Raises:
-            ValueError: If cell names are not unique, the column is missing, or there are too few cells.
+            ValueError: If cell names are not unique, a label is missing, or there are too few cells.
         """
-        _check_names(adata)
-        if not 0 < test_fraction < 1:
-            raise ValueError(f"`test_fraction` is between 0 and 1, not {test_fraction}.")
-        if label_key is not None and label_key not in adata.obs:
-            raise ValueError(f"`adata.obs` has no column {label_key!r}; it has {list(adata.obs)}.")
-        labels = np.zeros(adata.n_obs) if label_key is None else adata.obs[label_key].astype(str).to_numpy()
-        is_test = held_out(np.unique(labels, return_inverse=True)[1], test_fraction, seed)
-        return cls(adata.obs_names[~is_test].tolist(), adata.obs_names[is_test].tolist(), seed)
+        names = _unique_names(cells.obs.index)
+        labels = np.zeros(len(names)) if label_key is None else label_column(cells.obs, label_key).astype(str)
+        is_test = held_out(np.unique(np.asarray(labels), return_inverse=True)[1], test_fraction, seed)
+        return cls(names[~is_test].tolist(), names[is_test].tolist(), seed)
 
     @classmethod
     def load(cls, path: str | Path) -> "CellSplit":
         """
-        Reads a split.json, or that of a model's folder or of a pipeline that comes with the package.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If the file does not name training and held-out cells, each once.
+        Reads a split.json, or that of a model's folder or of a pipeline that comes with the package. Raises a
+        `FileNotFoundError` if there is none, and a `ValueError` if it does not name training and held-out cells.
         """
         path = Path(locate(path))
         path = path / cls.FILE_NAME if path.is_dir() else path
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing: it says which cells were held out. Give the --output_dir of a training."
-            )
+            raise FileNotFoundError(f"There is no {path}: give the --output_dir of a training.")
         try:
-            split = json.loads(path.read_text())
-        except ValueError:  # cut off, or no JSON at all
-            split = None
-        split = split if isinstance(split, dict) else {}
-        if isinstance(split.get("prepared"), str):
-            return cls([], [], split.get("seed"), split["prepared"])
-        if not all(split.get(side) and _is_list_of_names(split[side]) for side in ("train", "test")):
-            raise ValueError(f"{path} is no split.json of a training: it does not name train and test cells.")
-        names = split["train"] + split["test"]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{path} names a cell twice, so that it would be trained on and held out.")
-        return cls(split["train"], split["test"], split.get("seed"))
+            values = json.loads(path.read_text())
+            split = cls(list(values["train"]), list(values["test"]), values.get("seed"), values.get("prepared"))
+            twice = set(split.train) & set(split.test)
+            if twice or not (split.prepared or (split.train and split.test)):
+                raise ValueError("a cell is on both sides" if twice else "a side is empty")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no split.json of a training ({one_line(error)}).") from error
+        return split
 
     def save(self, folder: str | Path):
         """Writes split.json into a folder."""
-        Path(folder, self.FILE_NAME).write_text(json.dumps(asdict(self)))
+        write_whole(Path(folder, self.FILE_NAME), lambda path: path.write_text(json.dumps(asdict(self))))
 
     def read(self, path: str | Path) -> tuple[ad.AnnData, ad.AnnData]:
         """
-        The training and the held-out cells of a file, or of a prepared folder, in memory.
-
-        Raises:
-            OSError: If there is no such file.
-            ValueError: If it can't be read, or is not what the split was made for.
+        The training and the held-out cells of a file or a prepared folder, in memory. Raises an `OSError` or a
+        `ValueError` if it can't be read, or the split is of other cells.
         """
         if self.prepared is None:
             return self.apply(read_cells(path))
@@ -105,32 +91,25 @@ class CellSplit:
         return read_cells(path, "train"), read_cells(path, "test")
 
     def apply(self, adata: ad.AnnData) -> tuple[ad.AnnData, ad.AnnData]:
-        """
-        The training and the held-out cells, as views.
+        """The training and the held-out cells, as views. Raises a `ValueError` if one is missing."""
+        train, test = self.rows(adata.obs_names)
+        return adata[train], adata[test]
 
-        Raises:
-            ValueError: If a cell of the split is not in `adata`, names there are not unique, or it is the split of a
-                prepared folder.
-        """
+    def rows(self, obs_names: pd.Index) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of the training and of the held-out cells. Raises a `ValueError` if one is missing."""
         if self.prepared is not None:
             raise ValueError("This is the split of a prepared folder, which names no cells: `split.read(folder)`.")
-        _check_names(adata)
-        missing = np.setdiff1d(self.train + self.test, adata.obs_names)
-        if len(missing):
-            raise ValueError(
-                f"The data have no cell {str(missing[0])!r}, nor {len(missing) - 1} others of the split: give the file"
-                " that it was made for."
-            )
-        return adata[self.train], adata[self.test]
-
-
-def _is_list_of_names(names) -> bool:
-    return isinstance(names, list) and all(isinstance(name, str) for name in names)
+        names = self.train + self.test
+        rows = _unique_names(obs_names).get_indexer(names)
+        if (rows < 0).any():
+            lost = f"{names[int(np.argmin(rows))]!r}, nor {(rows < 0).sum() - 1} others of the split"
+            raise ValueError(f"The data have no cell {lost}: give the file that it was made for.")
+        return rows[: len(self.train)], rows[len(self.train) :]
 
 
 def held_out(labels: np.ndarray, test_fraction: float, seed: int) -> np.ndarray:
     """
-    Which cells are held out, stratified by label: a mask. `labels` are numbers, one for each cell. Raises a
+    Draws held-out cells, stratified by label: a mask `(cells,)`. `labels` are numbers `(cells,)`. Raises a
     `ValueError` if there are too few cells.
     """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
@@ -142,14 +121,14 @@ def held_out(labels: np.ndarray, test_fraction: float, seed: int) -> np.ndarray:
     rank[by_label] = (number + 0.5) / np.repeat(sizes, sizes)
     is_test = rank > 1 - test_fraction
     if is_test.all() or not is_test.any():
-        raise ValueError(f"{len(labels)} cells are too few to hold out a share of {test_fraction}.")
+        largest = f"the largest label has {sizes.max(initial=0)}"
+        raise ValueError(f"{len(labels)} cells are too few to hold out a fraction of {test_fraction}: {largest}.")
     return is_test
 
 
-def _check_names(adata: ad.AnnData):
-    if not adata.obs_names.is_unique:
-        name = adata.obs_names[adata.obs_names.duplicated()][0]
-        raise ValueError(
-            f"The cell name {name!r} occurs more than once, so that {CellSplit.FILE_NAME} could not say which cell is"
-            " held out: call `adata.obs_names_make_unique()`."
-        )
+def _unique_names(obs_names: pd.Index) -> pd.Index:
+    """Raises a `ValueError` unless each cell has a name of its own."""
+    if not obs_names.is_unique:
+        name = obs_names[obs_names.duplicated()][0]
+        raise ValueError(f"The cell name {name!r} occurs more than once: call `adata.obs_names_make_unique()`.")
+    return obs_names

@@ -1,47 +1,48 @@
-"""Which genes are modelled, and how those of other cells are aligned to them."""
+"""The modelled genes: how they are chosen, and how the genes of other cells are aligned to them."""
 
+import anndata as ad
 import numpy as np
 import pandas as pd
+import torch
 from diffusers.utils import logging
 from scipy import sparse
 
-from ..data.source import CellSource, iter_groups
-from .normalize import to_expression
+from ..data.cells import MAX_CELLS_IN_MEMORY, CellSource
 
 
 logger = logging.get_logger(__name__)
 
-NUM_BINS = 20  # of mean expression, within which genes are compared
-
 
 def check_names(source: CellSource):
-    """Raises a `ValueError` if there are no cells or genes, or if a gene's name occurs twice."""
+    """Raises a `ValueError` if there are no cells or genes, or if a gene has no name of its own."""
     num_cells, var_names = int(source.group_sizes.sum()), source.var_names
     if num_cells == 0 or len(var_names) == 0:
         raise ValueError(f"`adata` is empty: {num_cells} cells × {len(var_names)} genes.")
+    if var_names.isna().any() or "nan" in var_names:
+        raise ValueError("A gene name is NaN: give each gene a name in `adata.var_names`.")
     if not var_names.is_unique:
         name = var_names[var_names.duplicated()][0]
         raise ValueError(f"The gene name {name!r} occurs more than once: call `adata.var_names_make_unique()`.")
 
 
+def sample_groups(group_sizes: np.ndarray) -> set[int]:
+    """The groups of cells from which genes are chosen: all, or random ones that hold about 100,000 cells."""
+    groups = np.random.default_rng(0).permutation(len(group_sizes))
+    before = np.cumsum(group_sizes[groups]) - group_sizes[groups]
+    return set(groups[before < MAX_CELLS_IN_MEMORY].tolist())
+
+
 def choose_genes(
-    source: CellSource,
-    num_genes: int | None,
-    min_cells: int,
-    cells_per_gene: np.ndarray,
-    library_size: np.ndarray,
-    values: str,
+    expression: list[sparse.csr_matrix], num_genes: int | None, min_cells: int, cells_per_gene: np.ndarray
 ) -> np.ndarray:
     """
-    The genes that Scanpy's `highly_variable_genes(flavor="seurat")` chooses, from cells that are read group by group.
+    Chooses highly variable genes as Scanpy does (`flavor="seurat"`).
 
     Args:
-        source ([`CellSource`]): Training cells.
-        num_genes (`int`, *optional*): How many genes; `None` for all that enough cells express.
-        min_cells (`int`): Cells that must express a gene; at most all of them.
-        cells_per_gene (`np.ndarray` of shape `(genes,)`): How many cells express each gene.
-        library_size (`np.ndarray` of shape `(cells,)`): Total counts.
-        values (`str`): What the matrix holds: `"counts"` or `"log"`.
+        expression (`list[scipy.sparse.csr_matrix]`): Log values `(cells, genes)` of all cells or a sample, in parts.
+        num_genes (`int`, *optional*): Number of genes; `None` for all.
+        min_cells (`int`): Minimum number of cells that express a gene.
+        cells_per_gene (`np.ndarray` of shape `(genes,)`): Number of cells that express each gene.
 
     Returns:
         `np.ndarray`: positions of the genes, in the order of the cells' genes.
@@ -49,61 +50,30 @@ def choose_genes(
     Raises:
         ValueError: If no gene is expressed in `min_cells` cells.
     """
-    expressed = np.flatnonzero(cells_per_gene >= min(min_cells, len(library_size)))
+    expressed = np.flatnonzero(cells_per_gene >= min_cells)
     if len(expressed) == 0:
         raise ValueError(f"No gene is expressed in {min_cells} cells: lower `min_cells`.")
     if num_genes is None or len(expressed) <= num_genes:
         return expressed
-    mean, variance = _moments(source, library_size, values)
-    dispersions = _normalised_dispersions(mean[expressed], variance[expressed])
-    known = dispersions[~np.isnan(dispersions)]
-    return expressed[dispersions >= np.sort(known)[-min(num_genes, len(known))]]  # NaN is not
+    import scanpy as sc  # slow to import
 
-
-def _moments(source: CellSource, library_size: np.ndarray, values: str) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Mean and variance of each gene's normalised values, no longer as logarithms: `(genes,)` each. The groups' own are
-    put together in the way of Chan et al. (1979), which loses no digits where means are large.
-    """
-    num_cells, mean, squares = 0, np.zeros(len(source.var_names)), np.zeros(len(source.var_names))
-    for start, matrix, _ in iter_groups(source, integer=False):
-        size = matrix.shape[0]
-        expression = sparse.csr_matrix(to_expression(matrix, library_size[start : start + size], values))
-        normalised = np.expm1(expression.data).astype(np.float64)
-        genes = expression.indices
-        group_mean = np.bincount(genes, normalised, len(mean)) / size
-        deviations = np.bincount(genes, np.square(normalised - group_mean[genes]), len(mean))
-        deviations += (size - np.bincount(genes, minlength=len(mean))) * group_mean**2  # the zeros'
-        shift = group_mean - mean
-        squares += deviations + shift**2 * (num_cells * size / (num_cells + size))
-        num_cells += size
-        mean += shift * (size / num_cells)
-    return mean, squares / max(num_cells - 1, 1)
-
-
-def _normalised_dispersions(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Seurat's: the log of variance over mean, standardised among genes of about the same mean; NaN if constant."""
-    mean = np.where(mean == 0, 1e-12, mean)
-    dispersion = variance / mean
-    dispersion = pd.Series(np.log(np.where(dispersion == 0, np.nan, dispersion)))
-    bins = dispersion.groupby(pd.cut(np.log1p(mean), bins=NUM_BINS), observed=True)
-    center, scale = bins.transform("mean"), bins.transform("std")
-    alone = scale.isna()  # in its bin: its dispersion is 1
-    scale, center = scale.where(~alone, center), center.where(~alone, 0.0)
-    return ((dispersion - center) / scale).to_numpy()
+    cells = ad.AnnData(sparse.vstack([part[:, expressed] for part in expression], format="csr"))
+    num_threads = torch.get_num_threads()
+    table = sc.pp.highly_variable_genes(cells, n_top_genes=num_genes, flavor="seurat", inplace=False)
+    torch.set_num_threads(num_threads)  # Numba changes them for all of OpenMP
+    return expressed[table["highly_variable"].to_numpy()]
 
 
 def align_genes(var_names: pd.Index, modelled: pd.Index) -> np.ndarray:
     """
-    Where the genes of cells stand among the modelled ones.
+    Finds the genes of cells among the modelled ones. Modelled genes that the cells lack are named in a warning.
 
     Args:
-        var_names (`pd.Index`): The cells' genes; they may be more, fewer, and in another order.
-        modelled (`pd.Index`): The modelled genes.
+        var_names (`pd.Index`): Genes of the cells; they may be more, fewer, and in another order.
+        modelled (`pd.Index`): Modelled genes.
 
     Returns:
-        `np.ndarray` of shape `(genes of the cells,)`: their places among the modelled ones, -1 for others. Modelled
-        genes that the cells lack are named in a warning.
+        `np.ndarray` of shape `(genes of the cells,)`: positions among the modelled genes, -1 for other genes.
 
     Raises:
         ValueError: If no gene is in common.

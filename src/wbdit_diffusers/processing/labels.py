@@ -1,8 +1,9 @@
-"""Labels of cells, as names and as integer codes.
+"""
+Labels of cells, as names and as integer codes.
 
-A *label key* is a column of `obs` that conditions the cells, the cell type first; its *categories* are the labels that
-the training cells have in it; *conditions* are the labels that a caller asks for, by label key. *Class labels* are the
-codes that the denoiser sees: one column for each label key, -1 where no label is asked for.
+A *label key* is a column of `obs` that conditions the cells, the cell type first. Its *categories* are the labels of
+the training cells. *Conditions* are the labels that a caller asks for, by label key. *Class labels* are the codes that
+the denoiser sees: one column for each label key, -1 where no label is asked for.
 """
 
 import difflib
@@ -12,30 +13,24 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..data.cells import label_column
+
 
 NUM_NAMED = 20  # labels in a message at most, the closest first
 
 
 def read_labels(obs: pd.DataFrame, label_key: str) -> tuple[list[str], np.ndarray]:
     """
-    The labels of cells: their names as strings, in the order of the column's categories (sorted, if it is none of
-    categories), and the position of each cell's label among them. Raises a `ValueError` if the column or a label is
-    missing.
+    The labels of cells: their names in the order of the column's categories (sorted, if it has none), and the position
+    of each cell's label among them. Raises a `ValueError` if the column or a label is missing.
     """
-    if label_key not in obs:
-        raise ValueError(f"`adata.obs` has no column {label_key!r}; it has {list(obs)}. Check `label_keys`.")
-    column = obs[label_key]
-    if column.isna().any():
-        raise ValueError(
-            f"`adata.obs[{label_key!r}]` is missing for {column.isna().sum()} cells: name or remove them."
-        )
-    column = column.astype("category").cat.remove_unused_categories()
+    column = label_column(obs, label_key).astype("category").cat.remove_unused_categories()
     of_category, names = pd.factorize(column.cat.categories.astype(str).to_numpy(dtype=object))
     return names.tolist(), of_category[column.cat.codes.to_numpy()]
 
 
 def encode(labels: str | list[str] | np.ndarray, label_key: str, categories: list[str]) -> np.ndarray:
-    """Codes of labels, one for each. Raises a `ValueError` that suggests the closest category for an unknown one."""
+    """The code of each label. Raises a `ValueError` that suggests the closest category for an unknown label."""
     known = pd.Index(categories)
     labels = np.atleast_1d(np.asarray(labels, dtype=str))
     codes = known.get_indexer(labels)
@@ -56,14 +51,14 @@ def complete(
     class_labels: torch.Tensor, uniform: torch.Tensor, combinations: torch.Tensor, frequencies: torch.Tensor
 ) -> torch.Tensor:
     """
-    Draws the labels that were not asked for, from the training frequencies among cells with those that were.
+    Draws the labels that were not asked for, at the frequencies of training cells that have the given labels.
 
     Args:
-        class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`): Codes, -1 where none was asked for.
-        uniform (`torch.Tensor` of shape `(cells,)`): Random numbers in [0, 1) to draw with.
+        class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`): Codes, -1 where no label was asked for.
+        uniform (`torch.Tensor` of shape `(cells,)`): Random numbers in [0, 1).
         combinations (`torch.LongTensor` of shape `(num_combinations, num_label_keys)`):
-            The combinations of labels that training cells have.
-        frequencies (`torch.Tensor` of shape `(num_combinations,)`): Their shares.
+            Combinations of labels in the training cells.
+        frequencies (`torch.Tensor` of shape `(num_combinations,)`): Fraction of training cells with each combination.
 
     Returns:
         `torch.LongTensor` of shape `(cells, num_label_keys)`.
@@ -75,7 +70,7 @@ def complete(
         cells = (class_labels == pattern).all(dim=1)
         free = pattern < 0
         agree = (combinations[:, ~free] == pattern[~free]).all(dim=1)
-        # If no training cell has the given labels together, the others are drawn from all cells.
+        # If no training cell has the given labels together, all training cells count.
         weights = frequencies.double() * (agree if agree.any() else torch.ones_like(agree))
         cumulative = weights.cumsum(0) / weights.sum()
         drawn = torch.searchsorted(cumulative, uniform[cells].double(), right=True).clamp(max=len(weights) - 1)

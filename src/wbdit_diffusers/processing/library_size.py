@@ -1,4 +1,4 @@
-"""Library sizes of the training cells by their labels, to draw others like them."""
+"""Library sizes: measured on the training cells by label, and drawn for new cells."""
 
 import numpy as np
 import torch
@@ -9,12 +9,8 @@ QUANTILES = np.linspace(0, 1, 101)
 
 def log_quantiles(library_size: np.ndarray, combination: np.ndarray) -> np.ndarray:
     """
-    Args:
-        library_size (`np.ndarray` of shape `(cells,)`): Total counts.
-        combination (`np.ndarray` of shape `(cells,)`): Number of each cell's combination of labels.
-
-    Returns:
-        `np.ndarray` of shape `(num_combinations, 101)`: quantiles of the log library size.
+    Quantiles of the log library size `(num_combinations, 101)`, from total counts `(cells,)` and the number of each
+    cell's combination of labels `(cells,)`.
     """
     return np.stack(
         [np.quantile(np.log(library_size[combination == i]), QUANTILES) for i in range(combination.max() + 1)]
@@ -29,21 +25,21 @@ def draw(
     quantiles: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Library sizes of training cells with the same labels, by inverting their cumulative distribution.
+    Draws library sizes from training cells with the same labels, by inverting their cumulative distribution.
 
     Args:
         class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`): Labels of the cells.
         uniform (`torch.Tensor` of shape `(cells,)`): Random numbers in [0, 1).
         combinations (`torch.LongTensor` of shape `(num_combinations, num_label_keys)`):
-            The combinations of labels that training cells have.
-        frequencies (`torch.Tensor` of shape `(num_combinations,)`): Their shares.
-        quantiles (`torch.Tensor` of shape `(num_combinations, 101)`): Of the log library size.
+            Combinations of labels in the training cells.
+        frequencies (`torch.Tensor` of shape `(num_combinations,)`): Fraction of training cells with each combination.
+        quantiles (`torch.Tensor` of shape `(num_combinations, 101)`): Quantiles of the log library size.
 
     Returns:
         `torch.Tensor` of shape `(cells,)`: total counts.
     """
     same = (class_labels[:, None].cpu() == combinations).all(dim=2).float()  # (cells, combinations)
-    # For a combination that no training cell has, the average over all.
+    # A combination without training cells gets the average over all of them.
     weights = torch.where(same.any(dim=1, keepdim=True), same, frequencies)
     of_cell = weights @ quantiles / weights.sum(dim=1, keepdim=True)  # (cells, 101)
     position = uniform.cpu()[:, None] * (of_cell.shape[1] - 1)

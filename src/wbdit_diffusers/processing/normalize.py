@@ -1,4 +1,4 @@
-"""log1p(CP10k): the one normalisation of this package, over the total of *all* genes, as Scanpy has it."""
+"""log1p(CP10k), as in Scanpy: the only normalisation here. The total is over *all* genes."""
 
 import numpy as np
 import torch
@@ -13,27 +13,19 @@ def log_normalize(counts, library_size):
     """
     `log1p(counts / library_size * 10,000)`.
 
-    The library size is given, not summed up here: the total of the modelled genes alone would differ between two cells
-    that agree in all of them but not in the others.
+    The caller gives the library size, as the modelled genes are only a part of it.
 
     Args:
         counts (`scipy.sparse.csr_matrix`, `np.ndarray` or `torch.Tensor` of shape `(cells, genes)`): Counts.
         library_size (`np.ndarray` or `torch.Tensor` of shape `(cells,)`):
-            Total counts of each cell over all its genes, those that are not in `counts` included.
+            Total counts of each cell over all its genes, including those not in `counts`.
 
     Returns:
         The same kind of matrix: CSR or array in float32, or a tensor through which gradients flow.
-
-    Raises:
-        ValueError: If there is not one library size for each cell.
     """
-    if len(library_size) != counts.shape[0]:
-        raise ValueError(
-            f"There are {len(library_size)} library sizes for {counts.shape[0]} cells: give one per cell."
-        )
     if torch.is_tensor(counts):
         return torch.log1p(counts * (TARGET_SUM / torch.as_tensor(library_size, device=counts.device))[:, None])
-    # A cell without counts has zeros, whatever they are divided by.
+    # A cell without counts keeps its zeros.
     scale = (TARGET_SUM / np.where(library_size > 0, library_size, 1)).astype(np.float32)
     if sparse.issparse(counts):
         expression = sparse.csr_matrix(sparse.diags_array(scale) @ counts.astype(np.float32))
@@ -44,21 +36,18 @@ def log_normalize(counts, library_size):
 
 def to_expression(matrix, library_size, values: str):
     """
-    Cells on the scale on which they are modelled, judged and drawn.
+    Values on the log scale, on which cells are modelled and judged.
 
     Args:
         matrix (`scipy.sparse.csr_matrix`, `np.ndarray` or `torch.Tensor` of shape `(cells, genes)`):
-            Counts, or values that are on a log scale already.
-        library_size (`np.ndarray` or `torch.Tensor` of shape `(cells,)`): Total counts; of no use for log values.
-        values (`str`): What the matrix holds: `"counts"` become [`log_normalize`]d, `"log"` stay as they are.
+            Counts or log values.
+        library_size (`np.ndarray` or `torch.Tensor` of shape `(cells,)`): Total counts; ignored for log values.
+        values (`str`): `"counts"`, which are normalised by [`log_normalize`], or `"log"`, which stay as they are.
 
     Returns:
         The same kind of matrix as `matrix`.
-
-    Raises:
-        ValueError: If `values` is neither, or counts come without library sizes.
     """
-    _check(values)
+    check_values_name(values)
     if values == "log":
         return matrix
     if library_size is None:
@@ -67,20 +56,12 @@ def to_expression(matrix, library_size, values: str):
 
 
 def total_counts(matrix, values: str) -> np.ndarray | None:
-    """
-    Library size of each cell, the sum of its row: `(cells,)`, float64. `None` for log values: theirs counts nothing.
-
-    Args:
-        matrix (`scipy.sparse.csr_matrix` or `np.ndarray` of shape `(cells, genes)`): All genes of the cells.
-        values (`str`): What the matrix holds: `"counts"` or `"log"`.
-
-    Raises:
-        ValueError: If `values` is neither.
-    """
-    _check(values)
+    """Library size of each cell `(cells,)`, float64, over all genes of a matrix; `None` for log values."""
+    check_values_name(values)
     return np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel() if values == "counts" else None
 
 
-def _check(values: str):
+def check_values_name(values: str):
+    """Raises a `ValueError` unless `values` is a kind of values."""
     if values not in VALUES:
         raise ValueError(f"`values` is 'counts' or 'log', not {values!r}.")

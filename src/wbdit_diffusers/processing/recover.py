@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
+from ..data.cells import MAX_LOG_VALUE
+
 
 LN_BASES = {"e": 1.0, "2": math.log(2), "10": math.log(10)}
 FLOAT32 = 2.0**-24  # half of a unit in the last place, relative
 MAX_SMALLEST_COUNT = 64
-MAX_LOG_VALUE = 50  # 2⁵⁰ is more counts than any cell has
 MIN_VALUES = 50  # non-zero ones of the median cell: fewer fit by chance
 MIN_SHARE = 0.99  # of the cells, whose counts must be found
 MAX_SHARE_OF_LARGER_SMALLEST = 0.1  # of cells whose smallest count is not 1: counts in halves come out doubled

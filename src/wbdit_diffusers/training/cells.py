@@ -1,109 +1,118 @@
-"""The cells of a training: read, looked at, and split, before any work is done."""
+"""The cells of a training: opened once, checked and split before any work is done."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
-from scipy import sparse
+from diffusers.utils import logging
 
-from ..data.io import drop_empty_cells, read_cells
+from ..data import cells as data_cells
+from ..data.cells import AnnDataSource, BackedSource, CellSource, OldLayoutError, label_column
+from ..data.io import read_cells
+from ..data.prepared import PreparedCells, is_prepared
 from ..data.split import CellSplit
 from .config import TrainingConfig
 
 
+logger = logging.get_logger(__name__)
+
 MIN_CELLS = 10  # to train on
-MAX_VALUE = 2**31  # of a count: no protocol reads a molecule so often, and sums stay finite
+MAX_TEST_CELLS = 10_000  # for the validation loss
 
 
-def read_source(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ad.AnnData:
+@contextmanager
+def open_cells(
+    source: str | Path | ad.AnnData | None, config: TrainingConfig
+) -> Iterator[tuple[CellSource, ad.AnnData, CellSplit]]:
     """
-    The cells without empty ones, after a look at what no later step could name.
+    Opens the cells of a training for as long as the `with` block runs.
+
+    Args:
+        source (`str`, `Path` or `AnnData`, *optional*): The cells, their file, or a prepared folder, which may be on
+            the Hub. Default: `config.dataset`.
+        config ([`TrainingConfig`]): Layer, label keys, and how to split the cells.
+
+    Yields:
+        `tuple`: the training cells, in memory or, of a large file, on disk; at most 10,000 held-out cells in memory;
+        and the split. Empty cells are left out.
 
     Raises:
-        ValueError: If there are none or two sources, or the matrix is missing or of no numbers.
-        OSError: If the file can't be read.
+        ValueError: If a label or layer is missing, the file can't be read, or there are too few cells.
+        OSError: If there is no such file.
     """
-    if source is not None and config.dataset is not None:
-        raise ValueError("Give the cells once: as `source`, or as --dataset.")
-    source = source if source is not None else config.dataset
-    if source is None:
-        raise ValueError("--dataset is required.")
-    adata = source if isinstance(source, ad.AnnData) else read_cells(source)
-    if not isinstance(source, ad.AnnData) and not isinstance(adata, ad.AnnData):
-        raise ValueError(f"--dataset {source} holds no AnnData.")
-    check_matrix(adata, config.layer)
+    if (source is None) == (config.dataset is None):
+        raise ValueError("--dataset is required." if source is None else "Give `source` or --dataset, not both.")
+    source = config.dataset if source is None else source
+    if not isinstance(source, ad.AnnData) and not Path(source).is_file() and is_prepared(source):
+        yield _open_prepared(source, config)
+        return
+    with _open(source, config.layer) as cells:
+        _check_number(len(cells.obs))
+        for key in config.label_keys:
+            label_column(cells.obs, key)
+        is_empty = cells.empty_cells()
+        if is_empty.any() and not is_empty.all():  # if all are, the processor says so
+            logger.warning(f"{is_empty.sum()} of {len(is_empty)} cells are empty and left out.")
+            cells = cells.take(np.flatnonzero(~is_empty))
+        split = _resumed_split(config) or CellSplit.draw(
+            cells, config.test_fraction, config.label_keys[0] if config.label_keys else None, config.seed
+        )
+        train, test = (np.sort(rows) for rows in split.rows(cells.obs.index))  # in the order of the file
+        _check_number(len(train))
+        if len(test) > MAX_TEST_CELLS:
+            test = np.sort(np.random.default_rng(config.seed).choice(test, MAX_TEST_CELLS, replace=False))
+        yield cells.take(train), cells.take(test).read(), split
+
+
+def _open(source: str | Path | ad.AnnData, layer: str | None):
+    """A source of all cells, to be used by `with`; a file of many cells stays on disk."""
+    if isinstance(source, ad.AnnData):
+        return nullcontext(AnnDataSource(source, layer))
+    if Path(source).suffix not in (".h5ad", ".zarr"):
+        return nullcontext(AnnDataSource(read_cells(source), layer, str(source)))
+    try:
+        file = BackedSource(source, layer)
+    except OldLayoutError:  # which stores names in another way
+        return nullcontext(AnnDataSource(read_cells(source), layer, str(source)))
+    is_large = len(file.obs) > data_cells.MAX_CELLS_IN_MEMORY
+    if is_large and not file.is_by_gene:
+        return file
+    if is_large:
+        logger.warning(f"{source} is read into memory: it is stored by gene (CSC). Store it by cell, as CSR.")
+    with file:
+        return nullcontext(AnnDataSource(file.read(), layer, str(source)))
+
+
+def _open_prepared(folder: str | Path, config: TrainingConfig) -> tuple[PreparedCells, ad.AnnData, CellSplit]:
+    """The same of a folder that `wbdit prepare` wrote and split."""
+    train = PreparedCells(folder)
+    values = train.metadata["values"]
+    if values != config.values:
+        raise ValueError(f"{folder} was prepared with --values {values}: train with --values {values}.")
+    if "test" not in train.metadata["splits"]:
+        raise ValueError(f"{folder} has no held-out cells: prepare it with a --test_fraction above 0.")
+    _check_number(len(train.obs))
     for key in config.label_keys:
-        if key not in adata.obs:
-            raise ValueError(f"--label_keys: `adata.obs` has no column {key!r}; it has {list(adata.obs)}.")
-    return drop_empty_cells(adata, config.layer)
+        label_column(train.obs, key)
+    split = CellSplit([], [], train.metadata["seed"], train.fingerprint)
+    resumed = _resumed_split(config)
+    if resumed is not None and resumed.prepared != split.prepared:
+        raise ValueError(f"{folder} is not the prepared folder of the split to continue with: give that one.")
+    return train, PreparedCells(folder, "test").sample(MAX_TEST_CELLS, config.seed), split
 
 
-def check_matrix(adata: ad.AnnData, layer: str | None):
-    """Raises a `ValueError` if there is no matrix, or its type is not one of real numbers that can be summed."""
-    if adata.n_obs == 0 or adata.n_vars == 0:
-        raise ValueError(f"The data are empty: {adata.n_obs} cells × {adata.n_vars} genes.")
-    if layer is not None and layer not in adata.layers:
-        raise ValueError(f"The data have no layer {layer!r}; they have {list(adata.layers)}: see --layer.")
-    matrix = adata.X if layer is None else adata.layers[layer]
-    name = "X" if layer is None else f"Layer {layer!r}"
-    if matrix is None:
-        raise ValueError(f"The data have no matrix in X, only layers {list(adata.layers)}: name one (`--layer`).")
-    check_dtype(matrix.dtype, name)
-    values = matrix.data if sparse.issparse(matrix) else matrix
-    if isinstance(values, np.ndarray) and values.size and not adata.isbacked:
-        check_largest(values.max(), name)
-
-
-def check_largest(largest: float, name: str):
-    """Raises a `ValueError` if the largest of the values, which a message calls `name`, is none that was measured."""
-    if np.isfinite(largest) and largest > MAX_VALUE:
-        raise ValueError(f"{name} holds {largest:g}, which is no count and no logarithm: mend these values.")
-
-
-def check_dtype(dtype: np.dtype, name: str):
-    """Raises a `ValueError` unless values, which a message calls `name`, are real numbers that can be summed."""
-    dtype = np.dtype(dtype)
-    if dtype.kind not in "iuf" or dtype.itemsize > 8 or dtype == np.float16:
-        raise ValueError(
-            f"{name} holds values of type {dtype}, not numbers of 32 or 64 bits: convert them, as by"
-            " `adata.X = adata.X.astype('float32')`."
-        )
-
-
-def split_cells(adata: ad.AnnData, config: TrainingConfig, origin: Path | None) -> CellSplit:
-    """
-    Which cells are held out: as in the run to go on with, as --split says, or drawn.
-
-    Raises:
-        ValueError: If there are too few cells, or the split is not of these cells.
-    """
+def _resumed_split(config: TrainingConfig) -> CellSplit | None:
+    """The split of --split or of the run to resume."""
     if config.split is not None:
-        split = CellSplit.load(config.split)
-    elif origin is not None and (origin / CellSplit.FILE_NAME).is_file():
-        split = CellSplit.load(origin)
-    else:
-        label_key = config.label_keys[0] if config.label_keys else None
-        if label_key is not None:
-            _check_label_sizes(adata, label_key, config.test_fraction)
-        split = CellSplit.draw(adata, config.test_fraction, label_key=label_key, seed=config.seed)
-    split.apply(adata)  # that it is of other cells is said first
-    if len(split.train) < MIN_CELLS:
-        raise ValueError(f"{len(split.train)} training cells are too few to learn from: {MIN_CELLS} are the least.")
-    return split
+        return CellSplit.load(config.split)
+    if config.resume_from_checkpoint is not None and (config.output_dir / CellSplit.FILE_NAME).is_file():
+        return CellSplit.load(config.output_dir)
+    return None
 
 
-def _check_label_sizes(adata: ad.AnnData, label_key: str, test_fraction: float):
-    """Of enough cells none is held out if each label has one or two: then the labels are to blame."""
-    missing = adata.obs[label_key].isna()
-    if missing.any():
-        raise ValueError(f"`adata.obs[{label_key!r}]` is missing for {missing.sum()} cells: name or remove them.")
-    largest = int(adata.obs[label_key].value_counts().max())
-
-    def holds_out(number: int) -> bool:
-        return (number - 0.5) / number > 1 - test_fraction
-
-    if holds_out(adata.n_obs) and not holds_out(largest):
-        raise ValueError(
-            f"No label in obs[{label_key!r}] has cells enough to hold out a share of {test_fraction}: the largest has"
-            f" {largest}. Labels are groups of many cells: give such a column."
-        )
+def _check_number(num_cells: int):
+    """Raises a `ValueError` if there are too few training cells."""
+    if num_cells < MIN_CELLS:
+        raise ValueError(f"{num_cells} training cells are too few to learn from: {MIN_CELLS} are the minimum.")

@@ -24,23 +24,19 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 from huggingface_hub import create_repo
 
 from ..data.dataset import CellDataset, make_dataset
-from ..data.source import CellSource
-from ..data.split import CellSplit
 from ..hub.facts import write_training
 from ..hub.model_card import write_model_card
 from ..hub.publish import publish
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..processing.processor import ScRNAProcessor
 from ..sampling.schedulers import make_scheduler, training_scheduler
-from .backed import backed_file, open_backed
-from .cells import read_source, split_cells
+from .cells import open_cells
 from .codec import prepare_codec
 from .config import TrainingConfig, command_of, config_without_places
 from .denoiser import DenoiserTraining, batch_sizes
 from .mixture import prepare_mixture
-from .prepared import describe_prepared, open_prepared, prepared_folder
 from .processes import interruption, together
-from .run import Run, check_cells, describe_cells, make_record, open_run, read_record
+from .run import Run, check_cells, make_record, open_run, read_record
 
 
 logger = get_logger(__name__)
@@ -99,7 +95,7 @@ def _train(
     """The training, in a folder that is its own."""
     # 1. Cells: split once, everything is fitted on the training cells
     with together(accelerator):
-        train_cells, test_cells, split, described = _open(source, config, run.origin, files)
+        train_cells, test_cells, split = files.enter_context(open_cells(source, config))
         processor = ScRNAProcessor(
             values=config.values,
             recover_counts=config.codec != "expression",
@@ -118,7 +114,7 @@ def _train(
         if config.num_programs is not None and config.num_programs > len(processor.var_names):
             raise ValueError(f"--num_programs {config.num_programs}: there are only {len(processor.var_names)} genes.")
         names = list(processor.var_names), list(processor.config.categories or [])
-        record = make_record(config, described, split, *names)
+        record = make_record(config, {"number of cells": len(train_cells.obs)}, split, *names)
         if run.origin is not None:
             check_cells(read_record(run.origin), record)
     with together(accelerator), interruption.deferred():
@@ -171,22 +167,6 @@ def _train(
             _save(pipeline, config, training, facts)
             shutil.rmtree(config.output_dir / "latents", ignore_errors=True)
     return pipeline
-
-
-def _open(
-    source: str | Path | ad.AnnData | None, config: TrainingConfig, origin: Path | None, files: ExitStack
-) -> tuple[ad.AnnData | CellSource, ad.AnnData, CellSplit, dict[str, Any]]:
-    """Training cells, wherever they are, held-out cells in memory, the split, and what a resumed run compares."""
-    folder = prepared_folder(source, config)
-    if folder is not None:
-        prepared, test_cells, split = open_prepared(folder, config)
-        return prepared, test_cells, split, describe_prepared(prepared)
-    file = backed_file(source, config)
-    if file is not None:
-        return open_backed(files.enter_context(file), config, origin)
-    adata = read_source(source, config)
-    split = split_cells(adata, config, origin)
-    return *split.apply(adata), split, describe_cells(adata, config)
 
 
 def _create_repo(config: TrainingConfig) -> str:

@@ -1,0 +1,185 @@
+import anndata as ad
+import h5py
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+from wbdit_diffusers import ScRNAProcessor
+from wbdit_diffusers.data import AnnDataSource, BackedSource, PrepareConfig, PreparedCells, prepare, read_cells
+from wbdit_diffusers.data.cells import OldLayoutError
+
+
+@pytest.fixture(scope="module")
+def processor(pbmc) -> ScRNAProcessor:
+    return ScRNAProcessor(num_genes=200).fit(pbmc)
+
+
+def with_value(adata: ad.AnnData, value: float) -> ad.AnnData:
+    """A copy whose third cell holds a wrong value."""
+    adata = adata.copy()
+    matrix = adata.X.tolil()
+    matrix[2, 0] = value
+    adata.X = matrix.tocsr()
+    return adata
+
+
+@pytest.mark.parametrize(
+    "form", ["csc", "dense", "layer", "backed", "int64", "stored zeros", "a view", "several chunks"]
+)
+def test_every_form_of_the_matrix_is_the_same(form, processor, pbmc, pbmc_path, monkeypatch):
+    expected, library_size = processor.select(pbmc)
+    layer, adata = None, pbmc.copy()
+    if form == "csc":
+        adata.X = sparse.csc_matrix(adata.X)
+    elif form == "dense":
+        adata.X = adata.X.toarray()
+    elif form == "int64":
+        adata.X = adata.X.astype(np.int64)
+    elif form == "layer":
+        layer = "counts"
+        adata.layers["counts"] = adata.X.copy()
+        adata.X = np.full(adata.shape, np.nan)
+    elif form == "backed":
+        adata = ad.read_h5ad(pbmc_path, backed="r")
+    elif form == "stored zeros":  # a stored zero does not express a gene
+        dense = adata.X.toarray()
+        adata.X = sparse.csr_matrix((dense.ravel(), np.tile(np.arange(765), 700), np.arange(0, 700 * 765 + 1, 765)))
+    elif form == "a view":
+        adata = ad.concat([adata, adata], index_unique="-")[:700]
+    elif form == "several chunks":
+        monkeypatch.setattr("wbdit_diffusers.data.cells.CHUNK_SIZE", 300)
+    again = ScRNAProcessor(num_genes=200, layer=layer).fit(adata)
+    assert list(again.var_names) == list(processor.var_names)
+    matrix, totals = again.select(adata)
+    assert sparse.isspmatrix_csr(matrix) and (matrix != expected).nnz == 0
+    np.testing.assert_allclose(totals, library_size)
+
+
+# ==================== Files ====================
+
+
+@pytest.fixture(scope="module")
+def sources(pbmc, tmp_path_factory):
+    """The same training cells in memory, in files that stay on disk, and prepared."""
+    folder = tmp_path_factory.mktemp("sources")
+    pbmc.write_h5ad(folder / "pbmc.h5ad")
+    prepare([folder / "pbmc.h5ad"], folder / "prepared", PrepareConfig(label_keys=["cell_type"]))
+    train = read_cells(folder / "prepared", "train")
+    train.X = train.X.astype(np.float32)
+    with_others = ad.concat([pbmc[:20], train], index_unique="-")  # whose first cells are left out again
+    with_others.write_h5ad(folder / "train.h5ad")
+    train.write_zarr(folder / "train.zarr")
+    dense = ad.AnnData(train.X.toarray(), obs=train.obs, var=train.var)
+    dense.write_h5ad(folder / "dense.h5ad")
+    return {
+        "memory": AnnDataSource(train),
+        "h5ad": BackedSource(folder / "train.h5ad").take(np.arange(20, 578)),
+        "zarr": BackedSource(folder / "train.zarr"),
+        "dense": BackedSource(folder / "dense.h5ad"),
+        "parquet": PreparedCells(folder / "prepared"),
+        "fsspec": PreparedCells(f"file://{folder / 'prepared'}"),
+    }
+
+
+@pytest.mark.parametrize("name", ["h5ad", "zarr", "dense", "parquet", "fsspec"])
+def test_a_processor_learns_the_same_from_every_source(name, sources):
+    expected = ScRNAProcessor(label_keys=["cell_type"], num_genes=100).fit(sources["memory"].cells)
+    fitted = ScRNAProcessor(label_keys=["cell_type"], num_genes=100).fit(sources[name])
+    assert fitted.config.var_names == expected.config.var_names
+    assert fitted.config.categories == expected.config.categories
+    for statistic, table in fitted.statistics().items():
+        assert torch.equal(table, getattr(expected, statistic))
+    matrix, library_size = fitted.select(sources[name])
+    expected_matrix, expected_size = expected.select(sources["memory"])
+    assert (matrix != expected_matrix).nnz == 0 and matrix.dtype == np.float32
+    np.testing.assert_array_equal(library_size, expected_size)
+    assert torch.equal(fitted.encode_labels(sources[name]), expected.encode_labels(sources["memory"]))
+
+
+@pytest.mark.parametrize("name", ["h5ad", "zarr", "dense"])
+def test_some_cells_of_a_file_are_read_into_memory(name, sources):
+    rows = np.arange(0, 558, 7)
+    cells, expected = sources[name].take(rows).read(), sources["memory"].take(rows).read()
+    assert (cells.X != expected.X).nnz == 0 if sparse.issparse(cells.X) else (cells.X == expected.X.toarray()).all()
+    assert list(cells.obs["cell_type"]) == list(expected.obs["cell_type"])
+    whole = sources[name].read()
+    assert whole.n_obs == 558 and whole.var_names.equals(expected.var_names)
+
+
+@pytest.mark.parametrize("name", ["memory", "h5ad", "dense"])
+def test_each_value_is_checked_once(name, sources, monkeypatch):
+    source, checked = sources[name].take(np.arange(100)), []
+    monkeypatch.setattr("wbdit_diffusers.data.cells.check_values", lambda matrix, *_: checked.append(matrix.shape[0]))
+    processor = ScRNAProcessor(num_genes=100).fit(source)
+    processor.select(source)
+    assert checked == [100]
+
+
+# ==================== Bad input ====================
+
+VALUES = [
+    (np.nan, "counts", "holds nan .cell '{cell}'.: remove or replace"),
+    (np.inf, "counts", "holds inf .cell '{cell}'.: remove or replace"),
+    (-1, "counts", "holds -1 .cell '{cell}'., but expression is never negative: .*values='log'"),
+    (0.5, "counts", "holds 0.5 .cell '{cell}'., which is not an integer count: use values='log'"),
+    (3e38, "counts", "holds 3e.38 .cell '{cell}'., which is not a count"),
+    (np.nan, "log", "holds nan .cell '{cell}'."),
+    (51, "log", "holds 51 .cell '{cell}'., which is not a logarithm of expression: use values='counts'"),
+]
+
+
+@pytest.mark.parametrize("value, values, message", VALUES)
+def test_a_bad_value_is_named_with_its_cell_and_the_fix(value, values, message, pbmc, monkeypatch):
+    monkeypatch.setattr("wbdit_diffusers.data.cells.CHUNK_SIZE", 2)
+    cells = pbmc[:5].copy()
+    if values == "log":
+        cells.X = cells.X.log1p()
+    wrong = with_value(cells, value)
+    processor = ScRNAProcessor(values=values, num_genes=50, recover_counts=False)
+    for read in (processor.fit, ScRNAProcessor(values=values, recover_counts=False).fit(cells).select):
+        with pytest.raises(ValueError, match=message.format(cell=pbmc.obs_names[2])):
+            read(wrong)
+
+
+def test_a_bad_layer_is_named(pbmc):
+    with pytest.raises(ValueError, match=r"adata has no layer 'counts'; its layers are \[\]"):
+        ScRNAProcessor(layer="counts").fit(pbmc)
+    with pytest.raises(ValueError, match=r"adata has no matrix in X; its layers are \['raw'\]. Name one"):
+        ScRNAProcessor().fit(ad.AnnData(obs=pbmc.obs, var=pbmc.var, layers={"raw": pbmc.X}))
+
+
+def test_empty_cells_are_named(pbmc):
+    zeros = pbmc.copy()
+    zeros.X = sparse.csr_matrix(zeros.X.toarray() * (np.arange(700) != 4)[:, None])
+    with pytest.raises(ValueError, match=rf"1 cells .*no counts at all.*'{pbmc.obs_names[4]}'.*filter_cells"):
+        ScRNAProcessor().fit(zeros)
+
+
+@pytest.mark.parametrize("wrong", [765, -1])
+def test_damaged_indices_are_named(wrong, pbmc, tmp_path):
+    """They would crash the process."""
+    cells = pbmc.copy()
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+        file["X/indices"][1000] = wrong
+    with BackedSource(tmp_path / "cells.h5ad") as source:
+        for use in (ScRNAProcessor().fit, lambda source: AnnDataSource(source.read())):
+            with pytest.raises(ValueError, match="is damaged"):
+                use(source)
+
+
+def test_a_file_that_cannot_be_read_by_cell(pbmc, tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no file .*absent.h5ad"):
+        BackedSource(tmp_path / "absent.h5ad")
+    (tmp_path / "text.h5ad").write_text("gene,cell\n")
+    with pytest.raises(ValueError, match="text.h5ad cannot be read as an .h5ad or .zarr file"):
+        BackedSource(tmp_path / "text.h5ad")
+    cells = ad.AnnData(sparse.csc_matrix(pbmc.X), obs=pbmc.obs, var=pbmc.var)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.raises(ValueError, match="stored by gene .CSC.*store it by cell"):
+        ScRNAProcessor().fit(BackedSource(tmp_path / "cells.h5ad"))
+    with h5py.File(tmp_path / "cells.h5ad", "a") as file:  # as AnnData 0.6 wrote it
+        del file["X"].attrs["encoding-type"]
+    with pytest.raises(OldLayoutError, match="AnnData before 0.7: write it again"):
+        BackedSource(tmp_path / "cells.h5ad")

@@ -1,0 +1,176 @@
+"""The cells of a training: the same from memory, from files of any size, and from a prepared folder."""
+
+import re
+
+import anndata as ad
+import h5py
+import numpy as np
+import pytest
+from scipy import sparse
+from tiny import tiny_config
+
+from wbdit_diffusers import ScRNAProcessor
+from wbdit_diffusers.data import CellSplit, PrepareConfig, prepare, read_cells
+from wbdit_diffusers.data.cells import BackedSource
+from wbdit_diffusers.training import train
+from wbdit_diffusers.training.cells import open_cells
+
+
+@pytest.fixture(scope="module")
+def folder(pbmc, tmp_path_factory):
+    """In the order of cell types."""
+    path = tmp_path_factory.mktemp("prepared")
+    by_type = pbmc[np.argsort(pbmc.obs["cell_type"].cat.codes, kind="stable")].copy()
+    by_type.write_h5ad(path / "pbmc.h5ad")
+    prepare([path / "pbmc.h5ad"], path / "prepared", PrepareConfig(label_keys=["cell_type"]))
+    return path / "prepared"
+
+
+def config_of(tmp_path, **changes):
+    return tiny_config(tmp_path / "out", **{"label_keys": ["cell_type"], **changes})
+
+
+def with_an_empty_cell(pbmc) -> ad.AnnData:
+    keeps = np.ones((700, 1))
+    keeps[5] = 0
+    matrix = sparse.csr_matrix(pbmc.X.multiply(keeps), dtype=np.float32)
+    matrix.eliminate_zeros()
+    return ad.AnnData(matrix, obs=pbmc.obs, var=pbmc.var)
+
+
+@pytest.mark.parametrize(
+    "suffix, layer, kind", [("h5ad", None, "csr"), ("zarr", "raw", "csr"), ("h5ad", None, "dense")]
+)
+def test_a_large_file_gives_the_cells_of_memory(suffix, layer, kind, pbmc, tmp_path, monkeypatch):
+    cells = with_an_empty_cell(pbmc)
+    if kind == "dense":
+        cells.X = cells.X.toarray()
+    if layer is not None:
+        cells.layers[layer], cells.X = cells.X.copy(), cells.X * 0.5
+    path = tmp_path / f"cells.{suffix}"
+    cells.write_h5ad(path) if suffix == "h5ad" else cells.write_zarr(path)
+    config = config_of(tmp_path, layer=layer)
+    processor = ScRNAProcessor(layer=layer, label_keys=["cell_type"], num_genes=100)
+    found = {}
+    for name, source, limit in (("AnnData", cells, 1000), ("small file", path, 1000), ("large file", path, 100)):
+        monkeypatch.setattr("wbdit_diffusers.data.cells.MAX_CELLS_IN_MEMORY", limit)
+        with open_cells(source, config) as (train_cells, test_cells, split):
+            assert isinstance(train_cells, BackedSource) == (name == "large file")
+            matrices = processor.fit(train_cells).select(train_cells)[0], processor.select(test_cells)[0]
+            labels = list(train_cells.obs["cell_type"])
+            found[name] = split, list(processor.var_names), *(matrix.toarray() for matrix in matrices), labels
+    assert len(found["AnnData"][0].train) + len(found["AnnData"][0].test) == 699
+    for others in (found["small file"], found["large file"]):
+        for value, expected in zip(others, found["AnnData"]):
+            np.testing.assert_equal(value, expected)
+
+
+def test_a_training_opens_its_file_once(pbmc_path, tmp_path, monkeypatch):
+    opened, init = [], h5py.File.__init__
+
+    def counted(self, name, *args, **kwargs):
+        opened.append(str(name))
+        init(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(h5py.File, "__init__", counted)
+    with open_cells(pbmc_path, config_of(tmp_path)) as (train_cells, _, _):
+        ScRNAProcessor(label_keys=["cell_type"], num_genes=100).fit(train_cells).select(train_cells)
+    assert opened.count(str(pbmc_path)) == 1  # other calls are of h5py itself, with handles
+
+
+def test_held_out_cells_are_at_most_as_many_as_a_loss_needs(pbmc, pbmc_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("wbdit_diffusers.training.cells.MAX_TEST_CELLS", 50)
+    for limit in (1000, 100):
+        monkeypatch.setattr("wbdit_diffusers.data.cells.MAX_CELLS_IN_MEMORY", limit)
+        with open_cells(pbmc_path, config_of(tmp_path)) as (train_cells, test_cells, split):
+            assert (test_cells.n_obs, len(train_cells.obs), len(split.test)) == (50, 558, 142)
+            assert set(test_cells.obs_names) < set(split.test)
+
+
+def test_a_file_stored_by_gene_is_read_whole(pbmc, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("wbdit_diffusers.data.cells.MAX_CELLS_IN_MEMORY", 100)
+    ad.AnnData(sparse.csc_matrix(pbmc.X), obs=pbmc.obs, var=pbmc.var).write_h5ad(tmp_path / "cells.h5ad")
+    with open_cells(tmp_path / "cells.h5ad", config_of(tmp_path)) as (train_cells, _, split):
+        matrix, _ = ScRNAProcessor(num_genes=None, min_cells=0).fit(train_cells).select(train_cells)
+        assert (matrix != pbmc[split.train].X).nnz == 0
+    assert "is read into memory: it is stored by gene" in caplog.text
+
+
+def test_a_file_of_an_old_layout_is_read(pbmc, tmp_path):
+    pbmc.write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "a") as file:  # as AnnData 0.6 wrote it
+        attributes = file["X"].attrs
+        for name in ("encoding-type", "encoding-version"):
+            del attributes[name]
+        attributes["h5sparse_format"], attributes["h5sparse_shape"] = "csr", attributes["shape"]
+    with open_cells(tmp_path / "cells.h5ad", config_of(tmp_path)) as (train_cells, _, split):
+        matrix, _ = ScRNAProcessor(num_genes=None, min_cells=0).fit(train_cells).select(train_cells)
+        assert (matrix != pbmc[split.train].X).nnz == 0
+
+
+def test_a_resumed_run_and_split_hold_out_the_same_cells(pbmc, tmp_path):
+    split = CellSplit.draw(pbmc, 0.5, seed=7)
+    (tmp_path / "out").mkdir()
+    split.save(tmp_path / "out")
+    for changes in ({"resume_from_checkpoint": "latest"}, {"split": tmp_path / "out" / "split.json"}):
+        with open_cells(pbmc, config_of(tmp_path, **changes)) as (train_cells, test_cells, found):
+            assert found == split and list(train_cells.obs.index) == split.train
+            assert list(test_cells.obs_names) == split.test
+    with open_cells(pbmc, config_of(tmp_path)) as (*_, drawn):
+        assert drawn == CellSplit.draw(pbmc, 0.2, "cell_type", 0)
+
+
+# ==================== Prepared folders ====================
+
+
+def test_a_prepared_folder_has_its_own_split(folder, tmp_path):
+    for path in (folder, f"file://{folder}"):
+        with open_cells(path, config_of(tmp_path)) as (train_cells, test_cells, split):
+            assert (len(train_cells.obs), test_cells.n_obs) == (558, 142)
+    (tmp_path / "out").mkdir()
+    split.save(tmp_path / "out")
+    train_cells, test_cells = CellSplit.load(tmp_path / "out").read(folder)
+    assert (train_cells.n_obs, test_cells.n_obs) == (558, 142)
+    assert train_cells.obs_names.equals(read_cells(folder, "train").obs_names)
+    with open_cells(folder, config_of(tmp_path, resume_from_checkpoint="latest")) as (*_, again):
+        assert again == split
+
+
+def test_a_prepared_folder_trains(folder, tmp_path):
+    pipe = train(folder, config_of(tmp_path, codec="expression", max_train_steps=1))
+    assert pipe.processor.condition_sizes == (10,)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"values": "log"}, "was prepared with --values counts: train with --values counts"),
+        ({"label_keys": ["louvain"]}, "no column 'louvain'; it has ['cell_type', 'phase']"),
+        ({"split": "split.json"}, "is not the prepared folder of the split"),
+        ({"dataset": "cells.h5ad"}, "not both"),
+    ],
+)
+def test_what_a_prepared_folder_is_not(changes, message, folder, pbmc, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    CellSplit.draw(pbmc).save(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)), open_cells(folder, config_of(tmp_path, **changes)):
+        pass
+
+
+def test_another_prepared_folder(folder, pbmc_path, tmp_path):
+    prepare([pbmc_path], tmp_path / "all", PrepareConfig(label_keys=[], test_fraction=0))
+    with (
+        pytest.raises(ValueError, match="no held-out cells: prepare it with a --test_fraction above 0"),
+        open_cells(tmp_path / "all", config_of(tmp_path, label_keys=[])),
+    ):
+        pass
+    (tmp_path / "out").mkdir()
+    CellSplit([], [], 0, "0" * 64).save(tmp_path / "out")
+    for path in (folder, pbmc_path):
+        with pytest.raises(ValueError, match="is not the prepared folder that the model was trained on"):
+            CellSplit.load(tmp_path / "out").read(path)
+    with (
+        pytest.raises(ValueError, match="is not the prepared folder of the split"),
+        open_cells(folder, config_of(tmp_path, resume_from_checkpoint="latest")),
+    ):
+        pass
