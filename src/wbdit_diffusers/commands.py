@@ -300,7 +300,7 @@ def push(args: argparse.Namespace) -> Result:
 
 def prepare(args: argparse.Namespace) -> Result:
     from .data import PrepareConfig
-    from .data import prepare as prepare_cells
+    from .data.prepare import prepare as prepare_cells
 
     if args.hub_dataset_id is not None and not args.push_to_hub:
         raise ValueError("--hub_dataset_id has no effect without --push_to_hub.")
@@ -324,7 +324,7 @@ def prepare(args: argparse.Namespace) -> Result:
 def fetch(args: argparse.Namespace) -> Result:
     from .data.public import RECIPES
     from .data.public import fetch as fetch_cells
-    from .data.writer import check_output
+    from .data.write import check_output
 
     if args.dataset == "list":
         sources = {name: recipe.source for name, recipe in RECIPES.items()}

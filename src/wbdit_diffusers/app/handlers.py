@@ -20,7 +20,7 @@ import torch
 from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
 
-from ..data.io import load_pbmc
+from ..data.read import load_pbmc
 from ..models.codec_programs import ProgramCodec
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..pretrained import locate

@@ -5,7 +5,7 @@ from pathlib import Path
 import anndata as ad
 import h5py
 
-from ..data.io import read_cells
+from ..data.read import read_cells
 
 
 MAX_MEGABYTES = 100

@@ -1,21 +1,18 @@
-"""Cells from files, split, and batched for training; public datasets."""
+"""Cells from files, split, and as arrays for training; public datasets."""
 
 from .cells import AnnDataSource, BackedSource, CellSource
 from .dataset import CellDataset, encode_cells
-from .io import drop_empty_cells, load_pbmc, read_cells
-from .order import BatchSampler, CellOrder
-from .preparation import PrepareConfig, prepare
+from .prepare import PrepareConfig, prepare
 from .prepared import PreparedCells
+from .read import drop_empty_cells, load_pbmc, read_cells
 from .split import CellSplit
-from .writer import write_cells
+from .write import write_cells
 
 
 __all__ = [
     "AnnDataSource",
     "BackedSource",
-    "BatchSampler",
     "CellDataset",
-    "CellOrder",
     "CellSource",
     "CellSplit",
     "PrepareConfig",

@@ -2,8 +2,9 @@
 
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -11,68 +12,63 @@ import pandas as pd
 from anndata.utils import make_index_unique
 from scipy import sparse
 
-from .checksums import check_recorded
+from ..files import one_line
 
 
 @dataclass(frozen=True)
 class Recipe:
     """
+    How to make the AnnData of a dataset from its published files.
+
     Args:
         source (`str`): Publication and accession.
-        files (`dict[str, tuple[str, str | None]]`): For each file name, its address and its SHA-256, where known.
-        read (`Callable`): Makes the AnnData from the folder that holds these files.
+        files (`dict[str, tuple[str, str | None]]`): Address and, where known, SHA-256 of each file.
+        read (`Callable`): Makes the AnnData from the folder of these files.
+        config (`dict[str, Any]`): Flags of a training on it, for `wbdit train --config NAME`.
     """
 
     source: str
     files: dict[str, tuple[str, str | None]]
     read: Callable[[Path], ad.AnnData]
-
-    def download(self, folder: Path):
-        """Downloads what is not in the folder yet; a file whose checksum is known is checked against it."""
-        try:
-            import pooch
-        except ModuleNotFoundError as error:
-            raise ValueError('Fetching data needs `pip install "wbdit_diffusers[data]"`.') from error
-        for name, (address, sha256) in self.files.items():
-            pooch.retrieve(address, known_hash=sha256, fname=name, path=folder, progressbar=True)
-            if sha256 is None:
-                check_recorded(folder, name, address)
+    config: dict[str, Any] = field(default_factory=lambda: {"label_keys": ["cell_type"]})
 
 
 def fetch(name: str, folder: str | Path) -> ad.AnnData:
     """
-    Fetches and reads one of the [`RECIPES`].
+    Downloads and reads one of the [`RECIPES`].
 
     Args:
         name (`str`): Name of the dataset.
-        folder (`str` or `Path`): Where the published files are kept; those already there are not fetched again.
+        folder (`str` or `Path`): Folder of the published files. Files in it are not downloaded again.
 
     Returns:
-        `AnnData`: its cells, with `obs["cell_type"]`. `X` holds counts, or log values for `hnscc`.
+        `AnnData`: cells with `obs["cell_type"]`. `X` holds counts, or log values for `hnscc`.
 
     Raises:
-        ValueError: If there is no such recipe, or the folder holds other files than the published ones.
+        ValueError: If there is no such recipe, or the files are not the published ones.
     """
     if name not in RECIPES:
         raise ValueError(f"There is no recipe for {name!r}; there are {', '.join(RECIPES)}.")
+    try:
+        import pooch
+    except ModuleNotFoundError as error:
+        raise ValueError('Downloading data needs `pip install "wbdit_diffusers[data]"`.') from error
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    RECIPES[name].download(folder)
+    for file, (address, sha256) in RECIPES[name].files.items():
+        pooch.retrieve(address, known_hash=sha256, fname=file, path=folder, progressbar=True)
     try:
         return RECIPES[name].read(folder)
     except (ValueError, KeyError, OSError, tarfile.TarError) as error:
-        raise ValueError(
-            f"{folder} does not hold the published files of {name} (remove it, to fetch them again): {error}"
-        ) from error
+        raise ValueError(f"{folder} does not hold the published files of {name}: {one_line(error)}") from error
 
 
 def read_hnscc(folder: Path) -> ad.AnnData:
     """
     Head and neck cancer: malignant cells, fibroblasts and immune cells, log2(TPM/10 + 1).
 
-    The published table has one column per cell and the annotation in its first rows (0 and 1 for "classified as cancer
-    cell" and the like, and the name of the type of a cell that is no cancer cell); then one row per gene, whose name
-    stands in quotes. Cells that are of none of the three kinds are left out.
+    The published table has one column per cell. Its first rows are the annotation: 0 or 1 for "classified as cancer
+    cell", and the type of other cells. One row per gene follows, with the name in quotes. Cells of no type are left
+    out.
     """
     path = folder / "GSE103322_HNSCC_all_data.txt.gz"
     table = pd.read_csv(path, sep="\t", index_col=0, nrows=20, dtype=str)
@@ -88,7 +84,7 @@ def read_hnscc(folder: Path) -> ad.AnnData:
         [is_cancer, types == "Fibroblast", immune], ["malignant", "fibroblast", "immune"], default=""
     )
     num_rows = 1 + int(max(found[0] for found in rows.values()))  # of annotation
-    # Read apart from the annotation: as text, 140 million values would take 10 GB.
+    # Numbers are read without the annotation: 140 million values as text would take 10 GB.
     genes = pd.read_csv(
         path, sep="\t", index_col=0, skiprows=range(1, 1 + num_rows), dtype=dict.fromkeys(table.columns, np.float32)
     )
@@ -101,7 +97,7 @@ def read_hnscc(folder: Path) -> ad.AnnData:
 
 
 def read_kang(folder: Path) -> ad.AnnData:
-    """PBMCs with and without interferon β: singlets with a type, `obs["condition"]` CTRL or STIM."""
+    """PBMCs with and without interferon β: singlets with a type, and `obs["condition"]`, CTRL or STIM."""
     genes = pd.read_csv(folder / "GSE96583_batch2.genes.tsv.gz", sep="\t", header=None)[1].astype(str)
     genes = make_index_unique(pd.Index(genes.to_numpy()))
     table = pd.read_csv(folder / "GSE96583_batch2.total.tsne.df.tsv.gz", sep="\t", index_col=0)
@@ -127,7 +123,7 @@ def read_kang(folder: Path) -> ad.AnnData:
 
 
 def read_pbmc3k(folder: Path) -> ad.AnnData:
-    """3k PBMCs, with the types of Scanpy's tutorial; cells that it filtered out are "unlabelled"."""
+    """3k PBMCs with the types of Scanpy's tutorial. Cells that it filters out are "unlabelled"."""
     cells = _read_10x(folder / "pbmc3k_filtered_gene_bc_matrices.tar.gz")
     labels = ad.read_h5ad(folder / "pbmc3k_processed.h5ad").obs["louvain"].astype(str)
     if not cells.obs_names.isin(labels.index).any():
@@ -151,7 +147,7 @@ ZHENG_POPULATIONS = {
 
 
 def read_zheng(folder: Path) -> ad.AnnData:
-    """Ten populations of PBMCs, sorted by FACS: all of about 94,000 cells."""
+    """Ten populations of PBMCs, sorted by FACS: about 94,000 cells."""
     parts = {name: _read_10x(folder / f"{name}_filtered_gene_bc_matrices.tar.gz") for name in ZHENG_POPULATIONS}
     cells = ad.concat(parts, merge="same", label="population", index_unique="-")
     cells.obs["cell_type"] = cells.obs["population"].map(ZHENG_POPULATIONS).astype("category")
@@ -186,7 +182,7 @@ def _read_matrix_market(path: Path) -> sparse.csr_matrix:
 
 
 def _read_10x(path: Path) -> ad.AnnData:
-    """A Cell Ranger archive of matrix.mtx, genes.tsv and barcodes.tsv, in whatever folder."""
+    """A Cell Ranger archive of matrix.mtx, genes.tsv and barcodes.tsv, in any folder."""
     import scanpy as sc
 
     folder = path.with_name(path.name.removesuffix(".tar.gz"))
@@ -211,6 +207,7 @@ RECIPES = {
             )
         },
         read_hnscc,
+        {"values": "log", "label_keys": ["cell_type"]},
     ),
     "kang_ifnb_pbmc": Recipe(
         "Kang et al. 2018, Nat Biotechnol 36:89; GEO GSE96583",
@@ -234,6 +231,7 @@ RECIPES = {
             },
         },
         read_kang,
+        {"label_keys": ["cell_type", "condition"]},
     ),
     "pancreas_endocrinogenesis": Recipe(
         "Bastidas-Ponce et al. 2019, Development 146:dev173849; GEO GSE132188",

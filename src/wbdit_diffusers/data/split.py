@@ -11,8 +11,8 @@ import pandas as pd
 from ..files import one_line, write_whole
 from ..pretrained import locate
 from .cells import CellSource, label_column
-from .io import read_cells
 from .prepared import is_prepared, read_metadata
+from .read import read_cells
 
 
 @dataclass(frozen=True)

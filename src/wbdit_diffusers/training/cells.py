@@ -10,8 +10,8 @@ from diffusers.utils import logging
 
 from ..data import cells as data_cells
 from ..data.cells import AnnDataSource, BackedSource, CellSource, OldLayoutError, label_column
-from ..data.io import read_cells
 from ..data.prepared import PreparedCells, is_prepared
+from ..data.read import read_cells
 from ..data.split import CellSplit
 from .config import TrainingConfig
 

@@ -1,14 +1,43 @@
-"""Cells in the layouts of 10x Genomics are accepted wherever an .h5ad file is."""
+"""Cells from .h5ad files and from the layouts of 10x Genomics."""
 
 import gzip
+import logging
 
 import h5py
 import numpy as np
 import pytest
 from scipy import io, sparse
 
-from wbdit_diffusers.data import read_cells
+from wbdit_diffusers.data import drop_empty_cells, load_pbmc, read_cells
 
+
+def test_read_cells_names_the_file(pbmc_path, tmp_path):
+    assert read_cells(pbmc_path).shape == (700, 765)
+    with pytest.raises(FileNotFoundError, match="no file .*absent.h5ad"):
+        read_cells(tmp_path / "absent.h5ad")
+    (tmp_path / "text.h5ad").write_text("no cells")
+    with pytest.raises(ValueError, match="text.h5ad cannot be read as an .h5ad, .zarr or 10x file"):
+        read_cells(tmp_path / "text.h5ad")
+
+
+def test_empty_cells_are_left_out_with_a_warning(pbmc, caplog, monkeypatch):
+    assert drop_empty_cells(pbmc) is pbmc
+    adata = pbmc[:20].copy()
+    adata.X = sparse.csr_matrix(adata.X.toarray() * (np.arange(20) != 3)[:, None])
+    monkeypatch.setattr(logging.getLogger("wbdit_diffusers"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        left = drop_empty_cells(adata)
+    assert left.obs_names.tolist() == np.delete(adata.obs_names, 3).tolist()
+    assert f"1 of 20 cells are empty and left out: {adata.obs_names[3]}" in caplog.text
+
+
+def test_pbmc_are_integer_counts_with_labels():
+    pbmc = load_pbmc()
+    assert pbmc.shape == (700, 765) and list(pbmc.obs) == ["cell_type", "phase"]
+    assert sparse.isspmatrix_csr(pbmc.X) and (pbmc.X.data == np.rint(pbmc.X.data)).all() and pbmc.X.min() == 0
+
+
+# ==================== 10x Genomics ====================
 
 BARCODES = ["AAAC-1", "AAAG-1", "AACC-1", "AACG-1"]
 GENES = [("ENSG1", "CD3E"), ("ENSG2", "TBCE"), ("ENSG3", "TBCE"), ("ENSG4", "NKG7")]
@@ -65,29 +94,13 @@ def test_gene_expression_by_unique_symbols(layout, write):
     assert sparse.isspmatrix_csr(cells.X) and np.array_equal(cells.X.toarray(), COUNTS[:, :-1])
 
 
-@pytest.mark.parametrize(
-    "layout, remove, write_instead, message",
-    [
-        ("mtx.gz", "features.tsv.gz", None, "has no features.tsv.gz, which belongs to"),
-        ("mtx.gz", "barcodes.tsv.gz", "barcodes.tsv", "has barcodes.tsv and no barcodes.tsv.gz: compress it"),
-        ("mtx", "matrix.mtx", "matrix.mtx.gz", "has genes.tsv and matrix.mtx.gz: uncompress it"),
-        ("mtx", "barcodes.tsv", "barcodes.tsv", "cannot be read as cells of 10x Genomics"),
-    ],
-)
-def test_incomplete_folders_are_named(layout, remove, write_instead, message, write):
+@pytest.mark.parametrize("layout, name", [("mtx.gz", "features.tsv.gz"), ("mtx", "barcodes.tsv"), ("h5", None)])
+def test_damaged_files_are_named(layout, name, write):
     path = write[layout]()
-    (path / remove).unlink()
-    if write_instead is not None:
-        (path / write_instead).touch()
-    with pytest.raises((FileNotFoundError, ValueError), match=message) as error:
+    if name is None:
+        path.write_bytes(path.read_bytes()[:2000])
+    else:
+        (path / name).unlink()
+    with pytest.raises(ValueError, match=f"{path.name} cannot be read") as error:
         read_cells(path)
     assert "\n" not in str(error.value)
-
-
-def test_other_folders_and_damaged_files_are_named(write, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder that `wbdit prepare` wrote, nor has it the matrix.mtx"):
-        read_cells(tmp_path)
-    path = write["h5"]()
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"\.h5 cannot be read"):
-        read_cells(path)

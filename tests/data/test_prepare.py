@@ -1,12 +1,11 @@
 """AnnData files to parquet and back."""
 
-import json
+import importlib
 
 import anndata as ad
 import datasets
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy import sparse
@@ -17,11 +16,10 @@ from wbdit_diffusers.data import PrepareConfig, PreparedCells, prepare, read_cel
 
 @pytest.fixture
 def small_files(monkeypatch):
-    """Several row groups, files and flushes of 700 cells."""
-    monkeypatch.setattr("wbdit_diffusers.data.preparation.CHUNK_SIZE", 64)
-    monkeypatch.setattr("wbdit_diffusers.data.preparation.ROW_GROUP_SIZE", 50)
-    monkeypatch.setattr("wbdit_diffusers.data.preparation.VALUES_PER_FILE", 2**14)
-    monkeypatch.setattr("wbdit_diffusers.data.preparation.VALUES_AT_ONCE", 2**13)
+    """Several chunks, row groups and files of 700 cells."""
+    module = importlib.import_module("wbdit_diffusers.data.prepare")
+    for name, size in (("CHUNK_SIZE", 64), ("ROW_GROUP_SIZE", 50), ("CELLS_PER_FILE", 100)):
+        monkeypatch.setattr(module, name, size)
 
 
 def assert_same_cells(cells: ad.AnnData, expected: ad.AnnData):
@@ -66,7 +64,7 @@ def test_log_values_are_kept_in_float32(pbmc, tmp_path):
     adata = pbmc.copy()
     adata.X = sparse.csr_matrix(np.log1p(pbmc.X.toarray() * 1.37).astype(np.float32))
     adata.write_h5ad(tmp_path / "log.h5ad")
-    with pytest.raises(ValueError, match="no integer count.*values='log'"):
+    with pytest.raises(ValueError, match="not an integer count.*values='log'"):
         prepare([tmp_path / "log.h5ad"], tmp_path / "out", PrepareConfig(label_keys=[]))
     prepare([tmp_path / "log.h5ad"], tmp_path / "out", PrepareConfig(label_keys=[], values="log"))
     assert_same_cells(read_cells(tmp_path / "out"), adata)
@@ -176,7 +174,7 @@ def write(adata: ad.AnnData, path, **changes):
 
 def test_a_failure_leaves_nothing(pbmc, pbmc_path, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
-    with pytest.raises(FileExistsError, match="there is there already: remove it"):
+    with pytest.raises(FileExistsError, match="there exists: remove it"):
         prepare([pbmc_path], tmp_path / "there", PrepareConfig(label_keys=[]))
 
     def disk_is_full(*args, **kwargs):
@@ -195,29 +193,23 @@ def test_a_failure_leaves_nothing(pbmc, pbmc_path, tmp_path, monkeypatch):
         (["text.h5ad"], "text.h5ad cannot be read as an .h5ad or .zarr file"),
         (["truncated.h5ad"], "truncated.h5ad.* cannot be read"),
         (["csc.h5ad"], r"stored by gene \(CSC\).*tocsr"),
-        (["half.h5ad"], "half.h5ad holds 0.5 .*no integer count"),
+        (["half.h5ad"], "half.h5ad holds 0.5 .*not an integer count"),
         (["nan.h5ad"], "nan.h5ad holds nan"),
         (["negative.h5ad"], "holds -1.*never negative"),
-        (["large.h5ad"], "a count of 3e[+]09, more than 2147483647"),
-        (["no_x.h5ad"], "no_x.h5ad has no matrix in X, only layers .*counts"),
+        (["large.h5ad"], "holds 3e[+]09 .*not a count"),
+        (["no_x.h5ad"], "no_x.h5ad has no matrix in X; its layers are .*counts"),
         (["no_x.h5ad", "--layer", "spliced"], "no layer 'spliced'"),
         (["empty.h5ad"], "No cell is left: lower --min_counts"),
         (["genes.h5ad"], "has gene 'A' more than once.*var_names_make_unique"),
         (["cells.h5ad"], "has cell 'A' more than once.*obs_names_make_unique"),
-        (["column.h5ad"], "an obs column 'genes', a name that the dataset needs"),
-        (["good.h5ad", "--label_keys", "louvain"], "no obs column 'louvain'; it has"),
+        (["column.h5ad"], "an obs column 'genes', a name that is needed"),
+        (["good.h5ad", "--label_keys", "louvain"], "no column 'louvain'; it has"),
         (["missing.h5ad", "--label_keys", "cell_type"], "is missing for 1 cells"),
-        (["good.h5ad", "good.h5ad"], "2 files are called 'good'"),
+        (["good.h5ad", "good.h5ad"], "Two files are called 'good'"),
         (["good.h5ad", "other.h5ad"], "No gene is in all files: use --genes union"),
-        (["good.h5ad", "--file_key", "phase"], "--file_key phase: .*such a column"),
-        (["good.h5ad", "--genes", "all"], "--genes is intersection or union, not 'all'"),
-        (["good.h5ad", "--values", "tpm"], "--values is counts or log, not 'tpm'"),
-        (["good.h5ad", "--values", "log", "--min_counts", "5"], "--min_counts has no effect on log values"),
-        (["good.h5ad", "--min_genes", "0"], "--min_genes is at least 1"),
-        (["good.h5ad", "--test_fraction", "1"], "--test_fraction is at least 0 and less than 1"),
-        (["good.h5ad", "--test_fraction", "nan"], "--test_fraction is at least 0 and less than 1"),
-        (["good.h5ad", "--seed", "-1"], "--seed is not negative"),
-        (["good.h5ad", "--hub_dataset_id", "me/x"], "--hub_dataset_id has no effect without --push_to_hub"),
+        (["good.h5ad", "--file_key", "phase"], "obs column 'phase', a name that is needed"),
+        (["good.h5ad", "--genes", "all"], "--genes all: "),
+        (["good.h5ad", "--test_fraction", "1"], "--test_fraction 1"),
     ],
 )
 def test_bad_files_and_flags_end_with_one_line(arguments, message, pbmc, tmp_path, capsys, monkeypatch):
@@ -270,84 +262,30 @@ def first_file(folder):
     return sorted((folder / "data").glob("train-*"))[0]
 
 
-def rewrite(path, **columns):
-    """A file with other columns or metadata."""
-    table = pq.read_table(path)
-    metadata = columns.pop("metadata", table.schema.metadata)
-    for name, values in columns.items():
-        field = table.schema.field(name)
-        table = table.set_column(table.column_names.index(name), field, pa.array(values(table[name]), field.type))
-    pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=50)
-
-
-def break_metadata(folder, **changes):
-    metadata = json.loads((folder / "prepared.json").read_text())
-    (folder / "prepared.json").write_text(json.dumps(metadata | changes))
-
-
 BREAK = {
-    "truncated shard": (
+    "truncated file": (
         lambda folder: first_file(folder).write_bytes(first_file(folder).read_bytes()[:-100]),
-        r"train-00000.*is truncated or no parquet file",
+        "train-00000.*is damaged",
     ),
-    "text for a shard": (lambda folder: first_file(folder).write_text("x"), r"truncated or no parquet file"),
     "damaged pages": (
         lambda folder: first_file(folder).write_bytes(
             b"PAR1" + b"\xff" * 2000 + first_file(folder).read_bytes()[2004:]
         ),
         "train-00000.* is damaged",
     ),
-    "missing shard": (lambda folder: first_file(folder).unlink(), r"train-00000.*is missing"),
-    "shard of a shorter set": (
-        lambda folder: pq.write_table(pq.read_table(first_file(folder))[:20], first_file(folder)),
-        r"has 20 cells, and not",
-    ),
-    "shard with other genes": (
-        lambda folder: rewrite(
-            first_file(folder), metadata=pq.read_schema(first_file(folder)).metadata | {b"wbdit_genes": b"0"}
-        ),
-        "was prepared with other genes",
-    ),
-    "shard with other labels": (
-        lambda folder: rewrite(
-            first_file(folder),
-            metadata={
-                key: value.replace(b"Dendritic", b"Dendrites")
-                for key, value in pq.read_schema(first_file(folder)).metadata.items()
-            },
-        ),
-        "has other labels of 'cell_type'",
-    ),
-    "unseen label": (
-        lambda folder: rewrite(first_file(folder), cell_type=lambda codes: pd.Series(codes.to_numpy() + 9).to_list()),
-        "a label of 'cell_type' that its 10 names do not have",
-    ),
-    "unknown gene": (
-        lambda folder: rewrite(first_file(folder), genes=lambda lists: [[9000] * len(x) for x in lists.to_pylist()]),
-        "numbers of genes that genes.parquet does not have",
-    ),
-    "missing values": (
-        lambda folder: rewrite(
-            first_file(folder), expressions=lambda lists: [[None] * len(x) for x in lists.to_pylist()]
-        ),
-        "cells or values that are missing",
-    ),
-    "more genes than values": (
-        lambda folder: rewrite(first_file(folder), expressions=lambda lists: [x[1:] for x in lists.to_pylist()]),
-        "more genes than values",
-    ),
+    "missing file": (lambda folder: first_file(folder).unlink(), "train-00000.*is missing"),
     "no genes": (lambda folder: (folder / "genes.parquet").unlink(), "genes.parquet is missing"),
     "other genes": (
         lambda folder: pq.write_table(pq.read_table(folder / "genes.parquet")[:-1], folder / "genes.parquet"),
-        "genes.parquet is not that of prepared.json",
+        "is damaged: .*indices",
     ),
     "text for genes": (lambda folder: (folder / "genes.parquet").write_text("x"), "genes.parquet is damaged"),
-    "foreign folder": (lambda folder: (folder / "prepared.json").unlink(), "no folder that `wbdit prepare` wrote"),
-    "text for metadata": (lambda folder: (folder / "prepared.json").write_text("{"), "prepared.json cannot be read"),
-    "a list for metadata": (lambda folder: (folder / "prepared.json").write_text("[1]"), "format version None"),
-    "a later format": (lambda folder: break_metadata(folder, format_version=2), "format version 2, and this package"),
-    "damaged metadata": (lambda folder: break_metadata(folder, splits=3), "prepared.json is damaged"),
-    "no groups": (lambda folder: break_metadata(folder, row_group_size=0), "prepared.json is damaged"),
+    "incomplete folder": (lambda folder: (folder / "cells.json").unlink(), "has no cells.json: prepare the cells"),
+    "text for metadata": (lambda folder: (folder / "cells.json").write_text("{"), "cells.json cannot be read"),
+    "a later format": (
+        lambda folder: (folder / "cells.json").write_text('{"format_version": 9}'),
+        "format version 9, and this package",
+    ),
 }
 
 
