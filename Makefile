@@ -1,6 +1,8 @@
 # The commands of the README. Each makes .venv and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
+# Threads that wait release their core early, so that a demo next to other work is not slowed down.
+export GOMP_SPINCOUNT ?= 5000
 BIN := $(VENV)/bin
 
 .PHONY: demo test docs clean
