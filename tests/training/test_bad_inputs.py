@@ -23,7 +23,7 @@ def refusal(capsys, flags: list[str], workdir: Path) -> str:
     """The line with which the program ends; it leaves what was there."""
     before = sorted(path.name for path in workdir.rglob("*"))
     with pytest.raises(SystemExit) as exit_:
-        main(flags, prog="wbdit train")
+        main(flags)
     captured = capsys.readouterr()
     assert exit_.value.code == 2 and captured.out == ""
     assert "Traceback" not in captured.err
