@@ -384,8 +384,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path} is not YAML: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} does not hold fields and values. Write lines such as 'seed: 1'.")
     fields = [field.name for field in dataclasses.fields(TrainingConfig)]
-    unknown = [str(name) for name in values if name not in fields]
-    if unknown or not isinstance(values, dict):
-        raise ValueError(f"--config {path}: {', '.join(unknown)} is not a flag{did_you_mean(unknown[0], fields)}")
+    for name in values:
+        if name not in fields:
+            raise ValueError(f"--config {path}: {name} is unknown{did_you_mean(str(name), fields)}")
     return values
