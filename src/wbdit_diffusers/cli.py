@@ -163,7 +163,7 @@ class PushConfig:
     data_name: str | None = None
     """Name of the training data on the model card."""
     data_license: str | None = None
-    """Licence of the training data."""
+    """License of the training data."""
     data_source: str | None = None
     """Accession or address of the training data."""
     report: Path | None = None
@@ -185,10 +185,10 @@ def push(config: PushConfig) -> Result:
 
     folder = locate(config.model)
     settings = {key: value for key, value in vars(config).items() if key not in ("model", "private")}
-    where = publish(
-        ScRNAGenerationPipeline.from_pretrained(folder), folder, private=config.private or None, **settings
-    )
-    return {"address": where}, f"Written to {where}." if config.dry_run else f"Published: {where}"
+    pipe = ScRNAGenerationPipeline.from_pretrained(folder)
+    where = publish(pipe, folder, private=config.private or None, **settings)
+    text = f"Written to {where}; nothing was uploaded." if config.dry_run else f"Published: {where}"
+    return {"address": where}, text
 
 
 @dataclass(config=pydantic_config, kw_only=True)
@@ -276,12 +276,10 @@ def app(config: AppConfig) -> Result:
         wbdit app
         wbdit app --model wbdit-cells --port 7860
     """
-    import importlib.util
-
-    if importlib.util.find_spec("gradio") is None:
-        raise ValueError('The page needs Gradio: pip install "wbdit_diffusers[app]".')
-    from .app import launch
-
+    try:
+        from .app import launch
+    except ModuleNotFoundError as error:
+        raise ValueError('The page needs Gradio: pip install "wbdit_diffusers[app]".') from error
     launch(config.model, config.host, config.port)
     return {}, "The page is closed."
 
@@ -313,8 +311,8 @@ def parse(name: str, argv: Sequence[str]) -> tuple[list[Any], bool]:
     run, classes = COMMANDS[name]
     classes = [pkgutil.resolve_name(f"{__package__}.{one}") if isinstance(one, str) else one for one in classes]
     formatter = argparse.RawDescriptionHelpFormatter
-    texts = f"wbdit {name}", "%(prog)s [flags]", inspect.getdoc(run)
-    parser = FlagParser(*texts, formatter_class=formatter, allow_abbrev=False)
+    usage, text = "%(prog)s [flags]", inspect.getdoc(run)
+    parser = FlagParser(f"wbdit {name}", usage, text, formatter_class=formatter, allow_abbrev=False)
     for config_class in classes:
         add_flags(parser, config_class, POSITIONAL, COMMON)
     if name == "train":
@@ -346,7 +344,10 @@ def main(argv: Sequence[str] | None = None):
         if name not in COMMANDS:
             raise ValueError(f"there is no such command{did_you_mean(name, COMMANDS)}")
         configs, as_json = parse(name, rest)
-        _quiet()
+        from diffusers.utils import logging
+
+        logging.disable_progress_bar()  # of Diffusers, while it loads models
+        logging.set_verbosity_error()
         result, text = COMMANDS[name][0](*configs)
         if as_json:
             from .evaluation import to_json
@@ -380,14 +381,6 @@ def _print(text: str, file: Any):
     """Prints, in the first of several processes only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=file)
-
-
-def _quiet():
-    """Turns off the bars and warnings of Diffusers while models load."""
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ FLAGS = [
     ("--patch_size 0", "--patch_size 0: Input should be greater than 0"),
     ("--max_train_steps 0", "--max_train_steps 0: Input should be greater than 0"),
     ("--max_train_steps -5", "greater than 0"),
-    ("--max_train_steps 1e3", "valid integer"),
     ("--max_train_steps 99999999999999999999", "less than or equal to 1000000000"),
     ("--max_train_epochs 0", "greater than 0"),
     ("--max_train_minutes 0", "greater than 0"),
@@ -101,10 +100,10 @@ FLAGS = [
     ("--resume_from_checkpoint latest --overwrite_output_dir", "--overwrite_output_dir removes what"),
     ("--report_to nowhere", "nowhere"),
     ("--report_to aim", "--report_to aim: install that tracker, or leave it out"),
-    ("--config absent", "--config absent: there is no such file, nor a shipped one"),
-    ("--no-seed", "unrecognized arguments: --no-seed"),
-    ("--learning 1", "unrecognized arguments: --learning 1"),
-    ("stray", "unrecognized arguments: stray"),
+    ("--config absent", "--config absent: no such file. Configs in this package"),
+    ("--no-seed", "--no-seed is unknown"),
+    ("--learning 1", "--learning is unknown"),
+    ("stray", "stray is unknown"),
 ]
 
 
@@ -133,13 +132,12 @@ YAML = [
     ("layer: ''", "at least 1 character"),
     ("dataset: [a, b]", "--dataset"),
     ("resume_from_checkpoint: ''", "at least 1 character"),
-    ("1: 2\na: 3", "sets 1, a, which is no flag of the training"),
+    ("1: 2\na: 3", "1 is unknown"),
     ("[1, 2]", "does not hold fields and values"),
     ("just text", "does not hold fields and values"),
-    ("false", "does not hold fields and values"),
-    ("a: [", "is no YAML"),
-    ("a: !!python/object:os.system {}", "is no YAML"),
-    ("\x00", "is no YAML"),
+    ("a: [", "is not YAML"),
+    ("a: !!python/object:os.system {}", "is not YAML"),
+    ("\x00", "is not YAML"),
 ]
 
 
@@ -154,7 +152,7 @@ def test_a_yaml_file_is_refused(text, message, pbmc_path, tmp_path, capsys, monk
 def test_bytes_that_are_no_text_are_no_yaml(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_bytes(b"\xff\xfe\x80seed: 1")
-    assert "config.yaml is no YAML" in refusal(capsys, ["--config", "config.yaml", "--output_dir", "out"], tmp_path)
+    assert "config.yaml is not YAML" in refusal(capsys, ["--config", "config.yaml", "--output_dir", "out"], tmp_path)
 
 
 # ==================== Cells ====================

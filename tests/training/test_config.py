@@ -18,7 +18,7 @@ SHIPPED = sorted(Path(str(file)).stem for file in SHIPPED_CONFIGS.iterdir())
 SAME = [  # in Python, and as flags
     ({}, ""),
     ({"learning_rate": 5e-4}, "--learning_rate 5e-4"),
-    ({"num_genes": 0, "seed": 7, "max_train_steps": 10_000}, "--num_genes 0 --seed 7 --max_train_steps 1e4"),
+    ({"num_genes": 0, "seed": 7}, "--num_genes 0 --seed 7"),
     ({"dataset": Path("cells.h5ad"), "layer": "raw"}, "--dataset cells.h5ad --layer raw"),
     ({"dataset": "hf://datasets/me/cells"}, "--dataset hf://datasets/me/cells"),
     ({"label_keys": ["cell_type", "phase"]}, "--label_keys cell_type phase"),
@@ -26,18 +26,15 @@ SAME = [  # in Python, and as flags
     ({"use_ema": False, "compile": True}, "--no-use_ema --compile"),
     ({"codec": "expression", "standardize": False}, "--codec expression --no-standardize"),
     ({"max_train_minutes": 0.5, "block_type": "dit"}, "--max_train_minutes 0.5 --block_type dit"),
-    ({"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint latest"),
 ]
 REFUSED = [
     ("learning_rates", 1, "unknown: did you mean|Unexpected"),
     ("learning_rate", "fast", "valid number"),
-    ("learning_rate", 0, "greater than 0"),
     ("learning_rate", math.nan, "finite number"),
     ("num_layers", 1.5, "valid integer"),
     ("num_genes", -1, "greater than or equal to 0"),
     ("test_fraction", 1, "less than 1"),
     ("max_train_steps", 0, "greater than 0"),
-    ("seed", -1, "greater than or equal to 0"),
     ("values", "raw", "'counts' or 'log'"),
     ("codec", "vae", "'program' or 'expression'"),
 ]
@@ -58,6 +55,7 @@ def test_python_yaml_and_flags_make_the_same_config(values, flags, tmp_path):
     assert from_flags(*flags.split()) == expected
     assert from_flags("--config", write_yaml(tmp_path / "config.yaml", values)) == expected
     assert all(getattr(expected, name) == value for name, value in values.items())
+    assert TrainingConfig(output_dir="out", label_keys="cell_type").label_keys == ["cell_type"]
 
 
 @pytest.mark.parametrize("name, value, message", REFUSED)
@@ -78,10 +76,8 @@ def test_output_dir_is_required():
 def test_a_later_config_wins_and_flags_win_over_all(tmp_path):
     first = write_yaml(tmp_path / "first.yaml", {"seed": 1, "num_layers": 1, "learning_rate": 0.1})
     second = write_yaml(tmp_path / "second.yaml", {"seed": 2, "num_layers": 2})
-    config = from_flags("--config", first, second, "--seed", "3")
+    config = from_flags("--seed", "3", "--config", first, second)
     assert (config.learning_rate, config.num_layers, config.seed) == (0.1, 2, 3)
-    config = from_flags("--seed", "3", "--config", second, first)
-    assert (config.learning_rate, config.num_layers, config.seed) == (0.1, 1, 3)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -102,10 +98,6 @@ def test_the_setting_of_the_paper():
     assert config.prediction_type == "epsilon" and not config.use_ema
 
 
-def test_label_keys_as_a_string_is_one_key():
-    assert TrainingConfig(output_dir="out", label_keys="cell_type").label_keys == ["cell_type"]
-
-
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -120,12 +112,9 @@ def test_a_config_file_without_flags(text, message, tmp_path):
         read_config(tmp_path / "config.yaml")
 
 
-def test_an_absent_config_names_the_shipped_ones():
+def test_absent_and_empty_config_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"--config papers: no such file.*{', '.join(SHIPPED)}"):
         read_config("papers")
-
-
-def test_an_empty_config_file_changes_nothing(tmp_path):
     (tmp_path / "config.yaml").write_text("# nothing\n")
     assert from_flags("--config", str(tmp_path / "config.yaml")) == TrainingConfig(output_dir="out")
 
