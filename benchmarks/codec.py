@@ -24,12 +24,13 @@ from accelerate import PartialState
 from scipy import sparse
 
 from wbdit_diffusers import ProgramCodec, ScRNAProcessor
+from wbdit_diffusers.cli import config_from_args
 from wbdit_diffusers.data import CellDataset, CellSplit, drop_empty_cells, encode_cells, read_cells
 from wbdit_diffusers.evaluation import evaluate_cells
 from wbdit_diffusers.evaluation.cells import Cells
 from wbdit_diffusers.evaluation.classifiers import expression_view, forest, two_sample_auc
 from wbdit_diffusers.evaluation.references import draw_matching
-from wbdit_diffusers.training import TrainingConfig, config_from_args
+from wbdit_diffusers.training import TrainingConfig
 from wbdit_diffusers.training.codec import fit_program_codec
 
 
@@ -122,7 +123,7 @@ def main():
     PartialState(cpu=True)  # the training's log asks for it
 
     for path in args.dataset:
-        config = config_from_args([*train_flags, "--dataset", str(path), "--output_dir", "."])
+        config = config_from_args(["train", *train_flags, "--dataset", str(path), "--output_dir", "."])
         if config.codec != "program":
             parser.error("Only the program codec is fitted: expression is its own latents.")
         adata = drop_empty_cells(read_cells(path), config.layer)

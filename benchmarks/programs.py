@@ -33,9 +33,10 @@ from sklearn.decomposition import NMF
 from sklearn.metrics import roc_auc_score
 
 from wbdit_diffusers import ScRNAProcessor
+from wbdit_diffusers.cli import config_from_args
 from wbdit_diffusers.data import CellDataset, CellSplit, drop_empty_cells, encode_cells, read_cells
 from wbdit_diffusers.processing import log_normalize
-from wbdit_diffusers.training import TrainingConfig, config_from_args
+from wbdit_diffusers.training import TrainingConfig
 from wbdit_diffusers.training.codec import fit_program_codec
 
 
@@ -186,7 +187,7 @@ def main():
     for path in args.dataset:
         adata = drop_empty_cells(read_cells(path))
         for method in args.methods:
-            config = config_from_args([*train_flags, "--dataset", str(path), "--output_dir", "."])
+            config = config_from_args(["train", *train_flags, "--dataset", str(path), "--output_dir", "."])
             if config.num_programs is None:
                 parser.error("Give --num_programs: all methods are compared with as many.")
             result = {

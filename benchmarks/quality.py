@@ -43,8 +43,7 @@ from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
 from wbdit_diffusers.evaluation import draw_baselines, draw_samples, evaluate_cells, to_markdown
 from wbdit_diffusers.processing import log_normalize
 from wbdit_diffusers.sampling import SCHEDULERS, make_scheduler
-from wbdit_diffusers.training import train
-from wbdit_diffusers.training.config import make_config, read_config
+from wbdit_diffusers.training import TrainingConfig, read_config, train
 
 
 # Three tokens of eight values, for blocks that have no projections for each token.
@@ -81,7 +80,7 @@ def train_ours(
     if not (folder / "model_index.json").exists():
         flags = {"label_keys": label_keys, "seed": seed, "resume_from_checkpoint": "latest"}
         flags |= {"values": values, "checkpointing_steps": 10**9, **OURS[model], **train_flags}
-        train(adata, make_config(flags | {"output_dir": folder}))
+        train(adata, TrainingConfig(output_dir=folder, **flags))
     pipe = ScRNAGenerationPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -43,11 +43,12 @@ from scipy import sparse
 from speed import closest_depth, forward_flop, peak_memory
 
 from wbdit_diffusers import ProgramCodec, ScRNAGenerationPipeline, WhiteBoxDiTModel
+from wbdit_diffusers.cli import config_from_args
 from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
 from wbdit_diffusers.evaluation import evaluate_cells
 from wbdit_diffusers.interpretation.layers import LAYER_TIMESTEPS, measure_layers
 from wbdit_diffusers.processing.normalize import log_normalize
-from wbdit_diffusers.training import config_from_args, train
+from wbdit_diffusers.training import read_config, train
 
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +115,7 @@ class Dataset:
 
     def __init__(self, name: str, args: argparse.Namespace):
         self.name, self.args = name, args
-        self.values = config_from_args(["--config", name, "--output_dir", name]).values
+        self.values = read_config(name).get("values", "counts")
         self.path = args.data_dir / f"{name}.h5ad"
         self.folder = args.work_dir / name
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +166,7 @@ class Dataset:
             peak = peak_memory(command, os.environ | {"ACCELERATE_USE_CPU": "true"})
         else:
             torch.cuda.reset_peak_memory_stats()
-            train(None, config_from_args(flags))
+            train(None, config_from_args(["train", *flags]))
             peak = torch.cuda.max_memory_allocated()
         log = pd.read_csv(folder / "training_log.csv")
         epochs = log["step"] / self.steps_per_epoch if model != DEFAULT else log["epoch"]

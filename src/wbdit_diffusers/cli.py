@@ -1,280 +1,386 @@
-"""The `wbdit` command: its flags. What a command needs is imported when it runs, so that `--help` is quick."""
+"""The `wbdit` command. Each command is a function of a dataclass, whose fields are its flags."""
 
 import argparse
+import inspect
+import os
+import pkgutil
+import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from .files import one_line, write_whole
+from .flags import FlagParser, Seed, add_flags, did_you_mean, make_config, pydantic_config
+from .version import __version__
 
 
-TRAIN_HELP = "Train on cells and write a pipeline."
-FOLDER_HELP = "A folder that a training wrote, or the pipeline that comes with the package: pbmc68k_reduced."
-MODEL_HELP = "A folder that a training wrote, a Hub id, or the pipeline that comes with the package: pbmc68k_reduced."
-DATASET_HELP = "The file or prepared folder that the model was trained on."
+Result = tuple[dict[str, Any], str]  # for --json, and for people
+MODEL_HELP = "Folder that `wbdit train` wrote, Hub id, or the pipeline in this package: pbmc68k_reduced."
+Model = Annotated[str, Field(description=MODEL_HELP)]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="wbdit", description="Single cells by white-box diffusion.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    # Its flags are those of the training's configuration: `main` hands them on.
-    commands.add_parser("train", help=TRAIN_HELP, add_help=False)
-    for add in (_add_generate, _add_evaluate, _add_compare, _add_programs, _add_explain, _add_push, _add_prepare):
-        add(commands)
-    _add_fetch(commands)
-    _add_app(commands)
-    return parser
+def generate(config: Any) -> Result:
+    """Generate cells and write them to a file.
+
+    If the command is interrupted, run it again: it continues where it stopped.
+
+        wbdit generate pbmc68k_reduced --num_cells 5000 --output cells.h5ad
+        wbdit generate wbdit-cells --cell_types "B cell" --conditions condition=STIM --output b.h5ad
+        wbdit generate wbdit-cells --num_cells 1e6 --num_processes 4 --output cells.zarr
+    """
+    from .pipelines.generate import generate
+
+    num_cells, num_genes = generate(config)
+    result = {"output": str(config.output), "num_cells": num_cells, "num_genes": num_genes}
+    return result, f"{num_cells} cells × {num_genes} genes in {config.output}."
 
 
-def _add(commands: Any, name: str, text: str, more: str, examples: list[str], json: bool = True):
-    """A command with examples in its help; all but the page's can say its result as JSON."""
-    parser = commands.add_parser(
-        name,
-        help=text,
-        description=f"{text} {more}".strip(),
-        epilog="\n".join(["examples:", *(f"  wbdit {name} {example}" for example in examples)]),
-        formatter_class=_Help,
-    )
-    if json:
+def train(config: Any) -> Result:
+    """Train on cells and write a pipeline.
+
+    `accelerate launch training/train.py` takes the same flags and trains on several devices.
+
+        wbdit train --dataset cells.h5ad --label_keys cell_type --output_dir wbdit-cells
+        wbdit train --dataset cells.h5ad --config paper --output_dir wbdit-paper
+    """
+    import logging
+
+    from .training import train
+    from .training.processes import limit_threads
+
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    for name in ("httpx", "accelerate"):  # they log each request, and each file of a checkpoint
+        logging.getLogger(name).setLevel(logging.WARNING)
+    limit_threads()
+    train(None, config)
+    folder = str(config.output_dir)
+    return {"output_dir": folder}, f"The pipeline is in {folder}: wbdit generate {folder} --output new-cells.h5ad"
+
+
+def evaluate(config: Any) -> Result:
+    """Compare generated cells with held-out cells, for one generator or several.
+
+    A generator is a model, or .h5ad files of generated cells. The folder of a model records
+    which cells of --dataset were held out. Without a model, give --train and --test. A name
+    given several times has several samples.
+
+        wbdit evaluate wbdit-cells --dataset cells.h5ad --output_dir report
+        wbdit evaluate ours=wbdit-cells scvi=scvi-1.h5ad scvi=scvi-2.h5ad --dataset cells.h5ad
+        wbdit evaluate a.h5ad b.h5ad --train train.h5ad --test test.h5ad --label_keys cell_type
+    """
+    from .evaluation.run import run
+
+    return run(config)
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class ProgramsConfig:
+    model: Model
+    output: Path | None = None
+    """The .csv file for the loadings of all genes and programs. Default: none."""
+    num_genes: PositiveInt = 10
+    """Number of genes to list for each program."""
+
+
+def programs(config: ProgramsConfig) -> Result:
+    """List the gene programs of a model, with the genes that each one raises and lowers.
+
+    With --output, the command also writes the loadings of all genes.
+
+        wbdit programs pbmc68k_reduced
+        wbdit programs wbdit-cells --num_genes 20 --output loadings.csv
+    """
+    import pandas as pd
+
+    from .models import ProgramCodec
+    from .pipelines import ScRNAGenerationPipeline
+    from .pipelines.programs import program_table
+
+    pipe = ScRNAGenerationPipeline.from_pretrained(config.model)
+    if not isinstance(pipe.codec, ProgramCodec):
+        raise ValueError(f"{config.model} has no gene programs: it was trained with {type(pipe.codec).__name__}.")
+    var_names = pipe.processor.var_names
+    table = program_table(pipe.codec, var_names, config.num_genes)
+    lines = [f"{name} ({row.explained:.1%})\n  up:   {row.up}\n  down: {row.down}" for name, row in table.iterrows()]
+    if config.output is not None:
+        loadings = pd.DataFrame(pipe.codec.loadings.numpy(), var_names.rename("gene"), table.index)
+        write_whole(config.output, loadings.to_csv)
+        lines.append(f"The loadings of {len(var_names)} genes are in {config.output}.")
+    return table[["explained", "up", "down"]].to_dict("index"), "\n".join(lines)
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class ExplainConfig:
+    model: Model
+    dataset: str
+    """File or prepared folder that the model was trained on."""
+    output_dir: Path = Path("explain")
+    """Folder to write."""
+    max_cells: Annotated[int, Field(ge=20)] = 3000
+    """Maximum number of held-out cells to use."""
+    seed: Seed = 0
+    """Seed of all random numbers."""
+
+
+def explain(config: ExplainConfig) -> Result:
+    """Look inside a model: its programs, layers, decisions and interventions.
+
+    Everything is measured on held-out cells, next to a control. The command writes a page with
+    figures (explain.html), the numbers (explain.json) and the cells (explain.h5ad).
+
+        wbdit explain wbdit-cells --dataset cells.h5ad --output_dir inside
+    """
+    from .data import CellSplit
+    from .interpretation import explain
+    from .interpretation.page import write_report
+    from .pipelines import ScRNAGenerationPipeline
+
+    train, test = CellSplit.load(config.model).read(config.dataset)
+    pipe = ScRNAGenerationPipeline.from_pretrained(config.model)
+    config.output_dir.mkdir(parents=True, exist_ok=True)  # so that it fails before the long part
+    report, cells = explain(pipe, train, test, config.max_cells, config.seed)
+    write_report(config.output_dir, report, cells, Path(config.model).resolve().name)
+    return report, f"Open {config.output_dir}/explain.html; explain.json and explain.h5ad hold its numbers and cells."
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class PushConfig:
+    model: Model
+    repo_id: str
+    """Repository on the Hub, such as me/wbdit-pbmc."""
+    private: bool = False
+    """Make a private repository."""
+    variant: Literal["bf16"] | None = None
+    """Add a copy of the denoiser in bfloat16."""
+    with_code: bool = False
+    """Add the code with which Diffusers loads the model by trust_remote_code."""
+    dry_run: Path | None = None
+    """New folder to write instead of uploading."""
+    data_name: str | None = None
+    """Name of the training data on the model card."""
+    data_license: str | None = None
+    """License of the training data."""
+    data_source: str | None = None
+    """Accession or address of the training data."""
+    report: Path | None = None
+    """Report of `wbdit evaluate`. Default: the one in the model's folder, if there is one."""
+
+
+def push(config: PushConfig) -> Result:
+    """Publish a model on the Hugging Face Hub, with a model card.
+
+    The card says what the model was trained on, how, and how good it is. Cell names,
+    checkpoints and logs are not uploaded.
+
+        wbdit push wbdit-pbmc --repo_id me/wbdit-pbmc --report report --data_name "PBMC 3k" --data_license "CC BY 4.0"
+        wbdit push wbdit-pbmc --repo_id me/wbdit-pbmc --dry_run repository
+    """
+    from .hub import publish
+    from .pipelines import ScRNAGenerationPipeline
+    from .pretrained import locate
+
+    folder = locate(config.model)
+    settings = {key: value for key, value in vars(config).items() if key not in ("model", "private")}
+    pipe = ScRNAGenerationPipeline.from_pretrained(folder)
+    where = publish(pipe, folder, private=config.private or None, **settings)
+    text = f"Written to {where}; nothing was uploaded." if config.dry_run else f"Published: {where}"
+    return {"address": where}, text
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class PrepareFiles:
+    files: list[Path]
+    """.h5ad or .zarr files."""
+    output: Path
+    """New folder to write."""
+    push_to_hub: bool = False
+    """Upload the folder to the Hugging Face Hub as a dataset."""
+    hub_dataset_id: str | None = None
+    """Dataset to upload to. Default: the name of --output in your namespace."""
+
+
+def prepare(files: PrepareFiles, config: Any) -> Result:
+    """Turn AnnData files of any size into one shuffled dataset of parquet files.
+
+    `wbdit train --dataset FOLDER` trains on it, and `datasets.load_dataset` reads it. No file
+    is loaded into memory as a whole.
+
+        wbdit prepare atlas/*.h5ad --label_keys cell_type --file_key sample --output atlas-prepared
+    """
+    from huggingface_hub import create_repo, upload_folder
+
+    from .data.prepare import prepare
+
+    metadata = prepare(files.files, files.output, config)
+    sizes = {split: sum(parts.values()) for split, parts in metadata["splits"].items()}
+    result = {"output": str(files.output), "num_genes": metadata["num_genes"], "num_cells": sizes}
+    text = ", ".join(f"{number} {split}" for split, number in sizes.items())
+    text = f"{sum(sizes.values())} cells ({text}) × {metadata['num_genes']} genes in {files.output}."
+    if files.push_to_hub:
+        repo_id = create_repo(files.hub_dataset_id or files.output.name, repo_type="dataset", exist_ok=True).repo_id
+        upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=files.output, commit_message="wbdit prepare")
+        result["address"] = f"hf://datasets/{repo_id}"
+        text += f"\nUploaded: {result['address']}"
+    return result, text
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class FetchConfig:
+    name: str
+    """Name of the dataset. `wbdit fetch list` prints the names."""
+    output: Path | None = None
+    """The .h5ad file to write. Default: NAME.h5ad."""
+    folder: Path = Path("published")
+    """Folder of the downloaded files."""
+
+
+def fetch(config: FetchConfig) -> Result:
+    """Download a public dataset that the reproduction of the paper uses.
+
+    Downloaded files are checked and kept, so that they are downloaded only once.
+
+        wbdit fetch list
+        wbdit fetch pbmc3k --output pbmc3k.h5ad
+    """
+    from .data.public import RECIPES, fetch
+
+    if config.name == "list":
+        sources = {name: recipe.source for name, recipe in RECIPES.items()}
+        return sources, "\n".join(f"{name}: {source}" for name, source in sources.items())
+    output = config.output or Path(f"{config.name}.h5ad")
+    cells = fetch(config.name, config.folder / config.name)
+    write_whole(output, cells.write_h5ad)
+    result = {"output": str(output), "num_cells": cells.n_obs, "num_genes": cells.n_vars}
+    return result, f"{cells.n_obs} cells × {cells.n_vars} genes in {output}: {RECIPES[config.name].source}."
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class AppConfig:
+    model: Model | None = None
+    """Pipeline to start with: a folder, a Hub id, or the pipeline in this package (the default)."""
+    host: str = "127.0.0.1"
+    """Address to listen on. The default address is reachable from this machine only."""
+    port: Annotated[int, Field(gt=0, lt=2**16)] | None = None
+    """Port to listen on. Default: the first free one from 7860."""
+
+
+def app(config: AppConfig) -> Result:
+    """Serve a page in the browser: generate, compare, train on small files.
+
+    The page runs on this machine and sends nothing elsewhere.
+
+        wbdit app
+        wbdit app --model wbdit-cells --port 7860
+    """
+    try:
+        from .app import launch
+    except ModuleNotFoundError as error:
+        raise ValueError('The page needs Gradio: pip install "wbdit_diffusers[app]".') from error
+    launch(config.model, config.host, config.port)
+    return {}, "The page is closed."
+
+
+# ==================== From words to a result ====================
+
+POSITIONAL = ("model", "generators", "files", "name")  # required fields that are given without a flag
+CONFIG_HELP = (
+    "YAML files of flags, or names of configs in this package: paper, or a dataset. Flags override files, and later"
+    " files override earlier ones."
+)
+COMMON = ("dataset", "label_keys", "output_dir", "max_train_steps", "max_train_minutes")  # first in the help
+COMMANDS: dict[str, tuple[Callable[..., Result], list[Any]]] = {
+    "generate": (generate, ["pipelines.generate:GenerateConfig"]),
+    "train": (train, ["training.config:TrainingConfig"]),
+    "evaluate": (evaluate, ["evaluation.run:EvaluateConfig"]),
+    "compare": (evaluate, ["evaluation.run:EvaluateConfig"]),
+    "programs": (programs, [ProgramsConfig]),
+    "explain": (explain, [ExplainConfig]),
+    "push": (push, [PushConfig]),
+    "prepare": (prepare, [PrepareFiles, "data.prepare:PrepareConfig"]),
+    "fetch": (fetch, [FetchConfig]),
+    "app": (app, [AppConfig]),
+}
+
+
+def parse(name: str, argv: Sequence[str]) -> tuple[list[Any], bool]:
+    """The configurations of a command, and whether its result is printed as JSON. Raises a `ValueError`."""
+    run, classes = COMMANDS[name]
+    classes = [pkgutil.resolve_name(f"{__package__}.{one}") if isinstance(one, str) else one for one in classes]
+    formatter = argparse.RawDescriptionHelpFormatter
+    usage, text = "%(prog)s [flags]", inspect.getdoc(run)
+    parser = FlagParser(f"wbdit {name}", usage, text, formatter_class=formatter, allow_abbrev=False)
+    for config_class in classes:
+        add_flags(parser, config_class, POSITIONAL, COMMON)
+    if name == "train":
+        parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help=CONFIG_HELP)
+    if name != "app":
         parser.add_argument("--json", action="store_true", help="Print the result as JSON, and nothing else.")
-    return parser
+    values = parser.parse(argv)
+    as_json = values.pop("json", False)
+    for path in reversed(values.pop("config", [])):  # a later file overrides an earlier one
+        from .training.config import read_config
+
+        values = read_config(path) | values
+    own = [{key: value for key, value in values.items() if key in one.__pydantic_fields__} for one in classes]
+    return [make_config(one, given, POSITIONAL) for one, given in zip(classes, own, strict=True)], as_json
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Wraps descriptions, and leaves the lines of examples as they are."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if text.startswith("examples:"):
-            return super()._fill_text(text, width, indent)
-        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+def config_from_args(argv: Sequence[str]) -> Any:
+    """The configuration of a command line, such as `["train", "--output_dir", "out"]`. Raises a `ValueError`."""
+    return parse(argv[0], argv[1:])[0][0]
 
 
-def _add_generate(commands: Any):
-    parser = _add(
-        *(commands, "generate", "Make cells and write them to a file.", ""),
-        [
-            "pbmc68k_reduced --num_cells 5000 --output cells.h5ad",
-            'wbdit-cells --cell_types "B cell" --conditions condition=STIM --output b.h5ad',
-            "wbdit-cells --num_cells 1e6 --num_processes 4 --output cells.zarr",
-        ],
-    )
-    parser.add_argument("model", help=MODEL_HELP)
-    parser.add_argument(
-        "--output",
-        required=True,
-        help="The .h5ad file or .zarr folder to write, or a folder for parquet files. If the command is interrupted,"
-        " the same one goes on where it stopped.",
-    )
-    parser.add_argument("--num_cells", type=whole_number, default=1000, help="How many cells to make. Default: 1000.")
-    parser.add_argument("--num_processes", type=int, default=1, help="Processes to share the work. Default: 1.")
-    parser.add_argument("--cell_types", help="One type for all cells; the training frequencies by default.")
-    parser.add_argument(
-        "--conditions", nargs="*", default=[], metavar="KEY=NAME", help="Labels of other obs keys: condition=stim."
-    )
-    parser.add_argument("--scheduler", help="Another solver than the pipeline's: ddpm, ddim, dpmsolver++ or unipc.")
-    parser.add_argument("--batch_size", type=int, help="Cells denoised at once: bounds the memory.")
-    _add_sampling(parser)
-
-
-def _add_evaluate(commands: Any):
-    parser = _add(
-        *(commands, "evaluate", "Judge generated cells on held-out cells: report.json, report.md and report.png."),
-        "Either a model, whose folder says which cells of --dataset were held out, or --generated cells of any"
-        " generator with --train and --test.",
-        [
-            "wbdit-cells --dataset cells.h5ad --output_dir report",
-            "--generated a.h5ad b.h5ad --train train.h5ad --test test.h5ad --label_key cell_type",
-        ],
-    )
-    parser.add_argument("model", nargs="?", help=FOLDER_HELP)
-    parser.add_argument("--dataset", help=DATASET_HELP)
-    parser.add_argument("--generated", nargs="+", help=".h5ad files, each with as many cells as --test.")
-    parser.add_argument("--train", help=".h5ad file of the training cells.")
-    parser.add_argument("--test", help=".h5ad file of the held-out cells.")
-    parser.add_argument("--label_key", help="obs key of the cell type, with --generated.")
-    parser.add_argument("--values", choices=["counts", "log"], help="What --generated files hold. Default: counts.")
-    parser.add_argument("--donor_key", help="obs key of the donor: whether training donors can be told from others.")
-    parser.add_argument("--output_dir", type=Path, default=Path("report"), help="Folder to write. Default: report.")
-    parser.add_argument("--num_samples", type=int, help="Samples to draw from the model. Default: 3.")
-    parser.add_argument(
-        "--baselines",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="Also judge cells that the model's codec makes without its denoiser. Default: True.",
-    )
-    parser.add_argument("--parity", action="store_true", help="Add the paper's metrics, which reward collapse.")
-    _add_sampling(parser)
-
-
-def _add_compare(commands: Any):
-    parser = _add(
-        *(commands, "compare", "Judge several generators beside each other: comparison.json, .md and .png."),
-        "Models draw their samples; of another generator, give files with as many cells as are held out, and with"
-        " their labels. A name that is given several times has several samples.",
-        [
-            "ours=wbdit-cells scvi=scvi-1.h5ad scvi=scvi-2.h5ad --dataset cells.h5ad",
-            "a.h5ad b.h5ad --train train.h5ad --test test.h5ad --label_key cell_type",
-        ],
-    )
-    parser.add_argument("generators", nargs="+", metavar="[NAME=]PATH", help="Folders of models, or .h5ad files.")
-    parser.add_argument("--dataset", help="The file or prepared folder that the models were trained on.")
-    parser.add_argument("--train", help="Instead of --dataset, the file of the training cells.")
-    parser.add_argument("--test", help="Instead of --dataset, the file of the held-out cells.")
-    parser.add_argument("--label_key", help="obs key of the cell type, if no model says it.")
-    parser.add_argument("--values", choices=["counts", "log"], help="What files hold, if no model says it.")
-    parser.add_argument("--output_dir", type=Path, default=Path("comparison"), help="Folder. Default: comparison.")
-    parser.add_argument("--num_samples", type=int, help="Samples of each model, where there are no files. Default: 3.")
-    _add_sampling(parser)
-
-
-def _add_programs(commands: Any):
-    parser = _add(
-        *(commands, "programs", "Write what each gene program of a model does, as a table.", ""),
-        ["pbmc68k_reduced", "wbdit-cells --num_genes 20 --output loadings.csv"],
-    )
-    parser.add_argument("model", help=MODEL_HELP)
-    parser.add_argument("--output", type=Path, help="The .csv file for all loadings, genes × programs.")
-    parser.add_argument("--num_genes", type=int, default=10, help="Genes to list of each program. Default: 10.")
-
-
-def _add_explain(commands: Any):
-    parser = _add(
-        *(commands, "explain", "Look inside a model: a page with figures (explain.html), explain.json, explain.h5ad."),
-        "Programs, layers, decisions and interventions, measured on the held-out cells, beside controls.",
-        ["wbdit-cells --dataset cells.h5ad --output_dir inside"],
-    )
-    parser.add_argument("model", help=FOLDER_HELP)
-    parser.add_argument("--dataset", required=True, help=DATASET_HELP)
-    parser.add_argument("--output_dir", type=Path, default=Path("explain"), help="Folder to write. Default: explain.")
-    parser.add_argument("--max_cells", type=int, default=3000, help="Held-out cells to use at most. Default: 3000.")
-    parser.add_argument("--seed", type=seed, default=0, help="Seed of noise and cells. Default: 0.")
-
-
-def _add_push(commands: Any):
-    parser = _add(
-        *(commands, "push", "Publish a model on the Hugging Face Hub, with its card."),
-        "The card says on what the pipeline of a folder was trained, how, and how good it is.",
-        [
-            'wbdit-pbmc --repo_id me/wbdit-pbmc --report report --data_name "PBMC 3k" --data_license "CC BY 4.0"',
-            "wbdit-pbmc --repo_id me/wbdit-pbmc --dry_run repository",
-        ],
-    )
-    parser.add_argument("model", help=FOLDER_HELP)
-    parser.add_argument("--repo_id", required=True, help="The repository, such as me/wbdit-pbmc.")
-    parser.add_argument("--private", action="store_true", default=None, help="Make a private repository.")
-    parser.add_argument("--variant", choices=["bf16"], help="Add the denoiser in bfloat16.")
-    parser.add_argument(
-        "--with_code",
-        action="store_true",
-        help="Add what Diffusers needs to load the model by trust_remote_code, as a pipeline and as blocks.",
-    )
-    parser.add_argument("--dry_run", type=Path, metavar="FOLDER", help="Write this new folder, and upload nothing.")
-    parser.add_argument("--data_name", help="What the training data are called.")
-    parser.add_argument("--data_license", help="Their licence.")
-    parser.add_argument("--data_source", help="Their accession, or where they are.")
-    parser.add_argument("--report", type=Path, help="What `wbdit evaluate` wrote, if it is not in the model's folder.")
-
-
-def _add_prepare(commands: Any):
-    parser = _add(
-        *(commands, "prepare", "Make one shuffled dataset, a folder of parquet files, of AnnData files of any size."),
-        "`wbdit train --dataset FOLDER` trains on it, and `datasets.load_dataset` reads it. No file is ever whole in"
-        " memory.",
-        ["atlas/*.h5ad --label_keys cell_type --file_key sample --output atlas-prepared"],
-    )
-    parser.add_argument("files", nargs="+", type=Path, help=".h5ad or .zarr files.")
-    parser.add_argument("--output", type=Path, required=True, help="The folder to write.")
-    parser.add_argument("--layer", help="The layer that holds the matrix. X when not given.")
-    parser.add_argument("--values", default="counts", help="What it holds: counts (kept bit by bit) or log.")
-    parser.add_argument(
-        "--label_keys",
-        nargs="+",
-        default=[],
-        help="Columns of obs that are labels whatever they hold; the split is stratified by the first one.",
-    )
-    parser.add_argument("--genes", default="intersection", help="Of several files: intersection (default) or union.")
-    parser.add_argument("--file_key", help="Column of obs to make, with the name of each cell's file.")
-    parser.add_argument("--min_counts", type=int, help="Leave cells with fewer counts out. Default: 1.")
-    parser.add_argument("--min_genes", type=int, default=1, help="Leave cells with fewer genes out. Default: 1.")
-    parser.add_argument("--test_fraction", type=float, default=0.2, help="Share of held-out cells. Default: 0.2.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of split and order. Default: 0.")
-    parser.add_argument("--push_to_hub", action="store_true", help="Upload it to the Hugging Face Hub, as a dataset.")
-    parser.add_argument("--hub_dataset_id", help="The dataset to upload to. The name of --output when not given.")
-
-
-def _add_fetch(commands: Any):
-    parser = _add(
-        *(commands, "fetch", "Fetch a public dataset of the paper's reproduction.", ""),
-        ["list", "pbmc3k --output pbmc3k.h5ad"],
-    )
-    parser.add_argument("dataset", help="Its name; `wbdit fetch list` prints them.")
-    parser.add_argument("--output", type=Path, help="The .h5ad file to write; DATASET.h5ad by default.")
-    parser.add_argument("--folder", type=Path, default=Path("published"), help="Where the published files are kept.")
-
-
-def _add_app(commands: Any):
-    parser = _add(
-        *(commands, "app", "Serve a page in the browser: generate, compare, train on small files.", ""),
-        ["", "--model wbdit-cells --port 7860"],
-        json=False,
-    )
-    parser.add_argument("--model", help=f"The pipeline to begin with. {MODEL_HELP}")
-    parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. Default: 127.0.0.1, this machine.")
-    parser.add_argument("--port", type=int, help="The first free one from 7860 on by default.")
-
-
-def _add_sampling(parser: argparse.ArgumentParser):
-    parser.add_argument(
-        "--guidance_scale", type=float, default=1.0, help="Classifier-free guidance. Default: 1, none."
-    )
-    parser.add_argument("--num_inference_steps", type=int, help="The pipeline's own number by default.")
-    parser.add_argument("--seed", type=seed, default=0, help="Seed of the cells. Default: 0.")
-    parser.add_argument("--device", help="Where to compute, such as cuda or cpu. A GPU by default, if there is one.")
-
-
-def whole_number(text: str) -> int:
-    """`1000000`, `1_000_000` or `1e6`."""
+def main(argv: Sequence[str] | None = None):
+    """Runs a command. A mistake of the user ends in one line and exit code 2, Ctrl-C in exit code 130."""
+    os.environ.setdefault("MPLBACKEND", "Agg")  # no windows
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "--version"):
+        return print(f"wbdit {__version__}" if name == "--version" else _overview())
     try:
-        return int(text)
-    except ValueError:
-        number = float(text)
-        if not number.is_integer():
-            raise
-        return int(number)
+        if name not in COMMANDS:
+            raise ValueError(f"there is no such command{did_you_mean(name, COMMANDS)}")
+        configs, as_json = parse(name, rest)
+        from diffusers.utils import logging
 
-
-def seed(text: str) -> int:
-    """Of a generator: `2**32` and beyond are not known to all of those that are used."""
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"a whole number from 0 to 2**32 - 1, not {text}")
-    return number
-
-
-def main(argv: list[str] | None = None):
-    """Runs a command. A user's mistake ends in one line and exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["train"]:
-        from .training.__main__ import main as train
-
-        return train(argv[1:], prog="wbdit train")
-    args = build_parser().parse_args(argv)
-    try:
-        from . import commands
-
-        result, text = getattr(commands, args.command)(args)
-        if getattr(args, "json", False):
+        logging.disable_progress_bar()  # of Diffusers, while it loads models
+        logging.set_verbosity_error()
+        result, text = COMMANDS[name][0](*configs)
+        if as_json:
             from .evaluation import to_json
 
             text = to_json(result, indent=None)
-        print(text)
-    except (ValueError, OSError) as error:
-        reason = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            reason = f"{error.filename}: {error.strerror}"
-        print(f"wbdit {args.command}: {' '.join(reason.split())}", file=sys.stderr)
-        sys.exit(2)
+        _print(text, sys.stdout)
     except KeyboardInterrupt as interrupt:
-        print(f"wbdit {args.command}: interrupted. {interrupt}".strip(), file=sys.stderr)
-        sys.exit(130)
+        number = getattr(interrupt, "signal_number", signal.SIGINT)  # a training also ends by SIGTERM
+        how = "Run the same command with --resume_from_checkpoint latest to continue."
+        _print(f"wbdit {name}: interrupted. {how if name == 'train' else interrupt}".rstrip(), sys.stderr)
+        sys.exit(128 + number)
+    except Exception as error:
+        reason = one_line(error)
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # that of PyTorch
+            reason = f"out of memory: use a smaller batch size or fewer genes ({reason})."
+        elif not isinstance(error, ValueError | OSError):
+            raise
+        _print(f"wbdit {name}: {reason}", sys.stderr)
+        sys.exit(2)
+
+
+def _overview() -> str:
+    """The help of `wbdit`."""
+    head = ["usage: wbdit COMMAND [flags]", "", "Realistic single cells from a white-box diffusion model.", ""]
+    lines = [f"  {name:10}{(inspect.getdoc(run) or '').splitlines()[0]}" for name, (run, _) in COMMANDS.items()]
+    tail = ["", "`wbdit COMMAND --help` describes the flags of a command. `wbdit --version` prints the version."]
+    return "\n".join([*head, "commands:", *lines, *tail])
+
+
+def _print(text: str, file: Any):
+    """Prints, in the first of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=file)
 
 
 if __name__ == "__main__":

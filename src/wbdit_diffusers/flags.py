@@ -1,81 +1,114 @@
 """Flags of a command from a dataclass: each field is a flag, and the docstring below it is its help."""
 
 import argparse
-import types
-from collections.abc import Iterable
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from pydantic import ConfigDict, ValidationError
-from pydantic_core import PydanticUndefined
+from pydantic import ConfigDict, Field, ValidationError
 
 
 Config = TypeVar("Config")
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy's generators take 32-bit seeds
 pydantic_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-def add_flags(parser: Any, config_class: type, positional: Iterable[str] = (), leave_out: Iterable[str] = ()):
+class FlagParser(argparse.ArgumentParser):
+    """A parser that raises a `ValueError` for a mistake, and suggests the flag that was probably meant."""
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The values of the flags that were given."""
+        values, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            self.error(f"{flag} is unknown{did_you_mean(flag, self._option_string_actions)}")
+        return vars(values)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)
+    return f": did you mean {close[0]}?" if close else ": see --help."
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: Any, positional: Sequence[str], common: Sequence[str]):
     """
-    Adds one flag for each field of a pydantic dataclass. Flags that are not given are absent from the result, and
-    types and ranges are checked by [`make_config`], so that Python, YAML and the command line refuse the same values.
+    Adds one flag for each field of a pydantic dataclass. Types and ranges are checked by [`make_config`], so that
+    Python, YAML and the command line refuse the same values.
 
     Args:
-        parser (`argparse.ArgumentParser` or group): Gets the flags.
-        config_class (`type`): A pydantic dataclass with `pydantic_config`.
-        positional (`Iterable[str]`): Fields given without a flag.
-        leave_out (`Iterable[str]`): Fields that are no flags.
+        parser (`argparse.ArgumentParser`): Gets the flags. Required ones come first, also in its usage.
+        config_class (`type`): A pydantic dataclass with `pydantic_config`. Fields of a base class form a group.
+        positional (`Sequence[str]`): Required fields that are given without a flag.
+        common (`Sequence[str]`): Fields that come next in the help, outside of the groups.
     """
-    for name, field in config_class.__pydantic_fields__.items():  # type: ignore[attr-defined]
-        if name in leave_out:
-            continue
-        default = field.default if field.default_factory is None else field.default_factory()
-        required = default is PydanticUndefined
-        text = " ".join((field.description or "").split()).replace("%", "%%")
-        if not required and default is not None and default != [] and default is not False:
-            text += f" Default: {default:.3g}." if isinstance(default, float) else f" Default: {default}."
-        kwargs: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
-        if field.annotation is bool:
-            kwargs["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
-        elif _is_list(field.annotation):
-            kwargs["nargs"] = "+" if required else "*"
-        choices = _literals(field.annotation)
-        if choices:
-            kwargs["metavar"] = "{" + ",".join(choices) + "}"
-        if name in positional:
-            kwargs["nargs"] = kwargs.get("nargs") if required else kwargs.get("nargs", "?")
-            parser.add_argument(name, **{key: value for key, value in kwargs.items() if value is not None})
-        else:
-            parser.add_argument(f"--{name}", **kwargs)
+    owners = {name: owner for owner in reversed(config_class.__mro__) for name in inspect.get_annotations(owner)}
+    fields = {name: owners[name].__pydantic_fields__[name] for name in config_class.__pydantic_fields__}
+    groups, rank = {config_class: parser}, {name: place for place, name in enumerate(common)}
+    for name in sorted(fields, key=lambda name: (not fields[name].is_required(), rank.get(name, len(rank)))):
+        is_required = fields[name].is_required()
+        flag = name if is_required and name in positional else f"--{name}"
+        if is_required:
+            parser.usage = f"{parser.usage} {name if flag == name else f'{flag} {name.upper()}'}"
+        owner = config_class if is_required or name in common else owners[name]
+        if owner not in groups:
+            groups[owner] = parser.add_argument_group(owner.__doc__.rstrip("."))
+        groups[owner].add_argument(flag, default=argparse.SUPPRESS, **_describe(fields[name]))
 
 
 def make_config(config_class: type[Config], values: dict[str, Any], positional: Iterable[str] = ()) -> Config:
-    """
-    A configuration from names and values of fields. Raises a `ValueError` of one line that names the flag.
-    """
+    """A configuration from names and values of fields. Raises a `ValueError` of one line that names the flag."""
     try:
         return config_class(**values)
     except ValidationError as error:
         problem = error.errors()[0]
         name = str(problem["loc"][0]) if problem["loc"] else ""
         flag = name if name in positional else f"--{name}"
-        if problem["type"] == "unexpected_keyword_argument":
-            raise ValueError(f"{flag} is unknown: see --help.") from error
         if problem["type"] == "missing":
             raise ValueError(f"{flag} is required.") from error
         message = problem["msg"].removeprefix("Value error, ")
         raise ValueError(f"{flag} {problem['input']}: {message}." if name else message) from error
 
 
-def _is_list(annotation: Any) -> bool:
-    """Whether a flag takes several values."""
-    if get_origin(annotation) in (list, tuple):
-        return True
-    if get_origin(annotation) in (Union, types.UnionType):
-        return any(_is_list(one) for one in get_args(annotation))
-    return False
+def _describe(field: Any) -> dict[str, Any]:
+    """The arguments of `add_argument` for a field."""
+    text, kinds = " ".join((field.description or "").split()), _kinds(field.annotation)
+    if isinstance(field.default, str | int | float | Path) and field.default is not False:
+        text += f" Default: {f'{field.default:.3g}' if isinstance(field.default, float) else field.default}."
+    described: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if kinds == [bool]:
+        described["action"] = "store_true" if field.default is False else argparse.BooleanOptionalAction
+    elif list in kinds or dict in kinds:
+        described["nargs"] = "+" if field.is_required() else "*"
+        described |= {"action": _Pairs, "metavar": "KEY=NAME"} if dict in kinds else {}
+    elif int in kinds:
+        described["type"] = _whole_number
+    elif choices := [kind for kind in kinds if isinstance(kind, str)]:
+        described["metavar"] = "{" + ",".join(choices) + "}"
+    return described
 
 
-def _literals(annotation: Any) -> list[str]:
-    """The choices of a `Literal`, or of one in a union."""
-    if get_origin(annotation) is Literal:
-        return list(get_args(annotation))
-    return [literal for one in get_args(annotation) for literal in _literals(one)]
+def _kinds(annotation: Any) -> list[Any]:
+    """The types and literals of an annotation, through unions and `Annotated`."""
+    parts = () if get_origin(annotation) in (list, dict) else get_args(annotation)
+    return [kind for part in parts for kind in _kinds(part)] if parts else [get_origin(annotation) or annotation]
+
+
+def _whole_number(text: str) -> str:
+    """Writes `1e6` as `1000000`. Leaves other texts to the dataclass."""
+    return str(int(float(text))) if re.fullmatch(r"\d+e\d\d?", text) else text
+
+
+class _Pairs(argparse.Action):
+    """Collects KEY=NAME words in a dict."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None):
+        if not all("=" in word for word in values):
+            parser.error(f"{option_string} {' '.join(values)}: write KEY=NAME.")
+        setattr(namespace, self.dest, dict(word.split("=", 1) for word in values))

@@ -15,10 +15,11 @@ from scipy import sparse
 from tiny import assert_same_weights, column, read_log, tiny_config
 
 from wbdit_diffusers import ScRNAGenerationPipeline
+from wbdit_diffusers.cli import config_from_args
 from wbdit_diffusers.data import CellSplit, write_cells
 from wbdit_diffusers.processing import log_normalize
 from wbdit_diffusers.sampling import SCHEDULERS, make_scheduler
-from wbdit_diffusers.training import TrainingConfig, config_from_args, train
+from wbdit_diffusers.training import TrainingConfig, train
 
 
 KEYS = ["cell_type", "phase"]
@@ -126,7 +127,7 @@ def test_the_paper_s_config_and_flags_over_it(pbmc, tmp_path):
     )
     flags = ["--config", "paper", "--output_dir", tmp_path, "--max_train_steps", 2, "--mixed_precision", "no"]
     flags += ["--num_layers", 1, "--num_attention_heads", 2]
-    train(log_values, config_from_args([str(flag) for flag in flags]))
+    train(log_values, config_from_args(["train", *map(str, flags)]))
     pipe = load(tmp_path)
     assert pipe.denoiser.config.num_layers == 1 and pipe.denoiser.config.attention_head_dim == 96
     assert pipe.scheduler.config.prediction_type == "epsilon" and pipe.config.num_inference_steps == 1000

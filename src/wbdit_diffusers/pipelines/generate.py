@@ -325,3 +325,47 @@ def _progress(num_cells: int):
     return tqdm(
         total=num_cells, desc="Generating", unit=" cells", disable=None
     )  # where nobody looks at a terminal, none
+
+
+# ==================== TEMPORARY: theirs win at the merge ====================
+import dataclasses  # noqa: E402
+from typing import Literal  # noqa: E402
+
+from pydantic import Field, NonNegativeFloat, PositiveInt  # noqa: E402
+from pydantic.dataclasses import dataclass as pydantic_dataclass  # noqa: E402
+
+from ..flags import Seed, pydantic_config  # noqa: E402
+
+
+@pydantic_dataclass(config=pydantic_config, kw_only=True)
+class GenerateConfig:
+    model: str
+    """Folder that `wbdit train` wrote, Hub id, or the pipeline in this package: pbmc68k_reduced."""
+    output: Path
+    """The .h5ad file, .zarr folder, or folder for parquet files to write."""
+    num_cells: PositiveInt = 1000
+    """Number of cells."""
+    num_processes: PositiveInt = 1
+    """Number of processes."""
+    cell_types: str | None = None
+    """Type of all cells. Default: the label frequencies of the training cells."""
+    conditions: dict[str, str] = Field(default_factory=dict)
+    """Labels of other obs keys, such as condition=stim."""
+    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"] | None = None
+    """Solver. Default: that of the pipeline."""
+    batch_size: PositiveInt | None = None
+    """Number of cells denoised together."""
+    guidance_scale: NonNegativeFloat = 1.0
+    """Strength of classifier-free guidance. 1 is none."""
+    num_inference_steps: PositiveInt | None = None
+    """Number of denoising steps. Default: that of the pipeline."""
+    seed: Seed = 0
+    """Seed of the cells."""
+    device: str | None = None
+    """Device to compute on, such as cuda or cpu. Default: a GPU, if there is one."""
+
+
+def generate(config):
+    values = dataclasses.asdict(config)
+    output, num_processes = values.pop("output"), values.pop("num_processes")
+    return generate_cells(GenerationRequest(**values), output, num_processes)

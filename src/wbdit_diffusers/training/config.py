@@ -4,13 +4,11 @@ Python code, YAML files and flags of the command line all make a [`TrainingConfi
 and each value is checked in the same way.
 """
 
-import argparse
 import dataclasses
 import shlex
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -21,13 +19,13 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveFloat,
-    ValidationError,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
-from pydantic_core import ArgsKwargs, PydanticUndefined
+from pydantic_core import ArgsKwargs
 
-from .processes import is_first_process
+from ..files import one_line
+from ..flags import did_you_mean
 
 
 SHIPPED_CONFIGS = resources.files(__package__) / "configs"
@@ -341,7 +339,7 @@ class TrainingConfig(
 
 # ==================== YAML files and flags ====================
 
-# Fields that say where things are on a machine
+# Fields that name places on one machine
 PLACES = {"dataset", "split", "output_dir", "resume_from_checkpoint", "overwrite_output_dir"}
 
 
@@ -351,7 +349,7 @@ def config_without_places(config: TrainingConfig) -> dict[str, Any]:
 
 
 def command_of(config: TrainingConfig) -> str:
-    """The command of a training, for others who have the cells: flags that are not at their defaults, and no path."""
+    """The command that repeats a training elsewhere: with the flags that differ from the defaults, and no paths."""
     dataset = "cells.h5ad" if config.dataset is None else Path(config.dataset).name
     words = ["wbdit", "train", "--dataset", dataset, "--output_dir", config.output_dir.resolve().name]
     if config.split is not None:
@@ -368,122 +366,31 @@ def command_of(config: TrainingConfig) -> str:
     return shlex.join(words)
 
 
-def config_from_args(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainingConfig:
-    """
-    The configuration that a command line asks for: flags over YAML files (`--config`, a later one over an earlier one)
-    over the defaults. Ends the process with one line and exit code 2 if a flag or a value is wrong.
-
-    Args:
-        argv (`Sequence[str]`, *optional*): The flags; those of the process by default.
-        prog (`str`, *optional*): Name of the program in its help.
-    """
-    parser = build_parser(prog)
-    given = vars(parser.parse_args(argv))
-    try:
-        values: dict[str, Any] = {}
-        for path in given.pop("config", []):
-            values |= read_config(path)
-        return make_config(values | given)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-def make_config(values: dict[str, Any]) -> TrainingConfig:
-    """
-    A configuration from names and values of fields.
-
-    Raises:
-        ValueError: In one line that names the flag.
-    """
-    try:
-        return TrainingConfig(**values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = problem["loc"][0] if problem["loc"] else ""
-        if problem["type"] == "unexpected_keyword_argument":
-            raise ValueError(f"--{name} is no flag of the training: see --help.") from error
-        if problem["type"] == "missing":
-            raise ValueError(f"--{name} is required.") from error
-        message = problem["msg"].removeprefix("Value error, ")
-        raise ValueError(f"--{name} {problem['input']}: {message}." if name else message) from error
-
-
 def read_config(path: str | Path) -> dict[str, Any]:
     """
-    Reads a YAML file of fields, or one that comes with the package (`"paper"`).
+    Reads a YAML file of fields, or a config in this package: `"paper"`, or the name of a public dataset.
 
     Raises:
-        FileNotFoundError: If there is neither such a file nor such a name.
-        ValueError: If it does not hold fields and values.
+        FileNotFoundError: If there is no such file and no such name.
+        ValueError: If the file does not hold fields and values.
     """
-    shipped = SHIPPED_CONFIGS / f"{path}.yaml"
-    if not Path(path).is_file() and not shipped.is_file():
-        names = sorted(Path(str(file)).stem for file in SHIPPED_CONFIGS.iterdir())
-        raise FileNotFoundError(f"--config {path}: there is no such file, nor a shipped one: {', '.join(names)}.")
+    from ..data.public import RECIPES
+
+    shipped = {Path(str(file)).stem: file for file in SHIPPED_CONFIGS.iterdir()}
+    file = Path(path) if Path(path).is_file() else shipped.get(str(path))
+    if file is None and str(path) in RECIPES:
+        return {"dataset": f"{path}.h5ad", **RECIPES[str(path)].config}
+    if file is None:
+        names = ", ".join([*sorted(shipped), *RECIPES])
+        raise FileNotFoundError(f"--config {path}: no such file. Configs in this package: {names}.")
     try:
-        text = Path(path).read_text() if Path(path).is_file() else shipped.read_text()
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
-    values = {} if values is None else values
+        values = yaml.safe_load(file.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"--config {path} does not hold fields and values, like 'learning_rate: 1.0e-3'.")
-    unknown = sorted(map(str, set(values) - {field.name for field in dataclasses.fields(TrainingConfig)}))
-    if unknown:
-        raise ValueError(f"--config {path} sets {', '.join(unknown)}, which is no flag of the training.")
+        raise ValueError(f"--config {path} does not hold fields and values. Write lines such as 'seed: 1'.")
+    fields = [field.name for field in dataclasses.fields(TrainingConfig)]
+    for name in values:
+        if name not in fields:
+            raise ValueError(f"--config {path}: {name} is unknown{did_you_mean(str(name), fields)}")
     return values
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and of several processes only the first says it."""
-
-    def error(self, message: str):
-        text = f"{self.prog}: error: {' '.join(message.split())}\n" if is_first_process() else None
-        self.exit(2, text)
-
-
-def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """One flag for each field of [`TrainingConfig`], in groups; what is not given is not in the result."""
-    parser = _Parser(
-        prog=prog,
-        usage="%(prog)s --dataset CELLS.h5ad --output_dir FOLDER [flags]",
-        description="Trains a White-Box DiT on single cells and writes a complete pipeline.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", nargs="+", help="YAML files of flags, or the name of a shipped one: paper.")
-    parts: list[Any] = [DataConfig, ProgramCodecConfig, ExpressionCodecConfig, DenoiserConfig]
-    parts += [OptimizationConfig, OutputConfig]
-    for part in parts:
-        group = parser.add_argument_group(part.__doc__.rstrip("."))
-        if part is ProgramCodecConfig:
-            _add_flag(parser, "codec", TrainingConfig.__pydantic_fields__["codec"])  # type: ignore[attr-defined]
-        for name, field in part.__pydantic_fields__.items():
-            _add_flag(group, name, field)
-    return parser
-
-
-def _add_flag(group: Any, name: str, field: Any):
-    """Types and ranges are left to the dataclass: a flag and a YAML file must be refused alike."""
-    text = " ".join((field.description or "").split()).replace("%", "%%")
-    default = field.default if field.default_factory is None else field.default_factory()
-    if name in CODEC_DEFAULTS["program"]:
-        defaults = ", ".join(f"{values[name]} with --codec {codec}" for codec, values in CODEC_DEFAULTS.items())
-        text += f" Default: {defaults}."
-    elif default is not None and default is not PydanticUndefined and default != []:
-        text += f" Default: {default:.3g}." if isinstance(default, float) else f" Default: {default}."
-    if field.annotation is bool:
-        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
-    elif name == "label_keys":
-        group.add_argument(f"--{name}", nargs="*", help=text)
-    else:
-        choices = _literals(field.annotation)
-        group.add_argument(f"--{name}", metavar="{" + ",".join(choices) + "}" if choices else None, help=text)
-
-
-def _literals(annotation: Any) -> list[str]:
-    """The strings of a `Literal`, or of one in a union."""
-    arguments = get_args(annotation)
-    if arguments and all(isinstance(argument, str) for argument in arguments):
-        return list(arguments)
-    return [literal for argument in arguments for literal in _literals(argument)]
