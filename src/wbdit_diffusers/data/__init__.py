@@ -1,8 +1,7 @@
 """Cells from files, split, and batched for training; public datasets."""
 
-from .dataset import CellDataset, encode_cells
 from .io import drop_empty_cells, load_pbmc, read_cells
-from .order import BatchSampler, CellOrder
+from .latents import CellDataset, CellOrder, Latents, encode_cells, encode_source
 from .preparation import PrepareConfig, prepare
 from .prepared import PreparedCells
 from .source import AnnDataSource, CellSource
@@ -12,15 +11,16 @@ from .writer import write_cells
 
 __all__ = [
     "AnnDataSource",
-    "BatchSampler",
     "CellDataset",
     "CellOrder",
     "CellSource",
     "CellSplit",
+    "Latents",
     "PrepareConfig",
     "PreparedCells",
     "drop_empty_cells",
     "encode_cells",
+    "encode_source",
     "load_pbmc",
     "prepare",
     "read_cells",

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import sparse
 
 from .generated import is_generated
-from .order import choose_groups
+from .latents import choose_groups
 from .tenx import is_10x
 
 

@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import replace_example_docstring
 from scipy import sparse
 
-from ..data.dataset import CellDataset, encode_cells
+from ..data.latents import CellDataset, encode_cells
 from ..hub.folder import check_folder, load_or_explain, write_beside
 from ..hub.identity import check_format, check_identity, mark
 from ..hub.model_card import push_model_card

@@ -1,15 +1,13 @@
 """`python -m wbdit_diffusers.training`, `wbdit train` and `training/train.py` are this program."""
 
 import logging
-import shlex
 import sys
 from collections.abc import Sequence
 
 import torch
 
-from .checkpoints import find_checkpoints
-from .config import TrainingConfig, config_from_args
-from .processes import TrainingInterrupted, end_with_launcher, is_first_process, limit_threads
+from .config import config_from_args
+from .processes import TrainingInterrupted, is_first_process, limit_threads
 from .train import train
 
 
@@ -18,7 +16,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None):
     Trains as the flags say; see `--help`. A mistake in data or flags ends in one line and exit code 2; SIGTERM and
     Ctrl-C in one that says how to go on, and exit code 143 or 130.
     """
-    end_with_launcher()
     argv = sys.argv[1:] if argv is None else list(argv)
     config = config_from_args(argv, prog)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
@@ -28,8 +25,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None):
     try:
         train(None, config)
     except TrainingInterrupted as interrupted:
-        flags = shlex.join(resuming_flags(argv, config))
-        _end(f"{prog or 'train'}: {interrupted.signal_name}: go on with the same command and the flags {flags}")
+        _end(f"{prog or 'train'}: interrupted. Run the same command with --resume_from_checkpoint latest to continue.")
         sys.exit(128 + interrupted.signal_number)
     except (MemoryError, torch.OutOfMemoryError) as error:
         _end(f"{prog or 'train'}: out of memory ({error}): lower --train_batch_size or --num_genes.")
@@ -37,21 +33,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None):
     except (ValueError, OSError) as error:
         _end(f"{prog or 'train'}: {error}")
         sys.exit(2)
-
-
-def resuming_flags(argv: list[str], config: TrainingConfig) -> list[str]:
-    """The flags with which an interrupted training goes on."""
-    resume_from = config.resume_from_checkpoint
-    if resume_from is None or find_checkpoints(config.output_dir):
-        resume_from = "latest"
-    kept = list(argv)
-    for flag in ("--overwrite_output_dir", "--no-overwrite_output_dir"):
-        kept = [argument for argument in kept if argument != flag]
-    while "--resume_from_checkpoint" in kept:
-        place = kept.index("--resume_from_checkpoint")
-        del kept[place : place + 2]
-    kept = [argument for argument in kept if not argument.startswith("--resume_from_checkpoint=")]
-    return [*kept, "--resume_from_checkpoint", resume_from]
 
 
 def _end(message: str):

@@ -1,21 +1,19 @@
 """The cells of a training that come from an AnnData file too large for memory, in which the values stay."""
 
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import numpy as np
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
-from ..data import dataset
+from ..data import latents
 from ..data.backed import BackedFile, BackedSource, StoredByGeneError, num_cells_of
 from ..data.source import CHUNK_SIZE
 from ..data.split import CellSplit
 from .cells import check_dtype, check_largest, split_cells
 from .config import TrainingConfig
 from .prepared import MAX_TEST_CELLS
-from .run import describe
 
 
 logger = logging.get_logger(__name__)
@@ -32,7 +30,7 @@ def backed_file(source: str | Path | ad.AnnData | None, config: TrainingConfig) 
     if source is None or isinstance(source, ad.AnnData):
         return None
     num_cells = num_cells_of(Path(source))
-    if num_cells is None or num_cells <= dataset.MAX_CELLS_IN_MEMORY:
+    if num_cells is None or num_cells <= latents.MAX_CELLS_IN_MEMORY:
         return None
     try:
         return BackedFile(source, config.layer)
@@ -41,9 +39,7 @@ def backed_file(source: str | Path | ad.AnnData | None, config: TrainingConfig) 
         return None
 
 
-def open_backed(
-    file: BackedFile, config: TrainingConfig, origin: Path | None
-) -> tuple[BackedSource, ad.AnnData, CellSplit, dict[str, Any]]:
+def open_backed(file: BackedFile, config: TrainingConfig) -> tuple[BackedSource, ad.AnnData, CellSplit]:
     """
     Training cells on disk, held-out cells in memory (some, if there are many), which are which, and what a resumed run
     compares: the same as if all were in memory.
@@ -51,7 +47,6 @@ def open_backed(
     Args:
         file ([`BackedFile`]): The file.
         config ([`TrainingConfig`]): Says which labels to condition on, and which cells to hold out.
-        origin (`Path`, *optional*): The run to go on with, whose split it is.
 
     Raises:
         ValueError: If a label is missing, values are none that can be modelled, or the cells can't be split.
@@ -60,30 +55,27 @@ def open_backed(
         if key not in file.obs:
             raise ValueError(f"--label_keys: `adata.obs` has no column {key!r}; it has {list(file.obs)}.")
     check_dtype(file.matrix.dtype, file.name)
-    is_empty, totals, genes = _look(file)
+    is_empty = _look(file)
     if is_empty.any() and not is_empty.all():
         logger.warning(f"{is_empty.sum()} of {len(file.obs)} cells are empty and left out.")
     rows = np.flatnonzero(~is_empty)
     obs = file.obs.iloc[rows]
-    split = split_cells(ad.AnnData(obs=obs), config, origin)
+    split = split_cells(ad.AnnData(obs=obs), config)
     train_rows, test_rows = (np.sort(rows[obs.index.get_indexer(names)]) for names in (split.train, split.test))
     if len(test_rows) > MAX_TEST_CELLS:
         chosen = np.random.default_rng(config.seed).choice(test_rows, MAX_TEST_CELLS, replace=False)
         test_rows = np.sort(chosen)
-    described = describe(obs, file.var.index, totals[rows], genes, config)
-    return BackedSource(file, train_rows), BackedSource(file, test_rows).read(), split, described
+    return BackedSource(file, train_rows), BackedSource(file, test_rows).read(), split
 
 
-def _look(file: BackedFile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _look(file: BackedFile) -> np.ndarray:
     """Which cells are empty `(cells,)`, and the totals of cells and of genes, in one pass."""
-    is_empty, totals, genes = [], [], np.zeros(len(file.var))
+    is_empty = []
     with tqdm(total=len(file.obs), desc="Looking at the cells", unit=" cells", mininterval=1) as progress_bar:
         for start in range(0, len(file.obs), CHUNK_SIZE):
             matrix = file.read(start, min(start + CHUNK_SIZE, len(file.obs)))
             check_largest(matrix.data.max(initial=0), file.name)
             matrix.eliminate_zeros()
             is_empty.append(np.diff(matrix.indptr) == 0)
-            totals.append(np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel())
-            genes += np.asarray(matrix.sum(axis=0, dtype=np.float64)).ravel()
             progress_bar.update(matrix.shape[0])
-    return np.concatenate(is_empty), np.concatenate(totals), genes
+    return np.concatenate(is_empty)

@@ -1,5 +1,7 @@
 """The cells of a training: read, looked at, and split, before any work is done."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import anndata as ad
@@ -7,12 +9,35 @@ import numpy as np
 from scipy import sparse
 
 from ..data.io import drop_empty_cells, read_cells
+from ..data.source import CellSource
 from ..data.split import CellSplit
 from .config import TrainingConfig
 
 
 MIN_CELLS = 10  # to train on
 MAX_VALUE = 2**31  # of a count: no protocol reads a molecule so often, and sums stay finite
+
+
+@contextmanager
+def open_cells(
+    source: str | Path | ad.AnnData | None, config: TrainingConfig
+) -> Iterator[tuple[ad.AnnData | CellSource, ad.AnnData, CellSplit]]:
+    """Opens training cells, wherever they are stored, held-out cells in memory, and the split."""
+    from .backed import backed_file, open_backed
+    from .prepared import open_prepared, prepared_folder
+
+    folder = prepared_folder(source, config)
+    if folder is not None:
+        yield open_prepared(folder, config)
+        return
+    file = backed_file(source, config)
+    if file is not None:
+        with file:
+            yield open_backed(file, config)
+        return
+    adata = read_source(source, config)
+    split = split_cells(adata, config)
+    yield *split.apply(adata), split
 
 
 def read_source(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ad.AnnData:
@@ -70,7 +95,7 @@ def check_dtype(dtype: np.dtype, name: str):
         )
 
 
-def split_cells(adata: ad.AnnData, config: TrainingConfig, origin: Path | None) -> CellSplit:
+def split_cells(adata: ad.AnnData, config: TrainingConfig) -> CellSplit:
     """
     Which cells are held out: as in the run to go on with, as --split says, or drawn.
 
@@ -79,8 +104,6 @@ def split_cells(adata: ad.AnnData, config: TrainingConfig, origin: Path | None) 
     """
     if config.split is not None:
         split = CellSplit.load(config.split)
-    elif origin is not None and (origin / CellSplit.FILE_NAME).is_file():
-        split = CellSplit.load(origin)
     else:
         label_key = config.label_keys[0] if config.label_keys else None
         if label_key is not None:

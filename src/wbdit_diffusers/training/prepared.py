@@ -1,7 +1,6 @@
 """The cells of a training that come from a prepared folder, which is split already."""
 
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 
@@ -52,12 +51,3 @@ def open_prepared(folder: str | Path, config: TrainingConfig) -> tuple[PreparedC
             raise ValueError(f"{folder} has no label {key!r}, only {known}: prepare it with --label_keys {key}.")
     test = PreparedCells(folder, "test").sample(MAX_TEST_CELLS, config.seed)
     return train, test, CellSplit([], [], train.metadata["seed"], train.fingerprint)
-
-
-def describe_prepared(cells: PreparedCells) -> dict[str, Any]:
-    """What a resumed run compares: the fingerprint that stands in the folder."""
-    return {
-        "number of cells": int(cells.group_sizes.sum()),
-        "number of genes": len(cells.var_names),
-        "names and values": cells.fingerprint,
-    }
