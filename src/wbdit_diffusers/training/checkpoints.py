@@ -177,9 +177,9 @@ def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path) -
     """
     try:
         accelerator.load_state(str(checkpoint))
-        averaged = load_file(checkpoint / "ema.safetensors", device=str(accelerator.device))
+        averaged = load_file(checkpoint / "ema.safetensors")
         progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
-        ema.shadow_params = [averaged[str(i)] for i in range(len(ema.shadow_params))]
+        ema.shadow_params = [averaged[str(i)].to(accelerator.device) for i in range(len(ema.shadow_params))]
     except Exception as error:  # of PyTorch, safetensors and json
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint} is damaged ({one_line(error)}). Use another checkpoint."
