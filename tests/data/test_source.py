@@ -1,16 +1,12 @@
-import threading
-
 import anndata as ad
 import numpy as np
 import pytest
 import torch
-from conftest import make_expression_codec, make_program_codec
 from scipy import sparse
 
 from wbdit_diffusers import ScRNAProcessor
-from wbdit_diffusers.data import AnnDataSource, CellDataset, PrepareConfig, PreparedCells, prepare, read_cells
+from wbdit_diffusers.data import AnnDataSource, PrepareConfig, PreparedCells, prepare, read_cells
 from wbdit_diffusers.data.backed import BackedFile, BackedSource
-from wbdit_diffusers.data.dataset import StreamedCellDataset, make_dataset, prefetch
 
 
 @pytest.fixture(scope="module")
@@ -141,56 +137,6 @@ def test_a_processor_knows_the_same_from_every_source(name, sources):
     assert torch.equal(fitted.encode_labels(sources[name]), expected.encode_labels(sources["memory"].adata))
 
 
-@pytest.mark.parametrize("name", ["backed AnnData", "h5ad", "parquet"])
-@pytest.mark.parametrize("codec_name", ["program", "expression"])
-def test_streamed_cells_are_those_in_memory(name, codec_name, sources, tmp_path, monkeypatch):
-    train = sources["memory"].adata
-    processor = ScRNAProcessor(label_keys=["cell_type"], num_genes=100).fit(train)
-    codec = {"program": make_program_codec, "expression": make_expression_codec}[codec_name](processor, train)
-    in_memory = make_dataset(sources[name], processor, tmp_path)
-    monkeypatch.setattr("wbdit_diffusers.data.dataset.MAX_CELLS_IN_MEMORY", 100)
-    streamed = make_dataset(sources[name], processor, tmp_path)
-    assert type(in_memory) is CellDataset and type(streamed) is StreamedCellDataset and len(streamed) == 558
-    for dataset in (in_memory, streamed):
-        dataset.encode(codec)
-    cells = streamed.order(seed=0)[0:64].tolist()
-    for key, expected in in_memory.__getitems__(cells).items():
-        torch.testing.assert_close(streamed.__getitems__(cells)[key], expected)
-    assert len(list(tmp_path.glob("latents-*.npy"))) == (codec_name == "program")
-    sample = streamed.sample(seed=0)
-    assert type(sample) is CellDataset and 100 <= len(sample) <= 558
-    assert sample.class_labels.shape == (len(sample), 1)
-    again = StreamedCellDataset(sources[name], processor, tmp_path)  # takes what is there
-    again.encode(codec)
-    assert torch.equal(again.__getitems__(cells)["latents"], streamed.__getitems__(cells)["latents"])
-
-
-def test_few_groups_are_kept(sources, tmp_path, monkeypatch):
-    processor = ScRNAProcessor(label_keys=["cell_type"], num_genes=100).fit(sources["memory"].adata)
-    monkeypatch.setattr("wbdit_diffusers.data.dataset.WINDOW_SIZE", 150)
-    dataset = StreamedCellDataset(sources["h5ad"], processor, tmp_path)
-    cells = np.random.default_rng(0).permutation(558)
-    values, _ = dataset.cells(cells)
-    np.testing.assert_array_equal(values, sources["memory"].adata[cells, processor.var_names].X.toarray())
-    assert sum(len(totals) for _, totals in dataset._groups.values()) <= 300
-
-
 def test_a_source_has_no_layers(sources):
     with pytest.raises(ValueError, match="one matrix and no layer 'counts': leave `layer` out"):
         ScRNAProcessor(layer="counts").fit(sources["parquet"])
-
-
-def test_prefetched_batches_are_the_same_and_errors_arrive():
-    def failing():
-        yield from range(100)
-        raise ValueError("truncated")
-
-    assert list(prefetch(range(100), depth=3)) == list(range(100))
-    read = prefetch(failing(), depth=3)
-    assert [next(read) for _ in range(100)] == list(range(100))
-    with pytest.raises(ValueError, match="truncated"):
-        next(read)
-    endless = prefetch(iter(int, 1), depth=3)
-    assert next(endless) == 0
-    endless.close()
-    assert not any(thread.name == "prefetch" for thread in threading.enumerate())

@@ -97,26 +97,18 @@ class Latents:
         }
 
 
-def num_cells_of(cells: ad.AnnData | CellSource) -> int:
-    """The number of cells, wherever they are stored."""
-    return len(cells.obs)
-
-
-def fits_in_memory(cells: ad.AnnData | CellSource, num_genes: int) -> bool:
-    """Whether cells with this number of modelled genes are kept in memory. An AnnData in memory always is."""
-    if isinstance(cells, ad.AnnData) and not cells.isbacked:
-        return True
-    return num_cells_of(cells) <= min(MAX_CELLS_IN_MEMORY, MAX_VALUES_IN_MEMORY // num_genes)
+def max_cells_in_memory(num_genes: int) -> int:
+    """The maximum number of cells that are kept in memory, with this number of modelled genes."""
+    return min(MAX_CELLS_IN_MEMORY, MAX_VALUES_IN_MEMORY // num_genes)
 
 
 def sample_cells(cells: ad.AnnData | CellSource, processor: ScRNAProcessor, seed: int) -> CellDataset:
     """Reads all cells, or random groups of them if they do not fit in memory."""
-    num_genes = len(processor.var_names)
-    if fits_in_memory(cells, num_genes):
+    max_cells = max_cells_in_memory(len(processor.var_names))
+    if len(cells.obs) <= max_cells:
         return CellDataset(cells, processor)
-    max_cells = min(MAX_CELLS_IN_MEMORY, MAX_VALUES_IN_MEMORY // num_genes)
-    groups = choose_groups(as_source(cells, processor.config.layer).group_sizes, max_cells, seed)
-    return CellDataset(cells, processor, groups=groups)
+    group_sizes = as_source(cells, processor.config.layer).group_sizes
+    return CellDataset(cells, processor, groups=choose_groups(group_sizes, max_cells, seed))
 
 
 def choose_groups(group_sizes: np.ndarray, num_cells: int, seed: int) -> list[int]:
@@ -173,15 +165,15 @@ def encode_source(
             start += len(part)
         return latents
 
+    def write_file(partial: Path):
+        latents = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+        write(latents)
+        latents.flush()
+
     if path is None:
         return torch.from_numpy(write(np.empty(shape, dtype=np.float32)))
     if not path.is_file():
-        write_whole(
-            path,
-            lambda partial: write(
-                np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
-            ).flush(),  # type: ignore[attr-defined]
-        )
+        write_whole(path, write_file)
     return torch.from_numpy(np.load(path, mmap_mode="c"))  # PyTorch warns of arrays that are read-only
 
 

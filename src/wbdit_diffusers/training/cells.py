@@ -104,6 +104,8 @@ def split_cells(adata: ad.AnnData, config: TrainingConfig) -> CellSplit:
     """
     if config.split is not None:
         split = CellSplit.load(config.split)
+    elif config.resume_from_checkpoint is not None and (config.output_dir / CellSplit.FILE_NAME).is_file():
+        split = CellSplit.load(config.output_dir)
     else:
         label_key = config.label_keys[0] if config.label_keys else None
         if label_key is not None:

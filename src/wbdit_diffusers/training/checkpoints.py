@@ -88,6 +88,8 @@ def start_run(config: TrainingConfig, split: CellSplit, is_resumed: bool, checkp
         raise ValueError(f"--output_dir {folder}: another training writes there. Wait, or use another one.") from error
     try:
         checkpoints = find_checkpoints(folder)
+        if is_resumed and (folder / CellSplit.FILE_NAME).is_file() and CellSplit.load(folder) != split:
+            raise ValueError("--dataset: the run to continue has other training cells. Use its dataset and --split.")
         if is_resumed:  # steps after the checkpoint are taken again
             _discard(checkpoints[checkpoints.index(checkpoint) + 1 :] if checkpoint else [])
         else:

@@ -198,8 +198,8 @@ class OutputConfig:
     checkpoints_total_limit: PositiveInt | None = None
     """Number of most recent checkpoints to keep. Default: all."""
     resume_from_checkpoint: Name | None = None
-    """"latest" to continue the run in output_dir, or one of its checkpoint folders. Flags must be the same, except for
-    those of outputs and duration. Without a checkpoint the run starts at the beginning."""
+    """Checkpoint folder in output_dir to continue from, or "latest". Flags must be the same, except for those of
+    outputs and duration. Without a checkpoint the run starts at the beginning."""
     overwrite_output_dir: bool = False
     """Whether to remove what another training wrote to output_dir."""
     report_to: Name | None = None

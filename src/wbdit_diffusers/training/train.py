@@ -8,7 +8,6 @@ The output folder then holds a pipeline for `ScRNAGenerationPipeline.from_pretra
 for resuming `run.json` (the flags), `stage_one/` and `checkpoint-N/`.
 """
 
-import dataclasses
 import math
 import time
 from contextlib import ExitStack
@@ -28,11 +27,9 @@ from ..data.latents import (
     Latents,
     encode_cells,
     encode_source,
-    fits_in_memory,
     sample_cells,
 )
 from ..data.source import CellSource
-from ..data.split import CellSplit
 from ..files import one_line, remove
 from ..hub.facts import write_training
 from ..hub.model_card import write_model_card
@@ -81,23 +78,23 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
     with stop_signal.handled(), ExitStack() as stack:
         with sync_errors(accelerator):
             is_resumed, checkpoint = find_run(config)
-            opened = open_cells(source, _with_own_split(config) if is_resumed else config)
-            train_cells, test_cells, split = stack.enter_context(opened)
+            train_cells, test_cells, split = stack.enter_context(open_cells(source, config))
             processor = _fit_processor(config, train_cells)
             test_cells = test_cells[processor.knows_labels(test_cells)]
             _check_sizes(config, processor, len(train_cells.obs), test_cells.n_obs, accelerator.num_processes)
-            cells = sample_cells(train_cells, processor, config.seed)
+            train_dataset = sample_cells(train_cells, processor, config.seed)
+            test_dataset = CellDataset(test_cells, processor)
         with sync_errors(accelerator):
             if accelerator.is_main_process:
-                stack.enter_context(start_run(config, split, is_resumed, checkpoint))
                 _create_repo(config)  # fails before the work if nothing can be uploaded
+                stack.enter_context(start_run(config, split, is_resumed, checkpoint))
 
         minutes = config.max_train_minutes
         deadline = math.inf if minutes is None else start_time + 60 * minutes * TIME_FRACTION
-        codec = prepare_codec(config, accelerator, cells, stage_one, deadline)
+        codec = prepare_codec(config, accelerator, train_dataset, stage_one, deadline)
         with accelerator.main_process_first():
-            latents = _encode(train_cells, cells, processor, codec, folder / LATENTS_NAME)
-        test_latents = _encode(test_cells, CellDataset(test_cells, processor), processor, codec)
+            latents = _encode(train_cells, train_dataset, processor, codec, folder / LATENTS_NAME)
+        test_latents = _encode(test_cells, test_dataset, processor, codec)
         gaussian_mixture = prepare_gaussian_mixture(config, accelerator, latents, stage_one)
 
         set_seed(config.seed)  # the initial weights are the same whether or not stage one ran in this process
@@ -150,18 +147,10 @@ def _make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def _with_own_split(config: TrainingConfig) -> TrainingConfig:
-    """The configuration with the split of the run to resume. A prepared dataset has its own split."""
-    path = config.output_dir / CellSplit.FILE_NAME
-    if not path.is_file() or CellSplit.load(path).prepared is not None:
-        return config
-    return dataclasses.replace(config, split=path)
-
-
 def _fit_processor(config: TrainingConfig, cells: ad.AnnData | CellSource) -> ScRNAProcessor:
     """Chooses genes and learns labels and library sizes."""
-    num_genes = len(cells.var_names)
-    if config.codec == "expression" and not fits_in_memory(cells, min(config.num_genes or num_genes, num_genes)):
+    num_genes = min(config.num_genes or math.inf, len(cells.var_names))
+    if config.codec == "expression" and len(cells.obs) > max_cells_in_memory(int(num_genes)):
         raise ValueError(
             f"--codec expression: {len(cells.obs):,} training cells do not fit in memory. Prepare a sample of them, or"
             " use --codec program."
@@ -186,19 +175,19 @@ def _check_sizes(config: TrainingConfig, processor: ScRNAProcessor, num_train: i
 
 
 def _encode(
-    source: ad.AnnData | CellSource,
-    cells: CellDataset,
+    cells: ad.AnnData | CellSource,
+    dataset: CellDataset,
     processor: ScRNAProcessor,
     codec: ProgramCodec | ExpressionCodec,
     path: Path | None = None,
 ) -> Latents:
-    """Encodes all cells of a source: from `cells` if these are all, and into a file if the latents are large."""
-    is_large = path is not None and len(source.obs) * codec.num_features > MAX_VALUES_IN_MEMORY
-    if len(cells) < len(source.obs) or is_large:
-        values, class_labels = encode_source(source, processor, codec, path), processor.encode_labels(source)
+    """Encodes all cells, into a file if the dataset holds only a sample of them, or if the latents are large."""
+    is_large = path is not None and len(cells.obs) * codec.num_features > MAX_VALUES_IN_MEMORY
+    if len(dataset) < len(cells.obs) or is_large:
+        values = encode_source(cells, processor, codec, path)
     else:
-        values, class_labels = encode_cells(cells, codec), cells.class_labels
-    return Latents(values, class_labels, processor.condition_sizes)
+        values = encode_cells(dataset, codec)
+    return Latents(values, processor.encode_labels(cells), processor.condition_sizes)
 
 
 def _create_repo(config: TrainingConfig) -> str:
