@@ -27,6 +27,7 @@ from ..data.latents import (
     Latents,
     encode_cells,
     encode_source,
+    max_cells_in_memory,
     sample_cells,
 )
 from ..data.source import CellSource
