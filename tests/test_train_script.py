@@ -70,19 +70,19 @@ NOTING = """
     import os
     from pathlib import Path
 
-    from wbdit_diffusers.data import CellDataset
+    from wbdit_diffusers.data import Latents
     from wbdit_diffusers.training.__main__ import main
 
-    get_batch = CellDataset.__getitems__
+    get_batch = Latents.batch
 
 
-    def note_and_get_batch(self, indices):
+    def note_and_get_batch(self, indices, device):
         with Path(__file__).with_name("cells-of-" + os.environ["RANK"]).open("a") as file:
             file.write(f"{len(self)}: {' '.join(map(str, indices))}\\n")
-        return get_batch(self, indices)
+        return get_batch(self, indices, device)
 
 
-    CellDataset.__getitems__ = note_and_get_batch
+    Latents.batch = note_and_get_batch
     main()
 """
 
@@ -116,10 +116,10 @@ BAD = [
     (["--dataset", "absent.h5ad"], "no file absent.h5ad"),
     (["--gradient_accumulation_steps", "9"], "an epoch has only 8 batches of 64 cells"),
     (["--label_keys", "celltype"], "has no column 'celltype'"),
-    (["--layer", "raw"], "have no layer 'raw'"),
-    (["--values", "log"], "which is no logarithm of expression: pass values='counts'"),
+    (["--layer", "raw"], "has no layer 'raw'"),
+    (["--values", "log"], "which is not a logarithm of expression: use values='counts'"),
     (["--test_fraction", "0"], "--test_fraction 0: Input should be greater than 0"),
-    (["--resume_from_checkpoint", "absent"], "absent: this is no checkpoint"),
+    (["--resume_from_checkpoint", "absent"], "absent is no checkpoint of out"),
     (["--split", "absent.json"], "absent.json is missing"),
     (["--config", "absent.yaml"], "no such file"),
     (["--steps", "3"], "--steps is unknown"),
@@ -130,18 +130,7 @@ BAD = [
 def test_mistakes_end_in_one_line_and_exit_code_2(flags, message, pbmc_path, tmp_path, threads, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
-        main(
-            [
-                "--dataset",
-                str(pbmc_path),
-                "--output_dir",
-                "out",
-                *SHAPE.split(),
-                *SPEED.split(),
-                *CODEC.split(),
-                *flags,
-            ]
-        )
+        main(["--dataset", str(pbmc_path), "--output_dir", "out", *TINY, *flags])
     assert exit_.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("wbdit train: ") and message in last

@@ -1,20 +1,26 @@
-"""Interrupted trainings go on as if nothing had happened."""
+"""A resumed run ends as if it had not been interrupted, a folder holds one run, and checkpoints are complete."""
 
+import json
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tiny import assert_same_weights, read_log, tiny_config
+import torch
+from tiny import assert_same_weights, content, read_log, rows_without_time, tiny_config
 
+from wbdit_diffusers.data import CellSplit
 from wbdit_diffusers.training import train
-from wbdit_diffusers.training.checkpoints import find_checkpoints
+from wbdit_diffusers.training.checkpoints import find_checkpoints, written_files
 
 
-STEPS = {"label_keys": ["cell_type", "phase"], "max_train_steps": 24, "checkpointing_steps": 12, "validation_steps": 4}
-
-
-def rows_without_time(folder: Path) -> list[dict[str, str]]:
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_log(folder)]
+STEPS = {"label_keys": ["cell_type", "phase"], "max_train_steps": 24, "checkpointing_steps": 12, "validation_steps": 8}
+# Without stage one, for what does not depend on it
+FEW = {"codec": "expression", "label_keys": ["cell_type"], "num_genes": 60}
+FEW |= {"max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -25,37 +31,40 @@ def trained(pbmc, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def interrupted(trained, tmp_path) -> Path:
-    """What an interruption after step 12 leaves; a run of 12 steps would have let the learning rate fall."""
-    folder = tmp_path / "interrupted"
-    shutil.copytree(trained, folder)
-    for name in ("checkpoint-24", "denoiser", "processor", "scheduler"):
-        shutil.rmtree(folder / name)
-    for name in ("model_index.json", "README.md"):
-        (folder / name).unlink()
+@pytest.fixture(scope="module")
+def begun(pbmc, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("begun")
+    train(pbmc, tiny_config(folder, **FEW))
     return folder
 
 
-@pytest.mark.parametrize("resume_from", ["latest", "path"])
-def test_a_resumed_training_gives_the_same_weights_and_log(resume_from, trained, interrupted, pbmc):
-    checkpoint = "latest" if resume_from == "latest" else str(interrupted / "checkpoint-12")
-    assert len(read_log(interrupted)) == 6  # the rows of steps 16, 20 and 24, which are taken once more, are forgotten
-    train(pbmc, tiny_config(interrupted, resume_from_checkpoint=checkpoint, **STEPS))
-    assert_same_weights(interrupted, trained)
-    # The row of step 16 averages the losses since the checkpoint, as it does in the uninterrupted run.
-    assert rows_without_time(interrupted) == rows_without_time(trained)
-    assert (interrupted / "split.json").read_bytes() == (trained / "split.json").read_bytes()
+@pytest.fixture
+def run(begun, tmp_path) -> Path:
+    return shutil.copytree(begun, tmp_path / "run")
 
 
-def test_a_checkpoint_of_another_folder_brings_its_codec(trained, pbmc, tmp_path):
-    train(pbmc, tiny_config(tmp_path, resume_from_checkpoint=str(trained / "checkpoint-12"), **STEPS))
-    assert_same_weights(tmp_path, trained)
+def resume(cells, folder: Path, **changes):
+    train(cells, tiny_config(folder, **{**FEW, "resume_from_checkpoint": "latest", **changes}))
 
 
-def test_a_finished_training_is_resumed_to_itself(trained, pbmc, tmp_path):
-    folder = tmp_path / "again"
-    shutil.copytree(trained, folder)
+# ==================== The same weights ====================
+
+
+def test_a_resumed_run_gives_the_same_weights_and_log(trained, pbmc, tmp_path):
+    """From a checkpoint between two lines of the log: steps after it are forgotten and taken again."""
+    folder = shutil.copytree(trained, tmp_path / "run")
+    for name in ("denoiser", "processor", "scheduler"):
+        shutil.rmtree(folder / name)
+    train(pbmc, tiny_config(folder, resume_from_checkpoint=str(folder / "checkpoint-12"), **STEPS))
+    assert_same_weights(folder, trained)
+    # The line of step 16 averages the losses since step 8, of which half are from before the checkpoint.
+    assert rows_without_time(folder) == rows_without_time(trained)
+    assert (folder / "split.json").read_bytes() == (trained / "split.json").read_bytes()
+    assert [path.name for path in find_checkpoints(folder)] == ["checkpoint-12", "checkpoint-24"]
+
+
+def test_a_finished_run_is_resumed_to_itself(trained, pbmc, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "again")
     train(pbmc, tiny_config(folder, resume_from_checkpoint="latest", **STEPS))
     assert_same_weights(folder, trained)
     assert read_log(folder) == read_log(trained)
@@ -64,42 +73,210 @@ def test_a_finished_training_is_resumed_to_itself(trained, pbmc, tmp_path):
 def test_resuming_with_accumulated_gradients(pbmc, tmp_path):
     """3 batches per step: the step that ends an epoch begins the next one."""
     steps = {"gradient_accumulation_steps": 3, "max_train_steps": 6, "checkpointing_steps": 4, "validation_steps": 1}
-    train(pbmc, tiny_config(tmp_path / "whole", codec="expression", **steps))
+    changes = {"codec": "expression", **steps}
+    train(pbmc, tiny_config(tmp_path / "whole", **changes))
     assert [int(row["epoch"]) for row in read_log(tmp_path / "whole")] == [0, 0, 1, 1, 1, 2]
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "denoiser")
-    checkpoint = str(tmp_path / "resumed" / "checkpoint-4")
-    train(pbmc, tiny_config(tmp_path / "resumed", codec="expression", resume_from_checkpoint=checkpoint, **steps))
+    train(pbmc, tiny_config(tmp_path / "resumed", resume_from_checkpoint="latest", **changes))
     assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
     assert rows_without_time(tmp_path / "resumed") == rows_without_time(tmp_path / "whole")
 
 
-def test_latest_without_a_checkpoint_starts_at_the_beginning(pbmc, tmp_path):
-    config = tiny_config(tmp_path, codec="expression", max_train_steps=2, validation_steps=1)
-    train(pbmc, config)
-    first = rows_without_time(tmp_path)
-    again = tiny_config(
-        tmp_path, codec="expression", max_train_steps=2, validation_steps=1, resume_from_checkpoint="latest"
-    )
-    train(pbmc, again)
-    assert rows_without_time(tmp_path) == first and len(first) == 2
+def test_the_first_run_and_later_ones_may_have_the_same_flags(pbmc, tmp_path):
+    """Without a checkpoint a run starts at the beginning; its minutes count from where they stopped."""
+    changes = {**FEW, "checkpointing_steps": 100}
+    for _ in range(2):
+        resume(pbmc, tmp_path, **changes)
+        assert [int(row["step"]) for row in read_log(tmp_path)] == [2, 4]
+    resume(pbmc, tmp_path, **{**changes, "checkpointing_steps": 4})
+    before = read_log(tmp_path)
+    resume(pbmc, tmp_path, **{**changes, "max_train_steps": 1000, "max_train_minutes": 1e-5})
+    rows = read_log(tmp_path)
+    assert rows[:2] == before and int(rows[-1]["step"]) == 5  # the time was over
+    assert float(rows[-1]["seconds"]) >= float(before[-1]["seconds"])
 
 
-def test_the_newest_checkpoints_are_kept(pbmc, tmp_path):
-    changes = {"max_train_steps": 12, "checkpointing_steps": 1, "checkpoints_total_limit": 3}
-    train(pbmc, tiny_config(tmp_path, codec="expression", **changes))
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11", "checkpoint-12"]
+def test_the_split_of_the_run_is_used(pbmc, tmp_path):
+    names = np.random.default_rng(7).permutation(pbmc.obs_names).tolist()
+    CellSplit(names[:600], names[600:]).save(tmp_path)
+    train(pbmc, tiny_config(tmp_path / "out", **FEW, split=tmp_path / "split.json"))
+    before = (tmp_path / "out" / "split.json").read_bytes()
+    (tmp_path / "split.json").unlink()
+    resume(pbmc, tmp_path / "out", max_train_steps=5)  # without --split
+    assert (tmp_path / "out" / "split.json").read_bytes() == before
+    with pytest.raises(ValueError, match="The data have no cell"):
+        resume(pbmc[1:].copy(), tmp_path / "out", max_train_steps=5)
 
 
-def test_all_checkpoints_are_kept_without_a_limit(trained):
-    assert [path.name for path in find_checkpoints(trained)] == ["checkpoint-12", "checkpoint-24"]
+# ==================== Whose folder it is ====================
+
+CHANGES = [
+    ({"seed": 1}, "--seed 1: the run to continue has 0"),
+    ({"block_type": "dit"}, "--block_type dit: the run to continue has white_box"),
+    ({"label_keys": ["phase"]}, r"--label_keys \['phase'\]: the run to continue has \['cell_type'\]"),
+    ({"codec": "program"}, "--num_programs 8: the run to continue has None"),
+    ({"max_train_steps": 3}, "--max_train_steps 3: the run to continue has 4"),
+]
 
 
-@pytest.mark.parametrize("name", ["absent", "empty", "pipeline"])
-def test_a_folder_that_is_no_checkpoint_is_refused(name, trained, pbmc, tmp_path):
-    (tmp_path / "empty").mkdir()
-    folder = trained if name == "pipeline" else tmp_path / name
-    config = tiny_config(tmp_path / "out", resume_from_checkpoint=str(folder), **STEPS)
-    with pytest.raises(ValueError, match=f"--resume_from_checkpoint {folder}: this is no checkpoint"):
-        train(pbmc, config)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("changes, message", CHANGES, ids=[next(iter(changes)) for changes, _ in CHANGES])
+def test_another_flag_is_refused_with_its_name(changes, message, begun, pbmc):
+    before = content(begun)
+    with pytest.raises(ValueError, match=message):
+        resume(pbmc, begun, **changes)
+    assert content(begun) == before
+
+
+def test_outputs_and_duration_may_change(run, pbmc):
+    changes = {"max_train_steps": 6, "checkpointing_steps": 3, "validation_steps": 3, "checkpoints_total_limit": 2}
+    changes |= {"max_train_minutes": 5.0, "num_inference_steps": 7, "scheduler": "ddim"}
+    resume(pbmc, run, **changes)
+    assert [int(row["step"]) for row in read_log(run)] == [2, 4, 6]
+    assert json.loads((run / "run.json").read_text())["max_train_steps"] == 6
+    assert [path.name for path in find_checkpoints(run)] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_no_path_is_in_run_json(pbmc, pbmc_path, tmp_path):
+    train(None, tiny_config(tmp_path / "out", dataset=pbmc_path, **{**FEW, "max_train_steps": 1}))
+    text = (tmp_path / "out" / "run.json").read_text()
+    assert str(tmp_path) not in text and str(pbmc_path) not in text
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_another_run_is_not_written_over(spoiled, begun, pbmc):
+    """Nor is it removed before the cells of a new run are known to be good."""
+    before, cells = content(begun), pbmc.copy()
+    cells.X.data[0] = np.nan if spoiled else cells.X.data[0]
+    message = "NaN" if spoiled else "holds a run. Continue it with --resume_from_checkpoint latest"
+    with pytest.raises(ValueError, match=message):
+        train(cells, tiny_config(begun, overwrite_output_dir=spoiled, **FEW))
+    assert content(begun) == before
+
+
+def test_overwriting_removes_what_that_run_wrote_and_nothing_else(run, pbmc, tmp_path):
+    assert {path.name for path in written_files(run)} == {path.name for path in run.iterdir()}
+    (run / "notes.txt").write_text("mine")
+    (run / "checkpoint-best").mkdir()
+    changes = {**FEW, "seed": 1, "checkpointing_steps": 3}
+    train(pbmc, tiny_config(run, overwrite_output_dir=True, **changes))
+    train(pbmc, tiny_config(tmp_path / "fresh", **changes))
+    assert_same_weights(run, tmp_path / "fresh")
+    assert content(run).keys() - content(tmp_path / "fresh").keys() == {"notes.txt"}
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-best"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_that_no_training_wrote_are_kept(overwrite, pbmc, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds README.md, but no run.json of a training"):
+        train(pbmc, tiny_config(tmp_path, overwrite_output_dir=overwrite, **FEW))
+    assert content(tmp_path) == {"README.md": b"mine"}
+
+
+HOLDING = """
+    import sys, time
+    from pathlib import Path
+    from wbdit_diffusers.data import CellSplit
+    from wbdit_diffusers.training import TrainingConfig
+    from wbdit_diffusers.training.checkpoints import start_run
+
+    with start_run(TrainingConfig(output_dir=sys.argv[1]), CellSplit([], []), False, None):
+        Path(sys.argv[1], "run.json").unlink()
+        Path(sys.argv[1], "split.json").unlink()
+        print("open", flush=True)
+        time.sleep(600)
+"""
+
+
+def test_one_training_writes_at_a_time(pbmc, tmp_path):
+    """The lock dies with its process, however that ends."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", textwrap.dedent(HOLDING), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "open\n"
+        with pytest.raises(ValueError, match="another training writes there"):
+            train(pbmc, tiny_config(out, **FEW))
+        process.kill()
+    train(pbmc, tiny_config(out, **FEW))
+    assert not (out / ".lock").exists()
+
+
+# ==================== Checkpoints ====================
+
+
+def test_an_incomplete_checkpoint_is_no_checkpoint(run, begun, pbmc):
+    shutil.copytree(run / "checkpoint-2", run / ".checkpoint-6.partial")
+    resume(pbmc, run)
+    assert_same_weights(run, begun)
+    assert not list(run.glob(".*.partial"))
+
+
+DAMAGES = [("model.safetensors", None), ("optimizer.bin", b"\xff" * 1000), ("ema.safetensors", b"")]
+DAMAGES += [("progress.json", b"{")]
+
+
+@pytest.mark.parametrize("name, damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused(name, damage, run, pbmc):
+    (run / "checkpoint-4" / name).unlink()
+    if damage is not None:
+        (run / "checkpoint-4" / name).write_bytes(damage)
+    with pytest.raises(ValueError, match="checkpoint-4 is damaged .*Use another checkpoint") as error:
+        resume(pbmc, run)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["absent", "checkpoint-9", "elsewhere/checkpoint-2"])
+def test_a_folder_that_is_no_checkpoint_of_the_run_is_refused(name, run, pbmc):
+    (run / "elsewhere" / "checkpoint-2").mkdir(parents=True)
+    before = content(run)
+    with pytest.raises(ValueError, match="is no checkpoint of .*Give a checkpoint-N folder in it, or 'latest'"):
+        resume(pbmc, run, resume_from_checkpoint=str(run / name))
+    assert content(run) == before
+
+
+def test_no_pickle_is_loaded(run, pbmc, monkeypatch):
+    load, modes = torch.load, []
+
+    def noting(*args, **kwargs):
+        modes.append(kwargs.get("weights_only"))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", noting)
+    resume(pbmc, run, max_train_steps=5)
+    assert modes and all(modes)
+
+
+def test_a_full_disk_leaves_the_checkpoints_before(pbmc, tmp_path, monkeypatch):
+    from wbdit_diffusers.training import checkpoints
+
+    save, calls = checkpoints.save_file, []
+
+    def full(tensors, path):
+        calls.append(None)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(pbmc, tiny_config(tmp_path / "out", checkpoints_total_limit=1, **FEW))
+    assert [path.name for path in (tmp_path / "out").glob("*checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(pbmc, tmp_path, monkeypatch):
+    """The loss of the step is finite, but not the weights after it."""
+    step, calls = torch.optim.AdamW.step, []
+
+    def spoil(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        calls.append(None)
+        if len(calls) == 4:
+            self.param_groups[0]["params"][0].data[0] = torch.nan
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(ValueError, match="at step 4, or its weights are not finite. Lower --learning_rate"):
+        train(pbmc, tiny_config(tmp_path, **FEW))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert [row["step"] for row in read_log(tmp_path)] == ["2"] and not (tmp_path / "model_index.json").exists()

@@ -7,23 +7,24 @@ import time
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from tiny import tiny_config
 
 from wbdit_diffusers import ExpressionCodec, ProgramCodec, ScRNAProcessor
 from wbdit_diffusers.data import CellDataset, encode_cells
+from wbdit_diffusers.training import codec as module
 from wbdit_diffusers.training.codec import (
     find_program_axes,
     fit_expression_codec,
     fit_program_codec,
     fit_programs,
+    prepare_codec,
     refit_decoder,
 )
 
 
 CPU = torch.device("cpu")
-# Nothing but the clock or the number of steps ends such a fit.
-ENDLESS = {"codec_max_steps": 10_000_000, "codec_patience": 10_000_000, "codec_stop_tolerance": 1e6}
+ENDLESS = 10_000_000  # steps
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,22 +33,31 @@ def accelerate_state():
 
 
 @pytest.fixture
+def never_enough(monkeypatch):
+    """Only the clock or the number of steps ends a fit."""
+    monkeypatch.setattr(module, "PATIENCE", ENDLESS)
+    monkeypatch.setattr(module, "STOP_TOLERANCES", {"nb_mixture": 1e6, "quantile_hurdle": 1e6})
+
+
+@pytest.fixture(scope="module")
 def dataset(pbmc) -> CellDataset:
     processor = ScRNAProcessor(label_keys=["cell_type"], num_genes=100).fit(pbmc)
     return CellDataset(pbmc, processor)
 
 
 @pytest.fixture
-def searched(dataset, tmp_path, caplog):
-    """Fits a codec, and returns it with the losses by number of programs that the log tells."""
+def searched(dataset, tmp_path, caplog, monkeypatch):
+    """Fits a codec, and returns it with the losses of the log by number of programs."""
 
-    def fit(**changes) -> tuple[ProgramCodec, dict[int, float]]:
+    def fit(min_programs: int = 16, gain: float = 0.01, **changes) -> tuple[ProgramCodec, dict[int, float]]:
+        monkeypatch.setattr(module, "MIN_PROGRAMS", min_programs)
+        monkeypatch.setattr(module, "MIN_GAINS", {"nb_mixture": gain})
         config = tiny_config(tmp_path, **{"num_programs": None, "codec_hidden_size": 32, **changes})
         caplog.clear()
         with caplog.at_level("INFO", logger="wbdit_diffusers"):
             codec = fit_program_codec(config, dataset, CPU)
-        losses = re.findall(r"(\d+) programs: ([\d.]+) nats per cell set aside", caplog.text)
-        return codec, {int(programs): float(loss) for programs, loss in losses}
+        losses = re.findall(r"validation loss ([\d.]+) nats per cell \((\d+) programs", caplog.text)
+        return codec, {int(programs): float(loss) for loss, programs in losses}
 
     return fit
 
@@ -60,7 +70,7 @@ def negative_log_likelihood(dataset: CellDataset, codec: ProgramCodec, programs:
 
 @pytest.mark.parametrize("gain", [0.02, 0.05])
 def test_programs_are_doubled_for_as_long_as_the_gain_is_worth_it(searched, gain):
-    codec, losses = searched(min_programs=1, max_programs=64, min_program_gain=gain, codec_max_steps=200)
+    codec, losses = searched(min_programs=1, max_programs=64, gain=gain, codec_max_steps=200)
     chosen = codec.config.num_programs
     assert list(losses) == [2**i for i in range(len(losses))] and 2 <= len(losses) < 7
     assert list(losses)[-1] == 2 * chosen  # one too many was tried
@@ -71,7 +81,7 @@ def test_programs_are_doubled_for_as_long_as_the_gain_is_worth_it(searched, gain
 
 
 def test_the_search_ends_at_max_programs(searched):
-    codec, losses = searched(min_programs=1, max_programs=3, min_program_gain=0, codec_max_steps=200)
+    codec, losses = searched(min_programs=1, max_programs=3, gain=0, codec_max_steps=200)
     assert list(losses) == [1, 2] and codec.config.num_programs == 2
 
 
@@ -83,19 +93,19 @@ def test_a_given_number_of_programs_is_not_searched(searched):
 
 def test_latents_of_the_fitted_cells_are_standardised(searched, dataset):
     codec, _ = searched(num_programs=8)
-    dataset.encode(codec)
-    assert dataset.latents.shape == (len(dataset), 9)
-    torch.testing.assert_close(dataset.latents.mean(0), torch.zeros(9), atol=1e-3, rtol=0)
-    torch.testing.assert_close(dataset.latents.std(0), torch.ones(9), atol=1e-3, rtol=0)
+    latents = encode_cells(dataset, codec)
+    assert latents.shape == (len(dataset), 9)
+    torch.testing.assert_close(latents.mean(0), torch.zeros(9), atol=1e-3, rtol=0)
+    torch.testing.assert_close(latents.std(0), torch.ones(9), atol=1e-3, rtol=0)
 
 
 def test_the_expression_codec_standardises_each_gene(dataset, tmp_path):
-    codec = fit_expression_codec(tiny_config(tmp_path, codec="expression"), dataset, CPU)
+    codec = fit_expression_codec(tiny_config(tmp_path, codec="expression"), dataset)
     latents = codec.encode(*dataset.cells(slice(None)))
     torch.testing.assert_close(latents.mean(0), torch.zeros(101), atol=1e-4, rtol=0)
     torch.testing.assert_close(latents.std(0, correction=0), torch.ones(101), atol=1e-3, rtol=0)
     plain = tiny_config(tmp_path, codec="expression", standardize=False, model_library_size=False)
-    codec = fit_expression_codec(plain, dataset, CPU)
+    codec = fit_expression_codec(plain, dataset)
     assert isinstance(codec, ExpressionCodec) and codec.num_features == 100
     assert codec.latents_mean.eq(0).all() and codec.latents_std.eq(1).all()
 
@@ -109,8 +119,7 @@ def test_the_same_seed_gives_the_same_codec(searched):
 def test_refitting_makes_the_final_programs_say_more_of_their_cells(dataset, tmp_path):
     config = tiny_config(tmp_path, codec_max_steps=200, decoder_steps=100)
     codec, _ = fit_programs(config, dataset, 8, CPU, deadline=np.inf)
-    dataset.encode(codec)
-    programs = dataset.latents[:, :-1]
+    programs = encode_cells(dataset, codec)[:, :-1]
     encoder = [parameter.clone() for parameter in codec.encoder.parameters()]
     before = negative_log_likelihood(dataset, codec, programs)
     refit_decoder(config, dataset, codec, programs)
@@ -187,8 +196,7 @@ def test_few_cells_and_flat_programs_keep_their_axes(dataset):
 def test_the_fit_follows_the_cells(searched, dataset):
     """Programs tell cells apart: with them the counts are likelier than with every cell's programs at the mean."""
     codec, _ = searched(num_programs=8, codec_max_steps=200, decoder_steps=100)
-    dataset.encode(codec)
-    programs = (dataset.latents * codec.latents_std + codec.latents_mean)[:, :-1]
+    programs = (encode_cells(dataset, codec) * codec.latents_std + codec.latents_mean)[:, :-1]
     fitted = negative_log_likelihood(dataset, codec, programs)
     assert fitted < 0.95 * negative_log_likelihood(dataset, codec, programs.mean(0).expand_as(programs))
 
@@ -212,7 +220,7 @@ def test_labels_get_effects_in_the_second_fit_and_a_prior_holds_them(dataset, tm
 
 
 @pytest.mark.parametrize(
-    "stage, changes", [("gene programs", {"codec_learning_rate": 1e30}), ("decoder", {"decoder_learning_rate": 1e34})]
+    "stage, changes", [("Gene programs", {"codec_learning_rate": 1e30}), ("Decoder", {"decoder_learning_rate": 1e34})]
 )
 def test_a_diverged_fit_is_refused(stage, changes, dataset, tmp_path):
     config = tiny_config(tmp_path)
@@ -222,13 +230,12 @@ def test_a_diverged_fit_is_refused(stage, changes, dataset, tmp_path):
         fit_program_codec(config, dataset, CPU)
 
 
-def test_stage_one_ends_at_its_part_of_the_time(dataset, tmp_path):
-    limits = {"max_train_minutes": 3 / 60, "codec_time_fraction": 0.5}
-    for decoder_steps in (0, 10_000_000):
-        config = tiny_config(tmp_path, **{**ENDLESS, **limits, "decoder_steps": decoder_steps})
-        start = time.monotonic()
-        fit_program_codec(config, dataset, CPU)
-        assert 1.5 <= time.monotonic() - start < 20
+@pytest.mark.parametrize("decoder_steps", [0, ENDLESS])
+def test_stage_one_ends_at_its_deadline(decoder_steps, dataset, tmp_path, never_enough):
+    config = tiny_config(tmp_path, codec_max_steps=ENDLESS, decoder_steps=decoder_steps)
+    start = time.monotonic()
+    fit_program_codec(config, dataset, CPU, deadline=start + 1)
+    assert 1 <= time.monotonic() - start < 20
 
 
 def test_the_decoder_s_learning_rate_falls_with_its_time(dataset, tmp_path, monkeypatch, caplog):
@@ -241,35 +248,46 @@ def test_the_decoder_s_learning_rate_falls_with_its_time(dataset, tmp_path, monk
     rates.clear()
     refit_decoder(config, dataset, codec, programs, deadline=time.monotonic() + 1)
     assert rates[0] == pytest.approx(3e-3, rel=1e-3) and all(np.diff(rates) <= 0) and rates[-1] < 1e-3
-    assert "of 10000000 steps, as --max_train_minutes are few" in caplog.text
+    assert "of 10000000 steps. Raise --max_train_minutes" in caplog.text
     rates.clear()
     refit_decoder(tiny_config(tmp_path, decoder_steps=4), dataset, codec, programs)
     np.testing.assert_allclose(rates, 3e-3 * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2)
 
 
-def test_a_deadline_in_the_past_leaves_one_step(dataset, tmp_path, caplog):
-    config = tiny_config(tmp_path, **ENDLESS)
+def test_a_deadline_in_the_past_leaves_one_step(dataset, tmp_path, caplog, never_enough):
     with caplog.at_level("INFO", logger="wbdit_diffusers"):
-        fit_programs(config, dataset, 8, CPU, deadline=time.monotonic() - 1)
-    assert "after 1 steps" in caplog.text
+        fit_programs(tiny_config(tmp_path, codec_max_steps=ENDLESS), dataset, 8, CPU, deadline=time.monotonic() - 1)
+    assert "8 programs, 1 steps" in caplog.text
 
 
 def steps_taken(capsys) -> int:
-    """As the progress bar counted them."""
+    """The number of steps on the progress bar."""
     return max(int(steps) for steps in re.findall(r"(\d+) steps", capsys.readouterr().err))
 
 
-def test_patience_ends_a_fit_that_does_not_improve(dataset, tmp_path, capsys):
-    frozen = {"codec_learning_rate": 1e-12, "dispersion_learning_rate": 1e-12, "program_prior_precision": 0}
-    config = tiny_config(tmp_path, **{**ENDLESS, **frozen, "codec_patience": 150})
+def test_patience_ends_a_fit_that_does_not_improve(dataset, tmp_path, capsys, never_enough, monkeypatch):
+    monkeypatch.setattr(module, "DISPERSION_LEARNING_RATE", 1e-12)
+    monkeypatch.setattr(module, "PATIENCE", 150)
+    frozen = {"codec_learning_rate": 1e-12, "program_prior_precision": 0}
+    config = tiny_config(tmp_path, **frozen, codec_max_steps=ENDLESS)
     fit_programs(config, dataset, 4, CPU, deadline=time.monotonic() + 200)
     # The first of 630 training cells' losses, one every 63 steps, is the best, and two later ones are within patience.
     assert steps_taken(capsys) == 4 * 63
 
 
-def test_tolerance_ends_a_fit_that_gets_worse(pbmc, tmp_path, capsys):
-    """So few cells are soon known by heart."""
+def test_tolerance_ends_a_fit_that_gets_worse(pbmc, tmp_path, capsys, never_enough, monkeypatch):
+    """A fit to so few cells overfits soon."""
+    monkeypatch.setattr(module, "STOP_TOLERANCES", {"nb_mixture": 0.01})
     processor = ScRNAProcessor(num_genes=100).fit(pbmc[:60])
-    config = tiny_config(tmp_path, **{**ENDLESS, "codec_learning_rate": 1e-2, "codec_stop_tolerance": 0.01})
+    config = tiny_config(tmp_path, codec_learning_rate=1e-2, codec_max_steps=ENDLESS)
     fit_programs(config, CellDataset(pbmc[:60], processor), 8, CPU, deadline=time.monotonic() + 200)
     assert steps_taken(capsys) % 10 == 0  # a validation ended it, not the clock
+
+
+def test_cells_are_fitted_once_and_loaded_afterwards(dataset, tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, codec_max_steps=5)
+    fitted = prepare_codec(config, Accelerator(cpu=True), dataset, tmp_path / "stage_one")
+    monkeypatch.setattr(module, "fit_programs", lambda *_: pytest.fail("fitted again"))
+    loaded = prepare_codec(config, Accelerator(cpu=True), dataset, tmp_path / "stage_one")
+    assert not fitted.training and not loaded.training
+    assert all(value.equal(loaded.state_dict()[name]) for name, value in fitted.state_dict().items())

@@ -46,3 +46,12 @@ def read_log(folder: Path) -> list[dict[str, str]]:
 
 def column(folder: Path, name: str) -> list[float]:
     return [float(row[name]) for row in read_log(folder)]
+
+
+def rows_without_time(folder: Path) -> list[dict[str, str]]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_log(folder)]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,7 +1,7 @@
 """Cells from files, split, and as arrays for training; public datasets."""
 
 from .cells import AnnDataSource, BackedSource, CellSource
-from .dataset import CellDataset, encode_cells
+from .latents import CellDataset, encode_cells
 from .prepare import PrepareConfig, prepare
 from .prepared import PreparedCells
 from .read import drop_empty_cells, load_pbmc, read_cells

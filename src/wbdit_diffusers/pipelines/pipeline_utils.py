@@ -8,7 +8,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from scipy import sparse
 
-from ..data.dataset import CellDataset, encode_cells
+from ..data.latents import CellDataset, encode_cells
 from ..files import one_line, partial_path, remove, write_whole
 from ..hub.model_card import push_model_card
 from ..hub.remote_code import without_remote_code

@@ -1,214 +1,190 @@
-"""Checkpoints of the denoiser's training, to go on from after an interruption.
-
-Each is written into `.checkpoint-N.partial` and renamed last: what is called `checkpoint-N` is complete.
-"""
+"""The folder of a run: whether it may be written, what it was told (run.json), and its checkpoints."""
 
 import json
 import re
-import shutil
-import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
 
-from .processes import together
+from ..data.split import CellSplit
+from ..files import one_line, partial_path, remove, write_whole
+from ..hub.facts import TRAINING_NAME
+from .config import TrainingConfig, config_without_places
+from .processes import sync_errors
 
 
-logger = get_logger(__name__)
+RUN_NAME, LATENTS_NAME, STAGE_ONE_NAME = "run.json", "latents.npy", "stage_one"
+# What a training writes besides checkpoints. run.json is the last to be removed: it says that the rest may be.
+FILES = ["README.md", "model_index.json", CellSplit.FILE_NAME, TRAINING_NAME, "training_log.csv", LATENTS_NAME]
+FILES += [STAGE_ONE_NAME, "codec", "denoiser", "processor", "scheduler", "logs/wbdit_diffusers", RUN_NAME]
+# Fields that change neither the cells nor the steps of a run
+MAY_CHANGE = {"max_train_minutes", "report_to", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"}
+MAY_CHANGE |= {"push_to_hub", "hub_model_id", "data_name", "data_license", "data_source"}
+MAY_CHANGE |= {"num_inference_steps", "scheduler"}
 
-STATE_NAME = "state.json"  # written last: its step, its seconds, and the sizes of all other files
+
+# ==================== The run ====================
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]):
+def find_run(config: TrainingConfig) -> tuple[bool, Path | None]:
     """
-    Writes a file or folder beside its place, and renames it when it is complete.
+    Finds the run to resume. Nothing is written.
+
+    Returns:
+        `tuple[bool, Path | None]`: whether a run is resumed, and its checkpoint if it has one.
 
     Raises:
-        OSError: If it can't be written. Nothing is left of it, and what was at its place stays.
+        ValueError: If the folder holds another run, the checkpoint is not in it, or a flag differs.
     """
-    partial = partial_path(path)
-    remove(partial)
-    try:
-        write(partial)
-    except BaseException as error:
-        remove(partial)
-        if isinstance(error, (SafetensorError, RuntimeError)):  # what torch and safetensors make of a full disk
-            raise OSError(f"{path} could not be written: {error}") from error
-        raise
-    if path.is_dir():
-        remove(path)
-    partial.replace(path)
-
-
-def partial_path(path: Path) -> Path:
-    """Where it is written before it is complete."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def remove(path: Path):
-    """A file or a folder, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def remove_checkpoint(checkpoint: Path):
-    """Renamed first, so that one that is removed in part is no checkpoint."""
-    partial = partial_path(checkpoint)
-    remove(partial)
-    checkpoint.replace(partial)
-    remove(partial)
-
-
-def find_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The number of steps after which a checkpoint was written."""
-    return int(checkpoint.name.split("-")[1])
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """
-    Step, seconds and files of a checkpoint.
-
-    Raises:
-        ValueError: If the folder is no checkpoint, or a file is missing or not as long as it was.
-    """
-    if not checkpoint.is_dir() or not re.fullmatch(r"checkpoint-\d+", checkpoint.resolve().name):
-        raise ValueError(
-            f"--resume_from_checkpoint {checkpoint}: this is no checkpoint; give a checkpoint-N folder, or 'latest'."
-        )
-    try:
-        state = json.loads((checkpoint / STATE_NAME).read_text())
-        sizes, _ = dict(state["sizes"]), (int(state["step"]), int(state["num_seen"]), float(state["seconds"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--resume_from_checkpoint {checkpoint}: this is no checkpoint, or an incomplete one ({STATE_NAME} is"
-            " missing or damaged); give another one, or 'latest'."
-        ) from error
-    for name, size in sizes.items():
-        path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != size:
+    folder, resume_from = config.output_dir, config.resume_from_checkpoint
+    checkpoints, has_run = find_checkpoints(folder), (folder / RUN_NAME).is_file()
+    checkpoint = checkpoints[-1] if checkpoints else None
+    if resume_from not in (None, "latest"):
+        checkpoint = folder / Path(resume_from).name
+        if checkpoint not in checkpoints or checkpoint.resolve() != Path(resume_from).resolve():
             raise ValueError(
-                f"--resume_from_checkpoint {checkpoint}: {name} is missing or truncated; give another checkpoint."
+                f"--resume_from_checkpoint {resume_from} is no checkpoint of {folder}. Give a checkpoint-N folder in"
+                " it, or 'latest'."
             )
-    return state
+    if resume_from is not None and has_run:
+        _check_config(json.loads((folder / RUN_NAME).read_text()), config)
+        return True, checkpoint
+    files = [path.name for path in written_files(folder)]
+    if files and not has_run:
+        raise ValueError(f"--output_dir {folder} holds {files[0]}, but no {RUN_NAME} of a training: use another one.")
+    if files and not config.overwrite_output_dir:
+        raise ValueError(
+            f"--output_dir {folder} holds a run. Continue it with --resume_from_checkpoint latest, replace it with"
+            " --overwrite_output_dir, or use another folder."
+        )
+    return False, None
 
 
-def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete one; damaged ones are passed over with a warning."""
-    for checkpoint in reversed(find_checkpoints(output_dir)):
-        try:
-            read_state(checkpoint)
-        except ValueError as error:
-            logger.warning(f"{error} It is passed over.")
-            continue
-        return checkpoint
-    return None
+def _check_config(old: dict, config: TrainingConfig):
+    """Raises a `ValueError` that names the first flag that a resumed run may not change."""
+    for name, value in config_without_places(config).items():
+        may_change = name in MAY_CHANGE or (name == "max_train_steps" and value >= old.get(name, value))
+        if value != old.get(name) and not may_change:
+            raise ValueError(
+                f"--{name} {value}: the run to continue has {old.get(name)}. Use the same value, or another folder."
+            )
+
+
+@contextmanager
+def start_run(config: TrainingConfig, split: CellSplit, is_resumed: bool, checkpoint: Path | None) -> Iterator[None]:
+    """Locks the folder, removes what a new run replaces, and writes run.json and split.json."""
+    folder = config.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"--output_dir {folder}: another training writes there. Wait, or use another one.") from error
+    try:
+        checkpoints = find_checkpoints(folder)
+        if is_resumed and (folder / CellSplit.FILE_NAME).is_file() and CellSplit.load(folder) != split:
+            raise ValueError("--dataset: the run to continue has other training cells. Use its dataset and --split.")
+        if is_resumed:  # steps after the checkpoint are taken again
+            _discard(checkpoints[checkpoints.index(checkpoint) + 1 :] if checkpoint else [])
+        else:
+            _discard(written_files(folder))
+        for path in folder.glob(".*.partial"):
+            remove(path)
+        record = json.dumps(config_without_places(config), indent=1)
+        write_whole(folder / RUN_NAME, lambda path: path.write_text(record))
+        write_whole(folder / CellSplit.FILE_NAME, lambda path: path.write_text(json.dumps(asdict(split))))
+        yield
+    finally:
+        (folder / ".lock").unlink(missing_ok=True)
+        lock.release()
+
+
+def written_files(folder: Path) -> list[Path]:
+    """The files and folders that a training has written, those that depend on others first."""
+    return find_checkpoints(folder) + [folder / name for name in FILES if (folder / name).exists()]
+
+
+def _discard(paths: list[Path]):
+    """Removes files and folders. They are renamed first, so that a checkpoint is never removed in part."""
+    for path in paths:
+        remove(partial_path(path))
+        path.replace(partial_path(path))
+        remove(partial_path(path))
+
+
+# ==================== Checkpoints ====================
+
+
+@dataclass
+class Progress:
+    """
+    How far stage two is.
+
+    Args:
+        step (`int`): Optimizer steps taken.
+        num_seen (`int`): Cells that all processes together have seen.
+        seconds (`float`): Seconds taken, stage one included.
+        losses (`list[float]`): Losses since the last line of the log, averaged over processes.
+    """
+
+    step: int = 0
+    num_seen: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    folders = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
 
 
 def save_checkpoint(
-    accelerator: Accelerator,
-    ema: EMAModel,
-    output_dir: Path,
-    step: int,
-    num_seen: int,
-    seconds: float,
-    losses: list[float],
-    total_limit: int | None,
+    accelerator: Accelerator, ema: EMAModel, progress: Progress, folder: Path, total_limit: int | None
 ):
     """
-    Writes model, optimizer, random states and averaged weights, and removes the oldest beyond the limit.
-
-    Args:
-        accelerator (`Accelerator`): Has what is saved.
-        ema (`EMAModel`): Averaged weights.
-        output_dir (`Path`): The run's folder.
-        step (`int`): Steps that were taken.
-        num_seen (`int`): Cells that all processes together have seen in them.
-        seconds (`float`): What they took, stage one included.
-        losses (`list[float]`): Of this process, since the last line of the log.
-        total_limit (`int`, *optional*): Checkpoints to keep.
+    Saves model, optimizer, averaged weights and progress, and removes the oldest checkpoints beyond the limit.
 
     Raises:
-        OSError: If it can't be written. Older checkpoints are kept.
+        OSError: If the checkpoint can't be written. Older checkpoints are kept.
     """
-    checkpoint = output_dir / f"checkpoint-{step}"
-    partial = partial_path(checkpoint)
-    with together(accelerator):
+
+    def write(path: Path):
+        accelerator.save_state(str(path))
+        # Objects that are registered with Accelerate would be pickled, and loaded with `weights_only=False`.
+        save_file({str(i): value for i, value in enumerate(ema.shadow_params)}, path / "ema.safetensors")
+        (path / "progress.json").write_text(json.dumps(asdict(progress)))
+
+    with sync_errors(accelerator):
+        # One process is enough: the state is the same in all, and random numbers follow from the step.
         if accelerator.is_main_process:
-            remove(partial)
-            partial.mkdir()
-    try:
-        with together(accelerator):
-            try:
-                accelerator.save_state(str(partial))
-                (partial / f"losses_{accelerator.process_index}.json").write_text(json.dumps(losses))
-            except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
-                raise OSError(f"{checkpoint} could not be written: {error}") from error
-        with together(accelerator):
-            if accelerator.is_main_process:
-                ema.save_pretrained(partial / "ema")
-                files = [path for path in partial.rglob("*") if path.is_file()]
-                sizes = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(files)}
-                state: dict[str, Any] = {"step": step, "num_seen": num_seen, "seconds": seconds}
-                state |= {"num_processes": accelerator.num_processes, "sizes": sizes}
-                (partial / STATE_NAME).write_text(json.dumps(state, indent=1))
-                remove(checkpoint)
-                partial.replace(checkpoint)
-    except BaseException:
-        if accelerator.is_main_process:
-            remove(partial)
-        raise
-    with together(accelerator):
-        if accelerator.is_main_process and total_limit is not None:
-            for old in find_checkpoints(output_dir)[:-total_limit]:
-                remove_checkpoint(old)
+            write_whole(folder / f"checkpoint-{progress.step}", write)
+            # Accelerate's own limit removes the only complete checkpoint before the new one exists.
+            if total_limit is not None:
+                _discard(find_checkpoints(folder)[:-total_limit])
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, model_class: type) -> tuple[EMAModel, list[float]]:
+def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path) -> Progress:
     """
-    Reads model, optimizer and random states.
-
-    Args:
-        accelerator (`Accelerator`): Gets them.
-        checkpoint (`Path`): A complete one, of the same network.
-        model_class (`type`): Class of the network.
-
-    Returns:
-        `tuple[EMAModel, list[float]]`: the averaged weights, and this process's losses since the last line of the log.
+    Loads what [`save_checkpoint`] saved, and returns the progress.
 
     Raises:
-        ValueError: If a file is damaged or of another network.
+        ValueError: If a file is missing, damaged or of another network.
     """
     try:
         accelerator.load_state(str(checkpoint))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # Diffusers' own call of its deprecated `from_config(path)`
-            ema = EMAModel.from_pretrained(checkpoint / "ema", model_class, foreach=True)
-        losses_path = checkpoint / f"losses_{accelerator.process_index}.json"  # none of a process that was not there
-        losses = [float(loss) for loss in json.loads(losses_path.read_text())] if losses_path.is_file() else []
-    except Exception as error:  # of torch, pickle, safetensors, json and Diffusers
+        averaged = load_file(checkpoint / "ema.safetensors")
+        progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
+        ema.shadow_params = [averaged[str(i)].to(accelerator.device) for i in range(len(ema.shadow_params))]
+    except Exception as error:  # of PyTorch, safetensors and json
         raise ValueError(
-            f"--resume_from_checkpoint {checkpoint} is damaged, or of another network ({type(error).__name__}:"
-            f" {str(error).splitlines()[0] if str(error) else ''}); give another checkpoint."
+            f"--resume_from_checkpoint {checkpoint} is damaged ({one_line(error)}). Use another checkpoint."
         ) from error
-    return ema, losses
-
-
-def check_finite(what: str, tensors: dict[str, torch.Tensor], mend: str):
-    """Raises a `ValueError` if a weight is not finite: a model of such weights is of no use."""
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{what} has weights that are not finite ({name}). {mend}")
+    ema.optimization_step = progress.step
+    return progress

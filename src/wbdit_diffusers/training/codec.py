@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,230 +15,183 @@ from sklearn.decomposition import FastICA
 from sklearn.exceptions import ConvergenceWarning
 from tqdm.auto import tqdm
 
-from ..data.dataset import CellDataset, encode_cells
+from ..data.latents import CellDataset, encode_cells
+from ..files import write_whole
 from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
 from ..models.likelihoods import LIKELIHOODS
-from .checkpoints import check_finite, write_whole
 from .config import TrainingConfig
-from .processes import interruption, together
-from .progress import FitProgress, save_seconds
+from .processes import sync_errors
 
 
 logger = get_logger(__name__)
 
-MAX_VALIDATION_CELLS = 2000
-MAX_STEPS_BETWEEN_VALIDATIONS = 100
-SKEWED = 0.75  # skewness of a program's activities from which a few cells have it
-REFIT_SHARE = 0.3  # of stage one's time, for the decoder's second fit
-MIN_STEPS = 100  # before which the loss says little
-MIN_IMPROVEMENT = 0.001  # share of the loss by which it must fall for patience to begin anew
+# The number of programs is doubled while that lowers the validation loss by this fraction. Log values have a density,
+# whose logarithm has no zero point: their fractions are of the improvement since the start of the fit.
+MIN_PROGRAMS = 16
+MIN_GAINS = {"nb_mixture": 0.01, "quantile_hurdle": 0.1}
+# Each gene's noise spans orders of magnitude, and must get there before the programs overfit.
+DISPERSION_LEARNING_RATE = 1e-2
+# A fit ends when the validation loss is above its best by this fraction, or after so many steps without improvement.
 STOP_TOLERANCES = {"nb_mixture": 0.003, "quantile_hurdle": 0.1}
-MIN_PROGRAM_GAINS = {"nb_mixture": 0.01, "quantile_hurdle": 0.1}
+PATIENCE = 1000
+MIN_IMPROVEMENT = 0.001
+MIN_STEPS = 100
+VALIDATION_FRACTION, MAX_VALIDATION_CELLS = 0.1, 2000  # of the training cells
+MAX_STEPS_BETWEEN_VALIDATIONS = 100
+TIME_FRACTION = 1 / 3  # of max_train_minutes
+REFIT_FRACTION = 0.3  # of the time of stage one, for the second fit of the decoder
+SKEWED = 0.75  # skewness of the activities above which a program belongs to a few cells
 
 
 def prepare_codec(
-    config: TrainingConfig, accelerator: Accelerator, dataset: CellDataset, folder: Path, start_time: float
+    config: TrainingConfig, accelerator: Accelerator, cells: CellDataset, folder: Path, deadline: float = math.inf
 ) -> ProgramCodec | ExpressionCodec:
     """
-    Fits the codec on the main process, unless the run has a finished one; all processes get the same one.
+    Fits the codec in the main process, which saves it for the others and for resumed runs.
 
     Args:
-        config ([`TrainingConfig`]): Which codec, and how it is fitted.
-        accelerator (`Accelerator`): The processes.
-        dataset ([`CellDataset`]): Training cells.
-        folder (`Path`):
-            Where the run keeps the finished codec, and what an unfinished one goes on from. The pipeline gets a codec
-            of its own: this one stays whole whatever happens to that.
-        start_time (`float`): Time of `time.monotonic()` at which the training began.
+        config ([`TrainingConfig`]): Configuration.
+        accelerator (`Accelerator`): Processes.
+        cells ([`CellDataset`]): Training cells.
+        folder (`Path`): Folder for the fitted codec.
+        deadline (`float`, defaults to never): Time of `time.monotonic()` at which the fit ends at the latest.
 
     Returns:
-        [`ProgramCodec`] or [`ExpressionCodec`]: on the CPU, whose latents of the training cells are standardised.
+        [`ProgramCodec`] or [`ExpressionCodec`]: on the CPU. Latents of the training cells are standardised.
 
     Raises:
-        ValueError: If there are fewer genes than programs, or weights that are not finite.
-        TrainingInterrupted: If a signal came; the same call then goes on.
+        ValueError: If the loss or a weight is not finite.
     """
-    codec_class, fit = CODECS[config.codec]
-    finished = folder / "codec"
-    with together(accelerator), interruption.deferred():
-        if accelerator.is_main_process and not finished.is_dir():
+    path, codec = folder / "codec", None
+    with sync_errors(accelerator):
+        if accelerator.is_main_process and not path.is_dir():
+            if config.codec == "program":
+                codec = fit_program_codec(config, cells, accelerator.device, deadline).cpu()
+            else:
+                codec = fit_expression_codec(config, cells)
             folder.mkdir(exist_ok=True)
-            # Of more cells than fit in memory, a random part says enough.
-            codec = fit(config, dataset.sample(config.seed), accelerator.device, folder, start_time)
-            named = dict(codec.named_parameters()) | {
-                "latents_mean": codec.latents_mean,
-                "latents_std": codec.latents_std,
-            }
-            check_finite("The codec", named, "Lower --codec_learning_rate, or look for odd values in the cells.")
-            save_seconds(folder, time.monotonic() - start_time)
-            write_whole(finished, codec.save_pretrained)
-            for path in folder.glob("*.pt"):
-                path.unlink()
-    try:
-        return codec_class.from_pretrained(finished)
-    except Exception as error:  # of Diffusers and safetensors
-        raise OSError(f"{finished} is damaged: train again, with --overwrite_output_dir.") from error
+            write_whole(path, codec.save_pretrained)
+    codec_class = ProgramCodec if config.codec == "program" else ExpressionCodec
+    return codec if codec is not None else codec_class.from_pretrained(path)
 
 
-def fit_expression_codec(
-    config: TrainingConfig,
-    dataset: CellDataset,
-    device: torch.device,
-    folder: Path | None = None,
-    start_time: float | None = None,
-) -> ExpressionCodec:
-    """Measures the mean and the deviation of each gene's expression. There is nothing to go on from, and no hurry."""
+def fit_expression_codec(config: TrainingConfig, cells: CellDataset) -> ExpressionCodec:
+    """Measures the mean and standard deviation of each gene."""
     codec = ExpressionCodec(
-        num_genes=dataset.matrix.shape[1],
+        num_genes=cells.matrix.shape[1],
         values=config.values,
         standardize=config.standardize,
         model_library_size=config.model_library_size,
     )
-    codec.fit_statistics(dataset.matrix, dataset.library_size)
-    return codec
+    codec.fit_statistics(cells.matrix, cells.library_size)
+    return codec.eval()
 
 
 def fit_program_codec(
-    config: TrainingConfig,
-    dataset: CellDataset,
-    device: torch.device,
-    folder: Path | None = None,
-    start_time: float | None = None,
+    config: TrainingConfig, cells: CellDataset, device: torch.device, deadline: float = math.inf
 ) -> ProgramCodec:
     """
-    Fits gene programs, as many as cells set aside ask for.
+    Fits gene programs.
 
-    Unless their number is given, there are twice as many programs as long as they make the loss of the cells set aside
-    lower by `min_program_gain`: each one is a dimension more for the denoiser to learn, and smaller gains cost more
-    there than they bring here. Then the decoder alone is fitted once more, the latents are standardised, and
-    axes are found along which programs can be read.
+    If their number is not given, it is doubled while that lowers the validation loss enough. Each program is one more
+    dimension for the denoiser to learn, and a smaller gain is not worth it. Then the decoder is fitted once more, the
+    latents are standardised, and the programs get axes along which they can be read.
 
-    Each fit goes on from its file in `folder`, where there is one. Of the time since `start_time` stage one has a
-    share, and of that the decoder's second fit.
+    Args:
+        config ([`TrainingConfig`]): Configuration.
+        cells ([`CellDataset`]): Training cells.
+        device (`torch.device`): Device of the fit.
+        deadline (`float`, defaults to never): Time of `time.monotonic()` at which the fit ends at the latest.
     """
-    num_genes = dataset.matrix.shape[1]
-    if config.num_programs is not None and config.num_programs > num_genes:
-        raise ValueError(f"--num_programs {config.num_programs}: there are only {num_genes} genes; ask for fewer.")
-    start_time = time.monotonic() if start_time is None else start_time
-    minutes = math.inf if config.max_train_minutes is None else config.max_train_minutes * config.codec_time_fraction
-    deadline = start_time + 60 * minutes
-    has_refit = config.decoder_steps > 0 and math.isfinite(minutes)
-    search_deadline = deadline - REFIT_SHARE * 60 * minutes if has_refit else deadline
-    first = config.num_programs or min(config.min_programs, num_genes)
-    codec, best_loss = fit_programs(config, dataset, first, device, search_deadline, folder, start_time)
-    min_gain = config.min_program_gain
-    if min_gain is None:
-        min_gain = MIN_PROGRAM_GAINS[codec.config.likelihood]
-    while config.num_programs is None and 2 * codec.config.num_programs <= min(config.max_programs, num_genes):
+    num_genes = cells.matrix.shape[1]
+    search_deadline = deadline
+    if config.decoder_steps > 0 and math.isfinite(deadline):
+        search_deadline -= REFIT_FRACTION * max(0.0, deadline - time.monotonic())
+    max_programs = min(config.max_programs, num_genes)
+    first = config.num_programs or min(MIN_PROGRAMS, max_programs)
+    codec, best_loss = fit_programs(config, cells, first, device, search_deadline)
+    min_gain = MIN_GAINS[codec.config.likelihood]
+    while config.num_programs is None and 2 * codec.config.num_programs <= max_programs:
         if time.monotonic() > search_deadline:
             break
-        number = 2 * codec.config.num_programs
-        larger, loss = fit_programs(config, dataset, number, device, search_deadline, folder, start_time)
+        larger, loss = fit_programs(config, cells, 2 * codec.config.num_programs, device, search_deadline)
         if best_loss - loss < min_gain * abs(best_loss):
             break
         codec, best_loss = larger, loss
-    latents = encode_cells(dataset, codec)  # not yet standardised: the programs, and of counts the log library size
-    programs = latents[:, : codec.config.num_programs]
-    refit_decoder(config, dataset, codec, programs, deadline, folder, start_time)
+    num_programs = codec.config.num_programs
+    latents = encode_cells(cells, codec)  # (cells, num_features), not standardised yet
+    refit_decoder(config, cells, codec, latents[:, :num_programs], deadline)
     codec.standardize_latents(latents)
-    find_program_axes(codec, encode_cells(dataset, codec)[:, : codec.config.num_programs])
+    latents = (latents - codec.latents_mean.cpu()) / codec.latents_std.cpu()  # as `codec.encode` returns them now
+    find_program_axes(codec, latents[:, :num_programs])
     return codec.eval()
 
 
 @dataclass
 class EarlyStopping:
-    """
-    The losses of the cells set aside, in nats per cell, and whether they say that it is enough.
-
-    Args:
-        tolerance (`float`): The fit ends when the loss is above its best by this share of it.
-        patience (`int`): It also ends when it has not improved by a thousandth for so many steps.
-        zero_point (`float`):
-            What shares are counted from: that of log values, whose density has no zero point, is the loss of programs
-            that say nothing.
-    """
+    """Ends a fit when its validation loss rises, or no longer falls. Fractions of it count from the zero point."""
 
     tolerance: float
-    patience: int
     zero_point: float
     best_loss: float = math.inf
     best_step: int = 0
     improved_loss: float = math.inf
     improved_step: int = 0
 
-    def losses(self) -> dict[str, float]:
-        """What it has seen, for a fit that goes on."""
-        return {name: getattr(self, name) for name in ("best_loss", "best_step", "improved_loss", "improved_step")}
-
-    def is_enough(self, loss: float, step: int) -> bool:
+    def should_stop(self, loss: float, step: int) -> bool:
         self.best_loss, self.best_step = min((self.best_loss, self.best_step), (loss, step))
         scale = abs(self.best_loss - self.zero_point)
         if self.best_loss < self.improved_loss - MIN_IMPROVEMENT * scale:
             self.improved_loss, self.improved_step = self.best_loss, step
         is_worse = loss - self.best_loss > self.tolerance * scale and step >= MIN_STEPS
-        return is_worse or step - self.improved_step >= self.patience
+        return is_worse or step - self.improved_step >= PATIENCE
 
 
 def fit_programs(
     config: TrainingConfig,
-    dataset: CellDataset,
+    cells: CellDataset,
     num_programs: int,
     device: torch.device,
     deadline: float = math.inf,
-    folder: Path | None = None,
-    start_time: float = 0.0,
 ) -> tuple[ProgramCodec, float]:
     """
-    Fits encoder and decoder together, until cells set aside say that it is enough, or the clock reaches the deadline.
+    Fits encoder and decoder together, until the loss of validation cells ends the fit.
 
-    The cells set aside are *training* cells; held-out cells are never seen. The weights returned are the last ones,
-    not those of the best loss: programs that follow their cells a little more closely, with a decoder fitted to them
-    afterwards, give better cells (lab/experiments.md).
+    The validation cells are *training* cells; held-out cells are never seen. The weights are the last ones, not those
+    of the best loss: programs that follow their cells slightly more closely give better cells once the decoder is
+    fitted to them (lab/experiments.md).
 
     Args:
-        config ([`TrainingConfig`]): How it is fitted, and when it ends.
-        dataset ([`CellDataset`]): Training cells.
-        num_programs (`int`): How many programs.
-        device (`torch.device`): Where to fit.
-        deadline (`float`, defaults to never): Time of `time.monotonic()` at which it ends at the latest.
-        folder (`Path`, *optional*): Where an interrupted fit is kept, to go on from.
-        start_time (`float`): Time at which the training began.
+        config ([`TrainingConfig`]): Configuration.
+        cells ([`CellDataset`]): Training cells.
+        num_programs (`int`): Number of programs.
+        device (`torch.device`): Device of the fit.
+        deadline (`float`, defaults to never): Time of `time.monotonic()` at which the fit ends at the latest.
 
     Returns:
-        `tuple[ProgramCodec, float]`: the codec, and the best loss of the cells set aside, in nats per cell; of log
-        values it is counted from where the fit begins.
+        `tuple[ProgramCodec, float]`: the codec, and its best validation loss in nats per cell. For log values the loss
+        counts from the start of the fit.
 
     Raises:
-        `ValueError`: if the loss is not finite.
+        ValueError: If the loss is not finite.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    shuffled = torch.randperm(len(dataset), generator=generator).numpy()
-    num_validation = min(max(1, int(len(dataset) * config.codec_validation_fraction)), MAX_VALIDATION_CELLS)
+    shuffled = torch.randperm(len(cells), generator=generator).numpy()
+    num_validation = min(max(1, int(len(cells) * VALIDATION_FRACTION)), MAX_VALIDATION_CELLS)
     validation_cells, train_cells = shuffled[:num_validation], shuffled[num_validation:]
-    codec = _new_codec(config, dataset, num_programs).to(device)
-    optimizer = _optimizer(config, codec, codec.parameters(), config.codec_learning_rate)
-
-    tolerance = config.codec_stop_tolerance
-    if tolerance is None:
-        tolerance = STOP_TOLERANCES[codec.config.likelihood]
-    zero_point = 0.0 if dataset.is_of_counts else _validation_loss(config, dataset, codec, validation_cells)
-    path = None if folder is None else folder / f"programs-{num_programs}.pt"
-    progress = FitProgress(path, codec, optimizer, generator, start_time)
-    saved = progress.load()
-    if saved is None:
-        fitted = dataset.matrix[train_cells], dataset.library_size[train_cells]
-        codec.start_programs(*fitted, config.program_prior_precision)
-    stopping = EarlyStopping(tolerance, config.codec_patience, zero_point, **(saved or {}).get("losses", {}))
-    step, stop = (0, False) if saved is None else (saved["step"], saved["is_finished"])
-    # Few cells are soon fitted too closely.
+    codec = _new_codec(config, cells, num_programs).to(device)
+    optimizer = _optimizer(codec, codec.parameters(), config.codec_learning_rate)
+    zero_point = 0.0 if cells.is_of_counts else _validation_loss(config, cells, codec, validation_cells)
+    codec.start_programs(cells.matrix[train_cells], cells.library_size[train_cells], config.program_prior_precision)
+    stopping = EarlyStopping(STOP_TOLERANCES[codec.config.likelihood], zero_point)
+    # A fit to few cells overfits soon.
     steps_between_validations = min(MAX_STEPS_BETWEEN_VALIDATIONS, max(10, len(train_cells) // 10))
-    progress_bar = tqdm(desc=f"Gene programs ({num_programs})", initial=step, unit=" steps", mininterval=1)
+    progress_bar = tqdm(desc=f"Gene programs ({num_programs})", unit=" steps", mininterval=1)
+    step, stop = 0, False
     while not stop:
-        cells = torch.randint(len(train_cells), (config.codec_batch_size,), generator=generator).numpy()
-        loss = _loss_of(config, dataset, codec, train_cells[cells]).mean() + prior_loss(
-            config, codec, len(train_cells)
-        )
+        batch = train_cells[torch.randint(len(train_cells), (config.codec_batch_size,), generator=generator).numpy()]
+        loss = _loss(config, cells, codec, batch).mean() + prior_loss(config, codec, len(train_cells))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -247,133 +199,135 @@ def fit_programs(
         progress_bar.update()
         stop = step == config.codec_max_steps or time.monotonic() > deadline
         if step % steps_between_validations == 0 or stop:
-            aside = _validation_loss(config, dataset, codec, validation_cells)
-            if not math.isfinite(aside):
+            validation_loss = _validation_loss(config, cells, codec, validation_cells)
+            if not math.isfinite(validation_loss):
                 raise ValueError(
-                    f"The loss of the gene programs is {aside} after {step} steps. Lower --codec_learning_rate."
+                    f"Gene programs: the validation loss is {validation_loss} after {step} steps. Lower"
+                    " --codec_learning_rate."
                 )
-            stop = stopping.is_enough(aside, step) or stop
-            progress_bar.set_postfix(loss=round(loss.item(), 2), loss_set_aside=round(aside, 2))
-        progress.step({"step": step, "is_finished": stop, "losses": stopping.losses()}, must_save=stop)
+            stop = stopping.should_stop(validation_loss, step) or stop
+            progress_bar.set_postfix(loss=round(loss.item(), 2), validation_loss=round(validation_loss, 2))
     progress_bar.close()
     logger.info(
-        f"{num_programs} programs: {stopping.best_loss:.2f} nats per cell set aside after {stopping.best_step} steps."
+        f"Gene programs: validation loss {stopping.best_loss:.2f} nats per cell ({num_programs} programs,"
+        f" {stopping.best_step} steps)."
     )
     return codec, stopping.best_loss - zero_point
 
 
-def _new_codec(config: TrainingConfig, dataset: CellDataset, num_programs: int) -> ProgramCodec:
-    """With random weights, and the cells' statistics."""
+def _new_codec(config: TrainingConfig, cells: CellDataset, num_programs: int) -> ProgramCodec:
+    """A codec with random weights and the statistics of the cells."""
     torch.manual_seed(config.seed)
-    likelihood = "nb_mixture" if dataset.is_of_counts else "quantile_hurdle"
     codec = ProgramCodec(
-        dataset.matrix.shape[1], num_programs, config.codec_hidden_size, likelihood, dataset.condition_sizes
+        num_genes=cells.matrix.shape[1],
+        num_programs=num_programs,
+        hidden_size=config.codec_hidden_size,
+        likelihood="nb_mixture" if cells.is_of_counts else "quantile_hurdle",
+        condition_sizes=cells.condition_sizes,
     )
-    codec.fit_statistics(dataset.matrix, dataset.library_size)
+    codec.fit_statistics(cells.matrix, cells.library_size)
     return codec
 
 
-def _loss_of(config: TrainingConfig, dataset: CellDataset, codec: ProgramCodec, cells: np.ndarray) -> torch.Tensor:
-    """Of each of some cells, `(cells,)`."""
-    negative_log_likelihood, divergence = codec(*(values.to(codec.device) for values in dataset.cells(cells)))
+def _loss(config: TrainingConfig, cells: CellDataset, codec: ProgramCodec, indices: np.ndarray) -> torch.Tensor:
+    """The loss of each of some cells, `(cells,)`."""
+    values, library_size = cells.cells(indices)
+    negative_log_likelihood, divergence = codec(values.to(codec.device), library_size.to(codec.device))
     return negative_log_likelihood + config.kl_weight * divergence
 
 
 @torch.no_grad()
-def _validation_loss(config: TrainingConfig, dataset: CellDataset, codec: ProgramCodec, cells: np.ndarray) -> float:
+def _validation_loss(config: TrainingConfig, cells: CellDataset, codec: ProgramCodec, indices: np.ndarray) -> float:
+    """The mean loss of some cells, always with the same draws from the posterior."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # always the same draws from the posterior
-        losses = [_loss_of(config, dataset, codec, cells[start : start + 512]) for start in range(0, len(cells), 512)]
+        torch.manual_seed(0)
+        losses = [_loss(config, cells, codec, indices[start : start + 512]) for start in range(0, len(indices), 512)]
     return torch.cat(losses).mean().item()
 
 
 def refit_decoder(
     config: TrainingConfig,
-    dataset: CellDataset,
+    cells: CellDataset,
     codec: ProgramCodec,
     programs: torch.Tensor,
     deadline: float = math.inf,
-    folder: Path | None = None,
-    start_time: float = 0.0,
 ):
     """
-    Fits the decoder once more, to all training cells and the encoder's final programs of them.
+    Fits the decoder once more, to all training cells and their final programs.
 
-    The denoiser will imitate these programs, without the noise under which the decoder was trained: what varies in the
-    cells and is not in the programs must be in the decoder's noise, no more and no less. Here labels get their
-    effects: with them in the first fit, programs would not tell types apart.
+    The denoiser imitates these programs, without the posterior noise under which the decoder was first trained. So
+    all variation that is not in the programs must be in the decoder's noise. Labels get their effects here: with them
+    in the first fit, the programs would not distinguish cell types.
 
     Args:
-        config ([`TrainingConfig`]): How many steps, and their learning rate.
-        dataset ([`CellDataset`]): Training cells.
-        codec ([`ProgramCodec`]): Its heads are changed.
+        config ([`TrainingConfig`]): Configuration.
+        cells ([`CellDataset`]): Training cells.
+        codec ([`ProgramCodec`]): Codec, whose heads and label effects are changed.
         programs (`torch.Tensor` of shape `(cells, num_programs)`): Programs of the training cells.
         deadline (`float`, defaults to never):
-            Time of `time.monotonic()` at which it ends at the latest. The learning rate falls to zero by then.
-        folder (`Path`, *optional*): Where an interrupted fit is kept, to go on from.
-        start_time (`float`): Time at which the training began.
+            Time of `time.monotonic()` at which the fit ends at the latest. The learning rate falls to zero by then.
+
+    Raises:
+        ValueError: If a weight is not finite.
     """
     generator = torch.Generator().manual_seed(config.seed)
     parameters = [*codec.heads.parameters(), *codec.label_effects.parameters()]
-    optimizer = _optimizer(config, codec, parameters, config.decoder_learning_rate)
+    optimizer = _optimizer(codec, parameters, config.decoder_learning_rate)
     highest = [group["lr"] for group in optimizer.param_groups]
-    path = None if folder is None else folder / f"decoder-{codec.config.num_programs}.pt"
-    progress = FitProgress(path, codec, optimizer, generator, start_time)
-    step = (progress.load() or {"step": 0})["step"]
-    first_step, began = step, time.monotonic()
-    progress_bar = tqdm(total=config.decoder_steps, initial=step, desc="Decoder", unit=" steps", mininterval=1)
+    step, start = 0, time.monotonic()
+    progress_bar = tqdm(total=config.decoder_steps, desc="Decoder", unit=" steps", mininterval=1)
     while step < config.decoder_steps and (time.monotonic() < deadline or step == 0):
-        done = step / config.decoder_steps
-        if math.isfinite(deadline):  # by steps, or from where it began by the clock, whichever is further
-            begun = first_step / config.decoder_steps
-            by_clock = (time.monotonic() - began) / max(deadline - began, 1e-9)
-            done = max(done, begun + (1 - begun) * min(by_clock, 1.0))
+        progress = step / config.decoder_steps
+        if math.isfinite(deadline):
+            progress = max(progress, min((time.monotonic() - start) / max(deadline - start, 1e-9), 1.0))
         for group, rate in zip(optimizer.param_groups, highest):
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * done))
-        cells = torch.randint(len(dataset), (2 * config.codec_batch_size,), generator=generator)
-        counts, library_size = (values.to(codec.device) for values in dataset.cells(cells.numpy()))
-        class_labels = None if dataset.class_labels is None else dataset.class_labels[cells]
-        loss = codec.decoder_loss(programs[cells].to(codec.device), counts, library_size, class_labels).mean()
-        loss = loss + prior_loss(config, codec, len(dataset))
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
+        batch = torch.randint(len(cells), (2 * config.codec_batch_size,), generator=generator)
+        values, library_size = cells.cells(batch.numpy())
+        loss = codec.decoder_loss(
+            programs[batch].to(codec.device),
+            values.to(codec.device),
+            library_size.to(codec.device),
+            None if cells.class_labels is None else cells.class_labels[batch],
+        ).mean()
+        loss = loss + prior_loss(config, codec, len(cells))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         step += 1
         progress_bar.update()
-        progress.step({"step": step})
     progress_bar.close()
     if step < config.decoder_steps:
-        logger.warning(f"The decoder took {step} of {config.decoder_steps} steps, as --max_train_minutes are few.")
+        logger.warning(f"Decoder: time for {step} of {config.decoder_steps} steps. Raise --max_train_minutes.")
     if not all(torch.isfinite(parameter).all() for parameter in parameters):
-        raise ValueError("The decoder's weights are not finite. Lower --decoder_learning_rate.")
+        raise ValueError("Decoder: the weights are not finite. Lower --decoder_learning_rate.")
 
 
 @torch.no_grad()
 def find_program_axes(codec: ProgramCodec, programs: torch.Tensor):
     """
-    Independent component analysis of the training cells' programs: what is decoded is the same along any axes, and
-    along these a response such as that to interferon is one program instead of several (lab/experiments.md). The
-    latents keep their own axes.
+    Finds independent components of the programs. Decoded cells are the same along any axes. Along these, a response
+    such as that to interferon is one program instead of several (lab/experiments.md). The latents keep their axes.
 
-    These programs are uncorrelated, come in the order of what they explain, and point to the few cells that have them;
-    where about as many do as don't, to where they raise few genes by much rather than many by little.
+    The components are uncorrelated, and sorted by the variance that they explain. A program is positive in the few
+    cells that have it, or if its activities are not skewed, where it raises few genes by much.
 
     Args:
-        codec ([`ProgramCodec`]): Fitted, its latents standardised; gets its `program_axes`.
+        codec ([`ProgramCodec`]): Fitted codec with standardised latents. Gets its `program_axes`.
         programs (`torch.Tensor` of shape `(cells, num_programs)`):
-            Standardised programs of the training cells. With fewer than two cells for each program, or one that is the
-            same in all cells, they keep their axes.
+            Standardised programs of the training cells. They keep their axes if there are fewer than two cells for
+            each program, or if a program is the same in all cells.
     """
     is_flat = torch.linalg.matrix_rank(programs - programs.mean(0)) < programs.shape[1]
     if len(programs) < 2 * programs.shape[1] or is_flat:
         return
     centered = (programs - programs.mean(0)).double()
     variances, directions = torch.linalg.eigh(centered.T @ centered / len(centered))
-    # The whitening that moves the programs least: from the same start, fits to other cells find the same components.
+    # This whitening moves the programs least, so that fits to other cells find the same components.
     whitening = directions @ torch.diag(variances.rsqrt()) @ directions.T
     analysis = FastICA(whiten=False, w_init=np.eye(len(whitening)), max_iter=1000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # any rotation will do, if there is no best one
+        warnings.simplefilter("ignore", ConvergenceWarning)  # without a best rotation, any will do
         analysis.fit((centered @ whitening).numpy())
     codec.program_axes.copy_(torch.from_numpy(analysis.components_) @ whitening)
     loadings = codec.weighted_loadings  # (genes, num_programs)
@@ -384,7 +338,7 @@ def find_program_axes(codec: ProgramCodec, programs: torch.Tensor):
 
 
 def prior_loss(config: TrainingConfig, codec: ProgramCodec, num_cells: int) -> torch.Tensor:
-    """The Gaussian prior on what programs and labels do to a gene, in nats per cell: few counts tell little of it."""
+    """The Gaussian prior on the effects of programs and labels on a gene, in nats per cell."""
     squares = sum(head.weight.square().sum() for head in codec.heads.values()) * config.program_prior_precision
     for effects in codec.label_effects.values():
         squares = squares + effects.weight.square().sum() * config.label_prior_precision
@@ -394,16 +348,10 @@ def prior_loss(config: TrainingConfig, codec: ProgramCodec, num_cells: int) -> t
 
 
 def _optimizer(
-    config: TrainingConfig, codec: ProgramCodec, parameters: Iterable[torch.nn.Parameter], learning_rate: float
+    codec: ProgramCodec, parameters: Iterable[torch.nn.Parameter], learning_rate: float
 ) -> torch.optim.Adam:
-    """Adam with a learning rate of its own for what says how much each gene varies in cells of the same programs."""
+    """Adam with a separate learning rate for each gene's noise."""
     noise = [*(head.bias for head in list(codec.heads.values())[1:]), *codec.gene_parameters.values()]
     others = [parameter for parameter in parameters if all(parameter is not one for one in noise)]
-    groups = [{"params": others}, {"params": noise, "lr": config.dispersion_learning_rate}]
+    groups = [{"params": others}, {"params": noise, "lr": DISPERSION_LEARNING_RATE}]
     return torch.optim.Adam(groups, lr=learning_rate)
-
-
-CODECS: dict[str, tuple[Any, Any]] = {
-    "program": (ProgramCodec, fit_program_codec),
-    "expression": (ExpressionCodec, fit_expression_codec),
-}

@@ -3,14 +3,12 @@
     wbdit train --dataset cells.h5ad --label_keys cell_type --output_dir wbdit-cells
     accelerate launch training/train.py --dataset cells.h5ad --label_keys cell_type --output_dir wbdit-cells
 
-The output folder then holds what `ScRNAGenerationPipeline.from_pretrained` needs, and besides it: `split.json` (the
-names of the training and of the held-out cells), `training_log.csv` (the losses), `run.json` (flags and a fingerprint
-of the cells, with which a resumed run is compared), `training.json` (what the model card says of the training),
-`stage_one/` and `checkpoint-N/` (to resume from).
+The output folder then holds a pipeline for `ScRNAGenerationPipeline.from_pretrained`. It also holds `split.json`
+(names of training and held-out cells), `training_log.csv` (losses), `training.json` (facts for the model card), and
+for resuming `run.json` (the flags), `stage_one/` and `checkpoint-N/`.
 """
 
-import csv
-import shutil
+import math
 import time
 from contextlib import ExitStack
 from datetime import timedelta
@@ -23,26 +21,38 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from huggingface_hub import create_repo
 
-from ..data.dataset import CellDataset, make_dataset
+from ..data.cells import CellSource
+from ..data.latents import (
+    MAX_VALUES_IN_MEMORY,
+    CellDataset,
+    Latents,
+    encode_cells,
+    encode_source,
+    max_cells_in_memory,
+    sample_cells,
+)
+from ..files import one_line, remove
 from ..hub.facts import write_training
 from ..hub.model_card import write_model_card
 from ..hub.publish import publish
+from ..models.codec_expression import ExpressionCodec
+from ..models.codec_programs import ProgramCodec
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..processing.processor import ScRNAProcessor
-from ..sampling.schedulers import make_scheduler, training_scheduler
+from ..sampling.schedulers import make_scheduler
 from .cells import open_cells
-from .codec import prepare_codec
+from .checkpoints import LATENTS_NAME, STAGE_ONE_NAME, find_run, start_run
+from .codec import TIME_FRACTION, prepare_codec
 from .config import TrainingConfig, command_of, config_without_places
 from .denoiser import DenoiserTraining, batch_sizes
-from .mixture import prepare_mixture
-from .processes import interruption, together
-from .run import Run, check_cells, make_record, open_run, read_record
+from .gaussian_mixture import prepare_gaussian_mixture
+from .processes import stop_signal, sync_errors
 
 
 logger = get_logger(__name__)
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-ENOUGH_STEPS = 1000  # below which a denoiser's cells are told from real ones at once
+ENOUGH_STEPS = 1000  # with fewer, generated cells are easily distinguished from real ones
 
 
 def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScRNAGenerationPipeline:
@@ -51,165 +61,180 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
 
     Args:
         source (`str`, `Path` or `AnnData`, *optional*):
-            The cells, their .h5ad file, or a folder that `wbdit prepare` wrote; `config.dataset` if `None`.
-        config ([`TrainingConfig`]): Everything else.
+            Cells, their file, or a folder that `wbdit prepare` wrote. Default: `config.dataset`.
+        config ([`TrainingConfig`]): Configuration.
 
     Returns:
         [`ScRNAGenerationPipeline`]: the trained pipeline, on the CPU.
 
     Raises:
-        ValueError: If the cells can't be modelled (see [`ScRNAProcessor.fit`]), flags don't fit them or the run to go
-            on with, or `output_dir` holds another run.
+        ValueError: If the cells can't be modelled, flags do not fit them, or `output_dir` holds another run.
         OSError: If a file can't be read or written.
-        TrainingInterrupted: (a `KeyboardInterrupt`) On SIGTERM and Ctrl-C, after what can be gone on from was saved.
+        TrainingInterrupted: (a `KeyboardInterrupt`) On SIGTERM and Ctrl-C. Stage two saves a checkpoint first.
     """
+    start_time = time.monotonic()
+    accelerator = _make_accelerator(config)
+    set_seed(config.seed)
+    folder, stage_one = config.output_dir, config.output_dir / STAGE_ONE_NAME
+    with stop_signal.handled(), ExitStack() as stack:
+        with sync_errors(accelerator):
+            is_resumed, checkpoint = find_run(config)
+            train_cells, test_cells, split = stack.enter_context(open_cells(source, config))
+            processor = _fit_processor(config, train_cells)
+            test_cells = test_cells[processor.knows_labels(test_cells)]
+            _check_sizes(config, processor, len(train_cells.obs), test_cells.n_obs, accelerator.num_processes)
+            train_dataset = sample_cells(train_cells, processor, config.seed)
+            test_dataset = CellDataset(test_cells, processor)
+        with sync_errors(accelerator):
+            if accelerator.is_main_process:
+                _create_repo(config)  # fails before the work if nothing can be uploaded
+                stack.enter_context(start_run(config, split, is_resumed, checkpoint))
+
+        minutes = config.max_train_minutes
+        deadline = math.inf if minutes is None else start_time + 60 * minutes * TIME_FRACTION
+        codec = prepare_codec(config, accelerator, train_dataset, stage_one, deadline)
+        with accelerator.main_process_first():
+            latents = _encode(train_cells, train_dataset, processor, codec, folder / LATENTS_NAME)
+        test_latents = _encode(test_cells, test_dataset, processor, codec)
+        gaussian_mixture = prepare_gaussian_mixture(config, accelerator, latents, stage_one)
+
+        set_seed(config.seed)  # the initial weights are the same whether or not stage one ran in this process
+        training = DenoiserTraining(config, accelerator, latents, test_latents, start_time, gaussian_mixture)
+        if config.report_to is not None:
+            accelerator.init_trackers("wbdit_diffusers", {key: str(value) for key, value in vars(config).items()})
+        with sync_errors(accelerator):
+            if checkpoint is not None:
+                training.resume(checkpoint)
+            if accelerator.is_main_process:
+                training.start_log()
+        logger.info(
+            f"{len(latents)} training cells, {test_cells.n_obs} held-out cells; {codec.num_features} features per"
+            f" cell, {training.validation_model.num_parameters():,} parameters; {training.cells_per_step} cells per"
+            " step."
+        )
+        training.run()
+
+        with sync_errors(accelerator), stop_signal.deferred():
+            pipeline = ScRNAGenerationPipeline(
+                denoiser=training.averaged_model(),
+                scheduler=make_scheduler(config.scheduler, training.noise_scheduler.config),
+                processor=processor,
+                codec=codec,
+                num_inference_steps=config.num_inference_steps,
+            )
+            if accelerator.is_main_process:
+                _save(pipeline, config, training, num_test_cells=len(split.test) or test_cells.n_obs)
+    accelerator.end_training()
+    return pipeline
+
+
+def _make_accelerator(config: TrainingConfig) -> Accelerator:
+    """Sets up devices and processes."""
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to,
         project_config=ProjectConfiguration(str(config.output_dir), logging_dir=str(config.output_dir / "logs")),
-        # One process fits stage one, and the others wait for it.
+        # The other processes wait while the main process fits stage one.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
     if accelerator.distributed_type in SHARDED:
         raise ValueError(
-            f"The launcher asks for {accelerator.distributed_type.value}, which divides a network among devices; this"
-            " one is small enough for each: launch with training/accelerate/multi_gpu.yaml."
+            f"The launcher asks for {accelerator.distributed_type.value}, which shards the network. It is small:"
+            " launch with training/accelerate/multi_gpu.yaml."
         )
     if config.report_to is not None and not accelerator.log_with:
-        raise ValueError(f"--report_to {config.report_to}: install that tracker, or leave it out.")
-    set_seed(config.seed)
-    with interruption.handled(), open_run(config, accelerator) as run, ExitStack() as files:
-        pipeline = _train(source, config, accelerator, run, files)
-    accelerator.end_training()
-    return pipeline
+        raise ValueError(f"--report_to {config.report_to}: this tracker is not installed. Install it.")
+    return accelerator
 
 
-def _train(
-    source: str | Path | ad.AnnData | None,
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    run: Run,
-    files: ExitStack,
-) -> ScRNAGenerationPipeline:
-    """The training, in a folder that is its own."""
-    # 1. Cells: split once, everything is fitted on the training cells
-    with together(accelerator):
-        train_cells, test_cells, split = files.enter_context(open_cells(source, config))
-        processor = ScRNAProcessor(
-            values=config.values,
-            recover_counts=config.codec != "expression",
-            layer=config.layer,
-            label_keys=config.label_keys,
-            num_genes=config.num_genes or None,
-        ).fit(train_cells)
-        train_dataset = make_dataset(train_cells, processor, config.output_dir / "latents")
-        # Labels that only held-out cells have are unknown to the model.
-        test_cells = test_cells[processor.knows_labels(test_cells)]
-        if test_cells.n_obs == 0:
-            raise ValueError("No held-out cell has labels that a training cell has: give another --split.")
-        test_dataset = CellDataset(test_cells, processor)
-        # What would else be found out when the work is done
-        batch_sizes(config, len(train_dataset), accelerator.num_processes)
-        if config.num_programs is not None and config.num_programs > len(processor.var_names):
-            raise ValueError(f"--num_programs {config.num_programs}: there are only {len(processor.var_names)} genes.")
-        names = list(processor.var_names), list(processor.config.categories or [])
-        record = make_record(config, {"number of cells": len(train_cells.obs)}, split, *names)
-        if run.origin is not None:
-            check_cells(read_record(run.origin), record)
-    with together(accelerator), interruption.deferred():
-        if accelerator.is_main_process:
-            _create_repo(config)  # what can't be uploaded must be known before the work
-            run.start(record, split)
-
-    # 2. The codec: what the denoiser sees
-    start_time = time.monotonic() - run.seconds()
-    codec = prepare_codec(config, accelerator, train_dataset, run.stage_one, start_time)
-    with accelerator.main_process_first():  # which may write them to a file
-        train_dataset.encode(codec)
-    test_dataset.encode(codec)
-
-    # 3. The denoiser, and the closed form that it learns from at first
-    mixture = prepare_mixture(config, accelerator, train_dataset, run.stage_one)
-    set_seed(config.seed)  # the first weights must not depend on whether stage one was fitted just now
-    noise_scheduler = training_scheduler(config.prediction_type)
-    training = DenoiserTraining(
-        *(config, accelerator, noise_scheduler, train_dataset, test_dataset),
-        sample_size=codec.num_features,
-        condition_sizes=processor.condition_sizes,
-        start_time=start_time,
-        mixture=mixture,
-    )
-    if config.report_to is not None:
-        accelerator.init_trackers("wbdit_diffusers", config={key: str(value) for key, value in vars(config).items()})
-    with together(accelerator):
-        if run.checkpoint is not None:
-            training.resume(run.checkpoint)
-        if accelerator.is_main_process:
-            training.start_log(resumed=run.checkpoint is not None)
-    logger.info(
-        f"{len(train_dataset)} training cells, {test_cells.n_obs} held out; {codec.num_features} values per cell,"
-        f" {training.validation_model.num_parameters():,} parameters; {training.cells_per_step} cells per step."
-    )
-    training.run()
-
-    # 4. The pipeline, complete
-    with together(accelerator), interruption.deferred():
-        pipeline = ScRNAGenerationPipeline(
-            denoiser=training.averaged_model(),
-            scheduler=make_scheduler(config.scheduler, noise_scheduler.config),
-            processor=processor,
-            codec=codec,
-            num_inference_steps=config.num_inference_steps,
+def _fit_processor(config: TrainingConfig, cells: ad.AnnData | CellSource) -> ScRNAProcessor:
+    """Chooses genes and learns labels and library sizes."""
+    num_genes = min(config.num_genes or math.inf, len(cells.var_names))
+    if config.codec == "expression" and len(cells.obs) > max_cells_in_memory(int(num_genes)):
+        raise ValueError(
+            f"--codec expression: {len(cells.obs):,} training cells do not fit in memory. Prepare a sample of them, or"
+            " use --codec program."
         )
-        if accelerator.is_main_process:
-            facts = {"training cells": len(train_dataset), "held-out cells": len(split.test) or test_cells.n_obs}
-            _save(pipeline, config, training, facts)
-            shutil.rmtree(config.output_dir / "latents", ignore_errors=True)
-    return pipeline
+    return ScRNAProcessor(
+        values=config.values,
+        recover_counts=config.codec != "expression",
+        layer=config.layer,
+        label_keys=config.label_keys,
+        num_genes=config.num_genes or None,
+    ).fit(cells)
+
+
+def _check_sizes(config: TrainingConfig, processor: ScRNAProcessor, num_train: int, num_test: int, num_processes: int):
+    """Raises a `ValueError` before the work if numbers of cells, genes, batches and programs do not fit."""
+    if num_test == 0:
+        raise ValueError("No held-out cell has labels that a training cell has. Use another --split.")
+    batch_sizes(config, num_train, num_processes)
+    num_genes = len(processor.var_names)
+    if config.num_programs is not None and config.num_programs > num_genes:
+        raise ValueError(f"--num_programs {config.num_programs}: there are only {num_genes} genes. Use fewer.")
+
+
+def _encode(
+    cells: ad.AnnData | CellSource,
+    dataset: CellDataset,
+    processor: ScRNAProcessor,
+    codec: ProgramCodec | ExpressionCodec,
+    path: Path | None = None,
+) -> Latents:
+    """Encodes all cells, into a file if the dataset holds only a sample of them, or if the latents are large."""
+    is_large = path is not None and len(cells.obs) * codec.num_features > MAX_VALUES_IN_MEMORY
+    if len(dataset) < len(cells.obs) or is_large:
+        values = encode_source(cells, processor, codec, path)
+    else:
+        values = encode_cells(dataset, codec)
+    return Latents(values, processor.encode_labels(cells), processor.condition_sizes)
 
 
 def _create_repo(config: TrainingConfig) -> str:
-    """The repository to upload to, or the folder's name if there is none."""
+    """Creates the repository to upload to, and returns its id. Without an upload, that is the name of the folder."""
     repo_id = config.hub_model_id or config.output_dir.resolve().name
     if not config.push_to_hub:
         return repo_id
     try:
         return create_repo(repo_id, exist_ok=True).repo_id
     except Exception as error:  # of the Hub and of the network
-        raise OSError(f"--push_to_hub: there is no writing to {repo_id}: {error}") from error
+        raise OSError(f"--push_to_hub: {repo_id} can't be written ({one_line(error)}).") from error
 
 
-def _save(
-    pipeline: ScRNAGenerationPipeline, config: TrainingConfig, training: DenoiserTraining, facts: dict[str, Any]
-):
-    """Writes the pipeline and its model card with these and other facts, and uploads them if asked to."""
-    pipeline.save_pretrained(config.output_dir)
-    repo_id = _create_repo(config)
-    with training.log_path.open() as file:
-        rows = list(csv.DictReader(file))
-    facts |= {
-        "steps": training.global_step,
+def _save(pipeline: ScRNAGenerationPipeline, config: TrainingConfig, training: DenoiserTraining, num_test_cells: int):
+    """Writes the pipeline and its model card, and uploads them if asked to."""
+    folder = config.output_dir
+    remove(folder / "model_index.json")  # written last: without it the folder is not loaded
+    pipeline.save_pretrained(folder)
+    facts: dict[str, Any] = {
+        "training cells": len(training.train_cells),
+        "held-out cells": num_test_cells,
+        "steps": training.progress.step,
         "cells per step": training.cells_per_step,
         "learning rate": config.learning_rate,
-        "share of the mixture in the target": "none" if training.mixture is None else f"1 to {config.mixture_share:g}",
+        "share of the Gaussian mixture in the target": (
+            "none" if training.gaussian_mixture is None else f"1 to {config.mixture_share:g}"
+        ),
         "EMA decay": config.ema_decay if config.use_ema else "none",
         "mixed precision": training.accelerator.mixed_precision,
         "seed": config.seed,
-        "validation loss": rows[-1]["validation_loss"] if rows else "not measured",
+        "validation loss": round(training.validation_loss(), 6),
     }
-    if training.global_step < ENOUGH_STEPS:
-        shortage = f"only {training.global_step} steps of the denoiser, which needs {ENOUGH_STEPS:,} at least"
-        facts["warning"] = f"{shortage}: these cells are not fit for use"
-        mend = "--max_train_minutes" if config.max_train_minutes is not None else "--max_train_steps"
-        logger.warning(f"WARNING: {shortage}. The cells will be poor: give more {mend}.")
+    if training.progress.step < ENOUGH_STEPS:
+        shortage = f"only {training.progress.step} denoiser steps; use at least {ENOUGH_STEPS:,}"
+        facts["warning"] = f"{shortage}. These cells are not fit for use."
+        flag = "--max_train_minutes" if config.max_train_minutes is not None else "--max_train_steps"
+        logger.warning(f"WARNING: {shortage} ({flag}). Generated cells will be poor.")
     record = config_without_places(config)
-    write_training(config.output_dir, record, command_of(config), facts["training cells"], facts)
-    write_model_card(pipeline, config.output_dir, repo_id)
-    logger.info(f"Saved the pipeline to {config.output_dir}.")
+    write_training(folder, record, command_of(config), facts["training cells"], facts)
+    repo_id = _create_repo(config)
+    write_model_card(pipeline, folder, repo_id)
+    remove(folder / LATENTS_NAME)
+    logger.info(f"Saved the pipeline to {folder}.")
     if config.push_to_hub:
         try:
-            address = publish(pipeline, config.output_dir, repo_id)
+            address = publish(pipeline, folder, repo_id)
         except OSError as error:
-            raise OSError(f"The pipeline is in {config.output_dir}, but {error}") from error
+            raise OSError(f"The pipeline is in {folder}, but {one_line(error)}") from error
         logger.info(f"Published: {address}")

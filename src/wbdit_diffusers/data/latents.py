@@ -1,0 +1,207 @@
+"""Cells in memory, their latents, and the endless order in which a training reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import anndata as ad
+import numpy as np
+import torch
+
+from ..files import write_whole
+from .cells import MAX_CELLS_IN_MEMORY, CellSource, as_source
+
+
+if TYPE_CHECKING:  # processing/ imports data/
+    from ..processing.processor import ScRNAProcessor
+
+MAX_VALUES_IN_MEMORY = 2**28  # of the modelled genes, zeros included. CSR takes about a tenth of the bytes.
+
+
+class Encoder(Protocol):
+    """The part of a codec that turns cells into latents."""
+
+    num_features: int
+    device: torch.device
+
+    def encode(self, matrix: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor: ...
+
+
+# ==================== Cells and latents ====================
+
+
+class CellDataset:
+    """
+    The modelled genes of cells, sparse and in memory.
+
+    Args:
+        cells (`AnnData` or [`CellSource`]): Cells.
+        processor ([`ScRNAProcessor`]): Processor, fitted on the training cells.
+        with_labels (`bool`, defaults to `True`): Whether to read the labels.
+        groups (`list[int]`, *optional*): Groups of the source to read. Default: all.
+    """
+
+    def __init__(
+        self,
+        cells: ad.AnnData | CellSource,
+        processor: ScRNAProcessor,
+        with_labels: bool = True,
+        groups: list[int] | None = None,
+    ):
+        self.matrix, self.library_size = processor.select(cells, groups)  # (cells, genes) and (cells,)
+        self.is_of_counts = processor.has_library_size
+        self.class_labels = processor.encode_labels(cells) if with_labels else None  # (cells, num_label_keys)
+        if groups is not None and self.class_labels is not None:
+            sizes = as_source(cells).group_sizes
+            starts = np.cumsum(sizes) - sizes
+            rows = np.concatenate([np.arange(starts[group], starts[group] + sizes[group]) for group in groups])
+            self.class_labels = self.class_labels[rows]
+        self.condition_sizes = processor.condition_sizes if with_labels else ()
+
+    def __len__(self) -> int:
+        return self.matrix.shape[0]
+
+    def cells(self, indices: np.ndarray | list[int] | slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns dense values `(batch, genes)` and library sizes `(batch,)` of some cells, both float32."""
+        values = torch.from_numpy(self.matrix[indices].toarray().astype(np.float32))
+        return values, torch.from_numpy(self.library_size[indices].astype(np.float32))
+
+
+@dataclass
+class Latents:
+    """
+    The cells of a training as the denoiser sees them.
+
+    Args:
+        values (`torch.Tensor` of shape `(cells, num_features)`): Latents, in memory or mapped from a file.
+        class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`): Labels.
+        condition_sizes (`tuple[int, ...]`): Number of categories of each label key.
+    """
+
+    values: torch.Tensor
+    class_labels: torch.Tensor
+    condition_sizes: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def batch(self, indices: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
+        """Returns `latents` `(batch, num_features)` and `class_labels` `(batch, num_label_keys)` of some cells."""
+        return {
+            "latents": self.values[indices].to(device, non_blocking=True),
+            "class_labels": self.class_labels[indices].to(device, non_blocking=True),
+        }
+
+
+def max_cells_in_memory(num_genes: int) -> int:
+    """The maximum number of cells that are kept in memory, with this number of modelled genes."""
+    return min(MAX_CELLS_IN_MEMORY, MAX_VALUES_IN_MEMORY // num_genes)
+
+
+def sample_cells(cells: ad.AnnData | CellSource, processor: ScRNAProcessor, seed: int) -> CellDataset:
+    """Reads all cells, or random groups of them if they do not fit in memory."""
+    max_cells = max_cells_in_memory(len(processor.var_names))
+    if len(cells.obs) <= max_cells:
+        return CellDataset(cells, processor)
+    group_sizes = as_source(cells, processor.config.layer).group_sizes
+    return CellDataset(cells, processor, groups=choose_groups(group_sizes, max_cells, seed))
+
+
+def choose_groups(group_sizes: np.ndarray, num_cells: int, seed: int) -> list[int]:
+    """Chooses random groups, in order, that together hold `num_cells` cells or slightly more."""
+    groups = np.random.default_rng(seed).permutation(len(group_sizes))
+    enough = int(np.searchsorted(np.cumsum(np.asarray(group_sizes)[groups]), num_cells)) + 1
+    return np.sort(groups[:enough]).tolist()
+
+
+@torch.no_grad()
+def encode_cells(dataset: CellDataset, codec: Encoder, batch_size: int = 1024) -> torch.Tensor:
+    """
+    Encodes the cells of a dataset.
+
+    Args:
+        dataset ([`CellDataset`]): Cells.
+        codec ([`ProgramCodec`] or [`ExpressionCodec`]): Fitted codec.
+        batch_size (`int`, defaults to 1024): Number of cells that are dense at the same time.
+
+    Returns:
+        `torch.Tensor` of shape `(cells, num_features)`: latents, on the CPU.
+    """
+    batches = []
+    for start in range(0, len(dataset), batch_size):
+        values, library_size = dataset.cells(slice(start, start + batch_size))
+        batches.append(codec.encode(values.to(codec.device), library_size.to(codec.device)).cpu())
+    return torch.cat(batches)
+
+
+def encode_source(
+    cells: ad.AnnData | CellSource, processor: ScRNAProcessor, codec: Encoder, path: Path | None = None
+) -> torch.Tensor:
+    """
+    Encodes cells group by group, so that their values are never in memory at the same time.
+
+    Args:
+        cells (`AnnData` or [`CellSource`]): Cells.
+        processor ([`ScRNAProcessor`]): Processor, fitted on the training cells.
+        codec ([`ProgramCodec`] or [`ExpressionCodec`]): Fitted codec.
+        path (`Path`, *optional*):
+            A .npy file for the latents, which is mapped into memory. A file that exists is read.
+
+    Returns:
+        `torch.Tensor` of shape `(cells, num_features)`: latents, on the CPU.
+    """
+    source = as_source(cells, processor.config.layer)
+    shape = (int(source.group_sizes.sum()), codec.num_features)
+
+    def write(latents: np.ndarray) -> np.ndarray:
+        start = 0
+        for group in range(len(source.group_sizes)):
+            part = CellDataset(source, processor, with_labels=False, groups=[group])
+            latents[start : start + len(part)] = encode_cells(part, codec).numpy()
+            start += len(part)
+        return latents
+
+    def write_file(partial: Path):
+        latents = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+        write(latents)
+        latents.flush()
+
+    if path is None:
+        return torch.from_numpy(write(np.empty(shape, dtype=np.float32)))
+    if not path.is_file():
+        write_whole(path, write_file)
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # PyTorch warns of arrays that are read-only
+
+
+# ==================== The order of the cells ====================
+
+
+class CellOrder:
+    """
+    An endless sequence of cells in which each epoch holds every cell once, in random order.
+
+    The order follows from seed and epoch. A batch is a slice of the sequence, which the processes share by position.
+    So a resumed run needs only the number of cells seen, with any batch size and any number of processes.
+
+    Args:
+        num_cells (`int`): Number of cells.
+        seed (`int`, defaults to 0): Seed of all epochs.
+    """
+
+    def __init__(self, num_cells: int, seed: int = 0):
+        self.num_cells = num_cells
+        self._epoch = lru_cache(maxsize=2)(
+            lambda epoch: np.random.default_rng([seed, epoch, 0]).permutation(num_cells)
+        )
+
+    def __getitem__(self, positions: slice) -> np.ndarray:
+        """The indices of the cells at some positions of the sequence."""
+        parts, position = [np.zeros(0, dtype=np.int64)], positions.start
+        while position < positions.stop:
+            epoch, offset = divmod(position, self.num_cells)
+            parts.append(self._epoch(epoch)[offset:][: positions.stop - position])
+            position += len(parts[-1])
+        return np.concatenate(parts)

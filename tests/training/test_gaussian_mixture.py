@@ -1,0 +1,63 @@
+"""The Gaussian mixture that teaches the denoiser."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import tiny_config
+
+from wbdit_diffusers.data import Latents
+from wbdit_diffusers.training import gaussian_mixture as module
+from wbdit_diffusers.training import train
+from wbdit_diffusers.training.gaussian_mixture import (
+    fit_gaussian_mixture,
+    prepare_gaussian_mixture,
+    share_of_mixture,
+)
+
+
+@pytest.fixture
+def latents() -> Latents:
+    """990 cells of one label, around 1, and 10 of another, around -5."""
+    labels = (torch.arange(1000) % 100 == 0).long()[:, None]
+    noise = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
+    return Latents(torch.where(labels == 1, -5.0, 1.0) + 0.1 * noise, labels, (2,))
+
+
+def test_a_rare_label_has_a_component_and_its_own_weight(latents, monkeypatch):
+    monkeypatch.setattr(module, "MAX_CELLS", 40)
+    known, combinations = np.array([[0], [1]]), latents.class_labels[:, 0].numpy()
+    for seed in range(3):
+        mixture = fit_gaussian_mixture(latents, known, combinations, max_components=1, seed=seed)
+        assert mixture.component_labels.tolist() == [[0], [1]]
+        torch.testing.assert_close(mixture.means[1], torch.full((3,), -5.0), atol=0.2, rtol=0)
+        torch.testing.assert_close(mixture.log_weights.exp(), torch.tensor([0.99, 0.01]), atol=1e-5, rtol=0)
+
+
+def test_a_run_keeps_its_mixture(latents, tmp_path):
+    config, accelerator = tiny_config(tmp_path), Accelerator()
+    first = prepare_gaussian_mixture(config, accelerator, latents, tmp_path)
+    moved = Latents(latents.values + 1, latents.class_labels, latents.condition_sizes)
+    again = prepare_gaussian_mixture(config, accelerator, moved, tmp_path)
+    assert first.means.equal(again.means) and first.log_weights.equal(again.log_weights)
+
+
+def test_too_many_combinations_of_labels_have_no_mixture(latents, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "MAX_SIZE", 17)  # 2 labels of 3 x 3 features would be 18
+    assert prepare_gaussian_mixture(tiny_config(tmp_path), Accelerator(), latents, tmp_path) is None
+    assert "--mixture_share 0.3: a Gaussian mixture of 2 combinations" in caplog.text
+
+
+def test_the_share_falls_with_the_training(tmp_path):
+    config = tiny_config(tmp_path, mixture_share=0.2)
+    np.testing.assert_allclose([share_of_mixture(config, progress) for progress in (0, 0.5, 1)], [1, 0.6, 0.2])
+
+
+@pytest.mark.parametrize("share, said", [(0.0, "none"), (0.5, "1 to 0.5")])
+def test_the_card_says_what_the_network_learned_from(share, said, pbmc, tmp_path):
+    train(pbmc, tiny_config(tmp_path, mixture_share=share, max_train_steps=2))
+    assert (tmp_path / "stage_one" / "gaussian_mixture").is_dir() == (share > 0)
+    facts = json.loads((tmp_path / "training.json").read_text())
+    assert said in json.dumps(facts) and said in (tmp_path / "README.md").read_text()
