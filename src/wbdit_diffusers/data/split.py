@@ -1,4 +1,4 @@
-"""Training and held-out cells: drawn once, and written beside the model."""
+"""Training and held-out cells: drawn once, and written next to the model."""
 
 import json
 from dataclasses import asdict, dataclass

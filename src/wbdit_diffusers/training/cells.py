@@ -9,7 +9,7 @@ import numpy as np
 from diffusers.utils import logging
 
 from ..data import cells as data_cells
-from ..data.cells import AnnDataSource, BackedSource, CellSource, OldLayoutError, label_column
+from ..data.cells import AnnDataSource, BackedSource, CellSource, NotByCellError, label_column
 from ..data.io import read_cells
 from ..data.prepared import PreparedCells, is_prepared
 from ..data.split import CellSplit
@@ -74,13 +74,11 @@ def _open(source: str | Path | ad.AnnData, layer: str | None):
         return nullcontext(AnnDataSource(read_cells(source), layer, str(source)))
     try:
         file = BackedSource(source, layer)
-    except OldLayoutError:  # which stores names in another way
+    except NotByCellError as error:
+        logger.warning(f"The whole file is read into memory: {error}")
         return nullcontext(AnnDataSource(read_cells(source), layer, str(source)))
-    is_large = len(file.obs) > data_cells.MAX_CELLS_IN_MEMORY
-    if is_large and not file.is_by_gene:
+    if not 0 < len(file.obs) <= data_cells.MAX_CELLS_IN_MEMORY:
         return file
-    if is_large:
-        logger.warning(f"{source} is read into memory: it is stored by gene (CSC). Store it by cell, as CSR.")
     with file:
         return nullcontext(AnnDataSource(file.read(), layer, str(source)))
 
