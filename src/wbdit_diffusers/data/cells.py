@@ -183,7 +183,7 @@ def iter_groups(
     total counts `(cells,)`, if there are any. Raises a `ValueError` if a cell is empty, or as [`check_values`].
     """
     starts = np.concatenate([[0], np.cumsum(source.group_sizes)])
-    checked = getattr(source, "checked", set())
+    checked: set = getattr(source, "checked", set())
     for group in range(len(source.group_sizes)) if groups is None else groups:
         matrix, totals = source.read_group(group)
         names = source.obs.index[int(starts[group]) : int(starts[group + 1])]

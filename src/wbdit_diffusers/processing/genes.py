@@ -40,7 +40,11 @@ def choose_genes(
         return expressed
     import scanpy as sc  # slow to import
 
-    cells = ad.AnnData(sparse.vstack([part[:, expressed] for part in expression], format="csr"))
+    parts = []
+    while expression:  # frees memory
+        parts.append(expression.pop(0)[:, expressed])
+    cells = ad.AnnData(sparse.vstack(parts, format="csr"))
+    del parts
     num_threads = torch.get_num_threads()
     table = sc.pp.highly_variable_genes(cells, n_top_genes=num_genes, flavor="seurat", inplace=False)
     torch.set_num_threads(num_threads)  # Numba changes them for all of OpenMP

@@ -17,6 +17,7 @@ from scipy import sparse
 
 from ..data import cells as data_cells
 from ..data.cells import CellSource, as_source, choose_groups, iter_groups, place_genes
+from ..files import one_line
 from . import labels, library_size
 from .genes import align_genes, check_names, choose_genes
 from .normalize import check_values_name, to_expression
@@ -302,6 +303,10 @@ class ScRNAProcessor(ConfigMixin):
             arrays = load_file(path)
             for name in STATISTICS:
                 setattr(processor, name, arrays[name])
-        except (FileNotFoundError, SafetensorError, KeyError) as error:
-            raise OSError(f"{path} is missing, truncated or not a ScRNAProcessor's: download it again.") from error
+                if not arrays[name].isfinite().all():
+                    raise ValueError(f"{name} holds NaN")
+        except (FileNotFoundError, SafetensorError, KeyError, ValueError) as error:
+            raise OSError(
+                f"{path} is missing, truncated or not a ScRNAProcessor's ({one_line(error)}): download it again."
+            ) from error
         return processor

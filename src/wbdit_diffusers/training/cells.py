@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -42,9 +43,10 @@ def open_cells(
         ValueError: If a label or layer is missing, the file can't be read, or there are too few cells.
         OSError: If there is no such file.
     """
-    if (source is None) == (config.dataset is None):
-        raise ValueError("--dataset is required." if source is None else "Give `source` or --dataset, not both.")
-    source = config.dataset if source is None else source
+    given: list[Any] = [one for one in (source, config.dataset) if one is not None]
+    if len(given) != 1:
+        raise ValueError("Give `source` or --dataset, not both." if given else "--dataset is required.")
+    source = given[0]
     if not isinstance(source, ad.AnnData) and not Path(source).is_file() and is_prepared(source):
         yield _open_prepared(source, config)
         return
