@@ -81,7 +81,7 @@ def test_cells_of_another_file_are_named(pbmc):
 
 def test_a_missing_file_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "split.json"):
-        with pytest.raises(FileNotFoundError, match="There is no .*split.json.*--output_dir"):
+        with pytest.raises(FileNotFoundError, match="split.json is missing.*--output_dir"):
             CellSplit.load(path)
 
 

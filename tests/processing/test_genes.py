@@ -33,6 +33,15 @@ def test_log_values_are_not_normalised_to_choose_genes(processor, pbmc):
     assert list(again.var_names) == list(processor.var_names)
 
 
+def test_genes_of_many_cells_are_chosen_from_a_sample(processor, pbmc, monkeypatch):
+    monkeypatch.setattr("wbdit_diffusers.data.cells.CHUNK_SIZE", 50)
+    monkeypatch.setattr("wbdit_diffusers.data.cells.MAX_CELLS_IN_MEMORY", 350)
+    again = ScRNAProcessor(num_genes=200).fit(pbmc)
+    assert len(again.var_names) == 200 and again.var_names.isin(processor.var_names).sum() in range(120, 200)
+    for name in ("library_size_quantiles", "label_frequencies"):  # of all cells
+        assert torch.equal(again.statistics()[name], processor.statistics()[name])
+
+
 def test_threads_are_left_alone(pbmc):
     """Numba, which Scanpy's choice of genes runs, sets the threads of all OpenMP, PyTorch's too."""
     before = torch.get_num_threads()

@@ -107,7 +107,7 @@ def test_a_processor_gives_values_back_on_the_scale_of_the_file(pbmc):
 
     broken = log_values.copy()
     broken.X.data[broken.X.indptr[3] : broken.X.indptr[4]] += 0.1
-    with pytest.raises(ValueError, match=f"1 cells .the first is '{pbmc.obs_names[3]}'. are no logarithms to base e"):
+    with pytest.raises(ValueError, match=f"1 cells .the first is '{pbmc.obs_names[3]}'. are not logarithms to base e"):
         processor.select(broken)
     as_they_are = ScRNAProcessor(values="log", recover_counts=False).fit(log_values)
     assert not as_they_are.has_library_size

@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -46,8 +48,10 @@ class AnnDataSource:
         name (`str`, *optional*): Name of the cells in messages, such as their file.
 
     Raises:
-        ValueError: If there is no such layer, its values are no numbers, or it is damaged.
+        ValueError: If there is no such layer, its values are not numbers, or it is damaged.
     """
+
+    groups_per_chunk = 1
 
     def __init__(self, cells: ad.AnnData, layer: str | None = None, name: str = "adata"):
         self.cells = cells
@@ -68,16 +72,14 @@ class AnnDataSource:
 
     def _set_rows(self, rows: np.ndarray):
         """The rows of the matrix that are cells of this source, increasing."""
-        self.rows, self.obs = rows, self.all_obs if len(rows) == len(self.all_obs) else self.all_obs.iloc[rows]
-        self.group_sizes = np.minimum(self.group_size, len(rows) - np.arange(0, len(rows), self.group_size))
+        size = CHUNK_SIZE // self.groups_per_chunk
+        self.rows, self.obs = rows, self.all_obs.iloc[rows]
+        self.groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+        self.group_sizes = np.array([len(group) for group in self.groups], dtype=int)
         self.checked: set = set()  # groups
 
-    @property
-    def group_size(self) -> int:
-        return CHUNK_SIZE
-
     def read_group(self, group: int) -> tuple[sparse.csr_matrix, None]:
-        return self.read_rows(self.rows[group * self.group_size : (group + 1) * self.group_size]), None
+        return self.read_rows(self.groups[group]), None
 
     def read_rows(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Values of all genes in some rows of the matrix, which must be increasing: `(cells, genes)`."""
@@ -91,7 +93,7 @@ class AnnDataSource:
 
     def empty_cells(self) -> np.ndarray:
         """Mask `(cells,)` of the cells in which nothing was measured."""
-        groups = (self.read_group(group)[0] for group in range(len(self.group_sizes)))
+        groups = (self.read_rows(rows) for rows in self.groups)
         return np.concatenate([np.asarray((matrix != 0).sum(axis=1)).ravel() == 0 for matrix in groups])
 
     def take(self, rows: np.ndarray) -> "AnnDataSource":
@@ -105,11 +107,11 @@ class AnnDataSource:
         return self.cells[self.rows]
 
 
-class OldLayoutError(ValueError):
-    """A file was written by AnnData before 0.7."""
+class NotByCellError(ValueError):
+    """The cells of a file can't be read one by one."""
 
 
-class BackedSource(AnnDataSource):
+class BackedSource(AnnDataSource, AbstractContextManager):
     """
     An .h5ad file or .zarr folder as a [`CellSource`]. Only names and labels are in memory. Use it with `with`.
 
@@ -119,55 +121,48 @@ class BackedSource(AnnDataSource):
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no AnnData file, has no such layer, or that holds no numbers.
+        ValueError: If it is not an AnnData file, has no such layer, or that holds no numbers. A `NotByCellError` if it
+            is stored by gene (CSC), or was written by AnnData before 0.7.
     """
+
+    groups_per_chunk = 16  # neighbours in a file often have the same label
 
     def __init__(self, path: str | Path, layer: str | None = None):
         self.path = Path(path)
         if not self.path.exists():
             raise FileNotFoundError(f"There is no file {path}: give the path of an .h5ad or .zarr file.")
         try:
-            self.file = _open(self.path)
+            if self.path.suffix == ".zarr":
+                import zarr  # slow to import
+
+                self.file = zarr.open_group(str(path), mode="r")
+            else:
+                self.file = h5py.File(path, "r")
             obs, self.var = ad.io.read_elem(self.file["obs"]), ad.io.read_elem(self.file["var"])
         except Exception as error:
             raise ValueError(f"{path} cannot be read as an .h5ad or .zarr file: {one_line(error)}") from error
-        matrix = _find_matrix(self.file.get("X"), self.file.get("layers", {}), layer, str(path))
-        kind = matrix.attrs.get("encoding-type")
+        self.element = _find_matrix(self.file.get("X"), self.file.get("layers", {}), layer, str(path))
+        kind = self.element.attrs.get("encoding-type")
         if kind is None or not isinstance(obs, pd.DataFrame):
             fix = "write it again with `anndata.read_h5ad(path).write_h5ad(path)`"
-            raise OldLayoutError(f"{path} was written by AnnData before 0.7: {fix}.")
-        self.is_by_gene = kind == "csc_matrix"
-        self._indptr = matrix.get("indptr") if kind == "csr_matrix" else None
-        matrix = ad.io.sparse_dataset(matrix) if kind in ("csr_matrix", "csc_matrix") else matrix
+            raise NotByCellError(f"{path} was written by AnnData before 0.7: {fix}.")
+        if kind == "csc_matrix":
+            raise NotByCellError(f"{path} is stored by gene (CSC): use `adata.X = adata.X.tocsr()`.")
+        self.is_sparse = kind == "csr_matrix"
+        matrix = ad.io.sparse_dataset(self.element) if self.is_sparse else self.element
         self._set_up(obs, self.var.index, matrix, layer, str(path))
-
-    @property
-    def group_size(self) -> int:
-        return CHUNK_SIZE // 16  # neighbours in a file often have the same label
-
-    def __enter__(self) -> "BackedSource":
-        return self
 
     def __exit__(self, *error):
         if hasattr(self.file, "close"):  # zarr has nothing to close
             self.file.close()
 
-    def read_rows(self, rows: np.ndarray) -> sparse.csr_matrix:
-        if self.is_by_gene:
-            fix = "store it by cell, with `adata.X = adata.X.tocsr()`"
-            raise ValueError(f"{self.name} is stored by gene (CSC), so cells can't be read one by one: {fix}.")
-        return super().read_rows(rows)
-
     def empty_cells(self) -> np.ndarray:
-        return super().empty_cells() if self._indptr is None else np.diff(self._indptr[:])[self.rows] == 0
+        """Mask `(cells,)` of the cells in which nothing was measured: of a CSR file, the ones without values."""
+        return np.diff(self.element["indptr"][:])[self.rows] == 0 if self.is_sparse else super().empty_cells()
 
     def read(self) -> ad.AnnData:
         """The cells in memory: `obs`, `var`, and the matrix that was asked for."""
-        if len(self.rows) < len(self.all_obs):
-            groups = range(len(self.group_sizes))
-            matrix = sparse.vstack([self.read_group(group)[0] for group in groups], format="csr")
-        else:
-            matrix = self.matrix.to_memory() if hasattr(self.matrix, "to_memory") else self.matrix[:]
+        matrix = sparse.vstack([self.read_rows(rows) for rows in self.groups], format="csr")
         layers = {} if self.layer is None else {self.layer: matrix}
         return ad.AnnData(matrix if self.layer is None else None, obs=self.obs, var=self.var, layers=layers)
 
@@ -181,22 +176,14 @@ def iter_groups(
     source: CellSource, integer: bool = True, groups: Iterable[int] | None = None
 ) -> Iterator[tuple[int, sparse.csr_matrix, np.ndarray | None]]:
     """
-    Reads cells group by group, and checks each group once.
+    Reads cells group by group, and checks each group once. `integer` says whether values must be counts; otherwise
+    they are log values. `groups` are the numbers of the groups to read (default: all in order).
 
-    Args:
-        source ([`CellSource`]): Cells.
-        integer (`bool`, defaults to `True`): Whether the values must be counts; otherwise they are log values.
-        groups (`Iterable[int]`, *optional*): Numbers of the groups to read. Default: all in order.
-
-    Yields:
-        `tuple`: number of the group's first cell, its values `(cells, genes)` without stored zeros, and the recorded
-        total counts of its cells, if there are any.
-
-    Raises:
-        ValueError: If a cell is empty or has a value that can't be modelled, see [`check_values`].
+    Yields the number of the group's first cell, its values `(cells, genes)` without stored zeros, and the recorded
+    total counts `(cells,)`, if there are any. Raises a `ValueError` if a cell is empty, or as [`check_values`].
     """
     starts = np.concatenate([[0], np.cumsum(source.group_sizes)])
-    checked = getattr(source, "checked", set())
+    checked: set = getattr(source, "checked", set())
     for group in range(len(source.group_sizes)) if groups is None else groups:
         matrix, totals = source.read_group(group)
         names = source.obs.index[int(starts[group]) : int(starts[group + 1])]
@@ -213,6 +200,13 @@ def iter_groups(
                 " remove them with `sc.pp.filter_cells(adata, min_counts=1)`."
             )
         yield int(starts[group]), matrix, totals
+
+
+def choose_groups(group_sizes: np.ndarray, num_cells: int, seed: int) -> list[int]:
+    """Random groups, in order, that hold `num_cells` cells or slightly more; all groups if there are fewer cells."""
+    groups = np.random.default_rng(seed).permutation(len(group_sizes))
+    enough = int(np.searchsorted(np.cumsum(group_sizes[groups]), num_cells)) + 1
+    return np.sort(groups[:enough]).tolist()
 
 
 def check_values(matrix: sparse.csr_matrix, name: str, obs_names: pd.Index, integer: bool):
@@ -255,15 +249,8 @@ def label_column(obs: pd.DataFrame, label_key: str) -> pd.Series:
 
 def place_genes(matrix: sparse.csr_matrix, places: np.ndarray, num_genes: int) -> sparse.csr_matrix:
     """
-    Moves genes to other columns.
-
-    Args:
-        matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Cells.
-        places (`np.ndarray` of shape `(genes,)`): New column of each gene, -1 for those left out.
-        num_genes (`int`): Number of new columns. Columns without a gene are zero.
-
-    Returns:
-        `scipy.sparse.csr_matrix` of shape `(cells, num_genes)`: with sorted indices.
+    Moves the genes of cells `(cells, genes)` to other columns `(cells, num_genes)`. `places` `(genes,)` is the new
+    column of each gene, -1 for genes left out. New columns without a gene are zero; indices are sorted.
     """
     columns = places[matrix.indices]
     stays = columns >= 0
@@ -274,17 +261,6 @@ def place_genes(matrix: sparse.csr_matrix, places: np.ndarray, num_genes: int) -
     )
     placed.sort_indices()
     return placed
-
-
-def _open(path: Path):
-    """The root of an .h5ad file or .zarr folder."""
-    if path.suffix == ".zarr":
-        import zarr
-
-        return zarr.open_group(str(path), mode="r")
-    import h5py
-
-    return h5py.File(path, "r")
 
 
 def _find_matrix(x, layers, layer: str | None, name: str):

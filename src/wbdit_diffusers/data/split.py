@@ -1,4 +1,4 @@
-"""Training and held-out cells: drawn once, and written beside the model."""
+"""Training and held-out cells: drawn once, and written next to the model."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -64,7 +64,7 @@ class CellSplit:
         path = Path(locate(path))
         path = path / cls.FILE_NAME if path.is_dir() else path
         if not path.is_file():
-            raise FileNotFoundError(f"There is no {path}: give the --output_dir of a training.")
+            raise FileNotFoundError(f"{path} is missing: give the --output_dir of a training.")
         try:
             values = json.loads(path.read_text())
             split = cls(list(values["train"]), list(values["test"]), values.get("seed"), values.get("prepared"))

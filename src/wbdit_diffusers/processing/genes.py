@@ -7,7 +7,7 @@ import torch
 from diffusers.utils import logging
 from scipy import sparse
 
-from ..data.cells import MAX_CELLS_IN_MEMORY, CellSource
+from ..data.cells import CellSource
 
 
 logger = logging.get_logger(__name__)
@@ -25,30 +25,13 @@ def check_names(source: CellSource):
         raise ValueError(f"The gene name {name!r} occurs more than once: call `adata.var_names_make_unique()`.")
 
 
-def sample_groups(group_sizes: np.ndarray) -> set[int]:
-    """The groups of cells from which genes are chosen: all, or random ones that hold about 100,000 cells."""
-    groups = np.random.default_rng(0).permutation(len(group_sizes))
-    before = np.cumsum(group_sizes[groups]) - group_sizes[groups]
-    return set(groups[before < MAX_CELLS_IN_MEMORY].tolist())
-
-
 def choose_genes(
     expression: list[sparse.csr_matrix], num_genes: int | None, min_cells: int, cells_per_gene: np.ndarray
 ) -> np.ndarray:
     """
-    Chooses highly variable genes as Scanpy does (`flavor="seurat"`).
-
-    Args:
-        expression (`list[scipy.sparse.csr_matrix]`): Log values `(cells, genes)` of all cells or a sample, in parts.
-        num_genes (`int`, *optional*): Number of genes; `None` for all.
-        min_cells (`int`): Minimum number of cells that express a gene.
-        cells_per_gene (`np.ndarray` of shape `(genes,)`): Number of cells that express each gene.
-
-    Returns:
-        `np.ndarray`: positions of the genes, in the order of the cells' genes.
-
-    Raises:
-        ValueError: If no gene is expressed in `min_cells` cells.
+    Chooses the `num_genes` most variable genes (`None` for all) that at least `min_cells` cells express, as Scanpy
+    does (`flavor="seurat"`). `expression` are log values `(cells, genes)` of all cells or a sample, in parts;
+    `cells_per_gene` `(genes,)` counts the cells that express each gene. Returns their positions in order.
     """
     expressed = np.flatnonzero(cells_per_gene >= min_cells)
     if len(expressed) == 0:
@@ -57,7 +40,11 @@ def choose_genes(
         return expressed
     import scanpy as sc  # slow to import
 
-    cells = ad.AnnData(sparse.vstack([part[:, expressed] for part in expression], format="csr"))
+    parts = []
+    while expression:  # frees memory
+        parts.append(expression.pop(0)[:, expressed])
+    cells = ad.AnnData(sparse.vstack(parts, format="csr"))
+    del parts
     num_threads = torch.get_num_threads()
     table = sc.pp.highly_variable_genes(cells, n_top_genes=num_genes, flavor="seurat", inplace=False)
     torch.set_num_threads(num_threads)  # Numba changes them for all of OpenMP
@@ -66,17 +53,8 @@ def choose_genes(
 
 def align_genes(var_names: pd.Index, modelled: pd.Index) -> np.ndarray:
     """
-    Finds the genes of cells among the modelled ones. Modelled genes that the cells lack are named in a warning.
-
-    Args:
-        var_names (`pd.Index`): Genes of the cells; they may be more, fewer, and in another order.
-        modelled (`pd.Index`): Modelled genes.
-
-    Returns:
-        `np.ndarray` of shape `(genes of the cells,)`: positions among the modelled genes, -1 for other genes.
-
-    Raises:
-        ValueError: If no gene is in common.
+    Finds the genes of cells among the modelled ones: positions `(genes of the cells,)`, -1 for other genes. Modelled
+    genes that the cells lack are named in a warning. Raises a `ValueError` if no gene is in common.
     """
     missing = modelled[~modelled.isin(var_names)]
     if len(missing) == len(modelled):

@@ -53,15 +53,9 @@ def complete(
     """
     Draws the labels that were not asked for, at the frequencies of training cells that have the given labels.
 
-    Args:
-        class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`): Codes, -1 where no label was asked for.
-        uniform (`torch.Tensor` of shape `(cells,)`): Random numbers in [0, 1).
-        combinations (`torch.LongTensor` of shape `(num_combinations, num_label_keys)`):
-            Combinations of labels in the training cells.
-        frequencies (`torch.Tensor` of shape `(num_combinations,)`): Fraction of training cells with each combination.
-
-    Returns:
-        `torch.LongTensor` of shape `(cells, num_label_keys)`.
+    `class_labels` `(cells, num_label_keys)` are -1 where no label was asked for, `uniform` `(cells,)` are random
+    numbers in [0, 1). Training cells have `combinations` `(num_combinations, num_label_keys)` of labels, with
+    `frequencies` `(num_combinations,)`. Returns labels `(cells, num_label_keys)`.
     """
     completed = class_labels.clone()
     if class_labels.shape[1] == 0:

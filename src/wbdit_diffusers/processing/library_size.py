@@ -27,16 +27,9 @@ def draw(
     """
     Draws library sizes from training cells with the same labels, by inverting their cumulative distribution.
 
-    Args:
-        class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`): Labels of the cells.
-        uniform (`torch.Tensor` of shape `(cells,)`): Random numbers in [0, 1).
-        combinations (`torch.LongTensor` of shape `(num_combinations, num_label_keys)`):
-            Combinations of labels in the training cells.
-        frequencies (`torch.Tensor` of shape `(num_combinations,)`): Fraction of training cells with each combination.
-        quantiles (`torch.Tensor` of shape `(num_combinations, 101)`): Quantiles of the log library size.
-
-    Returns:
-        `torch.Tensor` of shape `(cells,)`: total counts.
+    `class_labels` `(cells, num_label_keys)` are the labels, `uniform` `(cells,)` random numbers in [0, 1). Training
+    cells have `combinations` `(num_combinations, num_label_keys)` of labels, with `frequencies` `(num_combinations,)`
+    and `quantiles` `(num_combinations, 101)` of the log library size. Returns total counts `(cells,)`.
     """
     same = (class_labels[:, None].cpu() == combinations).all(dim=2).float()  # (cells, combinations)
     # A combination without training cells gets the average over all of them.

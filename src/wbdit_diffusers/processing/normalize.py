@@ -23,6 +23,8 @@ def log_normalize(counts, library_size):
     Returns:
         The same kind of matrix: CSR or array in float32, or a tensor through which gradients flow.
     """
+    if len(library_size) != counts.shape[0]:
+        raise ValueError(f"{len(library_size)} library sizes for {counts.shape[0]} cells: give one per cell.")
     if torch.is_tensor(counts):
         return torch.log1p(counts * (TARGET_SUM / torch.as_tensor(library_size, device=counts.device))[:, None])
     # A cell without counts keeps its zeros.

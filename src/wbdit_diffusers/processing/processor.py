@@ -15,9 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 
-from ..data.cells import CellSource, as_source, iter_groups, place_genes
+from ..data import cells as data_cells
+from ..data.cells import CellSource, as_source, choose_groups, iter_groups, place_genes
+from ..files import one_line
 from . import labels, library_size
-from .genes import align_genes, check_names, choose_genes, sample_groups
+from .genes import align_genes, check_names, choose_genes
 from .normalize import check_values_name, to_expression
 from .recover import LogScale, find_log_scale, recover_counts
 
@@ -110,11 +112,9 @@ class ScRNAProcessor(ConfigMixin):
         source, config = as_source(cells, self.config.layer), self.config
         check_names(source)
         num_cells, num_genes = len(source.obs), len(source.var_names)
-        columns = [labels.read_labels(source.obs, key) for key in self.label_keys]
-        codes = np.stack([code for _, code in columns], axis=1) if columns else np.zeros((num_cells, 0), dtype=int)
-
+        categories = [labels.read_labels(source.obs, key)[0] for key in self.label_keys]
         is_choice = config.num_genes is not None and config.num_genes < num_genes
-        sample = sample_groups(source.group_sizes) if is_choice else set()
+        sample = choose_groups(source.group_sizes, data_cells.MAX_CELLS_IN_MEMORY, seed=0) if is_choice else []
         totals, cells_per_gene, expression = [], np.zeros(num_genes, dtype=np.int64), []
         for group, (start, matrix, recorded) in enumerate(iter_groups(source, config.values == "counts")):
             if group == 0 and config.values == "log" and config.recover_counts:
@@ -125,10 +125,11 @@ class ScRNAProcessor(ConfigMixin):
             if group in sample:
                 expression.append(to_expression(matrix, group_totals, config.values))
         genes = choose_genes(expression, config.num_genes, min(config.min_cells, num_cells), cells_per_gene)
-        self.register_to_config(var_names=source.var_names[genes].tolist(), categories=[names for names, _ in columns])
+        self.register_to_config(var_names=source.var_names[genes].tolist(), categories=categories)
 
+        codes = self.encode_labels(source).numpy()
         combinations, inverse, numbers = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
-        self.label_combinations = torch.from_numpy(combinations.astype(np.int64))
+        self.label_combinations = torch.from_numpy(combinations)
         self.label_frequencies = torch.from_numpy(numbers / numbers.sum()).float()
         quantiles = np.zeros((len(combinations), len(library_size.QUANTILES)))
         if self.has_library_size:
@@ -140,7 +141,7 @@ class ScRNAProcessor(ConfigMixin):
         self, cells: ad.AnnData | CellSource, groups: Iterable[int] | None = None
     ) -> tuple[sparse.csr_matrix, np.ndarray]:
         """
-        Selects the modelled genes of cells by name.
+        Selects the modelled genes of cells by name. Raises a `ValueError` as [`~ScRNAProcessor.fit`] does.
 
         Args:
             cells (`AnnData` or [`CellSource`]): Cells; their genes may be more, fewer, and in another order.
@@ -149,9 +150,6 @@ class ScRNAProcessor(ConfigMixin):
         Returns:
             `tuple`: counts, or log values if none were recovered, as CSR of shape `(cells, modelled genes)`; and
             library sizes `(cells,)` over all genes of `cells`. Missing genes are zero, with a warning.
-
-        Raises:
-            ValueError: If no gene is in common, or a value is not what `values` says.
         """
         source = as_source(cells, self.config.layer)
         check_names(source)
@@ -170,11 +168,11 @@ class ScRNAProcessor(ConfigMixin):
         Codes of the cells' labels, `torch.LongTensor` of shape `(cells, num_label_keys)`. Raises a `ValueError` if a
         label is missing, or no training cell has it.
         """
-        codes = []
-        for key, categories in zip(self.label_keys, self.config.categories):
+        codes = np.zeros((len(cells.obs), len(self.label_keys)), dtype=np.int64)
+        for column, (key, categories) in enumerate(zip(self.label_keys, self.config.categories)):
             names, of_cell = labels.read_labels(cells.obs, key)
-            codes.append(labels.encode(names, key, categories)[of_cell])
-        return torch.from_numpy(np.stack(codes, axis=1) if codes else np.zeros((len(cells.obs), 0), dtype=np.int64))
+            codes[:, column] = labels.encode(names, key, categories)[of_cell]
+        return torch.from_numpy(codes)
 
     def knows_labels(self, cells: ad.AnnData | CellSource) -> np.ndarray:
         """Mask `(cells,)` of the cells whose labels all occur in the training cells."""
@@ -193,26 +191,24 @@ class ScRNAProcessor(ConfigMixin):
         scale = LogScale(**self.config.log_scale)
         counts, totals, found = recover_counts(matrix, scale)
         if not found.all():
-            raise ValueError(
-                f"The values of {(~found).sum()} cells (the first is {obs_names[np.argmin(found)]!r}) are no"
-                f" {scale.describe()}, unlike those of other cells: remove these cells, or normalise them alike."
-            )
+            which = f"{(~found).sum()} cells (the first is {obs_names[np.argmin(found)]!r})"
+            fix = "remove these cells, or normalise all cells in the same way"
+            raise ValueError(f"The values of {which} are not {scale.describe()}, as those of other cells are: {fix}.")
         return counts, totals
 
     def _find_log_scale(self, matrix: sparse.csr_matrix):
         """Finds the scale of log values from the first group of cells."""
         scale = find_log_scale(matrix)
-        self.register_to_config(log_scale=None if scale is None else asdict(scale))
-        logger.warning(
-            "No counts could be recovered from the log values: the values themselves are modelled."
-            if scale is None
-            else f"The values are {scale.describe()}: the counts were recovered and are modelled. Generated cells have"
-            " values on the same scale in `X`, and counts in `layers['counts']`."
-        )
+        self.register_to_config(log_scale=asdict(scale) if scale else None)
+        message = "No counts could be recovered from the log values: the values themselves are modelled."
+        if scale:
+            message = f"The values are {scale.describe()}: the counts were recovered and are modelled. Generated cells"
+            message += " have values on the same scale in `X`, and counts in `layers['counts']`."
+        logger.warning(message)
 
     def encode_conditions(self, conditions: dict[str, str | list[str]], num_cells: int) -> torch.Tensor:
         """
-        Encodes the labels that a caller asks for.
+        Encodes the labels that a caller asks for. Raises a `ValueError` if the model does not know a key or a label.
 
         Args:
             conditions (`dict`): One label for all cells, or one for each cell, by label key.
@@ -220,9 +216,6 @@ class ScRNAProcessor(ConfigMixin):
 
         Returns:
             `torch.LongTensor` of shape `(num_cells, num_label_keys)`: codes, -1 where no label was asked for.
-
-        Raises:
-            ValueError: If the model does not know a label key or a label.
         """
         class_labels = torch.full((num_cells, len(self.label_keys)), -1, dtype=torch.long)
         for key, names in conditions.items():
@@ -262,15 +255,15 @@ class ScRNAProcessor(ConfigMixin):
             first_cell (`int`, defaults to 0): Number of the first cell: cells are named `cell_0`, `cell_1`, ….
 
         Returns:
-            `AnnData`: with `var_names`, a column of `obs` for each label key (with all categories of the model), and
-            `obs["library_size"]` if it is given.
+            `AnnData`: with a column of `obs` for each label key, and `obs["library_size"]` if it is given.
         """
-        counts = None
+        layers = {}
         if self.config.log_scale is not None and library_size is not None:
-            counts, matrix = matrix, LogScale(**self.config.log_scale).apply(matrix, library_size.cpu().numpy())
+            layers["counts"] = matrix
+            matrix = LogScale(**self.config.log_scale).apply(matrix, library_size.cpu().numpy())
         cells = ad.AnnData(
             matrix,
-            layers=None if counts is None else {"counts": counts},
+            layers=layers,
             obs=pd.DataFrame(index=[f"cell_{first_cell + i}" for i in range(matrix.shape[0])]),
             var=pd.DataFrame(index=self.var_names.rename(None)),
         )
@@ -310,6 +303,10 @@ class ScRNAProcessor(ConfigMixin):
             arrays = load_file(path)
             for name in STATISTICS:
                 setattr(processor, name, arrays[name])
-        except (FileNotFoundError, SafetensorError, KeyError) as error:
-            raise OSError(f"{path} is missing, truncated or not a ScRNAProcessor's: download it again.") from error
+                if not arrays[name].isfinite().all():
+                    raise ValueError(f"{name} holds NaN")
+        except (FileNotFoundError, SafetensorError, KeyError, ValueError) as error:
+            raise OSError(
+                f"{path} is missing, truncated or not a ScRNAProcessor's ({one_line(error)}): download it again."
+            ) from error
         return processor

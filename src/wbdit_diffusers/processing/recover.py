@@ -1,8 +1,8 @@
-"""Integer counts back from log-normalised values: of each cell, one number for which all values are whole counts.
+"""Recovers integer counts from log-normalised values.
 
-A file of `log(1 + counts * s)` with one factor `s` for each cell (`target_sum / library size`, or a size factor) holds
-its counts exactly, whatever the base of the logarithm, as long as the values were not rounded too much. Which numbers
-`s` are possible follows from the smallest values, and each larger value makes it more precise.
+A file of `log(1 + counts * s)` with one factor `s` per cell (`target_sum / library size`, or a size factor) determines
+its counts, for any base of the logarithm. Rounding must not be too coarse. The smallest values of a cell leave
+a few candidates for `s`, and each larger value makes `s` more precise.
 """
 
 import math
@@ -17,26 +17,24 @@ from ..data.cells import MAX_LOG_VALUE
 LN_BASES = {"e": 1.0, "2": math.log(2), "10": math.log(10)}
 FLOAT32 = 2.0**-24  # half of a unit in the last place, relative
 MAX_SMALLEST_COUNT = 64
-MIN_VALUES = 50  # non-zero ones of the median cell: fewer fit by chance
-MIN_SHARE = 0.99  # of the cells, whose counts must be found
-MAX_SHARE_OF_LARGER_SMALLEST = 0.1  # of cells whose smallest count is not 1: counts in halves come out doubled
-
-
+MIN_VALUES = 50  # non-zero values of the median cell: fewer fit by chance
+MIN_SHARE = 0.99  # fraction of cells whose counts must be found
+MAX_SHARE_OF_LARGER_SMALLEST = 0.1  # fraction of cells without a count of 1: halves of counts would come out doubled
 COMMON_TARGETS = (1e4, 1e6, 1e5, 1e3)
 
 
 @dataclass(frozen=True)
 class LogScale:
     """
-    How counts became the values of a file: `log(1 + counts * s) / ln_base` with `s = target_sum / library_size`, or
-    the same `factor` in all cells.
+    How a file turns counts into values: `log(1 + counts * s) / ln_base` with `s = target_sum / library_size`, or the
+    same `factor` in all cells.
 
     Args:
         ln_base (`float`): Natural logarithm of the base.
-        target_sum (`float`, *optional*): The library size to which cells were scaled; `None` if they were not.
-        factor (`float`, *optional*): The factor of all cells, if they were not scaled.
-        knows_library_size (`bool`): Whether `target_sum / s` is a cell's library size, genes that are not in the file
-            included. If not, it is the sum of the recovered counts.
+        target_sum (`float`, *optional*): Library size to which cells were scaled, if they were.
+        factor (`float`, *optional*): Factor of all cells, if they were not scaled.
+        knows_library_size (`bool`): Whether `target_sum / s` is the library size of a cell, including genes that the
+            file lacks. Otherwise it is the sum of the recovered counts.
         decimals (`int`, *optional*): Decimals to which values were rounded.
     """
 
@@ -47,7 +45,7 @@ class LogScale:
     decimals: int | None = None
 
     def apply(self, counts: sparse.csr_matrix, library_size: np.ndarray) -> sparse.csr_matrix:
-        """Counts `(cells, genes)` on the scale of the file, float32."""
+        """Puts counts `(cells, genes)` on the scale of the file, in float32."""
         s = np.full(counts.shape[0], self.factor) if self.target_sum is None else self.target_sum / library_size
         values = sparse.csr_matrix(sparse.diags_array(s) @ counts.astype(np.float64))
         values.data = np.log1p(values.data) / self.ln_base
@@ -56,7 +54,7 @@ class LogScale:
         return values.astype(np.float32)
 
     def describe(self) -> str:
-        """In words, for a message."""
+        """The scale in words, for a message."""
         base = next(name for name, ln_base in LN_BASES.items() if ln_base == self.ln_base)
         scaled = "" if self.target_sum is None else f" of counts scaled to {self.target_sum:,.0f} per cell"
         return f"logarithms to base {base}{scaled}"
@@ -64,22 +62,16 @@ class LogScale:
 
 def find_log_scale(matrix: sparse.csr_matrix, max_cells: int = 400) -> LogScale | None:
     """
-    The scale of log values, if counts can be had back from them.
-
-    Args:
-        matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Values, all genes of the file.
-        max_cells (`int`, defaults to 400): Cells to try, evenly spaced.
-
-    Returns:
-        [`LogScale`], or `None` where values are no log-normalised counts: lengths of genes divided out, averages of
-        cells, rescaled, rounded too much, or too few genes to tell.
+    Finds the scale of log values `(cells, genes)`, with all genes of the file, in `max_cells` evenly spaced cells.
+    Returns `None` if the values are not log-normalised counts: if they were divided by gene lengths, averaged over
+    cells, rescaled or rounded too much, or if there are too few genes.
     """
     cells = np.flatnonzero(np.diff(matrix.indptr) > 0)
     if not len(cells) or matrix.data.max() > MAX_LOG_VALUE or np.median(np.diff(matrix.indptr)[cells]) < MIN_VALUES:
         return None
     cells = cells[np.linspace(0, len(cells) - 1, min(max_cells, len(cells))).astype(int)]
     some_values = matrix.data[:: max(1, len(matrix.data) // 20_000)].astype(np.float64)
-    if np.mean(some_values == np.rint(some_values)) > MIN_SHARE:  # whole numbers are no logarithms
+    if np.mean(some_values == np.rint(some_values)) > MIN_SHARE:  # whole numbers are not logarithms
         return None
     decimals = _decimals(some_values)
     few = cells[:: max(1, len(cells) // 50)]
@@ -97,10 +89,10 @@ def find_log_scale(matrix: sparse.csr_matrix, max_cells: int = 400) -> LogScale 
     if np.ptp(factors) < 1e-5 * factors.mean():
         return LogScale(ln_base, factor=float(factors.mean()), decimals=decimals)
     sums = factors * totals
-    if np.ptp(sums) < 1e-3 * sums.mean():  # all genes are there
+    if np.ptp(sums) < 1e-3 * sums.mean():  # no gene is missing
         common = [target for target in COMMON_TARGETS if abs(np.median(sums) / target - 1) < 1e-4]
         return LogScale(ln_base, float(common[0] if common else np.median(sums)), None, True, decimals)
-    for target in COMMON_TARGETS:  # genes were left out afterwards: the library of a cell is a whole number
+    for target in COMMON_TARGETS:  # genes are missing, but library sizes are whole numbers
         libraries = target / factors
         if (np.abs(libraries - np.rint(libraries)) < 0.02).all() and (libraries > totals - 0.5).all():
             return LogScale(ln_base, target, None, True, decimals)
@@ -109,15 +101,8 @@ def find_log_scale(matrix: sparse.csr_matrix, max_cells: int = 400) -> LogScale 
 
 def recover_counts(matrix: sparse.csr_matrix, scale: LogScale) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
     """
-    The counts of log values.
-
-    Args:
-        matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Values.
-        scale ([`LogScale`]): What [`find_log_scale`] found in cells of the same file.
-
-    Returns:
-        `tuple`: the counts, CSR in float32; the library sizes `(cells,)`; and a mask `(cells,)` of the cells in which
-        counts were found.
+    Recovers the counts of log values `(cells, genes)`. Returns the counts (CSR, float32), the library sizes `(cells,)`
+    and a mask `(cells,)` of the cells in which counts were found.
     """
     counts, found = matrix.astype(np.float32), np.zeros(matrix.shape[0], dtype=bool)
     library_size = np.zeros(matrix.shape[0])
@@ -133,22 +118,14 @@ def recover_counts(matrix: sparse.csr_matrix, scale: LogScale) -> tuple[sparse.c
 
 def cell_counts(values: np.ndarray, ln_base: float, decimals: int | None) -> tuple[np.ndarray, float] | None:
     """
-    Counts of one cell.
-
-    Args:
-        values (`np.ndarray` of shape `(genes,)`): Its positive log values.
-        ln_base (`float`): Natural logarithm of their base.
-        decimals (`int`, *optional*): Decimals to which they were rounded.
-
-    Returns:
-        `tuple[np.ndarray, float]`: the counts, and the factor `s` of `values = log(1 + counts * s) / ln_base`; `None`
-        if there is none.
+    Recovers the counts of one cell from its positive log values. Returns the counts and the factor `s` of
+    `values = log(1 + counts * s) / ln_base`, or `None` if there is none.
     """
     if not len(values):
         return None
     unique, inverse = np.unique(values.astype(np.float64), return_inverse=True)
     scaled = np.expm1(unique * ln_base)  # counts * s, ascending
-    # What a value may be off by: two units of float32 in the logarithm, and one where it was taken of 1 + y
+    # Largest error of a value: two units of float32 in the logarithm, and one in its argument 1 + y
     value_error = FLOAT32 * (2 * unique + 1 / ln_base) + (0.5 * 10.0**-decimals if decimals is not None else 0)
     relative_error = value_error * ln_base * (1 + scaled) / scaled + 2 * FLOAT32
     for smallest in range(1, MAX_SMALLEST_COUNT + 1):
@@ -158,7 +135,7 @@ def cell_counts(values: np.ndarray, ln_base: float, decimals: int | None) -> tup
         counts, s, error_of_s, num_certain = result
         back = np.log1p(counts * s) / ln_base
         slack = 2 * (value_error + (error_of_s + 2 * FLOAT32) / ln_base)
-        slack[num_certain:] += 0.5 * s / (1 + scaled[num_certain:]) / ln_base  # any integer fits nearly
+        slack[num_certain:] += 0.5 * s / (1 + scaled[num_certain:]) / ln_base  # nearly any integer fits
         if (np.abs(back - unique) <= slack).all():
             return counts[inverse], s
     return None
@@ -168,13 +145,13 @@ def _try_smallest(
     scaled: np.ndarray, relative_error: np.ndarray, smallest: int
 ) -> tuple[np.ndarray, float, float, int] | None:
     """
-    Counts if the smallest is so many: from small to large, each must be an integer within its error, and makes `s`
-    more precise for the next. Returns counts, `s`, its relative error and how many counts are certain.
+    Finds the counts, given the smallest one. From small to large, each must be an integer within its error, and makes
+    `s` more precise for the next. Returns counts, `s`, its relative error and the number of counts that are certain.
     """
     s, error_of_s, num_certain = scaled[0] / smallest, relative_error[0], 0
     counts = np.zeros(len(scaled))
     while num_certain < len(scaled):
-        certain = (scaled / s) * (relative_error + error_of_s) < 0.2  # told from the integers beside it
+        certain = (scaled / s) * (relative_error + error_of_s) < 0.2  # only one integer is near enough
         reach = len(scaled) if certain.all() else int(np.argmin(certain))
         if reach <= num_certain:
             break
@@ -195,7 +172,7 @@ def _try_smallest(
 
 
 def _decimals(values: np.ndarray) -> int | None:
-    """To how many decimals values were rounded, if to fewer than float32 holds."""
+    """The decimals to which values were rounded, if fewer than float32 holds."""
     coarsest = 4 * FLOAT32 * np.abs(values).max(initial=0)
     for decimals in range(1, 7):
         if (
@@ -207,4 +184,5 @@ def _decimals(values: np.ndarray) -> int | None:
 
 
 def _row(matrix: sparse.csr_matrix, row: int) -> np.ndarray:
+    """The non-zero values of a row."""
     return matrix.data[matrix.indptr[row] : matrix.indptr[row + 1]]

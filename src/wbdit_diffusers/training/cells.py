@@ -3,15 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
 from diffusers.utils import logging
 
 from ..data import cells as data_cells
-from ..data.cells import AnnDataSource, BackedSource, CellSource, OldLayoutError, label_column
-from ..data.prepared import PreparedCells, is_prepared
+from ..data.cells import AnnDataSource, BackedSource, CellSource, NotByCellError, label_column
 from ..data.read import read_cells
+from ..data.prepared import PreparedCells, is_prepared
 from ..data.split import CellSplit
 from .config import TrainingConfig
 
@@ -42,9 +43,10 @@ def open_cells(
         ValueError: If a label or layer is missing, the file can't be read, or there are too few cells.
         OSError: If there is no such file.
     """
-    if (source is None) == (config.dataset is None):
-        raise ValueError("--dataset is required." if source is None else "Give `source` or --dataset, not both.")
-    source = config.dataset if source is None else source
+    given: list[Any] = [one for one in (source, config.dataset) if one is not None]
+    if len(given) != 1:
+        raise ValueError("Give `source` or --dataset, not both." if given else "--dataset is required.")
+    source = given[0]
     if not isinstance(source, ad.AnnData) and not Path(source).is_file() and is_prepared(source):
         yield _open_prepared(source, config)
         return
@@ -74,13 +76,11 @@ def _open(source: str | Path | ad.AnnData, layer: str | None):
         return nullcontext(AnnDataSource(read_cells(source), layer, str(source)))
     try:
         file = BackedSource(source, layer)
-    except OldLayoutError:  # which stores names in another way
+    except NotByCellError as error:
+        logger.warning(f"The whole file is read into memory: {error}")
         return nullcontext(AnnDataSource(read_cells(source), layer, str(source)))
-    is_large = len(file.obs) > data_cells.MAX_CELLS_IN_MEMORY
-    if is_large and not file.is_by_gene:
+    if not 0 < len(file.obs) <= data_cells.MAX_CELLS_IN_MEMORY:
         return file
-    if is_large:
-        logger.warning(f"{source} is read into memory: it is stored by gene (CSC). Store it by cell, as CSR.")
     with file:
         return nullcontext(AnnDataSource(file.read(), layer, str(source)))
 
