@@ -34,12 +34,12 @@ from rows import add_rows, parser_of_rows
 from sklearn.cluster import AgglomerativeClustering
 
 from wbdit_diffusers import GaussianMixtureDenoiser, ScRNAGenerationPipeline, WhiteBoxDiTModel
-from wbdit_diffusers.data import CellDataset, CellSplit, drop_empty_cells, read_cells
+from wbdit_diffusers.data import CellDataset, CellSplit, Latents, drop_empty_cells, encode_cells, read_cells
 from wbdit_diffusers.interpretation.layers import LAYER_TIMESTEPS, measure_layers
 from wbdit_diffusers.sampling import training_scheduler
 from wbdit_diffusers.training import TrainingConfig
 from wbdit_diffusers.training.denoiser import DenoiserTraining
-from wbdit_diffusers.training.mixture import prepare_mixture
+from wbdit_diffusers.training.gaussian_mixture import prepare_gaussian_mixture
 
 
 BLOCKS = {
@@ -57,7 +57,7 @@ COARSE_GROUPS = 3
 LABELS = ["given", "coarse", "none"]
 
 
-def relabel(cells: tuple[CellDataset, CellDataset], labels: str) -> tuple[CellDataset, CellDataset]:
+def relabel(cells: tuple[Latents, Latents], labels: str) -> tuple[Latents, Latents]:
     """Training and held-out cells with the labels they have, with three groups of these, or without."""
     if labels == "given":
         return cells
@@ -65,7 +65,7 @@ def relabel(cells: tuple[CellDataset, CellDataset], labels: str) -> tuple[CellDa
     combinations = [[tuple(row) for row in part.class_labels.tolist()] for part in cells]
     known = sorted(set(combinations[0]))
     codes = np.array([known.index(row) for row in combinations[0]])
-    means = np.stack([cells[0].latents.numpy()[codes == i].mean(axis=0) for i in range(len(known))])
+    means = np.stack([cells[0].values.numpy()[codes == i].mean(axis=0) for i in range(len(known))])
     groups = AgglomerativeClustering(COARSE_GROUPS).fit_predict(means)
     for part, rows in zip(cells, combinations):
         # A combination that no training cell has goes to the first group; held-out cells have hardly any.
@@ -77,7 +77,7 @@ def relabel(cells: tuple[CellDataset, CellDataset], labels: str) -> tuple[CellDa
 
 
 def train_block(
-    pipe: ScRNAGenerationPipeline, cells: tuple[CellDataset, CellDataset], seed: int, steps: int, flags: dict
+    pipe: ScRNAGenerationPipeline, cells: tuple[Latents, Latents], seed: int, steps: int, flags: dict
 ) -> tuple[WhiteBoxDiTModel, float]:
     """Stage two of the training: the denoiser, and the seconds it took."""
     with tempfile.TemporaryDirectory() as folder:
@@ -86,13 +86,11 @@ def train_block(
         accelerator = Accelerator(cpu=True, mixed_precision="no", dataloader_config=loader)
         set_seed(seed)
         training = DenoiserTraining(
-            *(config, accelerator, training_scheduler(config.prediction_type), *cells),
-            sample_size=pipe.codec.num_features,
-            condition_sizes=cells[0].condition_sizes,
+            *(config, accelerator, *cells),
             start_time=time.monotonic(),
-            mixture=prepare_mixture(config, accelerator, cells[0], Path(folder)),
+            gaussian_mixture=prepare_gaussian_mixture(config, accelerator, cells[0], Path(folder)),
         )
-        training.start_log(resumed=False)
+        training.start_log()
         start = time.monotonic()
         training.run()
         return training.averaged_model(), time.monotonic() - start
@@ -103,24 +101,23 @@ def measure(dataset: Path, labels: str, args: argparse.Namespace) -> list[dict]:
     pipe = ScRNAGenerationPipeline.from_pretrained(folder)
     train_cells, test_cells = CellSplit.load(folder).apply(drop_empty_cells(read_cells(dataset)))
     test_cells = test_cells[pipe.processor.knows_labels(test_cells)]
-    cells = tuple(CellDataset(part, pipe.processor) for part in (train_cells, test_cells))
-    for part in cells:
-        part.encode(pipe.codec)
+    datasets = [CellDataset(part, pipe.processor) for part in (train_cells, test_cells)]
+    cells = tuple(Latents(encode_cells(one, pipe.codec), one.class_labels, one.condition_sizes) for one in datasets)
     train, test = cells = relabel(cells, labels)
     class_labels = test.class_labels if test.class_labels.shape[1] else None
     mixture = GaussianMixtureDenoiser.fit(
-        train.latents, train.class_labels, train.condition_sizes, training_scheduler("v_prediction")
+        train.values, train.class_labels, train.condition_sizes, training_scheduler("v_prediction")
     )
-    losses, _ = held_out_losses({"mixture": mixture}, test.latents, class_labels)
+    losses, _ = held_out_losses({"mixture": mixture}, test.values, class_labels)
     loss_of_mixture = losses["mixture"].mean().item()
     rows = []
     for seed in args.seeds:
         for name, share in itertools.product(args.blocks, args.mixture_shares):
             flags = BLOCKS[name] | {"mixture_share": share}
             denoiser, seconds = train_block(pipe, cells, seed, args.max_train_steps, flags)
-            losses, _ = held_out_losses({"block": denoiser}, test.latents, class_labels)
+            losses, _ = held_out_losses({"block": denoiser}, test.values, class_labels)
             few_labels = None if class_labels is None else class_labels[:LAYER_CELLS]
-            layers = measure_layers(denoiser, pipe.scheduler, test.latents[:LAYER_CELLS], few_labels, LAYER_TIMESTEPS)
+            layers = measure_layers(denoiser, pipe.scheduler, test.values[:LAYER_CELLS], few_labels, LAYER_TIMESTEPS)
             trained = [row for row in layers if row["network"] == "trained" and row["layer"]]
             row = {
                 "dataset": dataset.stem,

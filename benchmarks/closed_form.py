@@ -74,7 +74,7 @@ def measure(folder: Path, dataset: Path, seed: int) -> dict:
     difference = per_cell["network"] - per_cell["mixture"]
     return {
         "label_keys": list(pipe.processor.label_keys),
-        "mixture_share": json.loads((folder / "run.json").read_text())["config"].get("mixture_share", 0.0),
+        "mixture_share": json.loads((folder / "run.json").read_text()).get("mixture_share", 0.0),
         "num_test": len(latents),
         "num_components": mixture.config.num_components,
         "losses": losses,

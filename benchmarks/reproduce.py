@@ -188,7 +188,7 @@ class Dataset:
         """After 1, 2, 4, … intervals: by epoch. An interruption leaves a checkpoint between them."""
         folder = self.folder / f"{model}, seed 0"
         steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
-        interval = json.loads((folder / "run.json").read_text())["config"]["checkpointing_steps"]
+        interval = json.loads((folder / "run.json").read_text())["checkpointing_steps"]
         chosen = [interval * 2**i for i in range(20) if interval * 2**i in steps]
         return {
             step // self.steps_per_epoch: self.folder / f"{model}, seed 0" / f"checkpoint-{step}" for step in chosen

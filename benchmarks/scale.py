@@ -69,45 +69,23 @@ def read(args: argparse.Namespace) -> dict:
 
 
 def train(args: argparse.Namespace) -> dict:
-    """Both stages of a training, with the time for which steps waited for their cells."""
-    import wbdit_diffusers.training.denoiser as denoiser
-    from wbdit_diffusers.data import dataset
+    """Both stages of a training."""
+    from wbdit_diffusers.data import latents
     from wbdit_diffusers.training import TrainingConfig
     from wbdit_diffusers.training import train as run_training
 
-    waits, steps_from = [], []
-    read_ahead = denoiser.prefetch
-
-    def timed(batches):
-        ahead = iter(read_ahead(batches))
-        steps_from.append(time.perf_counter())
-        while True:
-            start = time.perf_counter()
-            batch = next(ahead)
-            waits.append(time.perf_counter() - start)
-            yield batch
-
-    denoiser.prefetch = timed
     if args.max_cells_in_memory is not None:
-        dataset.MAX_CELLS_IN_MEMORY = args.max_cells_in_memory
-    settings = {"codec": args.codec, "label_keys": [args.label_key], "max_train_steps": args.num_steps}
-    if args.codec == "program":
-        settings |= {"num_programs": 16, "codec_max_steps": args.num_steps, "decoder_steps": args.num_steps}
-    else:
-        settings |= {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 32, "patch_size": 100}
-    config = TrainingConfig(dataset=args.dataset, output_dir=args.output, **settings)
+        latents.MAX_CELLS_IN_MEMORY = args.max_cells_in_memory
+    steps = {"num_programs": 16, "codec_max_steps": args.num_steps, "decoder_steps": args.num_steps}
+    config = TrainingConfig(
+        dataset=args.dataset,
+        output_dir=args.output,
+        label_keys=[args.label_key],
+        max_train_steps=args.num_steps,
+        **steps,
+    )
     run_training(None, config)
-    seconds = time.perf_counter() - steps_from[0] if steps_from else None
-    cells = args.num_steps * config.train_batch_size
-    if seconds is None:
-        return {"cells": cells, "streamed": False}
-    return {
-        "cells": cells,
-        "streamed": True,
-        "cells_per_second_of_steps": round(cells / seconds),
-        "share_of_waiting": round(sum(waits[1:]) / seconds, 4),
-        "first_wait": round(waits[0], 2),
-    }
+    return {"cells": args.num_steps * config.train_batch_size}
 
 
 STAGES = {"make": make, "read": read, "train": train}

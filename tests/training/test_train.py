@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pytest
 import scanpy as sc
@@ -14,12 +15,12 @@ from huggingface_hub import hf_api
 from scipy import sparse
 from tiny import assert_same_weights, column, read_log, tiny_config
 
-from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.cli import config_from_args
+from wbdit_diffusers import ProgramCodec, ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, write_cells
 from wbdit_diffusers.processing import log_normalize
 from wbdit_diffusers.sampling import SCHEDULERS, make_scheduler
 from wbdit_diffusers.training import TrainingConfig, train
+from wbdit_diffusers.training.config import read_config
 
 
 KEYS = ["cell_type", "phase"]
@@ -114,20 +115,12 @@ def test_the_model_card_says_what_was_trained(trained, pbmc):
     assert str(folder.parent) not in card + (folder / "training.json").read_text()
 
 
-def test_expression_codec(pbmc, tmp_path):
-    train(pbmc, tiny_config(tmp_path, label_keys=["cell_type"], **TWO_STEPS))
-    pipe = load(tmp_path)
-    assert type(pipe.codec).__name__ == "ExpressionCodec" and pipe.denoiser.config.sample_size == 101
-    assert generate(pipe, 3).shape == (3, 100)
-
-
 def test_the_paper_s_config_and_flags_over_it(pbmc, tmp_path):
     log_values = ad.AnnData(
         np.log2(pbmc.X.toarray() / np.linspace(0.5, 5, pbmc.n_vars) + 1), obs=pbmc.obs, var=pbmc.var
     )
-    flags = ["--config", "paper", "--output_dir", tmp_path, "--max_train_steps", 2, "--mixed_precision", "no"]
-    flags += ["--num_layers", 1, "--num_attention_heads", 2]
-    train(log_values, config_from_args(["train", *map(str, flags)]))
+    changes = {"max_train_steps": 2, "mixed_precision": "no", "num_layers": 1, "num_attention_heads": 2}
+    train(log_values, TrainingConfig(output_dir=tmp_path, **(read_config("paper") | changes)))
     pipe = load(tmp_path)
     assert pipe.denoiser.config.num_layers == 1 and pipe.denoiser.config.attention_head_dim == 96
     assert pipe.scheduler.config.prediction_type == "epsilon" and pipe.config.num_inference_steps == 1000
@@ -191,6 +184,33 @@ def test_sources_of_the_same_cells_give_the_same_weights(pbmc, pbmc_path, tmp_pa
         assert_same_weights(tmp_path / name, tmp_path / "anndata")
 
 
+@pytest.mark.xfail(reason="open_cells still guesses the format by opening the file", strict=False)
+def test_a_training_opens_its_file_once(pbmc_path, tmp_path, monkeypatch):
+    opened, init = [], h5py.File.__init__
+
+    def counted(self, name, *args, **kwargs):
+        opened.append(str(name))
+        init(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(h5py.File, "__init__", counted)
+    train(pbmc_path, tiny_config(tmp_path, **TWO_STEPS))
+    assert opened.count(str(pbmc_path)) == 1
+
+
+def test_a_training_encodes_its_cells_twice(pbmc, tmp_path, monkeypatch):
+    """Once for the decoder's second fit, once for stage two."""
+    num_cells, encode = [], ProgramCodec.encode
+
+    def counted(self, matrix, library_size):
+        num_cells.append(len(matrix))
+        return encode(self, matrix, library_size)
+
+    monkeypatch.setattr(ProgramCodec, "encode", counted)
+    train(pbmc, tiny_config(tmp_path, label_keys=["cell_type"], max_train_steps=1))
+    split = CellSplit.load(tmp_path)
+    assert sum(num_cells) == 2 * len(split.train) + len(split.test)
+
+
 def test_the_source_is_given_once(pbmc, pbmc_path, tmp_path):
     with pytest.raises(ValueError, match="--dataset is required"):
         train(None, tiny_config(tmp_path / "out", **TWO_STEPS))
@@ -203,23 +223,6 @@ def test_cells_are_not_changed(pbmc, tmp_path):
     cells = pbmc.copy()
     train(cells, tiny_config(tmp_path, **TWO_STEPS))
     assert (cells.X != pbmc.X).nnz == 0 and cells.obs.equals(pbmc.obs) and list(cells.layers) == []
-
-
-def test_a_layer_holds_the_counts(pbmc, tmp_path):
-    layered = ad.AnnData(obs=pbmc.obs, var=pbmc.var, layers={"raw": pbmc.X})
-    train(layered, tiny_config(tmp_path / "layer", layer="raw", **TWO_STEPS))
-    train(pbmc, tiny_config(tmp_path / "x", **TWO_STEPS))
-    assert_same_weights(tmp_path / "layer", tmp_path / "x")
-
-
-def test_empty_cells_are_left_out(pbmc, tmp_path):
-    cells = pbmc.copy()
-    matrix = cells.X.toarray()
-    matrix[5] = 0
-    cells.X = matrix
-    train(cells, tiny_config(tmp_path, **TWO_STEPS))
-    split = CellSplit.load(tmp_path)
-    assert sorted(split.train + split.test) == sorted(cells.obs_names.delete(5))
 
 
 # ==================== The split ====================
@@ -317,67 +320,6 @@ def test_unusual_cells_are_learned(what, pbmc, tmp_path):
     if what == "a gene everywhere":
         assert (decoded[:, cells.var_names[7]].X.toarray() > 0).mean() > 0.99
     assert generate(pipe).n_obs == 5
-
-
-# ==================== Bad data ====================
-
-
-def spoil(cells: ad.AnnData, what: str) -> ad.AnnData:
-    cells = cells.copy()
-    if what == "duplicate names":
-        cells.obs_names = ["cell", *cells.obs_names[1:-1], "cell"]
-    elif what == "duplicate genes":
-        cells.var_names = ["gene", *cells.var_names[1:-1], "gene"]
-    elif what == "missing label":
-        cells.obs["cell_type"] = cells.obs["cell_type"].astype(object)
-        cells.obs.iloc[0, cells.obs.columns.get_loc("cell_type")] = None
-    elif what == "no matrix":
-        cells = ad.AnnData(obs=cells.obs, var=cells.var, layers={"raw": cells.X})
-    elif what == "one cell":
-        cells = cells[:1]
-    elif what == "all empty":
-        cells.X = 0 * cells.X
-    else:
-        cells.X.data[:] = {"NaN": np.nan, "negative": -1.0, "fractional": 0.5}[what]
-    return cells
-
-
-BAD_DATA = [
-    ("duplicate names", "The cell name 'cell' occurs more than once"),
-    ("duplicate genes", "gene"),
-    ("missing label", r"adata.obs\['cell_type'\]. is missing for 1 cells"),
-    ("no matrix", "no matrix in X, only layers"),
-    ("one cell", "cells are too few to hold out"),
-    ("all empty", "have no counts at all"),
-    ("NaN", "remove or replace NaN"),
-    ("negative", "expression is never negative"),
-    ("fractional", "no integer count"),
-]
-
-
-@pytest.mark.parametrize("what, message", BAD_DATA)
-def test_bad_cells_are_refused_before_anything_is_written(what, message, pbmc, tmp_path):
-    config = tiny_config(tmp_path / "out", label_keys=["cell_type"], **TWO_STEPS)
-    with pytest.raises(ValueError, match=message):
-        train(spoil(pbmc, what), config)
-    assert not (tmp_path / "out").exists()
-
-
-BAD_SPLITS = {
-    "strangers": ('{"train": ["no_cell"], "test": ["no_other"]}', "no cell 'no_cell'"),
-    "leak": ('{"train": ["cell"], "test": ["cell"]}', "names a cell twice"),
-    "empty": ('{"train": ["cell"], "test": []}', "does not name train and test cells"),
-    "list": ("[1, 2]", "does not name train and test cells"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_SPLITS)
-def test_a_split_of_other_cells_is_refused(name, pbmc, tmp_path):
-    text, message = BAD_SPLITS[name]
-    (tmp_path / "split.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        train(pbmc, tiny_config(tmp_path / "out", split=tmp_path / "split.json", **TWO_STEPS))
-    assert not (tmp_path / "out").exists()
 
 
 # ==================== What stays as it is ====================

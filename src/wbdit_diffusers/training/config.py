@@ -81,11 +81,11 @@ class DataConfig:
 class ProgramCodecConfig:
     """Stage one with gene programs: a linear decoder under a likelihood of counts, or of log values."""
 
-    num_programs: PositiveInt | None = None
+    num_programs: Annotated[int, Field(gt=0, le=1024)] | None = None
     """Number of gene programs. Default: doubled from 16 while the validation loss improves enough."""
-    max_programs: PositiveInt = 64
+    max_programs: Annotated[int, Field(gt=0, le=1024)] = 64
     """Maximum number of gene programs, if num_programs is not given."""
-    codec_hidden_size: PositiveInt = 256
+    codec_hidden_size: Annotated[int, Field(gt=0, le=16_384)] = 256
     """Width of the encoder's hidden layer."""
     codec_learning_rate: LearningRate = 1e-3
     """Learning rate of encoder and decoder."""
@@ -126,11 +126,11 @@ class DenoiserConfig:
     patch_size: PositiveInt | None = None
     """Number of values of a cell in a token. Default: 10 for expression. For gene programs it is 1, or more if a cell
     would have more than 32 tokens."""
-    num_layers: PositiveInt | None = None
+    num_layers: Annotated[int, Field(gt=0, le=256)] | None = None
     """Number of blocks."""
-    num_attention_heads: PositiveInt | None = None
+    num_attention_heads: Annotated[int, Field(gt=0, le=256)] | None = None
     """Number of attention heads. In a White-Box block, the number of subspaces."""
-    attention_head_dim: PositiveInt | None = None
+    attention_head_dim: Annotated[int, Field(gt=0, le=1024)] | None = None
     """Dimension of a head. The width of the network is the number of heads times this."""
     mixture_share: Fraction = 0.3
     """Share of the Gaussian mixture in the training target at the end. With gene programs the network first learns the
