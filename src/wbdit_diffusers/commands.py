@@ -21,39 +21,33 @@ def check_folder(path: Path):
         raise OSError(f"{existing} cannot be written to: give another path.")
 
 
+def _quiet():
+    """Turns off the bars and warnings of Diffusers while models load."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def load_pipeline(model: str, device: str | None = "cpu"):
     """The pipeline that a command names, on a device."""
     from .pipelines import ScRNAGenerationPipeline
-    from .pipelines.generate import choose_device, quiet
+    from .pipelines.generate import choose_device
 
-    quiet()
+    _quiet()
     return ScRNAGenerationPipeline.from_pretrained(model).to(choose_device(device))
 
 
 def generate(args: argparse.Namespace) -> Result:
-    from .pipelines.generate import GenerationRequest, generate_cells
+    from .flags import make_config
+    from .pipelines.generate import GenerateConfig
+    from .pipelines.generate import generate as generate_cells
 
-    conditions = {}
-    for condition in args.conditions:
-        key, equals, name = condition.partition("=")
-        if not equals or not key:
-            raise ValueError(f"--conditions {condition!r} is not of the form KEY=NAME.")
-        if key in conditions:
-            raise ValueError(f"--conditions names {key!r} twice.")
-        conditions[key] = name
-    request = GenerationRequest(
-        model=args.model,
-        num_cells=args.num_cells,
-        cell_types=args.cell_types,
-        conditions=conditions,
-        guidance_scale=args.guidance_scale,
-        num_inference_steps=args.num_inference_steps,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        scheduler=args.scheduler,
-        device=args.device,
-    )
-    num_cells, num_genes = generate_cells(request, args.output, args.num_processes)
+    conditions = dict(condition.split("=", 1) for condition in args.conditions)
+    names = ("model", "output", "num_cells", "num_processes", "cell_types", "guidance_scale", "num_inference_steps")
+    names += ("batch_size", "seed", "scheduler", "device")
+    values = {name: getattr(args, name) for name in names}
+    num_cells, num_genes = generate_cells(make_config(GenerateConfig, values | {"conditions": conditions}))
     result = {"output": args.output, "num_cells": num_cells, "num_genes": num_genes}
     return result, f"{num_cells} cells × {num_genes} genes in {args.output}."
 
@@ -344,8 +338,7 @@ def app(args: argparse.Namespace) -> Result:
     if importlib.util.find_spec("gradio") is None:
         raise ValueError('The page needs Gradio: pip install "wbdit_diffusers[app]".')
     from .app import launch
-    from .pipelines.generate import quiet
 
-    quiet()
+    _quiet()
     launch(args.model, args.host, args.port)
     return None, "The page is closed."
