@@ -1,48 +1,48 @@
-"""What the network adds to the closed form of a Gaussian mixture, on held-out cells.
+"""Compares the network with the closed form of a Gaussian mixture, on held-out cells.
 
     python benchmarks/closed_form.py --work_dir WORK --output lab/results/closed_form_cpu.json \\
         --dataset ../shared/data/{pbmc3k,kang_ifnb_pbmc,zheng_facs_pbmc,paul15}.h5ad \\
         ../shared/data/{pancreas_endocrinogenesis,pollen_smartseq}.h5ad
     python benchmarks/closed_form.py --table lab/results/closed_form_cpu.json
 
-`--work_dir` is that of `benchmarks/quality.py`, whose pipelines (model `program`) are taken. For each dataset, at the
-same noise and timesteps: the loss of the network, of the mixture, of a single Gaussian for each label, and of network
-and mixture averaged with one weight for all timesteps, which is chosen on every second cell and judged on the others.
-`--seeds` and `--label_keys` are those of the trainings. Where pipelines were trained with `--mixture_share`, the
-default, it is no finding that the network is near the mixture, but how far it is ahead. The excess of the mixture's
-cells stands in quality.py's JSON, as "Gaussian mixture per label".
+The pipelines are those of quality.py (model `program`). `--seeds` and `--label_keys` choose the trainings. Reported
+are losses at the same noise and timesteps: of the network, of the Gaussian mixture, of one Gaussian per label, and of
+the weighted average of network and mixture. The weight is chosen on every second cell and judged on the others.
+
+A pipeline trained with `--mixture_share` above 0 (the default) learns from the mixture. The question is then how far
+the network is ahead of it. quality.py reports the excess of the mixture's cells as "Gaussian mixture per label".
 """
 
-import argparse
 import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import load_run, make_parser, markdown, parse, read_results, write_results
 from quality import run_name
 
-from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
 from wbdit_diffusers.interpretation import fit_mixture
 from wbdit_diffusers.sampling import training_scheduler
 
 
 DRAWS = 8  # of noise and timesteps, for each cell
 WEIGHTS = np.linspace(0, 1, 21)  # of the network
-COLUMNS = {"gaussian": "Gaussian per label", "mixture": "mixture", "network": "network", "average": "both, averaged"}
+COLUMNS = {"gaussian": "Gaussian per label", "mixture": "mixture", "network": "network", "average": "weighted average"}
 
 
 @torch.no_grad()
 def held_out_losses(
     denoisers: dict[str, torch.nn.Module], latents: torch.Tensor, labels: torch.Tensor | None, seed: int = 0
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """Squared errors of the velocity for each cell, `(cells,)`, at noise and timesteps that are the same for all; and
-    for every draw of these the errors themselves, `(cells, values)`."""
+    """
+    Squared errors of the velocity by denoiser, `(cells,)`, at the same noise and timesteps; and the errors of each
+    draw of noise and timesteps, `(cells, features)`.
+    """
     scheduler, generator = training_scheduler("v_prediction"), torch.Generator().manual_seed(seed)
     errors = []
     for _ in range(DRAWS):
-        # Stratified timesteps: every draw has all of them.
+        # Timesteps are stratified: each draw covers all of them.
         share = torch.randperm(len(latents), generator=generator) + torch.rand(len(latents), generator=generator)
         timesteps = (1 + share / len(latents) * 999).long().clamp(1, 999)
         noise = torch.randn(latents.shape, generator=generator)
@@ -55,9 +55,7 @@ def held_out_losses(
 
 
 def measure(folder: Path, dataset: Path, seed: int) -> dict:
-    pipe = ScRNAGenerationPipeline.from_pretrained(folder)
-    train_cells, test_cells = CellSplit.load(folder).apply(drop_empty_cells(read_cells(dataset)))
-    test_cells = test_cells[pipe.processor.knows_labels(test_cells)]
+    pipe, train_cells, test_cells = load_run(folder, dataset)
     latents, labels = pipe.encode_cells(test_cells), pipe.processor.encode_labels(test_cells)
     labels = labels if labels.shape[1] else None
     mixture, gaussian = fit_mixture(pipe, train_cells), fit_mixture(pipe, train_cells, max_components=1)
@@ -78,47 +76,34 @@ def measure(folder: Path, dataset: Path, seed: int) -> dict:
         "num_test": len(latents),
         "num_components": mixture.config.num_components,
         "losses": losses,
-        "standard_error": float(difference.std() / len(difference) ** 0.5),  # of network less mixture, over cells
+        "standard_error": float(difference.std() / len(difference) ** 0.5),  # of network - mixture, over cells
         "weights": [float(WEIGHTS[i]) for i in chosen],
         "spread": float((latents.var(0) / pipe.encode_cells(train_cells).var(0)).mean()),
     }
 
 
 def table(results: dict) -> str:
-    lines = [
-        "| dataset | labels | mixture's share | components | " + " | ".join(COLUMNS.values()) + " | network − mixture"
-        " | weight of the network |",
-        "|---" * (6 + len(COLUMNS)) + "|",
-    ]
+    header = ["dataset", "labels", "mixture_share", "components", *COLUMNS.values()]
+    rows = []
     for name, row in results.items():
         losses = row["losses"]
-        cells = [f"{losses[key]:.4f}" for key in COLUMNS]
+        cells = [name, ", ".join(row["label_keys"]) or "none", f"{row['mixture_share']:g}", str(row["num_components"])]
+        cells += [f"{losses[key]:.4f}" for key in COLUMNS]
         cells.append(f"{losses['network'] - losses['mixture']:+.4f} ± {row['standard_error']:.4f}")
-        cells.append(", ".join(f"{weight:.2f}" for weight in row["weights"]))
-        labels = ", ".join(row["label_keys"]) or "none"
-        lines.append(
-            f"| {name} | {labels} | {row['mixture_share']:g} | {row['num_components']} | " + " | ".join(cells) + " |"
-        )
-    return "\n".join(lines)
+        rows.append([*cells, ", ".join(f"{weight:.2f}" for weight in row["weights"])])
+    return markdown([*header, "network - mixture", "weight of the network"], rows)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", nargs="+", type=Path, default=[], help=".h5ad files.")
-    parser.add_argument("--work_dir", type=Path, help="That of quality.py.")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Of the trainings, and of the noise.")
-    parser.add_argument("--label_keys", nargs="*", help="Of the trainings, where they are not the config's.")
-    parser.add_argument("--output", type=Path, help="JSON file; datasets are added to it.")
-    parser.add_argument("--table", type=Path, help="Print the table of a JSON file, and nothing else.")
-    args = parser.parse_args()
-    if args.table is not None:
-        print(table(json.loads(args.table.read_text())))
-        return
-    results = json.loads(args.output.read_text()) if args.output.exists() else {}
+    parser = make_parser(__doc__)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Seeds of the trainings and of the noise.")
+    parser.add_argument("--label_keys", nargs="*", help="Label keys of the trainings. Default: those of the config.")
+    args = parse(parser, table)
+    results = read_results(args.output, {})
     for dataset, seed in itertools.product(args.dataset, args.seeds):
         name = run_name(dataset, seed, args.label_keys)
         results[name] = measure(args.work_dir / name / "program", dataset, seed)
-        args.output.write_text(json.dumps(results, indent=1))
+        write_results(args.output, results)
     print(table(results))
 
 

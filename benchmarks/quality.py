@@ -1,31 +1,26 @@
 """Trains generators on datasets and judges their cells: one split, one evaluator, cells held out from all training.
 
-    python benchmarks/quality.py --dataset ../shared/data/pbmc3k.h5ad --models program scvi-by-type \\
+    python benchmarks/quality.py --dataset ../shared/data/pbmc3k.h5ad --models program scvi-by-type \
         --output lab/results/quality_cpu.json
     python benchmarks/quality.py --table lab/results/quality_cpu.json
 
-Ours, `program` (the defaults), `program-white-box` and `program-dit` (with the published block, and the plain DiT
-block) and `expression` (the paper's space), are trained for the same number of steps, so that the result does not hang
-on what else the machine does. The first of them comes with its baselines: cells that its codec makes without the
-denoiser. `scvi` and `scvi-by-type` need `pip install -e ".[benchmark]"`: scVI with its own defaults, early-stopped, on
-the same genes; its cells come from its prior, with library sizes of training cells (of the same type).
-`--development` splits the training cells once more and
-judges on those, for choices to be made.
+Our models are `program` (the defaults), `program-white-box` (the published block), `program-dit` (the plain DiT block)
+and `expression` (the paper's space). They are trained for the same number of steps, so the speed of the machine does
+not matter. The first one comes with its baselines: cells that its codec makes without the denoiser. `scvi` and
+`scvi-by-type` need `pip install -e ".[benchmark]"`. They are scVI with its own defaults, early-stopped, on the same
+genes. Its cells come from its prior, with library sizes of training cells (of the same type).
 
-`--scale log1p` takes log1p(CP10k) of a file of counts, and `--scale tpm` divides them by made-up lengths of genes as
-well and rounds to 0.01 per million, so that no counts can be recovered; both are then trained on, and judged, as log
-values.
+`--development` splits the training cells once more and judges on those, for choices. `--scale log1p` trains on
+log1p(CP10k) of a file of counts. `--scale tpm` also divides by made-up gene lengths and rounds to 0.01 per million,
+so that no counts can be recovered. Both are judged as log values.
 
-A dataset's label keys, and whether it holds log values, are those of the shipped config of its name; label keys may be
-given with `--label_keys`. The report of all models is
-printed; JSON holds every number. `--table` renders a JSON as three tables: excess by training, and by dataset over its
-trainings, and all headline metrics.
+Label keys and values of a dataset are those of the shipped config of its name. `--table` prints the excess of each
+training, the excess of each dataset over its trainings, and all headline metrics.
 """
 
 import argparse
 import copy
 import itertools
-import json
 import os
 import platform
 import re
@@ -36,6 +31,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import torch
+from common import excess_text, make_parser, markdown, mean_sd, parse, read_results, write_results
 from scipy import sparse
 
 from wbdit_diffusers import ScRNAGenerationPipeline
@@ -43,16 +39,17 @@ from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
 from wbdit_diffusers.evaluation import draw_baselines, draw_samples, evaluate_cells, to_markdown
 from wbdit_diffusers.processing import log_normalize
 from wbdit_diffusers.sampling import SCHEDULERS, make_scheduler
-from wbdit_diffusers.training import TrainingConfig, read_config, train
+from wbdit_diffusers.training import TrainingConfig, train
+from wbdit_diffusers.training.config import read_config
 
 
-# Three tokens of eight values, for blocks that have no projections for each token.
+# Three tokens of eight values, for blocks whose projections are shared by all tokens
 WIDE = {"patch_size": 8, "attention_head_dim": 48}
 OURS = {
     "program": {},
     "program-white-box": {"block_type": "white_box", **WIDE},
     "program-dit": {"block_type": "dit", **WIDE},
-    # In expression space the published shape learns too little in minutes on a CPU: a smaller one.
+    # Smaller than published: that shape learns too little in minutes on a CPU
     "expression": {"codec": "expression", "num_attention_heads": 4, "attention_head_dim": 48},
 }
 HEADLINE = {
@@ -77,6 +74,7 @@ REFERENCE = "real reference"
 def train_ours(
     adata: ad.AnnData, folder: Path, model: str, values: str, label_keys: list[str], seed: int, train_flags: dict
 ) -> ScRNAGenerationPipeline:
+    """Trains one of our models, or loads it if the folder has it."""
     if not (folder / "model_index.json").exists():
         flags = {"label_keys": label_keys, "seed": seed, "resume_from_checkpoint": "latest"}
         flags |= {"values": values, "checkpointing_steps": 10**9, **OURS[model], **train_flags}
@@ -93,7 +91,7 @@ def as_log1p(adata: ad.AnnData) -> ad.AnnData:
 
 
 def as_tpm(adata: ad.AnnData) -> ad.AnnData:
-    """log2(TPM / 10 + 1) of counts, with lengths of genes that are made up, and TPM rounded to 0.01."""
+    """log2(TPM / 10 + 1) of counts, with made-up gene lengths and TPM rounded to 0.01."""
     lengths = np.random.default_rng(0).lognormal(7.5, 0.8, adata.n_vars)
     tpm = sparse.csr_matrix(adata.X, dtype=np.float64) @ sparse.diags_array(1 / lengths)
     tpm = sparse.csr_matrix(sparse.diags_array(1e6 / np.asarray(tpm.sum(axis=1)).ravel()) @ tpm)
@@ -112,7 +110,7 @@ def usual_label_keys(path: Path) -> list[str]:
 def run_name(
     path: Path, seed: int, label_keys: list[str] | None, scale: str | None = None, num_cells: int | None = None
 ) -> str:
-    """Of a training on a dataset, and of its entry in a JSON file: what is not as usual is named."""
+    """Name of a training on a dataset, and of its entry in a JSON file. It mentions what differs from the default."""
     name = path.stem if scale is None else f"{path.stem} as {scale}"
     name += "" if num_cells is None else f", {num_cells} cells"
     if label_keys not in (None, usual_label_keys(path)):
@@ -123,18 +121,17 @@ def run_name(
 def draw_variants(
     pipe: ScRNAGenerationPipeline, model: str, test: ad.AnnData, seed: int, args: argparse.Namespace
 ) -> dict[str, list[ad.AnnData]]:
-    """Samples with every dtype, guidance, solver and number of steps that was asked for, by name."""
+    """Samples for each combination of dtype, guidance, solver and number of steps, by name."""
     scheduler_config, variants = pipe.scheduler.config, {}
-    choices = itertools.product(args.dtypes, args.guidance_scales, args.schedulers, args.steps)
-    for dtype, scale, scheduler, steps in choices:
+    for dtype, scale, scheduler, steps in itertools.product(
+        args.dtypes, args.guidance_scales, args.schedulers, args.steps
+    ):
         cast = pipe if dtype == "float32" else copy.deepcopy(pipe).to(getattr(torch, dtype))
         if scheduler is not None:
             cast.scheduler = make_scheduler(scheduler, scheduler_config)
-        name = model
-        name += "" if dtype == "float32" else f", {dtype}"
-        name += "" if scheduler is None else f", {scheduler}"
-        name += "" if steps is None else f", {steps} steps"
-        name += "" if scale == 1.0 else f", guidance {scale:g}"
+        parts = [model, dtype if dtype != "float32" else None, scheduler, f"{steps} steps" if steps else None]
+        parts.append(f"guidance {scale:g}" if scale != 1.0 else None)
+        name = ", ".join(part for part in parts if part)
         variants[name], _ = draw_samples(
             cast, test, args.num_samples, seed=seed, guidance_scale=scale, num_inference_steps=steps
         )
@@ -144,8 +141,11 @@ def draw_variants(
 def sample_scvi(
     train: ad.AnnData, genes: np.ndarray, test: ad.AnnData, label_key: str | None, num_samples: int, seed: int
 ) -> list[ad.AnnData]:
-    """Cells from the prior of an scVI trained on `genes` of `train`, as many as test cells; with their labels, if
-    conditional. Each takes its depth, and its counts of other genes, from a training cell (of its type)."""
+    """
+    Samples from the prior of an scVI that is trained on `genes` of `train`, with the number of test cells and, if
+    conditional, their labels. Each cell takes its depth and its counts of other genes from a training cell (of its
+    type).
+    """
     import scvi
 
     totals = np.asarray(train.X.sum(axis=1)).ravel()
@@ -166,7 +166,7 @@ def sample_scvi(
             names = list(model.adata_manager.get_state_registry("batch")["categorical_mapping"])
             codes = np.array([names.index(name) for name in test.obs[label_key].astype(str)])
             pools = [np.flatnonzero(train.obs[label_key].astype(str) == name) for name in names]
-        like = np.array([rng.choice(pools[code]) for code in codes])  # the training cell whose depth each one takes
+        like = np.array([rng.choice(pools[code]) for code in codes])  # the training cell that gives the depth
         with torch.no_grad():
             generated = module.generative(
                 z=torch.randn(test.n_obs, module.n_latent),
@@ -190,7 +190,7 @@ def machine() -> dict[str, str | int]:
 
 
 def judge_dataset(path: Path, label_keys: list[str], seed: int, name: str, args: argparse.Namespace) -> dict:
-    """Trains all models on one dataset, and judges their cells together, beside one reference."""
+    """Trains all models on one dataset and judges their cells together, with one reference."""
     adata = drop_empty_cells(read_cells(path))
     values = read_config(path.stem).get("values", "counts") if args.scale is None else "log"
     if args.scale is not None:
@@ -224,7 +224,9 @@ def judge_dataset(path: Path, label_keys: list[str], seed: int, name: str, args:
     baselines |= draw_baselines(pipe, train_cells, test, args.num_samples, seed)
     start = time.monotonic()
     report = evaluate_cells(
-        *(columns[first], train_cells, test),
+        columns[first],
+        train_cells,
+        test,
         label_key=label_keys,
         values=values,
         baselines=baselines,
@@ -242,100 +244,76 @@ def judge_dataset(path: Path, label_keys: list[str], seed: int, name: str, args:
 
 
 def excess_table(results: dict) -> str:
-    """Excess of the worst of three classifiers: what a reader needs first."""
+    """The excess of each training, by the classifier for which it is largest."""
     columns = list(dict.fromkeys(name for entry in results.values() for name in entry["report"]["excess"]))
-    columns.remove("generated")
-    lines = ["| dataset | held-out cells | ours | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
-    for dataset, entry in results.items():
-        excess = entry["report"]["excess"]
-        cells = [
-            f"{excess[name]['mean']:.3f} ± {excess[name]['sd']:.3f} ({excess[name]['judge']})"
-            if name in excess
-            else "–"
-            for name in ["generated", *columns]
-        ]
-        lines.append(f"| {dataset} | {entry['report']['num_test']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [name, str(entry["report"]["num_test"]), *(excess_text(entry["report"]["excess"], one) for one in columns)]
+        for name, entry in results.items()
+    ]
+    return markdown(["dataset", "held-out cells", *columns], rows)
 
 
 def trainings_table(results: dict) -> str:
-    """Excess by dataset over its trainings: their mean and standard deviation, where there are several."""
+    """The excess of each dataset: mean and standard deviation over its trainings."""
     trainings: dict[str, list[dict]] = {}
     for name, entry in results.items():
         trainings.setdefault(re.sub(r", seed \d+$", "", name), []).append(entry["report"]["excess"])
     columns = list(dict.fromkeys(name for of_one in trainings.values() for name in of_one[0]))
-    lines = ["| dataset | trainings | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    rows = []
     for name, excesses in trainings.items():
         cells = []
         for column in columns:
             values = [excess[column]["mean"] for excess in excesses if column in excess]
             cells.append(f"{np.mean(values):.3f}" if values else "–")
             cells[-1] += f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-        lines.append(f"| {name} | {len(excesses)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, str(len(excesses)), *cells])
+    return markdown(["dataset", "trainings", *columns], rows)
 
 
 def headline_table(results: dict) -> str:
-    """All datasets and columns of a JSON file, and the real reference."""
-    lines = ["| dataset | cells | " + " | ".join(HEADLINE.values()) + " |", "|---" * (2 + len(HEADLINE)) + "|"]
+    """The headline metrics of all datasets and columns."""
+    rows = []
     for dataset, entry in results.items():
         metrics = entry["report"]["metrics"]
         for name in sorted(metrics, key=lambda name: (name != REFERENCE, name != "generated")):
-            cells = []
-            for metric in HEADLINE:
-                numbers = [value for value in metrics[name].get(metric, []) if value is not None]
-                cells.append(f"{np.nanmean(numbers):.3f} ± {np.nanstd(numbers):.3f}" if numbers else "–")
             title = entry["model"] if name == "generated" else name
-            lines.append(f"| {dataset} | {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            rows.append([dataset, title, *(mean_sd(metrics[name].get(metric, [])) for metric in HEADLINE)])
+    return markdown(["dataset", "cells", *HEADLINE.values()], rows)
+
+
+def tables(results: dict) -> str:
+    return "\n\n".join(table(results) for table in (excess_table, trainings_table, headline_table))
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", nargs="+", type=Path, default=[], help=".h5ad files.")
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=[*OURS, "scvi", "scvi-by-type"], default=["program"])
-    parser.add_argument("--num_samples", type=int, default=3, help="Samples to judge.")
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0], help="Of training and sampling, and of the split."
-    )
-    parser.add_argument("--guidance_scales", nargs="+", type=float, default=[1.0], help="Judged one by one.")
-    parser.add_argument(
-        "--schedulers", nargs="+", choices=sorted(SCHEDULERS), default=[None], help="Not the pipeline's."
-    )
+    parser.add_argument("--num_samples", type=int, default=3, help="Number of samples to judge.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Seeds of split, training and sampling.")
+    parser.add_argument("--guidance_scales", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--schedulers", nargs="+", choices=sorted(SCHEDULERS), default=[None])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
-    parser.add_argument("--steps", nargs="+", type=int, default=[None], help="Numbers of steps, judged one by one.")
+    parser.add_argument("--steps", nargs="+", type=int, default=[None], help="Numbers of denoising steps.")
     parser.add_argument("--development", action="store_true", help="Judge on cells set aside from the training cells.")
-    parser.add_argument("--label_keys", nargs="*", help="obs keys, instead of the config's; none: unconditional.")
+    parser.add_argument("--label_keys", nargs="*", help="obs keys. Default: those of the config. None: unconditional.")
     parser.add_argument("--scale", choices=sorted(SCALES), help="Make log values of files of counts.")
-    parser.add_argument("--num_cells", type=int, help="Take only so many cells of each dataset, at random.")
-    parser.add_argument("--train_flags", nargs="*", default=[], metavar="FIELD=VALUE", help="Of the training.")
-    parser.add_argument("--work_dir", type=Path, help="Keeps trained pipelines; those already there are taken.")
-    parser.add_argument("--output", type=Path, help="JSON file; datasets are added to it.")
-    parser.add_argument("--table", type=Path, help="Print the tables of a JSON file, and nothing else.")
-    args = parser.parse_args()
+    parser.add_argument("--num_cells", type=int, help="Number of random cells to take of each dataset. Default: all.")
+    parser.add_argument("--train_flags", nargs="*", default=[], metavar="FIELD=VALUE", help="Of TrainingConfig.")
+    args = parse(parser, tables, needs_work_dir=False)
     args.train_flags = dict(flag.split("=", 1) for flag in args.train_flags)
-    if args.table is None and args.output is None:
-        parser.error("--output is required.")
     if args.models[0] not in OURS:
-        parser.error("The first of --models is one of ours: the baselines are made with its codec.")
+        parser.error("The first of --models must be one of ours: the baselines are made with its codec.")
     return args
 
 
 def main():
     args = parse_args()
-    if args.table is not None:
-        results = json.loads(args.table.read_text())
-        print(excess_table(results))
-        print(trainings_table(results))
-        print(headline_table(results))
-        return
-    results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    results = read_results(args.output, {})
     for path, seed in itertools.product(args.dataset, args.seeds):
         label_keys = args.label_keys if args.label_keys is not None else usual_label_keys(path)
         name = run_name(path, seed, label_keys, args.scale, args.num_cells)
         results[name] = entry = judge_dataset(path, label_keys, seed, name, args)
-        args.output.write_text(json.dumps(results, indent=1))
+        write_results(args.output, results)
         print(f"\n## {name}, seconds: {entry['seconds']}\n\n{to_markdown(entry['report'])}", flush=True)
 
 

@@ -1,9 +1,9 @@
-"""The paper's experiment repeated: White-Box DiT against DiT on each dataset in the paper's setting, and our default.
+"""Repeats the paper's experiment: White-Box DiT, DiT and our default on each dataset, in the paper's setting.
 
     python benchmarks/reproduce.py --dataset all --budget_minutes 65 --device cpu
     python benchmarks/reproduce.py --table lab/results/reproduction_cpu.json
 
-and the two networks alone, for as long as it takes their losses to stand still:
+These commands train the two networks alone, until their losses no longer fall:
 
     python benchmarks/reproduce.py --dataset kang_ifnb_pbmc --models White-Box DiT --num_seeds 1 --train_minutes 25 \\
         --device cpu --output lab/results/reproduction_long_cpu.json --work_dir outputs/reproduction_long
@@ -11,13 +11,12 @@ and the two networks alone, for as long as it takes their losses to stand still:
         --train_minutes 8 --device cpu --output lab/results/reproduction_long_cpu.json \\
         --work_dir outputs/reproduction_long
 
-Every model of a dataset sees the same training cells for the same minutes, into which the budget is divided; our
-default is trained once, for as long as the White-Box network's seeds together. The paper's setting is the shipped
-configuration `paper`: log1p(CP10k) of 2,000 genes, no conditions, batches of 16, learning rate 1e-4,
-ε-prediction. On a GPU the networks have the published shape; on a CPU that would be a few epochs, so they are smaller
-unless told otherwise (`--shape`). What is done is not done again: the same command goes on after an interruption,
-in the middle of a training too, at its last checkpoint. What the layers of a network do is measured at the end of its
-first seed. All cells are judged on one log scale, so that the paper's, which are no counts, can be judged at all.
+All models of a dataset get the same training cells and the same minutes, an equal part of the budget. Our default is
+trained once, for as long as the White-Box network's seeds together. The paper's setting is the shipped config `paper`:
+log1p(CP10k) of 2,000 genes, no conditions, batches of 16, learning rate 1e-4, ε-prediction. On a GPU the networks have
+the published shape. On a CPU that would be a few epochs, so they are smaller by default (`--shape`). The same command
+continues after an interruption, from the last checkpoint of a training. The layers of a network are measured at the
+end of its first seed. All cells are judged on one log scale, because those of the paper are not counts.
 """
 
 import argparse
@@ -34,21 +33,23 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
+from common import read_results, write_results
 from diffusers import DDPMScheduler
-from diffusers.training_utils import EMAModel
 from diffusers.utils.logging import disable_progress_bar
 from quality import machine
 from reproduce_report import DEFAULT, DIT, FIGURE_STEPS, LARGE, WHITE_BOX, figures, tables
+from safetensors.torch import load_file
 from scipy import sparse
-from speed import closest_depth, forward_flop, peak_memory
+from speed import DEPTH, NUM_GENES, PUBLISHED, closest_depth, forward_flop, paper_network, peak_memory
 
 from wbdit_diffusers import ProgramCodec, ScRNAGenerationPipeline, WhiteBoxDiTModel
-from wbdit_diffusers.cli import config_from_args
 from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
 from wbdit_diffusers.evaluation import evaluate_cells
+from wbdit_diffusers.files import write_whole
 from wbdit_diffusers.interpretation.layers import LAYER_TIMESTEPS, measure_layers
 from wbdit_diffusers.processing.normalize import log_normalize
-from wbdit_diffusers.training import read_config, train
+from wbdit_diffusers.training import TrainingConfig, train
+from wbdit_diffusers.training.config import read_config
 
 
 ROOT = Path(__file__).parents[1]
@@ -62,12 +63,8 @@ DATASETS = [
     "hnscc_puram_chetah_subset_log",
 ]
 MODELS = [DEFAULT, WHITE_BOX, DIT, LARGE]
-SHAPES = {"full": {}, "small": {"patch_size": 40, "num_attention_heads": 4, "attention_head_dim": 24}}
-DEPTH, NUM_GENES, BATCH_SIZE = 3, 2000, 16
-
-
-def flags_of(shape: dict[str, int]) -> list[str]:
-    return [str(part) for name, value in shape.items() for part in (f"--{name}", value)]
+SHAPES = {"full": PUBLISHED, "small": {"patch_size": 40, "num_attention_heads": 4, "attention_head_dim": 24}}
+BATCH_SIZE = 16
 
 
 @functools.cache
@@ -75,26 +72,25 @@ def networks(shape_name: str) -> dict[str, dict]:
     """Configuration, parameters and FLOP of a training step (three forward passes) of the paper's networks."""
     shape = SHAPES[shape_name]
     inputs = torch.randn(BATCH_SIZE, NUM_GENES), torch.randint(1, 1000, (BATCH_SIZE,))
-    plain = WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=DEPTH, block_type="dit", **shape)
+    plain = paper_network(block_type="dit", **shape)
     depth = closest_depth(plain.num_parameters(), lambda model: model.num_parameters(), **shape)
-    choices = {
-        WHITE_BOX: {"num_layers": DEPTH, "block_type": "white_box"},
-        DIT: {"num_layers": DEPTH, "block_type": "dit"},
-        LARGE: {"num_layers": depth, "block_type": "white_box"},
-    }
     rows = {}
-    for name, choice in choices.items():
-        model = WhiteBoxDiTModel(sample_size=NUM_GENES, **shape, **choice)
+    for name, num_layers, block_type in (
+        (WHITE_BOX, DEPTH, "white_box"),
+        (DIT, DEPTH, "dit"),
+        (LARGE, depth, "white_box"),
+    ):
+        model = paper_network(num_layers, block_type, **shape)
         rows[name] = {
             "parameters": model.num_parameters(),
             "flop_per_step": 3 * forward_flop(model, inputs),
-            "model": choice,
+            "model": {"num_layers": num_layers, "block_type": block_type},
         }
     return rows
 
 
 def steps_within(seconds: float, model: WhiteBoxDiTModel, device: str) -> int:
-    """How many training steps fit, roughly: only the number of checkpoints hangs on it."""
+    """Rough number of training steps that fit. It only sets the number of checkpoints."""
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     durations = []
@@ -111,7 +107,7 @@ def steps_within(seconds: float, model: WhiteBoxDiTModel, device: str) -> int:
 
 
 class Dataset:
-    """One dataset: its split, and real cells on the log scale on which all are judged."""
+    """One dataset: its split, and its real cells on the log scale on which all cells are judged."""
 
     def __init__(self, name: str, args: argparse.Namespace):
         self.name, self.args = name, args
@@ -125,48 +121,53 @@ class Dataset:
         as_read = split.apply(adata)[1]
         if self.values == "counts":
             as_read = as_read.copy()
-            # Over all genes, before some are chosen: as the networks see it
+            # Over all genes, before some are chosen, as the networks see the cells
             adata.X = log_normalize(adata.X, np.asarray(adata.X.sum(axis=1)).ravel())
         self.train, test = split.apply(adata)
-        # Few cells, for 1,000 steps on a CPU
+        # Few cells: 1,000 steps take long on a CPU
         chosen = np.sort(np.random.default_rng(0).permutation(test.n_obs)[: args.max_cells])
         self.test, self.test_as_read = test[chosen], as_read[chosen]
         self.steps_per_epoch = max(1, self.train.n_obs // BATCH_SIZE)
 
-    def flags(self, model: str, seed: int, minutes: float) -> list[str]:
-        """Of the training."""
-        configs, flags = [self.name], []
+    def settings(self, model: str, seed: int, minutes: float) -> dict:
+        """Fields of the training's config."""
+        settings = read_config(self.name)
         validation_steps, checkpointing_steps = 200, 10**9
         if model != DEFAULT:
-            configs.append("paper")
             network = SHAPES[self.args.shape] | networks(self.args.shape)[model]["model"]
-            flags += [*flags_of(network), "--values", self.values]
-            path = self.folder / f"{model}, seed {seed}.steps"  # a run that is gone on with has the same intervals
+            settings |= read_config("paper") | network | {"values": self.values}
+            path = self.folder / f"{model}, seed {seed}.steps"  # a resumed run keeps its intervals
             if not path.exists():
                 denoiser = WhiteBoxDiTModel(sample_size=NUM_GENES, **network)
                 path.write_text(str(steps_within(60 * minutes, denoiser, self.args.device)))
-            steps = int(path.read_text())
-            epochs = steps / self.steps_per_epoch
+            epochs = int(path.read_text()) / self.steps_per_epoch
             validation_steps = max(1, round(epochs / 16)) * self.steps_per_epoch
             if seed == 0 and model != LARGE:
                 checkpointing_steps = max(1, round(epochs / 8)) * self.steps_per_epoch
-        flags += ["--config", *configs, "--dataset", self.path, "--split", self.folder / CellSplit.FILE_NAME]
-        flags += ["--output_dir", self.folder / f"{model}, seed {seed}", "--seed", seed, "--num_genes", NUM_GENES]
-        flags += ["--max_train_steps", 10**9, "--max_train_epochs", 10**9, "--max_train_minutes", minutes]
-        flags += ["--validation_steps", validation_steps, "--checkpointing_steps", checkpointing_steps]
-        flags += ["--resume_from_checkpoint", "latest"]  # of an interrupted training
-        return [str(flag) for flag in flags]
+        return settings | {
+            "dataset": str(self.path),
+            "split": self.folder / CellSplit.FILE_NAME,
+            "output_dir": self.folder / f"{model}, seed {seed}",
+            "seed": seed,
+            "num_genes": NUM_GENES,
+            "max_train_steps": 10**9,
+            "max_train_epochs": 10**9,
+            "max_train_minutes": minutes,
+            "validation_steps": validation_steps,
+            "checkpointing_steps": checkpointing_steps,
+            "resume_from_checkpoint": "latest",
+        }
 
     def train_model(self, model: str, seed: int, minutes: float) -> dict:
-        """Trains; returns log and peak memory: of a process of its own, or what was allocated on the GPU."""
-        flags = self.flags(model, seed, minutes)
-        folder = self.folder / f"{model}, seed {seed}"
+        """Trains. Returns the log and the peak memory: of a process of its own, or allocated on the GPU."""
+        settings, folder = self.settings(model, seed, minutes), self.folder / f"{model}, seed {seed}"
         if self.args.device == "cpu":
-            command = [sys.executable, "-m", "wbdit_diffusers.training", *flags]
-            peak = peak_memory(command, os.environ | {"ACCELERATE_USE_CPU": "true"})
+            code = f"from common import train_from_json; train_from_json({json.dumps(settings, default=str)!r})"
+            paths = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
+            peak = peak_memory([sys.executable, "-c", code], os.environ | paths)
         else:
             torch.cuda.reset_peak_memory_stats()
-            train(None, config_from_args(["train", *flags]))
+            train(None, TrainingConfig(**settings))
             peak = torch.cuda.max_memory_allocated()
         log = pd.read_csv(folder / "training_log.csv")
         epochs = log["step"] / self.steps_per_epoch if model != DEFAULT else log["epoch"]
@@ -185,14 +186,12 @@ class Dataset:
         }
 
     def checkpoints(self, model: str) -> dict[int, Path]:
-        """After 1, 2, 4, … intervals: by epoch. An interruption leaves a checkpoint between them."""
+        """Checkpoints after 1, 2, 4, … intervals, by epoch. Interruptions leave others between them."""
         folder = self.folder / f"{model}, seed 0"
         steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
-        interval = json.loads((folder / "run.json").read_text())["checkpointing_steps"]
+        interval = json.loads((folder / "run.json").read_text())["config"]["checkpointing_steps"]
         chosen = [interval * 2**i for i in range(20) if interval * 2**i in steps]
-        return {
-            step // self.steps_per_epoch: self.folder / f"{model}, seed 0" / f"checkpoint-{step}" for step in chosen
-        }
+        return {step // self.steps_per_epoch: folder / f"checkpoint-{step}" for step in chosen}
 
     def sample(
         self,
@@ -203,7 +202,7 @@ class Dataset:
         times: int = 1,
         checkpoint: Path | None = None,
     ) -> ad.AnnData:
-        """As many cells as are judged, on the log scale; of the judged cells' labels where the model has labels."""
+        """Generates the number of judged cells, on the log scale, with their labels if the model has labels."""
         pipe = ScRNAGenerationPipeline.from_pretrained(
             self.folder / f"{model}, seed {seed if model != DEFAULT else 0}"
         )
@@ -211,14 +210,16 @@ class Dataset:
         if model != DEFAULT:  # the authors' sampler takes every n-th step from 0 up
             pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
         if checkpoint is not None:
-            EMAModel.from_pretrained(checkpoint / "ema", WhiteBoxDiTModel).copy_to(pipe.denoiser.parameters())
+            averaged = load_file(checkpoint / "ema.safetensors")
+            for i, parameter in enumerate(pipe.denoiser.parameters()):
+                parameter.data.copy_(averaged[str(i)])
         pipe.to(self.args.device, dtype)
         kwargs = {
             "num_cells": times * self.test.n_obs,
             "num_inference_steps": num_inference_steps,
             "generator": torch.Generator().manual_seed(seed),
         }
-        # In another order than the judged cells: the paper's KL divergence pairs them row by row.
+        # In another order than the judged cells, because the paper's KL divergence pairs them row by row
         order = np.random.default_rng(seed).permutation(times * self.test.n_obs) % self.test.n_obs
         labels = self.test.obs[pipe.processor.label_keys].astype(str).iloc[order]
         kwargs["conditions"] = {key: labels[key].tolist() for key in labels}
@@ -231,20 +232,20 @@ class Dataset:
         return ad.AnnData(x, obs=obs, var=pd.DataFrame(index=pipe.processor.var_names))
 
     def layers(self, model: str) -> dict:
-        """What attention and ISTA of the first seed do to held-out cells, over layers and timesteps."""
+        """Steps of attention and ISTA of the first seed on held-out cells, by layer and timestep."""
         pipe = ScRNAGenerationPipeline.from_pretrained(self.folder / f"{model}, seed 0")
         latents = pipe.encode_cells(self.test_as_read)
         rows = measure_layers(pipe.denoiser, pipe.scheduler, latents, None, LAYER_TIMESTEPS)
         return {"rows": rows}
 
     def judge(self, samples: list[ad.AnnData]) -> dict:
-        """Metrics of the samples and of the real reference, matched by the labels that the model has."""
+        """Metrics of the samples and of the real reference, matched by the labels of the model."""
         label_keys = list(samples[0].obs) or ["cell_type"]
         return evaluate_cells(samples, self.train, self.test, label_keys, values="log", parity=True)["metrics"]
 
 
 def reproduce(name: str, entry: dict, minutes: float, args: argparse.Namespace, save: Callable[[], None]):
-    """One dataset: trains, samples and judges what `entry` does not have yet."""
+    """Trains, samples and judges what `entry` of one dataset lacks."""
     data = Dataset(name, args)
     if "num_train" not in entry:
         entry |= {"num_train": data.train.n_obs, "num_judged": data.test.n_obs, "values": data.values, "models": {}}
@@ -263,7 +264,7 @@ def reproduce(name: str, entry: dict, minutes: float, args: argparse.Namespace, 
             samples[0].write_h5ad(data.folder / f"{model}, {steps} steps.h5ad", compression="gzip")
         metrics = data.judge(samples)
         generated = metrics.pop("generated")
-        entry.setdefault("floors", metrics)  # what real cells reach
+        entry.setdefault("floors", metrics)  # scores of real cells
         return generated
 
     def judge_checkpoint(model: str, epoch: int, checkpoint: Path) -> dict:
@@ -271,7 +272,7 @@ def reproduce(name: str, entry: dict, minutes: float, args: argparse.Namespace, 
         sample.write_h5ad(data.folder / f"{model}, epoch {epoch}.h5ad", compression="gzip")
         return data.judge([sample])["generated"]
 
-    # Turn by turn, so that a slower hour of the machine meets both
+    # In turns, so that a slower hour of the machine affects both
     for seed in range(args.num_seeds):
         for model in (WHITE_BOX, DIT):
             record(model, "runs", str(seed), data.train_model, model, seed, minutes)
@@ -293,35 +294,27 @@ def reproduce(name: str, entry: dict, minutes: float, args: argparse.Namespace, 
     for model in args.models:
         path = data.folder / f"{model}, five times.h5ad"
         if model != LARGE and not path.exists():
-            partial = path.with_suffix(".partial")
-            steps = 20 if model == DEFAULT else FIGURE_STEPS
-            data.sample(model, 0, steps, times=5).write_h5ad(partial, compression="gzip")
-            partial.replace(path)
+            cells = data.sample(model, 0, 20 if model == DEFAULT else FIGURE_STEPS, times=5)
+            write_whole(path, cells.write_h5ad)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", nargs="+", default=["all"], choices=["all", *DATASETS, "hnscc"], metavar="NAME")
-    parser.add_argument(
-        "--data_dir",
-        type=Path,
-        default=ROOT.parent / "shared" / "data",
-        help="Folder of NAME.h5ad, as `wbdit fetch` writes them.",
-    )
-    parser.add_argument(
-        "--budget_minutes", type=float, default=65, help="For all of it; a little less than half is training."
-    )
+    data_dir = ROOT.parent / "shared" / "data"
+    parser.add_argument("--data_dir", type=Path, default=data_dir, help="Folder of NAME.h5ad, see `wbdit fetch`.")
+    parser.add_argument("--budget_minutes", type=float, default=65, help="Minutes for everything. 45%% is training.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="Of the paper's networks: small on a CPU by default.")
-    parser.add_argument("--train_minutes", type=float, help="Of each training, in place of a share of the budget.")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="Shape of the networks. Default: small on a CPU.")
+    parser.add_argument("--train_minutes", type=float, help="Minutes of each training, instead of --budget_minutes.")
     parser.add_argument("--num_seeds", type=int, default=3)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help="Only some.")
-    parser.add_argument("--max_cells", type=int, help="Held-out cells to judge on: 200 on a CPU, 5,000 on a GPU.")
-    parser.add_argument("--output", type=Path, help="JSON; outputs/reproduction_DEVICE.json by default.")
-    parser.add_argument("--work_dir", type=Path, help="Models and samples; beside the JSON by default.")
-    parser.add_argument("--figure_dir", type=Path, help="In --work_dir by default.")
-    parser.add_argument("--table", type=Path, help="Print the tables of a JSON file, and nothing else.")
-    parser.add_argument("--figures", action="store_true", help="Draw the figures again, and nothing else.")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL")
+    parser.add_argument("--max_cells", type=int, help="Cells to judge on. Default: 200 on a CPU, 5,000 on a GPU.")
+    parser.add_argument("--output", type=Path, help="JSON file. Default: outputs/reproduction_DEVICE.json.")
+    parser.add_argument("--work_dir", type=Path, help="Folder of models and samples. Default: next to the JSON file.")
+    parser.add_argument("--figure_dir", type=Path, help="Default: --work_dir.")
+    parser.add_argument("--table", type=Path, help="JSON file to print as tables. Nothing is measured.")
+    parser.add_argument("--figures", action="store_true", help="Draw the figures again. Nothing is measured.")
     args = parser.parse_args()
     if args.table is not None:
         print(tables(json.loads(args.table.read_text())))
@@ -336,9 +329,9 @@ def main():
     names = DATASETS if "all" in args.dataset else args.dataset
 
     if not {WHITE_BOX, DIT} <= set(args.models):
-        parser.error("--models are compared with each other: White-Box and DiT are among them.")
-    results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    # On two cores, more than half of the time goes into sampling and judging.
+        parser.error("--models must include White-Box and DiT, which are compared.")
+    results = read_results(args.output, {})
+    # Sampling and judging take more than half of the time on two cores.
     share = 0.45 * args.budget_minutes / len(names) / (3 * args.num_seeds + 1)
     minutes = share if args.train_minutes is None else args.train_minutes
     settings = {
@@ -350,7 +343,7 @@ def main():
     begun = {key: value for key, value in results.setdefault("settings", settings).items() if key in settings}
     if begun != settings and not args.figures:
         parser.error(
-            f"{args.output} was begun with {results['settings']}, not {settings}: give the same flags, or another"
+            f"{args.output} has results with {results['settings']}, not {settings}. Use the same flags, or another"
             " --output."
         )
     results["machine"] = machine()
@@ -358,10 +351,7 @@ def main():
     datasets = results.setdefault("datasets", {})
 
     def save():
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.output.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1))
-        partial.replace(args.output)
+        write_results(args.output, results)
 
     if not args.figures:
         for name in names:

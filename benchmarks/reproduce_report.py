@@ -1,4 +1,4 @@
-"""Tables and figures of what benchmarks/reproduce.py measured."""
+"""Tables and figures of the results of benchmarks/reproduce.py."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
+from common import markdown, mean_sd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
@@ -14,7 +15,7 @@ from wbdit_diffusers.data import read_cells
 
 WHITE_BOX, DIT, LARGE, DEFAULT = "White-Box", "DiT", "White-Box, as large as the DiT", "our default"
 COLOURS = {"real": "tab:blue", WHITE_BOX: "tab:orange", DIT: "tab:green", LARGE: "tab:red", DEFAULT: "tab:purple"}
-# The columns of the tables, where a JSON has them: older ones were judged by one random forest, `rf_auc`.
+# Columns of the tables, if a JSON file has them. Older ones were judged by one random forest, `rf_auc`.
 METRICS = {
     "rf_auc": "RF-AUC",
     "auc_forest": "AUC, forest",
@@ -30,7 +31,7 @@ METRICS = {
     "paper_wasserstein": "paper W1",
     "paper_mmd": "paper MMD",
 }
-FIGURE_STEPS = 100  # of the networks in the paper's setting, as many as the paper takes with DDIM
+FIGURE_STEPS = 100  # of the networks in the paper's setting: the paper's number of DDIM steps
 LAYER_COLUMNS = ["coding rate, own", "coding rate, random", "cosine to the descent", "sparse coding"]
 METRICS_BY_EPOCH = ("rf_auc", "auc_forest", "auc_boosting", "auc_regression", "w2", "mmd2")
 
@@ -49,24 +50,13 @@ def ratio_at(runs_a: dict, runs_b: dict, axis: str, column: str = "validation_lo
     return ratios
 
 
-def mean_sd(values: list[float], digits: int = 3) -> str:
-    if not values:
-        return "–"
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a table."""
-    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-
-
 def present(metrics: Iterable[str], reports: list[dict]) -> list[str]:
-    """Those of the metrics that some report has."""
+    """The metrics that at least one report has."""
     return [metric for metric in metrics if any(metric in report for report in reports)]
 
 
-def table_of_losses(complete: dict) -> list[str]:
-    """The verdict on White-Box against DiT."""
+def table_of_losses(complete: dict) -> str:
+    """White-Box compared with DiT."""
     rows = []
     for name, entry in complete.items():
         runs = {model: parts["runs"] for model, parts in entry["models"].items() if model != DEFAULT}
@@ -85,7 +75,7 @@ def table_of_losses(complete: dict) -> list[str]:
     return markdown(header, rows)
 
 
-def table_of_costs(complete: dict, sizes: dict) -> list[str]:
+def table_of_costs(complete: dict, sizes: dict) -> str:
     """Parameters, time and memory; `sizes` are [`networks`]."""
     rows = []
     for name, entry in complete.items():
@@ -96,7 +86,7 @@ def table_of_costs(complete: dict, sizes: dict) -> list[str]:
                 row[2:4] = f"{sizes[model]['parameters']:,}", f"{sizes[model]['flop_per_step'] / 1e9:.1f}"
                 row[5] = mean_sd([run["seconds_per_epoch"] for run in runs], 2)
                 row[6] = mean_sd([run["epochs"] for run in runs], 1)
-                # The last row but one is of a whole interval.
+                # The last interval of the log may be incomplete.
                 row[7] = mean_sd([run["log"]["loss"][-2:][0] for run in runs])
                 row[8] = mean_sd([run["log"]["validation_loss"][-1] for run in runs])
             row.insert(7, mean_sd([run["peak_memory_mib"] for run in runs], 0))
@@ -105,8 +95,8 @@ def table_of_costs(complete: dict, sizes: dict) -> list[str]:
     return markdown([*header, "peak memory, MiB", "training loss", "held-out loss"], rows)
 
 
-def table_of_cells(complete: dict) -> list[str]:
-    """Every metric of real cells, and of every model and sampler."""
+def table_of_cells(complete: dict) -> str:
+    """All metrics of real cells, and of each model and sampler."""
     reports = []
     for name, entry in complete.items():
         reports += [(name, cells, "", metrics) for cells, metrics in entry["floors"].items()]
@@ -117,8 +107,8 @@ def table_of_cells(complete: dict) -> list[str]:
     return markdown(["dataset", "cells", "steps", *(METRICS[key] for key in columns)], rows)
 
 
-def table_of_epochs(complete: dict) -> list[str]:
-    """Losses and cells of the networks of the first seed while they were trained."""
+def table_of_epochs(complete: dict) -> str:
+    """Losses and cells during the training of the first seed."""
     reports = []
     for name, entry in complete.items():
         for model in (WHITE_BOX, DIT):
@@ -134,8 +124,8 @@ def table_of_epochs(complete: dict) -> list[str]:
     return markdown([*header, *(METRICS[key] for key in columns)], rows)
 
 
-def table_of_layers(complete: dict) -> list[str]:
-    """What attention and ISTA do, means over layers and timesteps, beside the same blocks untrained."""
+def table_of_layers(complete: dict) -> str:
+    """Steps of attention and ISTA, means over layers and timesteps, next to the same blocks untrained."""
     rows = []
     for name, entry in complete.items():
         for model, parts in entry["models"].items():
@@ -146,20 +136,18 @@ def table_of_layers(complete: dict) -> list[str]:
                     means = [np.mean([row[key] for row in layers]) for key in ("own", "random", "cosine", "objective")]
                     cells = [f"{value:+.1%}" for value in means[:2]] + [f"{means[2]:.3f}", f"{means[3]:+.1%}"]
                     rows.append([name, model, network, *cells])
-    return markdown(["dataset", "model", "matrices", *LAYER_COLUMNS], rows) if rows else []
+    return markdown(["dataset", "model", "matrices", *LAYER_COLUMNS], rows) if rows else ""
 
 
 def tables(results: dict) -> str:
     """All tables, of the datasets that are complete."""
     complete = {name: entry for name, entry in results["datasets"].items() if "seconds" in entry}
-    lines = [*table_of_losses(complete), "", *table_of_costs(complete, results["networks"])]
-    lines += ["", *table_of_cells(complete), "", *table_of_epochs(complete)]
-    if layers := table_of_layers(complete):
-        lines += ["", *layers]
+    parts = [table_of_losses(complete), table_of_costs(complete, results["networks"]), table_of_cells(complete)]
+    parts += [table_of_epochs(complete), table_of_layers(complete)]
     missing = sorted(set(results["datasets"]) - set(complete))
     if missing:
-        lines += ["", f"Not complete: {', '.join(missing)}."]
-    return "\n".join(lines) + "\n"
+        parts.append(f"Not complete: {', '.join(missing)}.")
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 # ==================== Figures ====================
@@ -230,12 +218,12 @@ def draw_seconds(axis: Axes, datasets: dict):
 
 def figures(results: dict, data: dict[str, Any], folder: Path):
     """
-    Draws all of them, as PNG files.
+    Draws all figures, as PNG files.
 
     Args:
-        results (`dict`): What reproduce.py measured.
+        results (`dict`): Results of reproduce.py.
         data (`dict`): The `reproduce.Dataset` of each dataset.
-        folder (`Path`): Where the files go.
+        folder (`Path`): Folder for the files.
     """
     plt.switch_backend("Agg")
     datasets, num = results["datasets"], len(results["datasets"])

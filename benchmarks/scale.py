@@ -1,9 +1,9 @@
-"""What an atlas costs: cells are prepared, read, trained on and generated, each stage in a process of its own.
+"""Measures what an atlas costs: preparing, reading, training and generating, each in a process of its own.
 
     python benchmarks/scale.py --dataset pbmc3k.h5ad --num_cells 20000 60000 --output scale.json
 
-The cells are real ones, drawn with replacement: two of them side by side make one of 20,000 genes. Beside every stage
-stand its peak memory (of the process, as the system counts it) and its speed. What is written is deleted again.
+The cells are real ones, drawn with replacement: two of them are joined to one of 20,000 genes. Reported are the peak
+memory and the speed of each stage. All files are deleted at the end.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+from common import read_results, write_results
 from scipy import sparse
 
 
@@ -25,128 +26,85 @@ NUM_GENES = 20_000
 CELLS_AT_ONCE = 4096
 
 
-# ==================== Stages that are no command of the package ====================
-
-
-def make(args: argparse.Namespace) -> dict:
-    """The .h5ad file to begin with, written as its cells are drawn."""
+def make(args: argparse.Namespace):
+    """Writes the .h5ad file to begin with, batch by batch."""
     from wbdit_diffusers.data import write_cells
 
     real = ad.read_h5ad(args.dataset)
     counts = sparse.csr_matrix(real.X).astype(np.float32)
     others = NUM_GENES - counts.shape[1]
-    if not 0 <= others <= counts.shape[1]:
-        raise ValueError(f"{args.dataset} has {counts.shape[1]} genes: give {NUM_GENES // 2} to {NUM_GENES}.")
     names = [*real.var_names, *(f"{name}-2" for name in real.var_names[:others])]
     labels = pd.Categorical(real.obs[args.label_key].astype(str))
     rng = np.random.default_rng(0)
 
     def batches():
-        for start in range(0, args.num_cells, CELLS_AT_ONCE):
-            size = min(CELLS_AT_ONCE, args.num_cells - start)
+        for start in range(0, args.num_cells[0], CELLS_AT_ONCE):
+            size = min(CELLS_AT_ONCE, args.num_cells[0] - start)
             cells, second = rng.integers(real.n_obs, size=(2, size))
+            index = [f"cell_{i}" for i in range(start, start + size)]
             yield ad.AnnData(
                 sparse.hstack([counts[cells], counts[second][:, :others]], format="csr"),
-                obs=pd.DataFrame(
-                    {args.label_key: labels[cells]}, index=[f"cell_{i}" for i in range(start, start + size)]
-                ),
+                obs=pd.DataFrame({args.label_key: labels[cells]}, index=index),
                 var=pd.DataFrame(index=names),
             )
 
     write_cells(args.output, batches())
-    return {"cells": args.num_cells}
 
 
-def read(args: argparse.Namespace) -> dict:
-    """All training cells once, as CSR, and nothing done with them."""
+def read(args: argparse.Namespace):
+    """Reads all training cells once."""
     from wbdit_diffusers.data import PreparedCells
 
-    source, values = PreparedCells(args.dataset), 0
-    for group in range(len(source.groups)):
-        values += source.read_group(group)[0].nnz
-    cells = int(source.group_sizes.sum())
-    return {"cells": cells, "values_per_cell": round(values / cells, 1)}
+    source = PreparedCells(args.dataset)
+    for group in range(len(source.group_sizes)):
+        source.read_group(group)
 
 
-def train(args: argparse.Namespace) -> dict:
-    """Both stages of a training."""
-    from wbdit_diffusers.data import latents
-    from wbdit_diffusers.training import TrainingConfig
-    from wbdit_diffusers.training import train as run_training
-
-    if args.max_cells_in_memory is not None:
-        latents.MAX_CELLS_IN_MEMORY = args.max_cells_in_memory
-    steps = {"num_programs": 16, "codec_max_steps": args.num_steps, "decoder_steps": args.num_steps}
-    config = TrainingConfig(
-        dataset=args.dataset,
-        output_dir=args.output,
-        label_keys=[args.label_key],
-        max_train_steps=args.num_steps,
-        **steps,
-    )
-    run_training(None, config)
-    return {"cells": args.num_steps * config.train_batch_size}
+STAGES = {"make": make, "read": read}  # which are no command of the package
 
 
-STAGES = {"make": make, "read": read, "train": train}
-
-
-# ==================== Each stage in its own process ====================
-
-
-def measure(name: str, command: list[str]) -> dict:
-    """Runs a command; its seconds, and its peak memory in MiB."""
+def measure(name: str, command: list[object]) -> dict:
+    """Runs a command. Returns its seconds, and its peak memory in MiB."""
     start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=output, stderr=errors)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen([str(word) for word in command], stdout=output, stderr=output)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - start
         output.seek(0)
-        errors.seek(0)
         if process.returncode != 0:
-            raise RuntimeError(f"{name} failed: {errors.read()[-3000:]}")
-        lines = output.read().strip().splitlines()
-    result = {
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_mib": round(usage.ru_maxrss / 1024),
-    }
-    if lines and lines[-1].startswith("{"):
-        result |= json.loads(lines[-1])
-    return result
+            raise RuntimeError(f"{name} failed: {output.read()[-3000:]}")
+    cpu_seconds = round(usage.ru_utime + usage.ru_stime, 1)
+    return {"seconds": round(seconds, 1), "cpu_seconds": cpu_seconds, "peak_mib": round(usage.ru_maxrss / 1024)}
 
 
 def scale(num_cells: int, args: argparse.Namespace, folder: Path) -> dict:
-    stage = [sys.executable, __file__, "--label_key", args.label_key]
+    """The results of all stages for one number of cells."""
+    stage = [sys.executable, __file__, "--label_key", args.label_key, "--stage"]
     wbdit = [sys.executable, "-m", "wbdit_diffusers.cli"]
     source, prepared, generated = folder / "cells.h5ad", folder / "prepared", folder / "generated.h5ad"
-    models = {codec: folder / codec for codec in ("program", "expression")}
-    of_model = ["--num_cells", str(args.num_generated or num_cells)]
-    of_model += ["--num_inference_steps", str(args.num_inference_steps)]
-    training = [*stage, "--stage", "train", "--dataset", prepared, "--num_steps", str(args.num_steps)]
-    if args.max_cells_in_memory is not None:
-        training += ["--max_cells_in_memory", str(args.max_cells_in_memory)]
+    num_generated, steps, model = args.num_generated or num_cells, args.num_steps, folder / "model"
+    training = ["--dataset", prepared, "--label_keys", args.label_key, "--output_dir", model, "--num_programs", 16]
+    training += ["--codec_max_steps", steps, "--decoder_steps", steps, "--max_train_steps", steps]
+    generation = ["--num_cells", num_generated, "--num_inference_steps", args.num_inference_steps]
     commands = {
-        "make": [*stage, "--stage", "make", "--dataset", args.dataset, "--num_cells", str(num_cells)]
-        + ["--output", source],
+        "make": [*stage, "make", "--dataset", args.dataset, "--num_cells", num_cells, "--output", source],
         "prepare": [*wbdit, "prepare", source, "--output", prepared, "--label_keys", args.label_key],
-        "read": [*stage, "--stage", "read", "--dataset", prepared],
-        "train": [*training, "--codec", "program", "--output", models["program"]],
-        "train in expression space": [*training, "--codec", "expression", "--output", models["expression"]],
-        "generate": [*wbdit, "generate", models["program"], *of_model, "--output", generated],
+        "read": [*stage, "read", "--dataset", prepared],
+        "train": [*wbdit, "train", *training],
+        "generate": [*wbdit, "generate", model, *generation, "--output", generated],
     }
     results: dict[str, dict] = {}
     for name, command in commands.items():
-        results[name] = measure(name, [str(argument) for argument in command])
-        cells = {"prepare": num_cells, "generate": args.num_generated or num_cells}.get(name) or results[name]["cells"]
+        results[name] = measure(name, command)
+        cells = num_generated if name == "generate" else num_cells
         results[name]["cells_per_second"] = round(cells / results[name]["seconds"])
-        print(f"{num_cells:>9,} cells, {name}: {json.dumps(results[name])}", flush=True)
         if name == "prepare":
             size = sum(path.stat().st_size for path in prepared.rglob("*") if path.is_file())
-            results[name] |= {"gigabytes": round(size / 1e9, 3)}
+            results[name]["gigabytes"] = round(size / 1e9, 3)
             results["make"]["gigabytes"] = round(source.stat().st_size / 1e9, 3)
             source.unlink()
+        print(f"{num_cells:>9,} cells, {name}: {json.dumps(results[name])}", flush=True)
     return results
 
 
@@ -155,25 +113,22 @@ def main():
     parser.add_argument("--dataset", type=Path, required=True, help="Real cells with 10,000 to 20,000 genes.")
     parser.add_argument("--label_key", default="cell_type")
     parser.add_argument("--num_cells", type=int, nargs="+", default=[20_000, 60_000, 1_000_000])
-    parser.add_argument("--num_steps", type=int, default=300, help="Of each stage of a training.")
-    parser.add_argument("--num_inference_steps", type=int, default=5, help="Of generation.")
-    parser.add_argument("--num_generated", type=int, help="Cells to generate; as many as there are by default.")
-    parser.add_argument("--max_cells_in_memory", type=int, help="Above which a training streams; 100,000 by default.")
-    parser.add_argument("--folder", type=Path, help="Where to make a temporary folder: 20 GB for 1,000,000 cells.")
-    parser.add_argument("--output", type=Path, help="The JSON file to write.")
+    parser.add_argument("--num_steps", type=int, default=300, help="Number of steps of each stage of the training.")
+    parser.add_argument("--num_inference_steps", type=int, default=5, help="Number of denoising steps.")
+    parser.add_argument("--num_generated", type=int, help="Number of cells to generate. Default: --num_cells.")
+    parser.add_argument("--folder", type=Path, help="Place of the temporary folder: 20 GB for 1,000,000 cells.")
+    parser.add_argument("--output", type=Path, help="JSON file to write.")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
-    parser.add_argument("--codec", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.stage is not None:
-        args.num_cells = args.num_cells[0]
-        print(json.dumps(STAGES[args.stage](args)))
+        STAGES[args.stage](args)
         return
-    results = json.loads(args.output.read_text()) if args.output is not None and args.output.is_file() else {}
+    results = read_results(args.output, {}) if args.output is not None else {}
     for num_cells in args.num_cells:
         with tempfile.TemporaryDirectory(prefix="wbdit-scale-", dir=args.folder) as folder:
             results[str(num_cells)] = scale(num_cells, args, Path(folder))
         if args.output is not None:
-            args.output.write_text(json.dumps(results, indent=1))
+            write_results(args.output, results)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
-"""Times our network and pipeline against the network as it is written in the paper, side by side in one run.
+"""Times our network and pipeline next to the network as the paper writes it, or next to another checkout.
 
     python benchmarks/speed.py --dataset ../shared/data/pbmc3k.h5ad --output lab/results/speed_cpu.json
     python benchmarks/speed.py --dataset ../shared/data/pbmc3k.h5ad --device cuda --batch_size 16 256 1024 --output ...
     python benchmarks/speed.py --table lab/results/speed_cpu.json
+    python benchmarks/speed.py --against ../old-checkout
 
-Parts (`--parts`), all by default:
+`--against` compares this checkout with another one in CPU seconds: import, a training step, and 5,000 cells of the
+pipeline in the package. Fresh processes take turns, and the ratio of their medians is printed. Without it, `--parts`
+chooses what to measure (all by default):
 
 - `network`: training steps and forward passes at the paper's shape. `reference` is benchmarks/reference.py in eager
   float32, as the authors run it. The variants take turns, and medians are compared. FLOP are those of the matrix
-  products; their rate stands beside that of the fastest large matrix product of the same machine and dtype.
-- `pipeline`: cells per second of whole pipelines, trained on `--dataset` for a few steps (the time does not depend on
-  the weights), against the reference's ancestral sampling: 1,000 forward passes per batch.
-- `memory`: peak memory of `wbdit generate`, for many and few cells; on Linux.
+  products, and their rate is given as a fraction of the fastest large matrix product of the same machine and dtype.
+- `pipeline`: cells per second of whole pipelines, trained on `--dataset` for a few steps (the weights do not influence
+  the time), compared with the reference's ancestral sampling: 1,000 forward passes per batch.
+- `memory`: peak memory of `wbdit generate`, for many and few cells (Linux only).
 - `start`: time to import the package and to load a pipeline.
-- `busy`: a training step alone, and beside another training that keeps one core; the package imported before PyTorch,
-  whose threads then share cores, and after it, when it is too late for that.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import markdown, read_results, write_results
 from reference import ReferenceDiT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,7 +41,36 @@ from wbdit_diffusers import ScRNAGenerationPipeline, WhiteBoxDiTModel
 from wbdit_diffusers.training import TrainingConfig, train
 
 
-NUM_GENES, DEPTH = 2000, 3  # the paper's shape; the others are WhiteBoxDiTModel's defaults
+NUM_GENES, DEPTH = 2000, 3  # the paper's
+PUBLISHED = {"patch_size": 10, "num_attention_heads": 8, "attention_head_dim": 96}
+
+# Programs that print CPU seconds, for any version of the package
+AGAINST = {
+    "import": "import time; import wbdit_diffusers; print(time.process_time())",
+    "a training step": """
+import tempfile, time
+from wbdit_diffusers.data import load_pbmc
+from wbdit_diffusers.training import TrainingConfig, train
+def seconds(steps):
+    start, few = time.process_time(), dict(num_programs=16, codec_max_steps=5, decoder_steps=0, validation_steps=10**6)
+    with tempfile.TemporaryDirectory() as folder:
+        train(load_pbmc(), TrainingConfig(output_dir=folder, label_keys=["cell_type"], max_train_steps=steps, **few))
+    return time.process_time() - start
+seconds(5)
+print((seconds(105) - seconds(5)) / 100)
+""",
+    "5,000 cells": """
+import time
+from wbdit_diffusers import ScRNAGenerationPipeline
+pipe = ScRNAGenerationPipeline.from_pretrained("pbmc68k_reduced")
+pipe(num_cells=64)
+start = time.process_time()
+pipe(num_cells=5000)
+print(time.process_time() - start)
+""",
+}
+
+PARTS = ["network", "pipeline", "memory", "start"]
 
 
 def synchronize(device: str):
@@ -57,10 +88,10 @@ def seconds_of(function: Callable, device: str) -> float:
 
 def peak_memory(command: list[object], environment: dict[str, str] | None = None) -> int:
     """
-    Runs a command, and returns the most memory in bytes that its process ever held; on Linux.
+    Runs a command and returns the peak memory of its process in bytes (Linux only).
 
-    The kernel's own mark of the process is read until it ends. `resource.getrusage(RUSAGE_CHILDREN)` would not do: it
-    knows one peak of all children together, and a child's begins with that of its parent.
+    Reads the kernel's high-water mark of the process until it ends. `resource.getrusage(RUSAGE_CHILDREN)` has only one
+    peak for all children, and a child's peak starts at that of its parent.
 
     Raises:
         subprocess.CalledProcessError: If the command fails.
@@ -70,7 +101,7 @@ def peak_memory(command: list[object], environment: dict[str, str] | None = None
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
             marks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-            peak = max([peak, *(1024 * int(mark) for mark in marks)])  # a process that is ending has none
+            peak = max([peak, *(1024 * int(mark) for mark in marks)])  # an ending process has none
             time.sleep(0.02)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, process.args)
@@ -78,7 +109,7 @@ def peak_memory(command: list[object], environment: dict[str, str] | None = None
 
 
 def take_turns(functions: dict[str, Callable], device: str, repeats: int, warmup: int = 3) -> dict[str, float]:
-    """Median seconds of each function; they alternate, so that a change of the machine's pace reaches all of them."""
+    """Median seconds of each function. They alternate, so that a slower minute of the machine affects all of them."""
     for function in functions.values():
         for _ in range(warmup):
             function()
@@ -100,24 +131,26 @@ def matmul_peak(device: str, dtype: torch.dtype) -> float:
 
 
 def forward_flop(model: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> int:
-    """Of all matrix products, those of the attention included."""
+    """FLOP of all matrix products, including those of the attention."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*inputs)
     return counter.get_total_flops()
 
 
+def paper_network(depth: int = DEPTH, block_type: str = "white_box", **shape: int) -> WhiteBoxDiTModel:
+    """A network of the paper, by default at the published shape."""
+    return WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=depth, block_type=block_type, **PUBLISHED | shape)
+
+
 def closest_depth(target: float, measure: Callable[[torch.nn.Module], float], **shape: int) -> int:
     """The depth at which the White-Box network comes closest to the plain DiT's size by some measure."""
     with torch.device("meta"):
-        sizes = {
-            depth: measure(WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=depth, **shape))
-            for depth in range(1, 13)
-        }
+        sizes = {depth: measure(paper_network(depth, **shape)) for depth in range(1, 13)}
     return min(sizes, key=lambda depth: abs(sizes[depth] - target))
 
 
 def allocated_by(step: Callable) -> int:
-    """Bytes that a step needs on the GPU, beside all networks, their gradients' places and optimizers."""
+    """Bytes that a step needs on the GPU in addition to networks, gradients and optimizers."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
@@ -130,17 +163,17 @@ def time_network(device: str, batch_size: int, repeats: int) -> dict:
     x = torch.randn(batch_size, NUM_GENES, generator=generator).to(device)
     t = torch.randint(1, 1000, (batch_size,), generator=generator).to(device)
     noise = torch.randn(batch_size, NUM_GENES, generator=generator).to(device)
-    plain = WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=DEPTH, block_type="dit")
+    plain = paper_network(block_type="dit")
     cpu_inputs = (x.cpu(), t.cpu())
     equal_parameters = closest_depth(plain.num_parameters(), lambda model: model.num_parameters())
-    per_block = forward_flop(WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=1), cpu_inputs)
-    per_block = forward_flop(WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=2), cpu_inputs) - per_block
+    per_block = forward_flop(paper_network(1), cpu_inputs)
+    per_block = forward_flop(paper_network(2), cpu_inputs) - per_block
     plain_flop = forward_flop(plain, cpu_inputs)
-    white_box_flop = forward_flop(WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=DEPTH), cpu_inputs)
+    white_box_flop = forward_flop(paper_network(), cpu_inputs)
     equal_flop = round(DEPTH + (plain_flop - white_box_flop) / per_block)
 
     def ours(block_type: str = "white_box", depth: int = DEPTH, compiled: bool = True) -> torch.nn.Module:
-        model = WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=depth, block_type=block_type).to(device)
+        model = paper_network(depth, block_type).to(device)
         if compiled:
             model.compile_repeated_blocks(fullgraph=True)
         return model
@@ -205,7 +238,7 @@ def time_network(device: str, batch_size: int, repeats: int) -> dict:
 def time_pipelines(program: Path, expression: Path, device: str, num_cells: int, repeats: int) -> dict:
     """Seconds per cell of whole pipelines, `num_cells` in program space and 64 in expression space."""
     reference = ReferenceDiT().to(device).eval()
-    batch = 16 if device == "cpu" else 1024  # on a CPU, larger ones are no faster per cell
+    batch = 16 if device == "cpu" else 1024  # larger ones are no faster per cell on a CPU
     x, t = torch.randn(batch, NUM_GENES, device=device), torch.randint(1, 1000, (batch,), device=device)
 
     def load(folder: Path, dtype: torch.dtype = torch.float32, compiled: bool = False) -> ScRNAGenerationPipeline:
@@ -216,7 +249,7 @@ def time_pipelines(program: Path, expression: Path, device: str, num_cells: int,
         return pipe
 
     runs = {"program space": (load(program), num_cells, {})}
-    if runs["program space"][0].processor.label_keys:  # without labels there is nothing to guide to
+    if runs["program space"][0].processor.label_keys:  # guidance needs labels
         runs["program space, guidance 1.25"] = (load(program), num_cells, {"guidance_scale": 1.25})
     runs |= {
         "program space, bfloat16": (load(program, torch.bfloat16), num_cells, {}),
@@ -248,7 +281,7 @@ def time_pipelines(program: Path, expression: Path, device: str, num_cells: int,
 
 
 def measure_memory(program: Path, folder: Path, sizes: list[int]) -> dict:
-    """Peak memory of `wbdit generate`, by number of cells. It does not depend on the steps: two."""
+    """Peak memory of `wbdit generate`, by number of cells. It takes two steps, which do not influence the memory."""
     rows = {}
     for size in sizes:
         start = time.perf_counter()
@@ -265,15 +298,29 @@ def measure_memory(program: Path, folder: Path, sizes: list[int]) -> dict:
 
 
 def number_printed_by(code: str, *arguments: object, environment: dict[str, str] | None = None) -> float:
-    """By a fresh process, the last."""
+    """The last number that a fresh process prints."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return float(
-        subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()[-1]
-    )
+    finished = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return float(finished.stdout.split()[-1])
+
+
+def compare_checkouts(other: Path, repeats: int) -> str:
+    """A table of CPU seconds of this and another checkout, each on one thread."""
+    rows = []
+    for name, code in AGAINST.items():
+        seconds: dict[Path, list[float]] = {other: [], Path(__file__).parents[1]: []}
+        for _ in range(repeats):
+            for checkout, values in seconds.items():
+                paths = {"PYTHONPATH": str((checkout / "src").resolve()), "OMP_NUM_THREADS": "1"}
+                values.append(number_printed_by(code, environment=os.environ | paths))
+        theirs, ours = (statistics.median(values) for values in seconds.values())
+        rows.append([name, f"{theirs:.4g}", f"{ours:.4g}", f"{ours / theirs:.3f}"])
+        print(" | ".join(rows[-1]), flush=True)
+    return markdown(["CPU seconds", str(other), "this checkout", "ratio"], rows)
 
 
 def time_start(program: Path, repeats: int) -> dict:
-    """Seconds to import and to load, each in fresh processes that take turns and print what they measured."""
+    """Seconds to import and to load, in fresh processes that take turns."""
     timed = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
     base = (
         "import torch; from diffusers.models.modeling_utils import ModelMixin;"
@@ -295,46 +342,6 @@ def time_start(program: Path, repeats: int) -> dict:
     return {name: {"seconds": statistics.median(values)} for name, values in seconds.items()}
 
 
-def time_busy(repeats: int) -> dict:
-    """Milliseconds of a training step on all cores, in fresh processes that take turns."""
-    package = ["from wbdit_diffusers import WhiteBoxDiTModel", "import torch"]
-    step = [
-        "import itertools, time",
-        "model, timesteps = WhiteBoxDiTModel(sample_size=24), torch.randint(0, 1000, (256,))",
-        "step = lambda: model(torch.randn(256, 24), timesteps, return_dict=False)[0].square().mean().backward()",
-    ]
-    timed = [
-        "step(); start, steps = time.perf_counter(), 0",
-        "while time.perf_counter() - start < 5: step(); steps += 1",
-        "print(1000 * (time.perf_counter() - start) / steps)",
-    ]
-    forever = ["print('ready', flush=True)", "while True: step()"]
-    # This process has imported the package, which has set this for its children too.
-    all_threads = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    one_thread = {**all_threads, "OMP_NUM_THREADS": "1"}
-    milliseconds = {}
-    for _ in range(repeats):
-        for beside in ("alone", "beside another training, of one thread"):
-            other = None
-            if beside != "alone":
-                command = [sys.executable, "-c", "\n".join([*package, *step, *forever])]
-                other = subprocess.Popen(command, env=one_thread, stdout=subprocess.PIPE)
-                other.stdout.readline()
-            try:
-                for name, order in {"the package first": package, "PyTorch first": package[::-1]}.items():
-                    code = "\n".join([*order, *step, *timed])
-                    row = milliseconds.setdefault(name, {}).setdefault(beside, [])
-                    row.append(number_printed_by(code, environment=all_threads))
-            finally:
-                if other is not None:
-                    other.kill()
-                    other.wait()
-    return {
-        name: {"milliseconds": {beside: statistics.median(values) for beside, values in of_one.items()}}
-        for name, of_one in milliseconds.items()
-    }
-
-
 def table(results: dict) -> str:
     """All parts as Markdown."""
 
@@ -352,11 +359,8 @@ def table(results: dict) -> str:
                 for inner, number in value.items() if isinstance(value, dict) else [("", value)]:
                     row[f"{key}: {inner}" if inner else key] = show(number)
         columns = list(dict.fromkeys(key for row in flat.values() for key in row))
-        lines += [f"### {part}", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        lines += [
-            f"| {name} | " + " | ".join(row.get(key, "") for key in columns) + " |" for name, row in flat.items()
-        ]
-        lines.append("")
+        rows_of_text = [[name, *(row.get(key, "") for key in columns)] for name, row in flat.items()]
+        lines += [f"### {part}", "", markdown(["", *columns], rows_of_text), ""]
     return "\n".join(lines)
 
 
@@ -364,38 +368,39 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, help=".h5ad file of counts with at least 2,000 genes.")
     parser.add_argument("--label_keys", nargs="*", default=["cell_type"])
-    parser.add_argument("--parts", nargs="+", default=["network", "pipeline", "memory", "start", "busy"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--batch_size", nargs="+", type=int, default=[16], help="Of the network's steps.")
-    parser.add_argument("--num_cells", type=int, default=5000, help="Of the default pipeline.")
+    parser.add_argument("--batch_size", nargs="+", type=int, default=[16], help="Batch sizes of the network.")
+    parser.add_argument("--num_cells", type=int, default=5000, help="Number of cells of the default pipeline.")
     parser.add_argument("--memory_cells", nargs="+", type=int, default=[10_000, 1_000_000])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", type=Path, help="JSON file; parts are added to it.")
-    parser.add_argument("--table", type=Path, help="Print the tables of a JSON file, and nothing else.")
+    parser.add_argument("--output", type=Path, help="JSON file. Parts are added to it.")
+    parser.add_argument("--table", type=Path, help="JSON file to print as tables. Nothing is measured.")
+    parser.add_argument("--against", type=Path, help="Another checkout of the repository to compare with.")
     args = parser.parse_args()
     if args.table is not None:
         print(table(json.loads(args.table.read_text())))
         return
-    if args.output is None or args.dataset is None and not {*args.parts} <= {"network", "busy"}:
-        parser.error("--output and, unless only `network` or `busy` is timed, --dataset are required.")
+    if args.against is not None:
+        print(compare_checkouts(args.against, args.repeats))
+        return
+    if args.output is None or (args.dataset is None and args.parts != ["network"]):
+        parser.error("--output is required, and --dataset for other parts than `network`.")
 
-    results = json.loads(args.output.read_text()) if args.output.exists() else {"parts": {}}
+    results = read_results(args.output, {"parts": {}})
     results["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     results["torch"], results["threads"] = torch.__version__, torch.get_num_threads()
 
     def keep(part: str, rows: dict):
         results["parts"][part] = rows
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1))
+        write_results(args.output, results)
         print(table({**results, "parts": {part: rows}}), flush=True)
 
     if "network" in args.parts:
         for batch_size in args.batch_size:
             keep(f"network, batch {batch_size}", time_network(args.device, batch_size, args.repeats))
             torch.compiler.reset()
-    if "busy" in args.parts:
-        keep("busy", time_busy(args.repeats))
-    if {*args.parts} <= {"network", "busy"}:
+    if args.parts == ["network"]:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

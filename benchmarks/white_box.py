@@ -1,46 +1,49 @@
-"""What holding a program does, beside real cells and beside simpler edits; three training seeds.
+"""Measures the effect of holding a gene program, next to real cells and to simpler edits, over three trainings.
 
-    python benchmarks/white_box.py --dataset ../shared/data/kang_ifnb_pbmc.h5ad --work_dir WORK \\
+    python benchmarks/white_box.py --dataset ../shared/data/kang_ifnb_pbmc.h5ad --work_dir WORK \
         --output lab/results/interventions_cpu.json
-    python benchmarks/white_box.py --dataset ../shared/data/pancreas_endocrinogenesis.h5ad --work_dir WORK \\
-        --label_key cell_type_coarse --condition_key cell_type --control Alpha --stimulated Beta \\
+    python benchmarks/white_box.py --dataset ../shared/data/pancreas_endocrinogenesis.h5ad --work_dir WORK \
+        --label_key cell_type_coarse --condition_key cell_type --control Alpha --stimulated Beta \
         --output lab/results/interventions_cpu.json
-    python benchmarks/white_box.py --dataset ../shared/data/zheng_facs_pbmc.h5ad --work_dir WORK \\
-        --label_key cell_type_coarse --condition_key cell_type --control "CD8+/CD45RA+ Naive Cytotoxic" \\
+    python benchmarks/white_box.py --dataset ../shared/data/zheng_facs_pbmc.h5ad --work_dir WORK \
+        --label_key cell_type_coarse --condition_key cell_type --control "CD8+/CD45RA+ Naive Cytotoxic" \
         --stimulated "CD8+ Cytotoxic T" --output lab/results/interventions_cpu.json
     python benchmarks/white_box.py --table lab/results/interventions_cpu.json
 
-Networks (White-Box and DiT) are trained on cell types alone; which cells were stimulated is hidden from them. The
-program that tells stimulated training cells best is then held at what control cells of a type have, at what stimulated
-ones have, and at two doses between. The change of the 100 genes that respond most in training cells is compared with
-that of held-out cells, by type: with that of the stimulated ones ("slope"), which differ in other programs too, and,
-for the 100 genes of which that is most, with that of cells which have the held value themselves, whatever was done to
-them ("given": a local linear regression of each gene on the program). What can be reached is shown by training cells,
-and by cells decoded from their latents: in these, what a program's activity owes to the chance of the same counts is
-gone. Beside the network:
+Networks are trained on cell types alone. They do not know which cells were stimulated. The program that best separates
+stimulated from other training cells is held at the mean of the control cells of a type, at the mean of the stimulated
+ones, and at two doses between. The change is judged by type, over 100 genes, against two changes of held-out cells:
 
-    closed form        a Gaussian mixture for each label, conditioned exactly, without any network
+- "slope", "correlation": from control to stimulated cells, over the genes that respond most in training cells. Other
+  programs change as well.
+- "given": between cells that have the held values themselves, stimulated or not, over the genes for which this is
+  largest in training cells. It is a local linear regression of each gene on the program.
+
+Training cells show the best possible result, and so do cells decoded from their latents, without the part of a
+program's activity that is counting noise. The network is compared with:
+
+    closed form        a Gaussian mixture for each label, conditioned exactly
     random direction   another direction in the space of programs, held with the same shift
-    shift of the mean  the program alone is moved in cells that were generated as controls
-    regression         those cells are moved along what other programs regress on it
-    arithmetic         those cells are moved by the mean difference of the *other* types' latents, for which the
-                       condition must be known (scGen's)
+    shift of the mean  cells generated as controls, with the program alone moved
+    regression         those cells, moved along the regression of the other programs on it
+    arithmetic         those cells, moved by the mean difference of the *other* types' latents (scGen), which needs
+                       the condition
 
-and, to see what writes the response, with parts taken out: of the held network all attention, or all ISTA; or the
-program itself, which the decoder then reads as in controls, while the other programs have followed it.
+Ablations show which part writes the response: the held network without attention, without ISTA, or decoded with the
+program of controls while the other programs have followed it.
 
-Where nothing was stimulated, a finer label takes the place of the condition: the network knows coarse types alone, and
-the program that tells two finer types (`--control` and `--stimulated`) is held at what each of them has.
+If no cell was stimulated, a finer label replaces the condition. The network knows coarse types only, and the program
+that separates two finer types (`--control` and `--stimulated`) is held.
 """
 
 import argparse
 import copy
-import json
-from pathlib import Path
+import itertools
 
 import anndata as ad
 import numpy as np
 import torch
+from common import make_parser, markdown, mean_sd, parse, read_results, write_results
 from quality import run_name, train_ours
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
@@ -66,17 +69,17 @@ ABLATIONS = {"without attention": "attn", "without ISTA": "ff", "without reading
 
 
 def without(pipe: ScRNAGenerationPipeline, part: str) -> ScRNAGenerationPipeline:
-    """The pipeline, in whose network `"attn"` or `"ff"` of every block does nothing."""
+    """The pipeline with a network in which `"attn"` or `"ff"` of each block does nothing."""
     denoiser = copy.deepcopy(pipe.denoiser)
     for block in denoiser.blocks:
-        # Attention is added to the tokens, ISTA's code takes their place.
+        # Attention is added to the tokens. ISTA's code replaces them.
         nothing = (lambda module, args, out: out * 0) if part == "attn" else (lambda module, args, out: args[0])
         getattr(block, part).register_forward_hook(nothing)
     return with_denoiser(pipe, denoiser)
 
 
 class Edits:
-    """Cells of one type at each dose, by the name of the way in which they are made."""
+    """Generates cells of one type at a dose, in each of the ways."""
 
     def __init__(self, pipe: ScRNAGenerationPipeline, train_cells: ad.AnnData, condition: np.ndarray, label_key: str):
         self.pipe, self.mixture, self.label_key = pipe, fit_mixture(pipe, train_cells), label_key
@@ -187,15 +190,17 @@ def judge(edits: Edits, train_cells: ad.AnnData, test_cells: ad.AnnData, test_co
 
 
 def expected_at(cells: np.ndarray, activities: np.ndarray, activity: float, width: float) -> np.ndarray:
-    """What cells with that activity have on average of each gene, by a local linear regression."""
+    """Expected expression of each gene at an activity, by a local linear regression."""
     weights = np.exp(-0.25 * ((activities - activity) / width) ** 2)[:, None]  # square roots of a Gaussian's
     design = np.stack([np.ones_like(activities), activities - activity], axis=1)
     return np.linalg.lstsq(design * weights, cells * weights, rcond=None)[0][0]
 
 
 def changes(cells: np.ndarray, condition: np.ndarray, activities: np.ndarray, ends: np.ndarray) -> dict:
-    """Of each gene, in cells of one type: from controls to stimulated cells, and, `"given_"`, from cells that have the
-    first activity of `ends` to those that have the second, by the condition or not."""
+    """
+    Change of each gene in cells of one type: `""` from control to stimulated cells, and `"given_"` from the first
+    activity of `ends` to the second, regardless of the condition.
+    """
     width = BANDWIDTH * activities.std()
     first, last = (expected_at(cells, activities, activity, width) for activity in ends)
     return {"": cells[condition == 1].mean(0) - cells[condition == 0].mean(0), "given_": last - first}
@@ -206,7 +211,7 @@ def most_changed(change: np.ndarray) -> np.ndarray:
 
 
 def agreement(responses: dict, in_training: dict, held_out: dict) -> dict[str, float]:
-    """Slope and correlation against both changes of held-out cells, over the genes that change most in training."""
+    """Slope and correlation with both changes of held-out cells, over the genes that change most in training cells."""
     result = {}
     for name, change in in_training.items():
         chosen = most_changed(change)
@@ -217,81 +222,54 @@ def agreement(responses: dict, in_training: dict, held_out: dict) -> dict[str, f
 
 
 def table(results: dict) -> str:
-    """By dataset, and way of editing."""
-    lines = ["| dataset, trainings | way | " + " | ".join(METRICS).replace("_", ", ") + " |", "|---" * 8 + "|"]
-    return "\n".join(lines + [line for dataset, entries in results.items() for line in lines_of(dataset, entries)])
-
-
-def lines_of(dataset: str, results: dict) -> list[str]:
-    lines = []
-    rows = [row for entry in results.values() for row in entry["rows"]]
-    for way in dict.fromkeys(row["way"] for row in rows):
-        cells = []
-        for metric in METRICS:
-            # Of each training, the mean over types; ± over trainings.
-            values = [
-                np.mean([row[metric] for row in entry["rows"] if row["way"] == way and metric in row])
-                for entry in results.values()
-                if any(row["way"] == way and metric in row for row in entry["rows"])
-            ]
-            cells.append(f"{np.mean(values):.2f}" if values else "–")
-            cells[-1] += f" ± {np.std(values):.2f}" if len(values) > 1 else ""
-        trainings = sum(any(row["way"] == way for row in entry["rows"]) for entry in results.values())
-        lines.append(f"| {dataset}, {trainings} | {way} | " + " | ".join(cells) + " |")
-    return lines
+    """Means over types and trainings, with the standard deviation over trainings."""
+    rows = []
+    for dataset, entries in results.items():
+        for way in dict.fromkeys(row["way"] for entry in entries.values() for row in entry["rows"]):
+            trainings = [[row for row in entry["rows"] if row["way"] == way] for entry in entries.values()]
+            trainings = [own for own in trainings if own]
+            cells = []
+            for metric in METRICS:
+                values = [[row[metric] for row in own if metric in row] for own in trainings]
+                cells.append(mean_sd([float(np.mean(one)) for one in values if one], 2))
+            rows.append([f"{dataset}, {len(trainings)}", way, *cells])
+    return markdown(["dataset, trainings", "way", *(metric.replace("_", ", ") for metric in METRICS)], rows)
 
 
 def condition_of(cells: ad.AnnData, args: argparse.Namespace) -> np.ndarray:
-    """1 where cells were stimulated, 0 where they are controls, else -1."""
+    """1 for stimulated cells, 0 for controls, -1 for others."""
     values = cells.obs[args.condition_key].astype(str).to_numpy()
     controls = values != args.stimulated if args.control is None else values == args.control
     return np.where(values == args.stimulated, 1, np.where(controls, 0, -1))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", type=Path, help="An .h5ad file of counts.")
+    parser = make_parser(__doc__)
     parser.add_argument("--label_key", default="cell_type", help="obs key of the cell type.")
     parser.add_argument("--condition_key", default="condition", help="obs key of the stimulation.")
     parser.add_argument("--stimulated", default="STIM", help="Its value in stimulated cells.")
-    parser.add_argument("--control", help="Its value in the cells these are compared with: all others by default.")
+    parser.add_argument("--control", help="Its value in control cells. Default: all others.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--blocks", nargs="+", choices=sorted(MODELS), default=["descent"])
-    parser.add_argument(
-        "--work_dir", type=Path, help="Keeps trained pipelines, as quality.py does; those already there are taken."
-    )
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--table", type=Path, help="Print the table of a JSON file, and nothing else.")
-    args = parser.parse_args()
-    if args.table is not None:
-        print(table(json.loads(args.table.read_text())))
-        return
-    results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    adata = drop_empty_cells(read_cells(args.dataset))
-    for value in (args.stimulated, args.control):
-        if value is not None and value not in set(adata.obs[args.condition_key].astype(str)):
-            parser.error(f"No cell has {value!r} as its {args.condition_key}.")
-    name = args.dataset.stem
-    if args.control is not None:
-        name += f", {args.control} to {args.stimulated}"
-    for block in args.blocks:
-        for seed in args.seeds:
-            folder = args.work_dir / run_name(args.dataset, seed, [args.label_key]) / MODELS[block]
-            pipe = train_ours(adata, folder, MODELS[block], "counts", [args.label_key], seed, {})
-            train_cells, test_cells = CellSplit.load(folder).apply(adata)
-            condition, test_condition = (condition_of(cells, args) for cells in (train_cells, test_cells))
-            edits = Edits(pipe, train_cells, condition, args.label_key)
-            ways = [*WAYS, *ABLATIONS] if block == "descent" else WAYS[:1]
-            rows = judge(edits, train_cells, test_cells, test_condition, ways)
-            for row in rows:
-                if row["way"] == "network":
-                    row["way"] = NAMES[block]
-            rows = [row for row in rows if block == "descent" or not row["way"].startswith("training")]
-            entry = {"program": edits.program, "auc": edits.auc, "rows": rows}
-            results.setdefault(name, {})[f"{block}, seed {seed}"] = entry
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(results, indent=1))
-            print(f"{block}, seed {seed}: program_{edits.program}, AUC {edits.auc:.3f}", flush=True)
+    args = parse(parser, table)
+    results = read_results(args.output, {})
+    for path, block, seed in itertools.product(args.dataset, args.blocks, args.seeds):
+        adata = drop_empty_cells(read_cells(path))
+        name = path.stem if args.control is None else f"{path.stem}, {args.control} to {args.stimulated}"
+        folder = args.work_dir / run_name(path, seed, [args.label_key]) / MODELS[block]
+        pipe = train_ours(adata, folder, MODELS[block], "counts", [args.label_key], seed, {})
+        train_cells, test_cells = CellSplit.load(folder).apply(adata)
+        condition, test_condition = (condition_of(cells, args) for cells in (train_cells, test_cells))
+        edits = Edits(pipe, train_cells, condition, args.label_key)
+        ways = [*WAYS, *ABLATIONS] if block == "descent" else WAYS[:1]
+        rows = judge(edits, train_cells, test_cells, test_condition, ways)
+        for row in rows:
+            row["way"] = NAMES[block] if row["way"] == "network" else row["way"]
+        rows = [row for row in rows if block == "descent" or not row["way"].startswith("training")]
+        entry = {"program": edits.program, "auc": edits.auc, "rows": rows}
+        results.setdefault(name, {})[f"{block}, seed {seed}"] = entry
+        write_results(args.output, results)
+        print(f"{block}, seed {seed}: program_{edits.program}, AUC {edits.auc:.3f}", flush=True)
     print(table(results))
 
 

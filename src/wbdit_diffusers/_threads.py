@@ -3,7 +3,7 @@
 import os
 
 
-SPINS = "5000"  # costs nothing that is seen where cores are free; benchmarks/speed.py, part `busy`
+SPINS = "5000"  # costs nothing measurable where cores are free (lab/results/busy_cpu.json)
 
 
 def share_cores():

@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks/reproduce.py; the command itself takes an hour."""
+"""The tables of benchmarks/reproduce.py. The command itself takes an hour."""
 
 import json
 

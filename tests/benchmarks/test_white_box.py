@@ -1,4 +1,4 @@
-"""What cells with a value have on average, and how an edit is compared with it."""
+"""The expected expression at an activity, and how an edit is compared with it."""
 
 import numpy as np
 import pytest
