@@ -164,7 +164,7 @@ def _add_push(commands: Any):
     parser.add_argument(
         "--with_code",
         action="store_true",
-        help="Add what Diffusers needs to load the model by trust_remote_code, as a pipeline and as blocks.",
+        help="Add the modules that `DiffusionPipeline.from_pretrained` needs with trust_remote_code=True.",
     )
     parser.add_argument("--dry_run", type=Path, metavar="FOLDER", help="Write this new folder, and upload nothing.")
     parser.add_argument("--data_name", help="What the training data are called.")
