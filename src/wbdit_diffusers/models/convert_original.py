@@ -43,7 +43,7 @@ def convert_original_checkpoint(path: str | Path, num_attention_heads: int) -> t
         dim, _, patch_size, _ = original["x_embedder.proj.weight"].shape
         num_patches = original["pos_embed"].shape[1]
         num_layers = 1 + max(int(key.split(".")[1]) for key in original if key.startswith("blocks."))
-    except (pickle.UnpicklingError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (pickle.UnpicklingError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a White-Box DiT or DiT checkpoint of the authors' code ({one_line(error)}). If you trust"
             " the file, load it yourself and save its tensors with `torch.save(model.state_dict(), path)`."

@@ -1,6 +1,7 @@
 """Models are read from safetensors, and only with every weight present, of the right shape and finite."""
 
 import reprlib
+from functools import wraps
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,9 @@ class SafetensorsModel(ModelMixin):
             model.to(dtype)
         return (model, info) if with_info else model
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        save_function: Any = None,
-        safe_serialization: bool = True,
-        **kwargs,
-    ):
-        """Saves the model; see [`ModelMixin.save_pretrained`]. The weights are always written as safetensors."""
-        super().save_pretrained(save_directory, is_main_process, save_function, safe_serialization=True, **kwargs)
+    @wraps(ModelMixin.save_pretrained)  # pipelines read the signature to see which arguments it takes
+    def save_pretrained(self, *args, **kwargs):
+        super().save_pretrained(*args, **{**kwargs, "safe_serialization": True})
 
 
 def check_finite(model: torch.nn.Module, where: Path):
