@@ -5,7 +5,6 @@ import re
 import anndata as ad
 import numpy as np
 import pytest
-import torch
 import yaml
 from conftest import make_pipeline
 from reports import small_report
@@ -15,7 +14,7 @@ from wbdit_diffusers import __version__
 from wbdit_diffusers.hub import CardFacts, render_model_card, write_model_card
 
 
-def test_card_says_how_to_load_the_model_and_what_it_makes(program_pipe, pbmc):
+def test_card_describes_loading_and_output(program_pipe, pbmc):
     card = render_model_card(program_pipe, "me/wbdit-pbmc")
     metadata = yaml.safe_load(str(card).split("---")[1])
     assert metadata["library_name"] == "wbdit-diffusers" and {"diffusers", "single-cell"} < set(metadata["tags"])
@@ -24,7 +23,7 @@ def test_card_says_how_to_load_the_model_and_what_it_makes(program_pipe, pbmc):
     assert text.lstrip().startswith("# wbdit-pbmc\n") and f"wbdit_diffusers {__version__}" in text
     assert 'ScRNAGenerationPipeline.from_pretrained("me/wbdit-pbmc")' in text
     assert f'cell_types="{pbmc.obs["cell_type"].cat.categories[0]}"' in text
-    assert f"765 genes ({', '.join(pbmc.var_names[:3])}, …) with integer counts in `X`" in text
+    assert f"765 genes ({', '.join(pbmc.var_names[:3])}, …) and integer counts in `X`" in text
     assert "{{" not in text and "{%" not in text and "None" not in text
     for section in ("Data", "Training", "Quality", "Limits and misuse", "Citation"):
         assert f"\n## {section}\n" in text
@@ -55,15 +54,15 @@ def test_cells_of_each_type(program_pipe, pbmc):
         (
             "program",
             "ProgramCodec: 6 gene programs, likelihood nb_mixture",
-            "with steps that descend (contraction, ISTA)",
+            "White-Box DiT with descent steps (contraction, ISTA)",
         ),
-        ("expression", "ExpressionCodec: 765 genes, standardize=True", "as published (MSSA, ISTA)"),
+        ("expression", "ExpressionCodec: 765 genes, standardize=True", "White-Box DiT, as published (MSSA, ISTA)"),
     ],
 )
 def test_table_of_the_network(pbmc, codec, row, block):
     pipe = make_pipeline(pbmc, codec=codec)
     lines = render_model_card(pipe, "me/wbdit-pbmc").text.splitlines()
-    assert f"| codec | {row} |" in lines and f"| block | White-Box DiT, {block} |" in lines
+    assert f"| codec | {row} |" in lines and f"| block | {block} |" in lines
     assert "| heads × head dimension | 2 × 8 |" in lines
     assert f"| parameters | {sum(parameter.numel() for parameter in pipe.denoiser.parameters()):,} |" in lines
     assert "| scheduler | DDPMScheduler, prediction_type v_prediction |" in lines
@@ -75,12 +74,12 @@ def test_an_unconditional_model_of_log_values(pbmc):
         sparse.csr_matrix(np.log2(pbmc.X.toarray() / np.linspace(0.5, 5, pbmc.n_vars) + 1)), obs=pbmc.obs, var=pbmc.var
     )
     text = render_model_card(make_pipeline(log_values, values="log"), "me/log").text
-    assert "with log expression in `X`" in text
+    assert "and log expression in `X`" in text
     assert "cell_types" not in text and 'obs["' not in text and "integer counts" not in text
 
 
-def test_names_can_stand_as_nothing_but_names(pbmc):
-    """A label, a gene or a repository id is text of someone else: no code, markup, table or metadata."""
+def test_names_are_nothing_but_names(pbmc):
+    """Labels, genes and repository ids can't add code, markup, table cells or metadata."""
     label = 'B"); import os; os.system("x") #\n```\n# Hacked\n<script>x</script> | [a](https://x.y) `b` {{ 7 * 7 }}'
     adata = pbmc.copy()
     adata.obs["type`\n## key"] = [label if i % 2 else "c **bold**" for i in range(adata.n_obs)]
@@ -106,13 +105,13 @@ def test_names_can_stand_as_nothing_but_names(pbmc):
     metadata = yaml.safe_load(str(card).split("\n---\n")[0].removeprefix("---\n"))
     assert metadata["library_name"] == "wbdit-diffusers" and "license" not in metadata
     headings = [line for line in text.splitlines() if line.startswith("## ")]
-    sections = ["Data", "What it makes", "The network", "Training", "Quality", "Limits and misuse", "Citation"]
+    sections = ["Data", "Output", "Network", "Training", "Quality", "Limits and misuse", "Citation"]
     assert headings == [f"## {section}" for section in sections]
     assert sum(line.startswith("```") for line in text.splitlines()) == 6
     assert r"{{ 7 \* 7 }}" in text.replace(code, "") and "\n# title" not in text
     for markup in ("<script", "<b>", "<i>", "](https://x", " **bold"):
         assert markup not in text.replace(code, "")
-    assert r"| row \| &lt;i&gt; | a \# b |" in text and r"| licence | \`x\` \# title |" in text
+    assert r"| row \| &lt;i&gt; | a \# b |" in text and r"| license | \`x\` \# title |" in text
 
 
 def test_training_and_quality_are_there_when_they_are_given(pipe):
@@ -130,9 +129,9 @@ def test_training_and_quality_are_there_when_they_are_given(pipe):
     )
     card = render_model_card(pipe, "me/wbdit-pbmc", facts)
     text = card.text
-    assert "| name | PBMC 3k |\n| licence | CC BY 4.0 |\n| accession or source | 10x Genomics |" in text
+    assert "| name | PBMC 3k |\n| license | CC BY 4.0 |\n| accession or source | 10x Genomics |" in text
     assert "| steps | 3000 |" in text and "```bash\nwbdit train --dataset cells.h5ad\n```" in text
-    assert "by **0.060 ± 0.010** (AUC)" in text and "![Generated cells beside held-out ones](report.png)" in text
+    assert "by **0.060 ± 0.010** (AUC)" in text and "![Generated and held-out cells](report.png)" in text
     assert "| 0.600 ± 0.010 | 0.540 ± 0.000 | 0.620 ± 0.000 |" in text  # generated, real reference, a baseline
     assert "with an AUC of 0.510 (0.5 = not at all)" in text
     results = card.data.eval_results
@@ -141,7 +140,7 @@ def test_training_and_quality_are_there_when_they_are_given(pipe):
     assert values["excess"] == 0.06 and values["auc_forest"] == 0.6 and values["membership_auc"] == 0.51
 
 
-def test_a_card_is_written_from_what_the_folder_says(program_pipe, tmp_path):
+def test_a_card_is_written_from_the_folder(program_pipe, tmp_path):
     folder = tmp_path / "wbdit-pbmc"
     program_pipe.save_pretrained(folder)
     (folder / "report.json").write_text(json.dumps(small_report(765)))
@@ -149,4 +148,6 @@ def test_a_card_is_written_from_what_the_folder_says(program_pipe, tmp_path):
     text = (folder / "README.md").read_text()
     assert 'from_pretrained("wbdit-pbmc")' in text and "**0.060 ± 0.010**" in text
     assert "report.png" not in text  # there is none
-    assert torch.is_tensor(program_pipe.processor.label_frequencies)
+    (folder / "training.json").write_text("{}")
+    with pytest.raises(ValueError, match="is damaged. Remove it to publish a card without training details"):
+        write_model_card(program_pipe, folder)
