@@ -40,7 +40,7 @@ from diffusers.utils.logging import disable_progress_bar
 from quality import machine
 from reproduce_report import DEFAULT, DIT, FIGURE_STEPS, LARGE, WHITE_BOX, figures, tables
 from scipy import sparse
-from speed import closest_depth, forward_flop, peak_memory
+from speed import PUBLISHED, closest_depth, forward_flop, peak_memory
 
 from wbdit_diffusers import ProgramCodec, ScRNAGenerationPipeline, WhiteBoxDiTModel
 from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
@@ -61,7 +61,7 @@ DATASETS = [
     "hnscc_puram_chetah_subset_log",
 ]
 MODELS = [DEFAULT, WHITE_BOX, DIT, LARGE]
-SHAPES = {"full": {}, "small": {"patch_size": 40, "num_attention_heads": 4, "attention_head_dim": 24}}
+SHAPES = {"full": PUBLISHED, "small": {"patch_size": 40, "num_attention_heads": 4, "attention_head_dim": 24}}
 DEPTH, NUM_GENES, BATCH_SIZE = 3, 2000, 16
 
 

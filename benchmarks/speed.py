@@ -39,7 +39,8 @@ from wbdit_diffusers import ScRNAGenerationPipeline, WhiteBoxDiTModel
 from wbdit_diffusers.training import TrainingConfig, train
 
 
-NUM_GENES, DEPTH = 2000, 3  # the paper's shape; the others are WhiteBoxDiTModel's defaults
+NUM_GENES, DEPTH = 2000, 3  # the paper's
+PUBLISHED = {"patch_size": 10, "num_attention_heads": 8, "attention_head_dim": 96}
 
 
 def synchronize(device: str):
@@ -106,13 +107,15 @@ def forward_flop(model: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tenso
     return counter.get_total_flops()
 
 
+def paper_network(depth: int = DEPTH, block_type: str = "white_box", **shape: int) -> WhiteBoxDiTModel:
+    """A network of the paper, by default at the published shape."""
+    return WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=depth, block_type=block_type, **PUBLISHED | shape)
+
+
 def closest_depth(target: float, measure: Callable[[torch.nn.Module], float], **shape: int) -> int:
     """The depth at which the White-Box network comes closest to the plain DiT's size by some measure."""
     with torch.device("meta"):
-        sizes = {
-            depth: measure(WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=depth, **shape))
-            for depth in range(1, 13)
-        }
+        sizes = {depth: measure(paper_network(depth, **shape)) for depth in range(1, 13)}
     return min(sizes, key=lambda depth: abs(sizes[depth] - target))
 
 
@@ -130,17 +133,17 @@ def time_network(device: str, batch_size: int, repeats: int) -> dict:
     x = torch.randn(batch_size, NUM_GENES, generator=generator).to(device)
     t = torch.randint(1, 1000, (batch_size,), generator=generator).to(device)
     noise = torch.randn(batch_size, NUM_GENES, generator=generator).to(device)
-    plain = WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=DEPTH, block_type="dit")
+    plain = paper_network(block_type="dit")
     cpu_inputs = (x.cpu(), t.cpu())
     equal_parameters = closest_depth(plain.num_parameters(), lambda model: model.num_parameters())
-    per_block = forward_flop(WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=1), cpu_inputs)
-    per_block = forward_flop(WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=2), cpu_inputs) - per_block
+    per_block = forward_flop(paper_network(1), cpu_inputs)
+    per_block = forward_flop(paper_network(2), cpu_inputs) - per_block
     plain_flop = forward_flop(plain, cpu_inputs)
-    white_box_flop = forward_flop(WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=DEPTH), cpu_inputs)
+    white_box_flop = forward_flop(paper_network(), cpu_inputs)
     equal_flop = round(DEPTH + (plain_flop - white_box_flop) / per_block)
 
     def ours(block_type: str = "white_box", depth: int = DEPTH, compiled: bool = True) -> torch.nn.Module:
-        model = WhiteBoxDiTModel(sample_size=NUM_GENES, num_layers=depth, block_type=block_type).to(device)
+        model = paper_network(depth, block_type).to(device)
         if compiled:
             model.compile_repeated_blocks(fullgraph=True)
         return model

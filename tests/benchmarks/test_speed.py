@@ -37,9 +37,8 @@ def test_a_third_product_of_ista_is_what_the_reference_has_more():
     """ISTA as it is written has three products of (tokens, dim) with (dim, dim) in each block; ours has two."""
     batch, genes, dim, depth = 2, 60, 32, 2
     inputs = torch.randn(batch, genes), torch.tensor([3, 900])
-    ours = WhiteBoxDiTModel(
-        sample_size=genes, patch_size=10, num_layers=depth, num_attention_heads=4, attention_head_dim=dim // 4
-    )
+    shape = {"patch_size": 10, "num_layers": depth, "num_attention_heads": 4, "attention_head_dim": dim // 4}
+    ours = WhiteBoxDiTModel(sample_size=genes, **shape, block_type="white_box")
     reference = ReferenceDiT(genes, 10, depth, dim, heads=4)
     tokens = batch * genes // 10
     assert speed.forward_flop(reference, inputs) - speed.forward_flop(ours, inputs) == depth * 2 * tokens * dim**2
@@ -47,12 +46,9 @@ def test_a_third_product_of_ista_is_what_the_reference_has_more():
 
 def test_closest_depth_has_the_size_of_the_plain_network():
     shape = {"patch_size": 40, "num_attention_heads": 4, "attention_head_dim": 24}
-    plain = WhiteBoxDiTModel(sample_size=speed.NUM_GENES, num_layers=3, block_type="dit", **shape)
+    plain = speed.paper_network(block_type="dit", **shape)
     depth = speed.closest_depth(plain.num_parameters(), lambda model: model.num_parameters(), **shape)
-    sizes = {
-        n: WhiteBoxDiTModel(sample_size=speed.NUM_GENES, num_layers=n, **shape).num_parameters()
-        for n in (depth - 1, depth, depth + 1)
-    }
+    sizes = {n: speed.paper_network(n, **shape).num_parameters() for n in (depth - 1, depth, depth + 1)}
     assert min(sizes, key=lambda n: abs(sizes[n] - plain.num_parameters())) == depth == 6
 
 

@@ -108,7 +108,6 @@ def test_it_denoises_in_a_pipeline_and_is_saved(program_pipe, pbmc, tmp_path):
     loaded = ScRNAGenerationPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     call = {"num_cells": 600, "cell_types": "Dendritic", "output_type": "latent", "num_inference_steps": 20}
-    call["batch_size"] = 500
     drawn = loaded(**call, generator=torch.Generator().manual_seed(0)).cells
     torch.testing.assert_close(drawn, pipe(**call, generator=torch.Generator().manual_seed(0)).cells)
     own = latents[(pbmc.obs["cell_type"] == "Dendritic").to_numpy()]

@@ -339,7 +339,9 @@ class ScRNAGenerationPipeline(DiffusionPipeline):
     @property
     def default_batch_size(self) -> int:
         """Cells denoised at once when a call does not say how many."""
-        return min(max(CELLS_PER_BLOCK, TOKENS_PER_BATCH // self.denoiser.num_tokens), MAX_CELLS_PER_BATCH)
+        return min(
+            max(CELLS_PER_BLOCK, TOKENS_PER_BATCH // getattr(self.denoiser, "num_tokens", 32)), MAX_CELLS_PER_BATCH
+        )
 
     def _denoise(
         self,
