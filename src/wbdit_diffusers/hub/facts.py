@@ -1,4 +1,4 @@
-"""What a model card states in addition to the pipeline's configuration: data, training and quality."""
+"""Facts on a model card that a pipeline's configuration doesn't hold: data, training and quality."""
 
 import json
 from dataclasses import dataclass, replace
@@ -44,22 +44,15 @@ class CardFacts:
     with_code: bool = False
 
 
-def read_facts(
-    folder: Path,
-    num_genes: int,
-    data_name: str | None = None,
-    data_license: str | None = None,
-    data_source: str | None = None,
-    report: Path | None = None,
-) -> CardFacts:
+def read_facts(folder: Path, num_genes: int, report: Path | None = None, **given) -> CardFacts:
     """
     Reads `training.json`, `split.json`, `report.json` and `report.png` from a pipeline's folder, if they exist.
 
     Args:
         folder (`Path`): Folder of the pipeline.
         num_genes (`int`): Number of genes of the pipeline, which the report must have too.
-        data_name, data_license, data_source (`str`, *optional*): Replace those in `training.json`.
         report (`Path`, *optional*): The report or its folder, if it is not in `folder`.
+        given: Facts that replace those in the folder, unless they are `None`.
 
     Raises:
         OSError: If there is no `report`.
@@ -70,7 +63,6 @@ def read_facts(
         facts = _read_training(folder / TRAINING_NAME)
     elif (folder / CellSplit.FILE_NAME).is_file():
         facts = CardFacts(num_cells=len(CellSplit.load(folder).train))
-    given = {"data_name": data_name, "data_license": data_license, "data_source": data_source}
     facts = replace(facts, **{name: value for name, value in given.items() if value is not None})
     path = report_path(folder, report)
     if report is not None or path.is_file():

@@ -94,8 +94,8 @@ def push_model_card(pipeline: DiffusionPipeline, repo_id: str, private: bool | N
 def _data(facts: CardFacts) -> list[tuple[str, str]]:
     """Rows of the table of the training data."""
     rows = {"name": facts.data_name, "license": facts.data_license, "accession or source": facts.data_source}
-    stated = [(name, NOT_STATED if value is None else as_text(value)) for name, value in rows.items()]
-    return [*stated, ("training cells", NOT_STATED if facts.num_cells is None else f"{facts.num_cells:,}")]
+    rows["training cells"] = None if facts.num_cells is None else f"{facts.num_cells:,}"
+    return [(name, NOT_STATED if value is None else as_text(value)) for name, value in rows.items()]
 
 
 def _labels(processor: Any, num_cells: int | None) -> list[dict[str, Any]]:

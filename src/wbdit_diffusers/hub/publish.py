@@ -3,8 +3,8 @@
 import copy
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -67,9 +67,9 @@ def publish(
     validate_repo_id(repo_id)
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"--variant must be one of {', '.join(VARIANTS)}, not {variant!r}.")
-    texts = {"data_name": data_name, "data_license": data_license, "data_source": data_source}
-    facts = read_facts(folder, len(pipeline.processor.var_names), **texts, report=report)
-    facts = replace(facts, variant=variant, with_code=with_code)
+    given: dict[str, Any] = {"data_name": data_name, "data_license": data_license, "data_source": data_source}
+    given |= {"variant": variant, "with_code": with_code}
+    facts = read_facts(folder, len(pipeline.processor.var_names), report=report, **given)
     files = {folder / TRAINING_NAME: TRAINING_NAME}
     if facts.report is not None:
         path = report_path(folder, report)

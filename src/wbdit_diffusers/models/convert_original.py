@@ -24,20 +24,7 @@ NAMES = {
 
 
 def convert_original_checkpoint(path: str | Path, num_attention_heads: int) -> tuple[dict, dict[str, torch.Tensor]]:
-    """
-    Reads a checkpoint of the authors' code.
-
-    Args:
-        path (`str` or `Path`): A `state_dict` saved by `torch.save`; read with `weights_only=True`.
-        num_attention_heads (`int`): Number of heads, which the file does not state.
-
-    Returns:
-        `tuple`: arguments of [`WhiteBoxDiTModel`], and its `state_dict` in float32.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If the file is not a checkpoint of one of the authors' two networks.
-    """
+    """Arguments and `state_dict` of a [`WhiteBoxDiTModel`]; see [`WhiteBoxDiTModel.from_original_checkpoint`]."""
     try:
         original = torch.load(path, map_location="cpu", weights_only=True)
         dim, _, patch_size, _ = original["x_embedder.proj.weight"].shape

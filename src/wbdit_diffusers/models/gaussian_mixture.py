@@ -138,13 +138,6 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
         sample = (responsibilities[..., None] * velocities).sum(1).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def responsibilities(
-        self, hidden_states: torch.Tensor, timestep: torch.Tensor | int, class_labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Probability `(batch, components)` that a noisy cell belongs to each component, given its labels."""
-        a, s = self.signal_and_noise(timestep, len(hidden_states))
-        return self._responsibilities(hidden_states.float(), a, s, class_labels)[2]
-
     def covariance_times(
         self,
         vector: torch.Tensor,

@@ -72,7 +72,6 @@ class MSSA(Attention):
     """
 
     _default_processor_cls = MSSAProcessor
-    _available_processors = [MSSAProcessor]
 
     def __init__(self, dim: int, heads: int):
         super().__init__(heads)
@@ -94,7 +93,6 @@ class SelfAttention(Attention):
     """The DiT block's attention."""
 
     _default_processor_cls = SelfAttentionProcessor
-    _available_processors = [SelfAttentionProcessor]
 
     def __init__(self, dim: int, heads: int):
         super().__init__(heads)
@@ -157,7 +155,6 @@ class Contraction(Attention):
     """
 
     _default_processor_cls = ContractionProcessor
-    _available_processors = [ContractionProcessor]
 
     def __init__(self, dim: int, heads: int):
         super().__init__(heads)
@@ -194,6 +191,11 @@ class BoundedISTA(nn.Module):
         return F.relu(code + step_size * gradient - step_size * self.lambd)
 
 
+def per_cell(modulation: torch.Tensor, label_index: torch.Tensor | None) -> torch.Tensor:
+    """The modulation of each cell, `(batch or 1, 1, features)`, from those of its label combinations."""
+    return (modulation if label_index is None else modulation[label_index])[:, None]
+
+
 class AdaLNZeroBlock(nn.Module):
     """`x + gate₁·attn(mod(LN x))`, then `x + gate₂·ff(mod(LN x))`, every shift, scale and gate from `temb`.
 
@@ -210,10 +212,7 @@ class AdaLNZeroBlock(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, temb: torch.Tensor, label_index: torch.Tensor | None = None
     ) -> torch.Tensor:
-        modulation = self.modulation(temb)  # (batch, 1 or combinations, 6 * hidden)
-        if label_index is not None:
-            modulation = modulation[label_index]
-        modulation = modulation[:, None]  # (batch or 1, 1, 6 * hidden)
+        modulation = per_cell(self.modulation(temb), label_index)  # (batch or 1, 1, 6 * hidden)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
 
         attn_output = self.attn(self.norm(hidden_states) * (1 + scale_attn) + shift_attn)
@@ -248,10 +247,8 @@ class DescentBlock(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, temb: torch.Tensor, label_index: torch.Tensor | None = None
     ) -> torch.Tensor:
-        modulation = self.modulation(temb)  # (batch, 1 or combinations, hidden + 2)
-        if label_index is not None:
-            modulation = modulation[label_index]
-        shift, gates = modulation[:, None].split([hidden_states.shape[-1], 2], dim=-1)
+        modulation = per_cell(self.modulation(temb), label_index)  # (batch or 1, 1, hidden + 2)
+        shift, gates = modulation.split([hidden_states.shape[-1], 2], dim=-1)
         gate_attn, gate_ff = torch.sigmoid(gates - 1).chunk(2, dim=-1)  # (batch or 1, 1, 1) each
 
         hidden_states = self.norm(hidden_states + shift)
@@ -455,16 +452,11 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
                 hidden_states = block(hidden_states, temb, label_index)
 
         # 4. Back to values
-        modulation = self.modulation_out(temb)
-        if label_index is not None:
-            modulation = modulation[label_index]
-        shift, scale = modulation[:, None].chunk(2, dim=-1)
+        shift, scale = per_cell(self.modulation_out(temb), label_index).chunk(2, dim=-1)
         hidden_states = self.proj_out(self.norm_out(hidden_states) * (1 + scale) + shift)
         sample = hidden_states.flatten(1)[:, :sample_size]  # (batch, sample_size)
 
-        if not return_dict:
-            return (sample,)
-        return Transformer2DModelOutput(sample=sample)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     @classmethod
     def from_original_checkpoint(cls, path: str | Path, num_attention_heads: int = 8) -> "WhiteBoxDiTModel":
