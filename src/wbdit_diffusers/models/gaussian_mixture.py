@@ -112,6 +112,7 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
     def _set(
         self, means: np.ndarray, covariances: np.ndarray, log_weights: np.ndarray, floor: float
     ) -> "GaussianMixtureDenoiser":
+        """Sets the components; no variance is below `floor`."""
         variances, directions = np.linalg.eigh(covariances)
         self.means.copy_(torch.from_numpy(means))
         self.directions.copy_(torch.from_numpy(directions))

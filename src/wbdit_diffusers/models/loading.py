@@ -32,7 +32,7 @@ class SafetensorsModel(ModelMixin):
         dtype, default_dtype = kwargs.get("dtype", kwargs.get("torch_dtype")), torch.get_default_dtype()
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise OSError(f"{where} can't be loaded as a {cls.__name__}: {one_line(error)}") from error
         finally:
             torch.set_default_dtype(default_dtype)  # Diffusers leaves it changed after an error
@@ -41,10 +41,8 @@ class SafetensorsModel(ModelMixin):
                 names = f"{problem.replace('_', ' ')} {reprlib.repr(sorted(info[problem]))}"
                 raise OSError(f"The weights in {where} don't match its config.json: {names}.")
         check_finite(model, where)
-        if (
-            isinstance(dtype, torch.dtype) and model.dtype != dtype
-        ):  # Diffusers ignores it with low_cpu_mem_usage=False
-            model.to(dtype)
+        if isinstance(dtype, torch.dtype) and model.dtype != dtype:
+            model.to(dtype)  # Diffusers does not with low_cpu_mem_usage=False
         return (model, info) if with_info else model
 
     @wraps(ModelMixin.save_pretrained)  # pipelines read the signature to see which arguments it takes

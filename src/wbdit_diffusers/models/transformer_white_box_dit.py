@@ -363,6 +363,7 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
         return torch.cat([column, row], dim=1).float()[None]  # (1, patches, hidden)
 
     def _init_weights(self):
+        """Xavier-uniform projections and zero biases; modulations and the output projection start at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
