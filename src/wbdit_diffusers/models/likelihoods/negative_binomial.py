@@ -196,7 +196,7 @@ class NegativeBinomialMixture:
         probability_above_zero = -(1 - weight) * torch.expm1(-theta * torch.log1p(rates / theta))
         probability_above_zero -= weight * torch.expm1(-outlier_theta * torch.log1p(outlier_rates / outlier_theta))
         if not torch.isfinite(probability_above_zero).all():  # every comparison with NaN would give an empty cell
-            raise ValueError("The decoded rates are NaN or infinite. Check the latents and the codec's weights.")
+            raise ValueError("The codec's rates are NaN or infinite. Check its weights and the latents.")
         above = 1 - uniform.to(rates.device)  # P(count > k)
         cells, genes = (above < probability_above_zero).nonzero(as_tuple=True)  # most counts are zero
         tail, rates, theta, outlier_rates, weight, outlier_theta = (

@@ -179,7 +179,7 @@ class QuantileHurdle:
             ValueError: If a score is NaN or infinite.
         """
         if not (torch.isfinite(self.zero_logits).all() and torch.isfinite(self.scores).all()):
-            raise ValueError("The decoded scores are NaN or infinite. Check the latents and the codec's weights.")
+            raise ValueError("The codec's scores are NaN or infinite. Check its weights and the latents.")
         uniform = uniform.to(self.scores.device)
         zero = torch.sigmoid(self.zero_logits).to(uniform.dtype)
         share = ((uniform - zero) / (1 - zero).clamp(min=1e-12)).clamp(1e-9, 1 - 1e-9)  # among values above 0
