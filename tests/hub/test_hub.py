@@ -1,4 +1,4 @@
-"""The round trip through a Hub over HTTP, each side in a process of its own."""
+"""A round trip through a Hub over HTTP: pushed by one process, loaded by others with an empty cache."""
 
 import json
 import os
@@ -17,21 +17,13 @@ from safetensors.torch import load_file
 from wbdit_diffusers import ScRNAGenerationPipeline
 
 
-pytestmark = pytest.mark.slow  # two processes, which see the Hub's address before they import anything
-
-
-def run_python(code: str, env: dict[str, str], *args: str | Path) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)], env=env, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
+pytestmark = pytest.mark.slow  # processes of their own, which see the Hub's address before they import anything
 
 PUSH = """
     import sys
     from huggingface_hub import create_repo, upload_file
     from wbdit_diffusers import ScRNAGenerationPipeline
+    from wbdit_diffusers.hub import publish
 
     pipe = ScRNAGenerationPipeline.from_pretrained(sys.argv[1])
     pipe.push_to_hub("me/wbdit-test")
@@ -40,6 +32,8 @@ PUSH = """
     card = b"---\\nlibrary_name: diffusers\\n---\\nMy own words."
     upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="me/own-card")
     pipe.push_to_hub("me/own-card")
+
+    publish(pipe, sys.argv[1], "me/with-code", with_code=True, variant="bf16")
 """
 
 PULL = """
@@ -48,19 +42,52 @@ PULL = """
     import wbdit_diffusers
 
     pipe = wbdit_diffusers.ScRNAGenerationPipeline.from_pretrained("me/wbdit-test")
-    pipe.save_pretrained(sys.argv[1])
-    pipe(num_cells=30, generator=torch.Generator().manual_seed(5)).cells.write_h5ad(sys.argv[2])
+    pipe.save_pretrained(sys.argv[2])
+    pipe(num_cells=70, generator=torch.Generator().manual_seed(5)).cells.write_h5ad(sys.argv[1])
 
     processor = wbdit_diffusers.ScRNAProcessor.from_pretrained("me/wbdit-test", subfolder="processor")
     denoiser = wbdit_diffusers.WhiteBoxDiTModel.from_pretrained("me/wbdit-test", subfolder="denoiser")
     codec = wbdit_diffusers.ProgramCodec.from_pretrained("me/wbdit-test", subfolder="codec")
+    said = {"genes": len(processor.var_names), "features": codec.num_features, "size": denoiser.config.sample_size}
     try:
         wbdit_diffusers.ScRNAGenerationPipeline.from_pretrained("me/absent")
     except OSError as error:
-        absent = str(error)
-    parts = {"genes": len(processor.var_names), "features": codec.num_features, "size": denoiser.config.sample_size}
-    print(json.dumps({"parts": parts, "absent": absent}))
+        said["absent"] = str(error)
+    print(json.dumps(said))
 """
+
+PULL_WITH_CODE = """
+    import json, sys
+    import torch
+    from diffusers import DiffusionPipeline
+
+    said, load = {}, DiffusionPipeline.from_pretrained
+    try:
+        load("me/with-code")
+    except ValueError as error:
+        said["untrusted"] = str(error)
+    sys.modules["wbdit_diffusers"] = None  # as if it were not installed
+    try:
+        load("me/with-code", trust_remote_code=True)
+    except ImportError as error:
+        said["absent"] = str(error)
+    del sys.modules["wbdit_diffusers"]
+    pipe = load("me/with-code", trust_remote_code=True)
+    said["type"] = type(pipe).__module__.split(".")[0]
+    pipe(num_cells=70, generator=torch.Generator().manual_seed(5)).cells.write_h5ad(sys.argv[1])
+    half = load("me/with-code", trust_remote_code=True, variant="bf16", dtype={"denoiser": torch.bfloat16})
+    said["half"] = str(half.denoiser.dtype)
+    from wbdit_diffusers import ScRNAGenerationPipeline
+    ScRNAGenerationPipeline.from_pretrained("me/with-code")  # needs no trust: the class is there
+    print(json.dumps(said))
+"""
+
+
+def run_python(code: str, env: dict[str, str], *args: Path) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -68,65 +95,52 @@ def pushed(pbmc, hub, tmp_path_factory) -> Path:
     """The folder of a pipeline that was pushed."""
     folder = tmp_path_factory.mktemp("pushed") / "pipeline"
     make_pipeline(pbmc, codec="program", label_keys=["cell_type", "phase"]).save_pretrained(folder)
-    run_python(PUSH, hub_process(hub, tmp_path_factory), folder)
+    run_python(PUSH, {**os.environ, **hub.environment(tmp_path_factory.mktemp("hf-home"))}, folder)
     return folder
 
 
-@pytest.fixture(scope="module")
-def pulled(pushed, hub, tmp_path_factory) -> tuple[Path, ad.AnnData, dict]:
-    """What another process, with an empty cache, has of it: the folder it saved, cells, and what it printed."""
-    folder = tmp_path_factory.mktemp("pulled")
-    printed = run_python(PULL, hub_process(hub, tmp_path_factory), folder / "pipeline", folder / "cells.h5ad")
-    return folder / "pipeline", ad.read_h5ad(folder / "cells.h5ad"), json.loads(printed)
+def check_cells(path: Path, folder: Path):
+    """The cells in a file are those of the pipeline in a folder."""
+    cells = ad.read_h5ad(path)
+    pipe = ScRNAGenerationPipeline.from_pretrained(folder)
+    expected = pipe(num_cells=70, generator=torch.Generator().manual_seed(5)).cells
+    np.testing.assert_array_equal(cells.X.toarray(), expected.X.toarray())
+    assert (cells.obs == expected.obs).all().all()
 
 
-def hub_process(hub, tmp_path_factory) -> dict[str, str]:
-    return {**os.environ, **hub.environment(tmp_path_factory.mktemp("hf-home"))}
+def test_pushed_files(pushed, hub):
+    weights = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("codec", "denoiser", "processor")]
+    configs = ["codec/config.json", "denoiser/config.json", "processor/config.json", "scheduler/scheduler_config.json"]
+    assert set(hub.repos["me/wbdit-test"]) == {"README.md", "model_index.json", *weights, *configs}
 
 
-def test_what_is_pushed(pushed, hub):
-    assert sorted(hub.repos["me/wbdit-test"]) == [
-        "README.md",
-        "codec/config.json",
-        "codec/diffusion_pytorch_model.safetensors",
-        "denoiser/config.json",
-        "denoiser/diffusion_pytorch_model.safetensors",
-        "model_index.json",
-        "processor/config.json",
-        "processor/diffusion_pytorch_model.safetensors",
-        "scheduler/scheduler_config.json",
-    ]
-
-
-def test_round_trip_keeps_weights_and_cells(pushed, pulled):
-    folder, cells, _ = pulled
-    for component in ("denoiser", "codec", "processor"):
+def test_round_trip_keeps_weights_and_cells(pushed, hub_environment, tmp_path):
+    said = json.loads(run_python(PULL, hub_environment, tmp_path / "cells.h5ad", tmp_path / "pipeline"))
+    assert (said["genes"], said["features"], said["size"]) == (765, 7, 7) and "me/absent" in said["absent"]
+    for part in ("denoiser", "codec", "processor"):
         before, after = (
-            load_file(path / component / "diffusion_pytorch_model.safetensors") for path in (pushed, folder)
+            load_file(folder / part / "diffusion_pytorch_model.safetensors")
+            for folder in (pushed, tmp_path / "pipeline")
         )
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
-
-    pipe = ScRNAGenerationPipeline.from_pretrained(pushed)
-    expected = pipe(num_cells=30, generator=torch.Generator().manual_seed(5)).cells
-    np.testing.assert_array_equal(cells.X.toarray(), expected.X.toarray())
-    assert (cells.obs == expected.obs).all().all()
-    assert cells.uns["wbdit"]["model_id"] == "me/wbdit-test"
+    check_cells(tmp_path / "cells.h5ad", pushed)
+    assert ad.read_h5ad(tmp_path / "cells.h5ad").uns["wbdit"]["model_id"] == "me/wbdit-test"
 
 
-def test_each_component_is_loaded_by_itself(pulled):
-    assert pulled[2]["parts"] == {"genes": 765, "features": 7, "size": 7}
+def test_diffusers_loads_it_with_remote_code(pushed, hub_environment, tmp_path):
+    said = json.loads(run_python(PULL_WITH_CODE, hub_environment, tmp_path / "cells.h5ad").splitlines()[-1])
+    assert "trust_remote_code=True" in said["untrusted"]
+    assert said["absent"] == "This pipeline needs the package wbdit_diffusers: pip install wbdit_diffusers"
+    assert said["type"] == "wbdit_diffusers" and said["half"] == "torch.bfloat16"
+    check_cells(tmp_path / "cells.h5ad", pushed)
 
 
-def test_unknown_repository_is_named(pulled):
-    assert "me/absent" in pulled[2]["absent"]
-
-
-def test_model_card_is_rendered_and_one_s_own_is_kept(pushed, hub):
+def test_a_model_card_is_rendered_unless_there_is_one(pushed, hub):
     card = hub.repos["me/wbdit-test"]["README.md"].decode()
     assert "library_name: wbdit-diffusers" in card
     assert 'ScRNAGenerationPipeline.from_pretrained("me/wbdit-test")' in card
     assert "765 genes" in card and "CD19+ B" in card and "automatically generated" not in card
-
     assert b"My own words." in hub.repos["me/own-card"]["README.md"]
     assert "codec/config.json" in hub.repos["me/own-card"]
+    assert b"trust_remote_code=True" in hub.repos["me/with-code"]["README.md"]

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,7 @@ def test_encoder_sees_all_other_genes_in_one_bin(codec, few, processor, pbmc):
 
 @torch.no_grad()
 def test_loss_is_the_likelihood_of_the_mixture(codec, cells):
-    """From the heads' own outputs, by SciPy, the bin of all other genes included."""
+    """SciPy gives the same from the heads' outputs, including the bin of all other genes."""
     counts, library_size = cells[0][:20], cells[1][:20]
     heads = codec.heads
     heads["log_theta"].bias.copy_(torch.linspace(-2, 5, 101))
@@ -77,29 +79,6 @@ def test_divergence_is_that_of_the_posterior_from_the_normal_distribution(codec,
 
 
 @torch.no_grad()
-def test_likelihood_is_of_programs_drawn_from_the_posterior(codec, few):
-    draws = torch.stack([codec(*few)[0] for _ in range(20)])
-    assert (draws.std(0) > 0).all()
-    codec.to_log_variance.weight.zero_()
-    codec.to_log_variance.bias.fill_(-100)  # the smallest variance, e^-8
-    certain = -codec.decode_programs(codec.posterior(*few)[0], few[1]).log_prob(few[0])
-    assert (torch.stack([codec(*few)[0] for _ in range(20)]).std(0) < draws.std(0)).all()
-    torch.testing.assert_close(codec(*few)[0], certain, rtol=0.05, atol=1)
-
-
-def test_a_few_steps_raise_the_likelihood(codec, cells):
-    optimizer = torch.optim.Adam(codec.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(40):
-        optimizer.zero_grad()
-        loss = sum(codec(*cells)).mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert np.mean(losses[-5:]) < losses[0] - 1
-
-
-@torch.no_grad()
 def test_heads_start_at_the_mean_rates(processor, pbmc):
     codec = ProgramCodec(num_genes=100)
     matrix, library_size = processor.select(pbmc)
@@ -110,7 +89,7 @@ def test_heads_start_at_the_mean_rates(processor, pbmc):
 
 
 def test_dispersions_start_above_the_moments_of_each_gene():
-    """Because outliers, which have a part of their own, are in the moments."""
+    """Outliers, which have their own component, contribute to the moments."""
     rng = np.random.default_rng(0)
     theta = np.array([0.5, 1.0, 5.0])
     counts = rng.negative_binomial(theta, theta / (theta + 4.0), size=(20_000, 3)).astype(np.float32)
@@ -185,7 +164,7 @@ def test_likelihood_has_a_gradient_in_the_latents(codec, few):
     codec.decode(latents).log_prob(few[0]).sum().backward()
     gradient = latents.grad
     assert (gradient != 0).all()
-    # A small step along it makes the counts likelier.
+    # A small step along the gradient makes the counts likelier.
     with torch.no_grad():
         step = 1e-3 * gradient / gradient.norm(dim=1, keepdim=True)
         gain = codec.decode(latents + step).log_prob(few[0]) - codec.decode(latents).log_prob(few[0])
@@ -194,7 +173,7 @@ def test_likelihood_has_a_gradient_in_the_latents(codec, few):
 
 @torch.no_grad()
 def test_labels_add_their_effects(pbmc):
-    """Those of all label keys to every head; an unknown label, and no labels at all, add nothing."""
+    """Each label key adds to every head. Unknown or missing labels add nothing."""
     processor = ScRNAProcessor(num_genes=100, label_keys=["cell_type", "phase"]).fit(pbmc)
     codec = make_program_codec(processor, pbmc)
     num_types, num_phases = processor.condition_sizes
@@ -212,32 +191,13 @@ def test_labels_add_their_effects(pbmc):
 
 
 def test_an_unknown_likelihood_is_named():
-    with pytest.raises(ValueError, match="is one of nb_mixture, quantile_hurdle, not 'gaussian'"):
+    with pytest.raises(ValueError, match="must be one of nb_mixture, quantile_hurdle, not 'gaussian'"):
         ProgramCodec(num_genes=3, likelihood="gaussian")
 
 
-# ==================== What Diffusers asks of a model ====================
-
-
-@pytest.mark.parametrize("variant", [None, "fp16"])
 @torch.no_grad()
-def test_save_and_load(codec, cells, tmp_path, variant):
-    codec.save_pretrained(tmp_path, variant=variant)
-    loaded = ProgramCodec.from_pretrained(tmp_path, variant=variant)
-    assert all(torch.equal(loaded.state_dict()[name], values) for name, values in codec.state_dict().items())
-    assert "log_library_size_range" in codec.state_dict()
-    # Where weights lie in memory changes the last bit of a product.
-    latents = loaded.encode(*cells)
-    torch.testing.assert_close(latents, codec.encode(*cells))
-    torch.testing.assert_close(loaded.decode(latents).mean(), codec.decode(latents).mean())
-
-
-@torch.no_grad()
-def test_bfloat16_gives_about_what_float32_gives(codec, cells, tmp_path):
-    codec.save_pretrained(tmp_path)
-    loaded = ProgramCodec.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert loaded.dtype == torch.bfloat16
-    latents = codec.encode(*cells)
+def test_bfloat16_gives_about_what_float32_gives(codec, cells):
+    loaded, latents = copy.deepcopy(codec).to(torch.bfloat16), codec.encode(*cells)
     assert (loaded.encode(*cells) - latents).abs().max() < 0.15
     expected = codec.decode(latents, cells[1]).expression()
     output = loaded.decode(latents, cells[1]).expression()

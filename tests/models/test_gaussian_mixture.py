@@ -1,4 +1,4 @@
-"""The closed form of a Gaussian mixture's denoiser, against brute force and as a pipeline's denoiser."""
+"""The closed-form denoiser against brute force, and in a pipeline."""
 
 import copy
 
@@ -15,7 +15,7 @@ SCHEDULER = training_scheduler("v_prediction")
 
 @pytest.fixture(scope="module")
 def data() -> tuple[torch.Tensor, torch.Tensor]:
-    """2,000 cells of three kinds, one of which is in two parts, and five dimensions."""
+    """2,000 cells of three kinds, one of which has two parts, in five dimensions."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (2000, 1), generator=generator)
     part = torch.where(labels[:, 0] == 2, torch.randint(2, (2000,), generator=generator), 0)
@@ -32,7 +32,7 @@ def denoiser(data) -> GaussianMixtureDenoiser:
 
 
 def velocity_by_sampling(denoiser, x, timestep, labels, number: int = 400_000) -> torch.Tensor:
-    """The mean velocity of clean cells drawn from the mixture, weighted by how likely they made `x`."""
+    """The mean velocity of clean cells drawn from the mixture, weighted by the likelihood of `x`."""
     clean = denoiser.sample(labels.expand(number, -1), torch.Generator().manual_seed(1)).double()
     a = SCHEDULER.alphas_cumprod[timestep].double().sqrt()
     s = (1 - a**2).sqrt()
@@ -74,7 +74,7 @@ def test_the_part_that_no_label_names_is_found(denoiser):
 
 @pytest.mark.parametrize("timestep", [200, 600])
 def test_covariance_is_that_of_the_clean_cell(timestep, denoiser, data):
-    """Tweedie's second formula: the covariance is s² / a times the derivative of the clean cell that is expected."""
+    """Tweedie's second formula: the covariance is s² / a times the derivative of the expected clean cell."""
     x, labels = data[0][:8].clone().requires_grad_(), data[1][:8]
     a = SCHEDULER.alphas_cumprod[timestep].sqrt()
     s = (1 - a**2).sqrt()
@@ -98,25 +98,25 @@ def test_conditioning_holds_a_value_and_keeps_the_rest_as_it_is_in_such_cells(de
 
 
 def test_it_denoises_in_a_pipeline_and_is_saved(program_pipe, pbmc, tmp_path):
-    latents = program_pipe.encode_cells(pbmc)
-    labels = program_pipe.processor.encode_labels(pbmc)
-    denoiser = GaussianMixtureDenoiser.fit(latents, labels, program_pipe.processor.condition_sizes, SCHEDULER)
+    latents, labels = program_pipe.encode_cells(pbmc), program_pipe.processor.encode_labels(pbmc)
+    sizes = program_pipe.processor.condition_sizes
+    denoiser = GaussianMixtureDenoiser.fit(latents, labels, sizes, SCHEDULER, max_components=2)
     scheduler = make_scheduler("dpmsolver++", SCHEDULER.config)
     pipe = ScRNAGenerationPipeline(**{**program_pipe.components, "denoiser": denoiser, "scheduler": scheduler})
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(tmp_path)
     loaded = ScRNAGenerationPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    call = {"num_cells": 2000, "cell_types": "Dendritic", "output_type": "latent", "num_inference_steps": 20}
+    call = {"num_cells": 600, "cell_types": "Dendritic", "output_type": "latent", "num_inference_steps": 20}
     drawn = loaded(**call, generator=torch.Generator().manual_seed(0)).cells
     torch.testing.assert_close(drawn, pipe(**call, generator=torch.Generator().manual_seed(0)).cells)
     own = latents[(pbmc.obs["cell_type"] == "Dendritic").to_numpy()]
-    torch.testing.assert_close(drawn.mean(0), own.mean(0), atol=0.12, rtol=0)
+    torch.testing.assert_close(drawn.mean(0), own.mean(0), atol=0.2, rtol=0)
     assert 0.85 < (drawn.var(0) / own.var(0)).mean() < 1.15
 
 
 def test_a_scheduler_that_takes_noise_is_refused(data):
-    with pytest.raises(ValueError, match="predicts the velocity, and the scheduler takes 'epsilon'"):
+    with pytest.raises(ValueError, match="use prediction_type='v_prediction'"):
         GaussianMixtureDenoiser.fit(*data, condition_sizes=(3,), noise_scheduler=training_scheduler("epsilon"))
 
 

@@ -4,7 +4,6 @@ import torch
 from scipy import stats
 
 from wbdit_diffusers.models import LIKELIHOODS
-from wbdit_diffusers.models.likelihoods import PointMass
 
 
 Mixture = LIKELIHOODS["nb_mixture"]
@@ -16,8 +15,7 @@ def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def parameters() -> dict[str, torch.Tensor]:
-    """Of 20 cells × 29 genes and the bin of all others: from nearly Poisson to mostly zero, with few and many outliers
-    that are larger or smaller than the other counts."""
+    """20 cells × 29 genes and the bin of all others: from nearly Poisson to mostly zero, with various outliers."""
     return {
         "log_proportions": torch.log(uniform(20, 30, seed=1) ** 4 / 20),
         "log_theta": torch.linspace(-2, 5, 30).double() + uniform(20, 30, seed=2),
@@ -44,7 +42,7 @@ def counts(distribution) -> torch.Tensor:
 
 
 def scipy_parts(distribution) -> list[tuple[np.ndarray, stats.rv_discrete]]:
-    """Weight and SciPy's distribution of each part of the mixture."""
+    """Weight and SciPy distribution of each component."""
     rates = distribution.log_proportions.exp() * distribution.library_size[:, None]
     weight = torch.sigmoid(distribution.outlier_logits)
     theta, outlier_theta = distribution.log_theta.exp(), distribution.outlier_log_theta.exp()
@@ -67,7 +65,6 @@ def scipy_log_pmf(distribution, counts: torch.Tensor) -> np.ndarray:
 
 
 def test_log_prob_is_scipy_s(distribution, counts):
-    """With the bin of all other genes, and without."""
     expected = scipy_log_pmf(distribution, counts)
     log_prob = distribution.log_prob(counts)
     assert log_prob.shape == (20,)
@@ -88,8 +85,8 @@ def test_log_prob_of_a_mask_is_that_of_its_genes(distribution, counts):
 
 @pytest.mark.parametrize("gene_mask", [None, torch.arange(30) % 3 == 0])
 def test_log_prob_is_differentiable(parameters, counts, gene_mask):
-    inputs = [(values[:3] if len(values) == 20 else values).clone().requires_grad_() for values in parameters.values()]
-    assert torch.autograd.gradcheck(lambda *values: Mixture(*values).log_prob(counts[:3], gene_mask), inputs)
+    inputs = [(values[:1] if len(values) == 20 else values).clone().requires_grad_() for values in parameters.values()]
+    assert torch.autograd.gradcheck(lambda *values: Mixture(*values).log_prob(counts[:1], gene_mask), inputs)
 
 
 def test_icdf_is_the_inverse_of_the_mixture_s_distribution(distribution):
@@ -108,36 +105,6 @@ def test_icdf_is_the_inverse_of_the_mixture_s_distribution(distribution):
     ends = [distribution.icdf(torch.full((20, 30), end).double()) for end in (0.0, 0.9, 0.99, 1 - 2**-53)]
     assert ends[0].max() == 0 and torch.isfinite(ends[-1]).all()
     assert all((low <= high).all() for low, high in zip(ends, ends[1:])) and (ends[0] < ends[-1]).any()
-
-
-@pytest.mark.parametrize("theta, outliers, ratio", [(2.0, 0.3, 1e-2), (0.5, 0.0, 1.0), (500.0, 0.02, 20.0)])
-def test_draws_are_distributed_as_they_should_be(theta, outliers, ratio):
-    """Against SciPy's distribution, at rates from far below one to the tens of thousands of read counts: zero
-    inflation, a negative binomial, a narrow body with a heavy tail."""
-    rates = torch.tensor([1e-3, 0.05, 1.0, 20.0, 5e4, 1.0])
-    shape = (20_000, 6)
-    distribution = Mixture(
-        (rates / 1e6).log().expand(shape),
-        torch.full(shape, theta).log(),
-        torch.full((6,), outliers).logit(),
-        torch.full((6,), ratio).log(),
-        torch.full((6,), 0.5).log(),
-        torch.full((20_000,), 1e6),
-    )
-    ratio = max(ratio, np.exp(-4))
-    counts = distribution.icdf(uniform(*shape)).numpy()
-    assert (counts == np.rint(counts)).all() and (counts >= 0).all()
-    factor = 1 - outliers + outliers * ratio
-    np.testing.assert_allclose(distribution.mean()[0], factor * rates[:-1], rtol=1e-4)
-    for gene, rate in enumerate(rates.tolist()):
-        body, other = stats.nbinom(theta, theta / (theta + rate)), stats.nbinom(0.5, 0.5 / (0.5 + ratio * rate))
-        second = (1 - outliers) * (body.var() + body.mean() ** 2) + outliers * (other.var() + other.mean() ** 2)
-        deviation = np.sqrt(second - (factor * rate) ** 2)
-        assert abs(counts[:, gene].mean() - factor * rate) < 5 * deviation / np.sqrt(20_000)
-        for k in (0, int(rate), int(3 * rate) + 1):
-            probability = (1 - outliers) * body.cdf(k) + outliers * other.cdf(k)
-            share = (counts[:, gene] <= k).mean()
-            assert abs(share - probability) < 5 * np.sqrt(probability * (1 - probability) / 20_000) + 1e-9
 
 
 def test_a_cell_s_counts_depend_on_its_own_random_numbers_alone(parameters):
@@ -170,30 +137,3 @@ def test_heads_hold_the_other_genes_and_stay_within_limits():
     torch.testing.assert_close(distribution.mean(), torch.tensor([[1.0], [100.0]]).expand(2, 3))
     assert torch.isfinite(distribution.log_prob(torch.tensor([[0.0, 1, 9], [3, 0, 800]]))).all()
     assert torch.isfinite(distribution.icdf(torch.full((2, 4), 0.999).double())).all()
-
-
-# ==================== Point mass ====================
-
-
-def test_point_mass_of_counts():
-    library_size = torch.tensor([20_000.0, 5_000.0])
-    counts = torch.tensor([[0.0, 2, 7], [1, 0, 3]])
-    log_values = torch.log1p(counts / library_size[:, None] * 1e4)
-    cells = PointMass(log_values, library_size, is_counts=True)
-    torch.testing.assert_close(cells.mean(), counts)
-    assert torch.equal(cells.expression(), log_values)
-    almost = PointMass(torch.log1p((counts + 0.4) / library_size[:, None] * 1e4), library_size, is_counts=True)
-    assert torch.equal(almost.icdf(torch.rand(2, 3)), counts)
-
-
-def test_point_mass_of_log_values():
-    log_values = torch.tensor([[0.0, 0.3, 2.25]])
-    cells = PointMass(log_values)
-    assert cells.library_size is None
-    for values in (cells.mean(), cells.expression(), cells.icdf(torch.rand(1, 3))):
-        assert torch.equal(values, log_values)
-
-
-def test_point_mass_has_no_likelihood():
-    with pytest.raises(ValueError, match="has no likelihood.*Use ProgramCodec"):
-        PointMass(torch.ones(1, 3)).log_prob(torch.ones(1, 3))

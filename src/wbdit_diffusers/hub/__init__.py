@@ -1,4 +1,4 @@
-"""What goes to the Hugging Face Hub beside the weights, and what a folder that comes back must hold."""
+"""Publishing on the Hugging Face Hub: model card, upload and remote code."""
 
 from .facts import CardFacts, read_facts
 from .model_card import push_model_card, render_model_card, write_model_card

@@ -1,4 +1,4 @@
-"""What a model card says beyond the pipeline's own configuration: its data, its training, how good it was."""
+"""Facts on a model card that a pipeline's configuration doesn't hold: data, training and quality."""
 
 import json
 from dataclasses import dataclass, replace
@@ -9,24 +9,27 @@ from ..data.split import CellSplit
 from .quality import read_report
 
 
-TRAINING_NAME = "training.json"  # what a training writes of itself when it is done
-REPORT_NAME, FIGURE_NAME = "report.json", "report.png"  # what `wbdit evaluate` writes
+TRAINING_NAME = "training.json"  # written at the end of a training
+REPORT_NAME, FIGURE_NAME = "report.json", "report.png"  # written by `wbdit evaluate`
+STATED = ("data_name", "data_license", "data_source", "num_cells", "command", "training")  # in training.json
 
 
 @dataclass(frozen=True)
 class CardFacts:
     """
+    Facts about a model that its configuration doesn't hold. The card says "not stated" for those that are `None`.
+
     Args:
-        data_name (`str`, *optional*): What the training data are called.
-        data_license (`str`, *optional*): Their licence.
-        data_source (`str`, *optional*): Their accession, or where they are.
+        data_name (`str`, *optional*): Name of the training data.
+        data_license (`str`, *optional*): License of the training data.
+        data_source (`str`, *optional*): Accession or address of the training data.
         num_cells (`int`, *optional*): Number of training cells.
-        command (`str`, *optional*): The command that trained the model.
+        command (`str`, *optional*): Command that trained the model.
         training (`dict[str, Any]`, *optional*): Rows of the training table.
-        report (`dict`, *optional*): A report of `wbdit evaluate`.
-        figure (`str`, *optional*): Name of the report's figure beside the card.
-        variant (`str`, *optional*): Further weights in the repository, such as `"bf16"`.
-        with_code (`bool`, defaults to `False`): Whether the repository has modules that Diffusers loads.
+        report (`dict`, *optional*): Report of `wbdit evaluate`.
+        figure (`str`, *optional*): File name of the report's figure.
+        variant (`str`, *optional*): Name of additional weights, such as `"bf16"`.
+        with_code (`bool`, defaults to `False`): Whether the repository has modules for `trust_remote_code=True`.
     """
 
     data_name: str | None = None
@@ -41,67 +44,50 @@ class CardFacts:
     with_code: bool = False
 
 
-def read_facts(
-    folder: Path,
-    num_genes: int,
-    data_name: str | None = None,
-    data_license: str | None = None,
-    data_source: str | None = None,
-    report: Path | None = None,
-) -> CardFacts:
+def read_facts(folder: Path, num_genes: int, report: Path | None = None, **given) -> CardFacts:
     """
-    What the folder of a pipeline says: `training.json` and `split.json` of its training, `report.json` and
-    `report.png` of `wbdit evaluate`. What it does not say stays unstated.
+    Reads `training.json`, `split.json`, `report.json` and `report.png` from a pipeline's folder, if they exist.
 
     Args:
-        folder (`Path`): The folder of a pipeline.
-        num_genes (`int`): Genes of the pipeline, which must be those of the report.
-        data_name, data_license, data_source (`str`, *optional*): Instead of what the training was told.
-        report (`Path`, *optional*): The report, or its folder, if it is not in `folder`.
+        folder (`Path`): Folder of the pipeline.
+        num_genes (`int`): Number of genes of the pipeline, which the report must have too.
+        report (`Path`, *optional*): The report or its folder, if it is not in `folder`.
+        given: Facts that replace those in the folder, unless they are `None`.
 
     Raises:
-        OSError: If `report` is not there.
-        ValueError: If a file is damaged, or of another model.
+        OSError: If there is no `report`.
+        ValueError: If a file is damaged or belongs to another model.
     """
     facts = CardFacts()
     if (folder / TRAINING_NAME).is_file():
         facts = _read_training(folder / TRAINING_NAME)
     elif (folder / CellSplit.FILE_NAME).is_file():
-        facts = replace(facts, num_cells=len(CellSplit.load(folder).train))
-    facts = replace(
-        facts,
-        data_name=data_name or facts.data_name,
-        data_license=data_license or facts.data_license,
-        data_source=data_source or facts.data_source,
-    )
-    if report is not None or (folder / REPORT_NAME).is_file():
-        figure = figure_of(folder, report)
-        facts = replace(
-            facts,
-            report=read_report(report or folder / REPORT_NAME, num_genes),
-            figure=FIGURE_NAME if figure.is_file() else None,
-        )
+        facts = CardFacts(num_cells=len(CellSplit.load(folder).train))
+    facts = replace(facts, **{name: value for name, value in given.items() if value is not None})
+    path = report_path(folder, report)
+    if report is not None or path.is_file():
+        figure = FIGURE_NAME if path.with_name(FIGURE_NAME).is_file() else None
+        facts = replace(facts, report=read_report(path, num_genes), figure=figure)
     return facts
 
 
-def figure_of(folder: Path, report: Path | None) -> Path:
-    """Where the figure of a report is, if there is one."""
-    if report is None:
-        return folder / FIGURE_NAME
-    return (report if report.is_dir() else report.parent) / FIGURE_NAME
+def report_path(folder: Path, report: Path | None) -> Path:
+    """The report.json of a pipeline: `report`, a file or folder, or the one in the pipeline's `folder`."""
+    path = folder if report is None else report
+    return path / REPORT_NAME if path.is_dir() else path
 
 
 def write_training(folder: Path, config: dict[str, Any], command: str, num_cells: int, table: dict[str, Any]):
-    """Notes in the folder of a pipeline how it was trained, for its card. `config` must name no path."""
-    data = {name: config.get(name) for name in ("data_name", "data_license", "data_source")}
+    """Writes how a pipeline was trained into its folder, for the model card. `config` must not contain paths."""
+    data = {name: config.get(name) for name in STATED[:3]}
     record = {"command": command, "num_cells": num_cells, "training": table, "config": config, **data}
     (folder / TRAINING_NAME).write_text(json.dumps(record, indent=1, default=str))
 
 
 def _read_training(path: Path) -> CardFacts:
-    names = ("data_name", "data_license", "data_source", "num_cells", "command", "training")
+    """The facts in a training.json."""
     try:
         record = json.loads(path.read_text())
-        return CardFacts(**{name: record[name] for name in names})
+        return CardFacts(**{name: record[name] for name in STATED})
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: remove it, and the card will not state how was trained.") from error
+        raise ValueError(f"{path} is damaged. Remove it to publish a card without training details.") from error

@@ -1,4 +1,4 @@
-"""Names and values of a user's data, as Markdown that shows them and nothing else."""
+"""Labels, gene names and texts of a user as Markdown, in which they can't be markup."""
 
 import json
 import re
@@ -7,17 +7,12 @@ from typing import Any
 
 
 def as_code(text: str) -> str:
-    """A string as Python has it in quotes: whatever is in it, it ends where it ends, on one line."""
-    return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")  # three of which would end the block of code
-
-
-def as_code_span(code: str) -> str:
-    """Code within a line of Markdown; `as_code` has left no backtick in it."""
-    return f"`{code}`"
+    """A Python string literal in one line, without backticks, which could end the code."""
+    return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")
 
 
 def as_text(value: Any) -> str:
-    """Anything as one line of plain Markdown, in a table or out of one: nothing in it is markup, HTML or a link."""
+    """One line of plain Markdown, which may be a cell of a table."""
     text = " ".join(str(value).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*\[\]|#~!$]|__)", r"\\\1", text)
@@ -25,7 +20,7 @@ def as_text(value: Any) -> str:
 
 
 def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of cells that are Markdown already."""
+    """A table whose cells are Markdown."""
     lines = [list(titles)]
     lines += [["---"] * len(lines[0]), *map(list, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

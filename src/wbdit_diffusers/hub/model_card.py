@@ -1,27 +1,26 @@
-"""The model card of a pipeline, rendered from its own configuration and from what its folder says."""
+"""The model card of a pipeline, rendered from its configuration and the files in its folder."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
 
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
 from ..version import __version__
 from .facts import CardFacts, read_facts
-from .markdown import as_code, as_code_span, as_text
+from .markdown import as_code, as_text
 from .quality import eval_results, memory, quality_table
 
 
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
-LIBRARY = "wbdit-diffusers"  # as the Hub knows it, see docs/hub.md
+LIBRARY = "wbdit-diffusers"  # name on the Hub, see docs/hub.md
 TAGS = ["diffusers", "single-cell", "scRNA-seq", "biology", "anndata", "white-box-transformer"]
 NOT_STATED = "not stated"
 MAX_LABELS = 100  # in a table
 BLOCKS = {
-    "descent": "White-Box DiT, with steps that descend (contraction, ISTA)",
+    "descent": "White-Box DiT with descent steps (contraction, ISTA)",
     "white_box": "White-Box DiT, as published (MSSA, ISTA)",
     "dit": "DiT",
 }
@@ -29,13 +28,15 @@ BLOCKS = {
 
 def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFacts | None = None) -> ModelCard:
     """
+    Renders the model card of a pipeline.
+
     Args:
-        pipeline ([`ScRNAGenerationPipeline`]): What the card describes.
-        repo_id (`str`): The Hub id or folder that the card tells to load.
-        facts ([`CardFacts`], *optional*): What else is known; the card says of the rest that it is not stated.
+        pipeline ([`ScRNAGenerationPipeline`]): The pipeline.
+        repo_id (`str`): Hub id or folder in the card's example.
+        facts ([`CardFacts`], *optional*): Further facts about the model.
 
     Returns:
-        [`huggingface_hub.ModelCard`]
+        [`huggingface_hub.ModelCard`]: the card.
     """
     facts = facts or CardFacts()
     processor = pipeline.processor.config
@@ -71,12 +72,12 @@ def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFact
 
 def write_model_card(pipeline: DiffusionPipeline, folder: str | Path, repo_id: str | None = None):
     """
-    Writes README.md into the folder of a pipeline, from the files there; see [`read_facts`].
+    Writes the model card into the folder of a pipeline as README.md.
 
     Args:
         pipeline ([`ScRNAGenerationPipeline`]): The pipeline.
-        folder (`str` or `Path`): Where it was saved.
-        repo_id (`str`, *optional*): The Hub id that the card tells to load; the folder's name by default.
+        folder (`str` or `Path`): Folder of the pipeline; see [`read_facts`] for the files that are read.
+        repo_id (`str`, *optional*): Hub id in the card's example. Default: the folder's name.
     """
     folder = Path(folder)
     facts = read_facts(folder, len(pipeline.processor.var_names))
@@ -84,20 +85,21 @@ def write_model_card(pipeline: DiffusionPipeline, folder: str | Path, repo_id: s
 
 
 def push_model_card(pipeline: DiffusionPipeline, repo_id: str, private: bool | None = None, token: str | None = None):
-    """Gives a Hub repository that has no card yet the rendered one: Diffusers would write a stub."""
+    """Uploads the model card to a Hub repository that has none, where Diffusers would write a stub."""
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if not file_exists(repo_id, "README.md", token=token):
         render_model_card(pipeline, repo_id).push_to_hub(repo_id, token=token)
 
 
 def _data(facts: CardFacts) -> list[tuple[str, str]]:
-    rows = {"name": facts.data_name, "licence": facts.data_license, "accession or source": facts.data_source}
-    stated = [(name, NOT_STATED if value is None else as_text(value)) for name, value in rows.items()]
-    return [*stated, ("training cells", NOT_STATED if facts.num_cells is None else f"{facts.num_cells:,}")]
+    """Rows of the table of the training data."""
+    rows = {"name": facts.data_name, "license": facts.data_license, "accession or source": facts.data_source}
+    rows["training cells"] = None if facts.num_cells is None else f"{facts.num_cells:,}"
+    return [(name, NOT_STATED if value is None else as_text(value)) for name, value in rows.items()]
 
 
 def _labels(processor: Any, num_cells: int | None) -> list[dict[str, Any]]:
-    """Of each label key its name, and rows of its labels: name, training cells, share."""
+    """Name of each label key, and rows of its labels: name, number of training cells, fraction."""
     keys = []
     for column, (key, names) in enumerate(zip(processor.label_keys, processor.config.categories)):
         codes = processor.label_combinations[:, column]
@@ -107,43 +109,39 @@ def _labels(processor: Any, num_cells: int | None) -> list[dict[str, Any]]:
             for name, share in zip(names, shares)
         ]
         others = max(0, len(rows) - MAX_LABELS)
-        name = as_code_span(f"obs[{as_code(key)}]")
+        name = f"`obs[{as_code(key)}]`"
         keys.append({"name": name, "title": as_text(key), "rows": rows[:MAX_LABELS], "num_others": others})
     return keys
 
 
 def _network(pipeline: DiffusionPipeline) -> list[tuple[str, Any]]:
-    denoiser, scheduler = pipeline.denoiser, pipeline.scheduler
+    """Rows of the table of the network."""
+    denoiser, scheduler, codec = pipeline.denoiser, pipeline.scheduler, pipeline.codec
+    config = denoiser.config
+    if "num_programs" in codec.config:
+        about_codec = f"{codec.config.num_programs} gene programs, likelihood {codec.config.likelihood}"
+    else:
+        about_codec = f"{codec.config.num_genes} genes, standardize={codec.config.standardize}"
+    if isinstance(denoiser, GaussianMixtureDenoiser):
+        network = [("denoiser", f"closed form of a Gaussian mixture with {config.num_components} components")]
+    else:
+        network = [
+            ("block", BLOCKS[config.block_type]),
+            ("layers", config.num_layers),
+            ("heads × head dimension", f"{config.num_attention_heads} × {config.attention_head_dim}"),
+            ("values per token", config.patch_size),
+        ]
     return [
-        ("codec", _describe_codec(pipeline.codec)),
-        *_describe_denoiser(denoiser),
+        ("codec", f"{type(codec).__name__}: {about_codec}"),
+        *network,
         ("parameters", f"{denoiser.num_parameters():,}"),
         ("scheduler", f"{type(scheduler).__name__}, prediction_type {scheduler.config.get('prediction_type')}"),
         ("default steps", pipeline.config.num_inference_steps),
     ]
 
 
-def _describe_denoiser(denoiser: ModelMixin) -> list[tuple[str, Any]]:
-    config = denoiser.config
-    if isinstance(denoiser, GaussianMixtureDenoiser):
-        return [("denoiser", f"closed form of a Gaussian mixture with {config.num_components} components")]
-    return [
-        ("block", BLOCKS[config.block_type]),
-        ("layers", config.num_layers),
-        ("heads × head dimension", f"{config.num_attention_heads} × {config.attention_head_dim}"),
-        ("values per token", config.patch_size),
-    ]
-
-
-def _describe_codec(codec: ModelMixin) -> str:
-    config = codec.config
-    if "num_programs" in config:
-        return f"{type(codec).__name__}: {config.num_programs} gene programs, likelihood {config.likelihood}"
-    return f"{type(codec).__name__}: {config.num_genes} genes, standardize={config.standardize}"
-
-
 def _contents(pipeline: Any) -> str:
-    """What the AnnData of a pipeline holds."""
+    """Contents of the AnnData that a pipeline makes."""
     processor = pipeline.processor
     if processor.config.values == "counts":
         return 'integer counts in `X` and `obs["library_size"]`'

@@ -1,10 +1,8 @@
-"""`publish`: a trained pipeline becomes a repository on the Hub, one for each dataset."""
+"""`publish`: uploads a trained pipeline to the Hub, one repository per dataset."""
 
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,14 @@ from huggingface_hub import create_repo, upload_folder
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..files import one_line
 from . import remote_code
-from .facts import FIGURE_NAME, REPORT_NAME, TRAINING_NAME, figure_of, read_facts
+from .facts import FIGURE_NAME, REPORT_NAME, TRAINING_NAME, CardFacts, read_facts, report_path
 from .model_card import render_model_card
 
 
 VARIANTS = {"bf16": torch.bfloat16}
-# What an earlier upload may have left and a later one has not: weights of another training must not stay.
+# Removed from the repository if an earlier upload left them there: weights of another training must not stay.
 OURS = ["*.safetensors", *remote_code.FILES, TRAINING_NAME, REPORT_NAME, FIGURE_NAME]
 
 
@@ -39,83 +38,71 @@ def publish(
     token: str | None = None,
 ) -> str:
     """
-    Uploads a pipeline with a model card that says what it was trained on, how, and how good it is. Nothing else of the
-    folder is uploaded: no checkpoints, no logs, no names of cells.
+    Uploads a pipeline with a model card that describes its data, training and quality. Checkpoints, logs and names of
+    cells are not uploaded.
 
     Args:
-        pipeline ([`ScRNAGenerationPipeline`]): As it was loaded from the folder, or just trained.
-        folder (`str` or `Path`): The folder that a training wrote; see [`read_facts`] for what is read from it.
-        repo_id (`str`): The repository, such as `"me/wbdit-pbmc"`. It is created if there is none.
-        private (`bool`, *optional*): Whether a repository that is created is private.
-        variant (`str`, *optional*): `"bf16"` for the denoiser in bfloat16, beside float32.
+        pipeline ([`ScRNAGenerationPipeline`]): The pipeline.
+        folder (`str` or `Path`): Output folder of the training; see [`read_facts`].
+        repo_id (`str`): Hub id such as `"me/wbdit-pbmc"`. The repository is created if it does not exist.
+        private (`bool`, *optional*): Whether a new repository is private.
+        variant (`str`, *optional*): `"bf16"` to add the denoiser in bfloat16.
         with_code (`bool`, defaults to `False`):
             Whether to add the modules with which Diffusers loads the pipeline by `trust_remote_code=True`.
-        dry_run (`str` or `Path`, *optional*): A new folder to write instead of uploading.
-        data_name (`str`, *optional*): What the training data are called.
-        data_license (`str`, *optional*): Their licence.
-        data_source (`str`, *optional*): Their accession, or where they are.
-        report (`str` or `Path`, *optional*): A report of `wbdit evaluate`, if it is not in the folder.
-        token (`str`, *optional*): For the Hub, if this machine has not logged in.
+        dry_run (`str` or `Path`, *optional*): New folder to write instead of uploading.
+        data_name (`str`, *optional*): Name of the training data.
+        data_license (`str`, *optional*): License of the training data.
+        data_source (`str`, *optional*): Accession or address of the training data.
+        report (`str` or `Path`, *optional*): Report of `wbdit evaluate`, if it is not in `folder`.
+        token (`str`, *optional*): Hub token. Default: the one of this machine's login.
 
     Returns:
         `str`: address of the repository, or the folder of a dry run.
 
     Raises:
-        ValueError: If an argument is not as it must be, or a file is of another model.
-        OSError: If a file is missing, or the upload failed.
+        ValueError: If an argument is invalid, or a file belongs to another model.
+        OSError: If a file is missing, or the upload fails.
     """
     folder, report = Path(folder), None if report is None else Path(report)
     validate_repo_id(repo_id)
     if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"--variant is one of {', '.join(VARIANTS)}, not {variant!r}.")
-    texts = {"data_name": data_name, "data_license": data_license, "data_source": data_source}
-    facts = read_facts(folder, len(pipeline.processor.var_names), **texts, report=report)
-    facts = replace(facts, variant=variant, with_code=with_code)
-
-    def write(target: Path, repo_id: str):
-        pipeline.save_pretrained(target)
-        if variant is not None:
-            half = copy.deepcopy(pipeline.denoiser).to(VARIANTS[variant])
-            half.save_pretrained(target / "denoiser", variant=variant)
-        if with_code:
-            remote_code.write_remote_code(pipeline, target, repo_id)
-        files = {folder / TRAINING_NAME: TRAINING_NAME}
-        if facts.report is not None:
-            files |= {_report_file(folder, report): REPORT_NAME, figure_of(folder, report): FIGURE_NAME}
-        for source, name in files.items():
-            if source.is_file():
-                shutil.copyfile(source, target / name)
-        render_model_card(pipeline, repo_id, facts).save(target / "README.md")
-
+        raise ValueError(f"--variant must be one of {', '.join(VARIANTS)}, not {variant!r}.")
+    given: dict[str, Any] = {"data_name": data_name, "data_license": data_license, "data_source": data_source}
+    given |= {"variant": variant, "with_code": with_code}
+    facts = read_facts(folder, len(pipeline.processor.var_names), report=report, **given)
+    files = {folder / TRAINING_NAME: TRAINING_NAME}
+    if facts.report is not None:
+        path = report_path(folder, report)
+        files |= {path: REPORT_NAME, path.with_name(FIGURE_NAME): FIGURE_NAME}
     if dry_run is not None:
-        if private is not None or token is not None:
-            raise ValueError("--private has no effect on --dry_run, which uploads nothing: leave it out.")
         target = Path(dry_run)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ValueError(f"--dry_run {target} is there already: give a new folder.")
-        write(target, repo_id)
+            raise ValueError(f"--dry_run {target} exists: give a new folder.")
+        _write(pipeline, target, repo_id, facts, files)
         return str(target)
-    address = _reach_hub(repo_id, lambda: create_repo(repo_id, private=private, token=token, exist_ok=True))
-    with tempfile.TemporaryDirectory() as temporary:
-        staged = Path(temporary) / "repository"
-        write(staged, address.repo_id)
-        settings = {"commit_message": "Upload of wbdit_diffusers", "delete_patterns": OURS, "token": token}
-        _reach_hub(repo_id, lambda: upload_folder(repo_id=address.repo_id, folder_path=staged, **settings))
+    try:
+        address = create_repo(repo_id, private=private, token=token, exist_ok=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            staged = Path(temporary) / "repository"
+            _write(pipeline, staged, address.repo_id, facts, files)
+            settings = {"commit_message": "Upload of wbdit_diffusers", "delete_patterns": OURS, "token": token}
+            upload_folder(repo_id=address.repo_id, folder_path=staged, **settings)
+    except LocalTokenNotFoundError as error:
+        raise OSError("You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN.") from error
+    except Exception as error:  # of the Hub, or of the HTTP library that huggingface_hub uses
+        raise OSError(f"{repo_id} was not uploaded: {one_line(error)}") from error
     return str(address)
 
 
-def _reach_hub(repo_id: str, call: Callable[[], Any]) -> Any:
-    """What `call` returns. Raises an `OSError` of one line if the Hub refuses, or can't be reached."""
-    try:
-        return call()
-    except LocalTokenNotFoundError as error:
-        raise OSError("You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN.") from error
-    except Exception as error:  # of the Hub, and of whichever HTTP library huggingface_hub has
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"{repo_id} was not uploaded: {reason}") from error
-
-
-def _report_file(folder: Path, report: Path | None) -> Path:
-    if report is None:
-        return folder / REPORT_NAME
-    return report / REPORT_NAME if report.is_dir() else report
+def _write(pipeline: DiffusionPipeline, target: Path, repo_id: str, facts: CardFacts, files: dict[Path, str]):
+    """Writes the files of the repository into a new folder."""
+    pipeline.save_pretrained(target)
+    if facts.variant is not None:
+        half = copy.deepcopy(pipeline.denoiser).to(VARIANTS[facts.variant])
+        half.save_pretrained(target / "denoiser", variant=facts.variant)
+    if facts.with_code:
+        remote_code.write_remote_code(pipeline, target)
+    for source, name in files.items():
+        if source.is_file():
+            shutil.copyfile(source, target / name)
+    render_model_card(pipeline, repo_id, facts).save(target / "README.md")

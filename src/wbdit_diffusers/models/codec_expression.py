@@ -1,4 +1,4 @@
-"""`ExpressionCodec`: the space of arXiv 2411.06785, in which the latents are a cell's expression itself."""
+"""`ExpressionCodec`: the latents are the cell's expression, as in arXiv 2411.06785."""
 
 import math
 
@@ -10,24 +10,23 @@ from scipy import sparse
 
 from ..processing.normalize import to_expression
 from .likelihoods import CellDistribution, PointMass
-from .loading import CheckedModel, check_integer
+from .loading import SafetensorsModel
 
 
-CHUNK_SIZE = 4096  # cells whose expression is summed up at once
+CHUNK_SIZE = 4096  # cells per step of a sum
 
 
-class ExpressionCodec(CheckedModel, ConfigMixin):
+class ExpressionCodec(SafetensorsModel, ConfigMixin):
     r"""
-    Maps counts to log1p(CP10k), or log values to themselves, and back without any noise: all it learns are means and
-    deviations. The denoisers that the authors published work in this space (`standardize=False`,
-    `model_library_size=False`).
+    Maps counts to log1p(CP10k), or keeps log values as they are, and maps them back without noise. It learns means and
+    standard deviations only. The authors' denoisers use it with `standardize=False` and `model_library_size=False`.
 
     Args:
-        num_genes (`int`): Modelled genes.
-        values (`str`, defaults to `"counts"`): What the cells hold: `"counts"`, or `"log"` (taken as they are).
+        num_genes (`int`): Number of modelled genes.
+        values (`str`, defaults to `"counts"`): Kind of the values, `"counts"` or `"log"`.
         standardize (`bool`, defaults to `True`): Whether each latent gets mean 0 and variance 1.
         model_library_size (`bool`, defaults to `True`):
-            Whether the log library size is one more latent. If not, counts need a library size from elsewhere.
+            Whether the log library size is one more latent. Otherwise, decoding counts needs a library size.
     """
 
     @register_to_config
@@ -36,30 +35,29 @@ class ExpressionCodec(CheckedModel, ConfigMixin):
     ):
         super().__init__()
         if values not in ("counts", "log"):
-            raise ValueError(f"`values` is 'counts' or 'log', not {values!r}.")
-        check_integer("num_genes", num_genes)
+            raise ValueError(f"`values` must be 'counts' or 'log', not {values!r}.")
         self.register_buffer("latents_mean", torch.zeros(self.num_features))
         self.register_buffer("latents_std", torch.ones(self.num_features))
         self.register_buffer("log_library_size_range", torch.tensor([0.0, math.inf]))
 
     @property
     def num_features(self) -> int:
-        """Values per cell that the denoiser sees: one for each gene, and the log library size where it is modelled."""
+        """Number of latents per cell: the genes, and the log library size if it is modelled."""
         return self.config.num_genes + self.models_library_size
 
     @property
     def models_library_size(self) -> bool:
-        """Whether the latents hold the library size."""
+        """Whether the latents include the library size."""
         return self.config.values == "counts" and self.config.model_library_size
 
     @torch.no_grad()
     def fit_statistics(self, matrix: sparse.csr_matrix, library_size: np.ndarray):
         """
-        Measures means and deviations of the training cells, and the range of their library sizes.
+        Measures means, standard deviations and the range of library sizes of the training cells.
 
         Args:
             matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts, or log values.
-            library_size (`np.ndarray` of shape `(cells,)`): Total counts; of no use for log values.
+            library_size (`np.ndarray` of shape `(cells,)`): Total counts. Not used for log values.
         """
         if self.models_library_size:
             log_library_size = torch.from_numpy(np.log(library_size)).float()
@@ -78,18 +76,18 @@ class ExpressionCodec(CheckedModel, ConfigMixin):
         mean = first / matrix.shape[0]
         std = np.sqrt(np.maximum(second / matrix.shape[0] - mean**2, 0))
         self.latents_mean.copy_(torch.from_numpy(mean))
-        self.latents_std.copy_(torch.from_numpy(np.where(std > 0, std, 1)))  # a gene that is the same in all cells
+        self.latents_std.copy_(torch.from_numpy(np.where(std > 0, std, 1)))  # a gene may be constant
 
     @apply_forward_hook
     def encode(self, matrix: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
         """
         Args:
             matrix (`torch.Tensor` of shape `(cells, genes)`): Counts, or log values.
-            library_size (`torch.Tensor` of shape `(cells,)`): Total counts; of no use for log values.
+            library_size (`torch.Tensor` of shape `(cells,)`): Total counts. Not used for log values.
 
         Returns:
-            `torch.Tensor` of shape `(cells, num_features)`: expression and, where it is modelled, log library size;
-            standardised.
+            `torch.Tensor` of shape `(cells, num_features)`: standardised expression, and log library size if it is
+            modelled.
         """
         features = to_expression(matrix, library_size, self.config.values)
         if self.models_library_size:
@@ -107,15 +105,14 @@ class ExpressionCodec(CheckedModel, ConfigMixin):
         Args:
             latents (`torch.Tensor` of shape `(cells, num_features)`): Standardised expression and log library size.
             library_size (`torch.Tensor` of shape `(cells,)`, *optional*):
-                Total counts, instead of those in `latents`, which are kept within the range of the training cells'.
-            class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*):
-                Of no use: all that labels say is in the latents.
+                Total counts. Default: those in `latents`, clamped to the range of the training cells.
+            class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*): Not used.
 
         Returns:
-            [`CellDistribution`]: all of it at one value, expression clamped at zero.
+            [`PointMass`]: expression, clamped at zero.
 
         Raises:
-            ValueError: If a library size is given for log values, which have none.
+            ValueError: If a library size is given for log values.
         """
         if library_size is not None and self.config.values == "log":
             raise ValueError("`library_size` was given, but the cells are log values, which have none.")

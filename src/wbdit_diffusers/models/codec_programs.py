@@ -1,4 +1,4 @@
-"""`ProgramCodec`: cells as a few linear gene programs under a likelihood of their counts, or log values."""
+"""`ProgramCodec`: cells as a few linear gene programs, under a likelihood of counts or log values."""
 
 import math
 
@@ -11,44 +11,37 @@ from torch import nn
 
 from ..processing.normalize import log_normalize
 from .likelihoods import LIKELIHOODS, CellDistribution
-from .loading import CheckedModel, check_integer, check_num_parameters, check_sizes
+from .loading import SafetensorsModel
 
 
-MIN_COMPONENT = 1e-3  # share of the first component's deviation
-MAX_SLOPE = 0.5  # at the start: one linear step goes too far on a log scale
+MIN_COMPONENT = 1e-3  # smallest standard deviation of a principal component, as a fraction of the first one's
+MAX_SLOPE = 0.5  # largest initial weight: one linear step goes too far on a log scale
 
 
-class ProgramCodec(CheckedModel, ConfigMixin):
+class ProgramCodec(SafetensorsModel, ConfigMixin):
     r"""
-    Maps counts to gene programs and back: a small variational encoder (arXiv 1312.6114), and a **linear** decoder
-    whose heads are the parameters of a likelihood. What the denoiser models is a cell's programs and, of counts, its
-    log library size, standardised.
+    Maps cells to gene programs with a small variational encoder (arXiv 1312.6114), and back with a **linear** decoder
+    of a likelihood's parameters. The latents are the programs and, for counts, the log library size, standardised.
 
-    With the mixture of negative binomials `log rates = W programs + b` over the modelled genes and one bin for all
-    others, and `log θ = V programs + c` (a gene that varies much in one cell type need not in another); what outliers
-    are like is a property of the gene. Row `g` of `W` says how much each program raises the log rate of gene `g`: see
-    [`~ProgramCodec.loadings`].
+    With `"nb_mixture"`, `log rates = W programs + b` over the modelled genes and one bin for all other genes, and
+    `log θ = V programs + c`, because a gene may vary more in one cell type than in another. Row `g` of `W` is the
+    effect of each program on the log rate of gene `g`. With `"quantile_hurdle"`, the log odds of a zero and the normal
+    scores of other values are linear in the programs.
 
-    Labels have effects of their own, under a strong prior: each adds to the log rates, and to log θ, of every gene
-    what the programs can't follow and its cells are many enough to tell. Where no labels are given, there are none.
+    Labels add effects to the log rates and log θ of each gene, under a strong prior: what the programs can't describe.
 
-    With the hurdle, for log values that no counts stand behind, the log odds of a zero and the normal scores of other
-    values are linear in the programs; see [`QuantileHurdle`].
-
-    The prior of the programs is the denoiser, not the standard normal distribution: the divergence from that enters
-    the loss with a small weight, only to keep the encoder from fitting the noise of single counts.
+    The prior of the programs is the denoiser. The divergence from a normal distribution, with a small weight in the
+    loss, keeps the encoder from fitting the noise of single counts.
 
     Args:
-        num_genes (`int`): Modelled genes; the bin of all other genes is not counted.
-        num_programs (`int`, defaults to 16): Gene programs.
+        num_genes (`int`): Number of modelled genes.
+        num_programs (`int`, defaults to 16): Number of gene programs.
         hidden_size (`int`, defaults to 256): Width of the encoder's hidden layer.
         likelihood (`str`, defaults to `"nb_mixture"`):
-            Name of the cells' distribution, a key of `LIKELIHOODS`: `"nb_mixture"` of counts, `"quantile_hurdle"` of
-            log values.
-        condition_sizes (`tuple[int, ...]`, defaults to `()`): Number of labels of each label key.
+            Key of `LIKELIHOODS`: `"nb_mixture"` for counts, `"quantile_hurdle"` for log values.
+        condition_sizes (`tuple[int, ...]`, defaults to `()`): Number of categories of each label key.
         num_levels (`int`, defaults to 0):
-            Log values that occur in the training cells, to which drawn ones are rounded; set by
-            [`~ProgramCodec.fit_statistics`].
+            Number of distinct log values to which draws are rounded; set by [`~ProgramCodec.fit_statistics`].
     """
 
     @register_to_config
@@ -63,12 +56,7 @@ class ProgramCodec(CheckedModel, ConfigMixin):
     ):
         super().__init__()
         if likelihood not in LIKELIHOODS:
-            raise ValueError(f"`likelihood` is one of {', '.join(LIKELIHOODS)}, not {likelihood!r}.")
-        for name, size in (("num_genes", num_genes), ("num_programs", num_programs), ("hidden_size", hidden_size)):
-            check_integer(name, size)
-        check_integer("num_levels", num_levels, smallest=0)
-        per_gene = hidden_size + 2 * (num_programs + sum(check_sizes(condition_sizes)))
-        check_num_parameters("ProgramCodec", num_genes * per_gene + 2 * num_programs * hidden_size + num_programs**2)
+            raise ValueError(f"`likelihood` must be one of {', '.join(LIKELIHOODS)}, not {likelihood!r}.")
         num_bins = num_genes + self.models_library_size
         self.encoder = nn.Sequential(nn.Linear(num_bins, hidden_size), nn.SiLU())
         self.to_mean = nn.Linear(hidden_size, num_programs)
@@ -85,29 +73,29 @@ class ProgramCodec(CheckedModel, ConfigMixin):
             self.label_effects.update({name: nn.Embedding(sum(condition_sizes), num_bins) for name in names})
             for effects in self.label_effects.values():
                 nn.init.zeros_(effects.weight)
-        for name in names[1:]:  # the shape of the noise is the same in all cells until training says otherwise
+        for name in names[1:]:  # all cells start with the same noise
             nn.init.zeros_(self.heads[name].weight)
-        # Mean and deviation of the training cells' programs and log library size, with which latents are standardised
+        # Statistics of the programs and log library size of the training cells, which standardise the latents
         self.register_buffer("latents_mean", torch.zeros(self.num_features))
         self.register_buffer("latents_std", torch.ones(self.num_features))
         self.register_buffer("log_library_size_range", torch.tensor([0.0, math.inf]))
-        if not self.models_library_size:  # files have log values of any base, and of any scale
+        if not self.models_library_size:  # log values may have any base and scale
             self.register_buffer("values_mean", torch.zeros(num_genes))
             self.register_buffer("values_std", torch.ones(1))
             self.register_buffer("levels", torch.zeros(num_levels))
         for name, size in LIKELIHOODS[likelihood].TABLES.items():
             self.register_buffer(name, torch.zeros(num_genes, size))
-        # The axes along which programs are read, of the standardised ones; the latents keep those of the fit
+        # Axes of the named programs in the space of the standardised ones, which keep the axes of the fit
         self.register_buffer("program_axes", torch.eye(num_programs))
 
     @property
     def num_features(self) -> int:
-        """Values per cell that the denoiser sees: the programs, and of counts the log library size."""
+        """Number of latents per cell: the programs, and for counts the log library size."""
         return self.config.num_programs + self.models_library_size
 
     @property
     def models_library_size(self) -> bool:
-        """Whether the cells are counts, so that the latents hold their library size."""
+        """Whether the cells are counts, so that the latents include the library size."""
         return LIKELIHOODS[self.config.likelihood].IS_OF_COUNTS
 
     # ==================== Fitting ====================
@@ -115,13 +103,12 @@ class ProgramCodec(CheckedModel, ConfigMixin):
     @torch.no_grad()
     def fit_statistics(self, matrix: sparse.csr_matrix, library_size: np.ndarray):
         """
-        Starts the decoder where the likelihood says (see its `initial_values`), and notes the range of library sizes,
-        or which log values occur.
+        Initialises the decoder with the likelihood's `initial_values`, and stores the range of library sizes or the
+        distinct log values.
 
         Args:
-            matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts, or log values, of the training cells.
-            library_size (`np.ndarray` of shape `(cells,)`):
-                Total counts, all other genes included; of no use for log values.
+            matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts or log values of the training cells.
+            library_size (`np.ndarray` of shape `(cells,)`): Total counts over all genes. Not used for log values.
         """
         values = LIKELIHOODS[self.config.likelihood].initial_values(matrix, library_size)
         if self.models_library_size:
@@ -146,14 +133,13 @@ class ProgramCodec(CheckedModel, ConfigMixin):
     @torch.no_grad()
     def start_programs(self, matrix: sparse.csr_matrix, library_size: np.ndarray, precision: float):
         """
-        Starts the programs at the principal components of the training cells' log expression, of which the encoder is
-        the projection, and the decoder's weights at one step of Fisher scoring. From random weights the same fit ends
-        with programs that other seeds and other cells do not share, and later.
+        Initialises the encoder with the principal components of the log expression, and the decoder with one step of
+        Fisher scoring. A fit from random weights is slower, and its programs differ between seeds.
 
         Args:
-            matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts, or log values, of the training cells.
-            library_size (`np.ndarray` of shape `(cells,)`): Total counts, all other genes included.
-            precision (`float`): Of the prior on the weights.
+            matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts or log values of the training cells.
+            library_size (`np.ndarray` of shape `(cells,)`): Total counts over all genes.
+            precision (`float`): Precision of the prior on the weights.
         """
         from sklearn.decomposition import PCA  # slow to import
 
@@ -164,9 +150,9 @@ class ProgramCodec(CheckedModel, ConfigMixin):
         pca = PCA(number, svd_solver="arpack", random_state=0)
         programs = pca.fit_transform(expression)
         scale = programs.std(axis=0)
-        number = int((scale > MIN_COMPONENT * scale[0]).sum())  # cells that are alike have no more
+        number = int((scale > MIN_COMPONENT * scale[0]).sum())  # similar cells have fewer components
         programs, scale = programs[:, :number], scale[:number]
-        # Two hidden units for each program, as silu(x) - silu(-x) = x; the others say nothing yet.
+        # Two hidden units per program, because silu(x) - silu(-x) = x. The others have no effect yet.
         encoder = self.encoder[0]
         projection = torch.from_numpy(pca.components_[:number] / scale[:, None]).to(encoder.weight)  # (number, genes)
         projection = torch.cat([projection, -projection])
@@ -190,7 +176,7 @@ class ProgramCodec(CheckedModel, ConfigMixin):
 
     @torch.no_grad()
     def standardize_latents(self, latents: torch.Tensor):
-        """Gives the latents of the training cells, as `encode` returns them, mean 0 and variance 1."""
+        """Standardises `encode`, which made these `latents` of the training cells, to mean 0 and variance 1."""
         latents = latents.to(self.latents_mean.device)
         self.latents_mean.add_(latents.mean(0) * self.latents_std)
         self.latents_std.mul_(latents.std(0).clamp(min=1e-3))
@@ -198,14 +184,12 @@ class ProgramCodec(CheckedModel, ConfigMixin):
     def forward(self, matrix: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            matrix (`torch.Tensor` of shape `(cells, genes)`): Counts, or log values.
-            library_size (`torch.Tensor` of shape `(cells,)`):
-                Total counts, all other genes included; of no use for log values.
+            matrix (`torch.Tensor` of shape `(cells, genes)`): Counts or log values.
+            library_size (`torch.Tensor` of shape `(cells,)`): Total counts over all genes. Not used for log values.
 
         Returns:
-            `tuple`: for each cell, `(cells,)`, the negative log-likelihood of its genes (and counts of all others
-            together) given programs drawn from the posterior, and the divergence of that from the standard normal
-            distribution, both in nats.
+            `tuple`: negative log-likelihood given programs drawn from the posterior, and divergence of the posterior
+            from the standard normal distribution, both `(cells,)` in nats.
         """
         mean, log_variance = self.posterior(matrix, library_size)
         programs = mean + torch.randn_like(mean) * (log_variance / 2).exp()
@@ -219,29 +203,26 @@ class ProgramCodec(CheckedModel, ConfigMixin):
         library_size: torch.Tensor,
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Negative log-likelihood `(cells,)` of cells `(cells, genes)`, given programs and labels; see `decode`."""
+        """Negative log-likelihood `(cells,)` of cells `(cells, genes)` given programs and labels; see `decode`."""
         values = _bins(matrix, library_size) if self.models_library_size else matrix
         return -self.decode_programs(programs, library_size, class_labels).log_prob(values)
 
-    # ==================== What the programs are ====================
+    # ==================== Programs ====================
 
     def activities(self, latents: torch.Tensor) -> torch.Tensor:
         """
-        How much of each program cells have, in standard deviations of the training cells': `(cells, num_programs)`,
-        for latents `(cells, num_features)`.
-
-        Read along `program_axes`, which the training sets: linear in the latents, whose own axes mean nothing.
+        Program activities `(cells, num_programs)` of latents `(cells, num_features)`, in standard deviations of the
+        training cells. They are the latents along `program_axes`; single latents have no meaning.
         """
         return latents[:, : self.config.num_programs].float() @ self.program_axes.float().T
 
     @property
     def loadings(self) -> torch.Tensor:
         """
-        What one standard deviation of each program (see [`~ProgramCodec.activities`]) does to a gene,
-        `(genes, num_programs)`: how much it raises its log rate, against the average of all counts (a program that
-        raises all genes alike would change no cell), or of log values, how much it raises the mean in an average cell.
+        Effect `(genes, num_programs)` of one standard deviation of each program: the change of a gene's log rate
+        relative to the average count, or for log values, the change of its mean in an average cell.
         """
-        axes = torch.linalg.inv(self.program_axes.float())  # one standard deviation of each program is a column
+        axes = torch.linalg.inv(self.program_axes.float())  # a column per program
         if not self.models_library_size:
             step = 0.1
             raised, lowered = (self.decode(sign * step * axes.T).mean() for sign in (1, -1))
@@ -253,9 +234,8 @@ class ProgramCodec(CheckedModel, ConfigMixin):
     @property
     def weighted_loadings(self) -> torch.Tensor:
         """
-        The loadings of counts times `sqrt(m / (1 + m))`, where `m` is the gene's count in an average cell: the root of
-        the information that a count of Poisson noise, on a log scale with one count added, holds of its log rate.
-        Those of log values are on that scale already.
+        Loadings of counts times `sqrt(m / (1 + m))`, where `m` is the gene's count in an average cell: the square root
+        of the information that a Poisson count has about its log rate. Loadings of log values are returned unchanged.
         """
         if not self.models_library_size:
             return self.loadings
@@ -263,14 +243,14 @@ class ProgramCodec(CheckedModel, ConfigMixin):
         return self.loadings * (mean_counts / (1 + mean_counts)).sqrt()[:, None]
 
     def _mean_proportions(self) -> torch.Tensor:
-        """Each bin's share of the library of a cell with average programs, `(genes + 1,)`."""
+        """Fraction of the library in each bin, for a cell with average programs: `(genes + 1,)`."""
         log_rates = self.heads["log_rates"](self.latents_mean[:-1].to(self.dtype))
         return torch.softmax(log_rates.detach().float(), dim=0)
 
     # ==================== Cells to latents ====================
 
     def posterior(self, matrix: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log variance of the programs given a cell, each `(cells, num_programs)`; see `forward`."""
+        """Mean and log variance of the programs given the cells, `(cells, num_programs)` each; see `forward`."""
         if self.models_library_size:
             expression = log_normalize(_bins(matrix, library_size), library_size)
         else:
@@ -282,13 +262,12 @@ class ProgramCodec(CheckedModel, ConfigMixin):
     def encode(self, matrix: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            matrix (`torch.Tensor` of shape `(cells, genes)`): Counts, or log values.
-            library_size (`torch.Tensor` of shape `(cells,)`):
-                Total counts, all other genes included; of no use for log values.
+            matrix (`torch.Tensor` of shape `(cells, genes)`): Counts or log values.
+            library_size (`torch.Tensor` of shape `(cells,)`): Total counts over all genes. Not used for log values.
 
         Returns:
-            `torch.Tensor` of shape `(cells, num_features)`: standardised posterior means of the programs, and of
-            counts the log library size.
+            `torch.Tensor` of shape `(cells, num_features)`: posterior means of the programs and, for counts, log
+            library sizes, standardised.
         """
         latents = self.posterior(matrix, library_size)[0]
         if self.models_library_size:
@@ -300,7 +279,7 @@ class ProgramCodec(CheckedModel, ConfigMixin):
     def decode_programs(
         self, programs: torch.Tensor, library_size: torch.Tensor | None, class_labels: torch.Tensor | None = None
     ) -> CellDistribution:
-        """The distribution of cells with programs `(cells, num_programs)`, not standardised; see `decode`."""
+        """Distribution of cells given programs `(cells, num_programs)`, not standardised; see `decode`."""
         likelihood = LIKELIHOODS[self.config.likelihood]
         parameters = {name: head(programs) for name, head in self.heads.items()}
         if class_labels is not None and self.label_effects:
@@ -324,17 +303,17 @@ class ProgramCodec(CheckedModel, ConfigMixin):
     ) -> CellDistribution:
         """
         Args:
-            latents (`torch.Tensor` of shape `(cells, num_features)`): Standardised programs and log library size.
+            latents (`torch.Tensor` of shape `(cells, num_features)`): Standardised programs and log library sizes.
             library_size (`torch.Tensor` of shape `(cells,)`, *optional*):
-                Total counts, instead of those in `latents`, which are kept within the range of the training cells'.
+                Total counts. Default: those in `latents`, clamped to the range of the training cells.
             class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*):
-                Codes of the labels, whose effects are added; -1 where one is not known.
+                Label codes, whose effects are added. -1 for an unknown label.
 
         Returns:
-            [`CellDistribution`]: of the counts, or log values, of the modelled genes.
+            [`CellDistribution`]: distribution of the counts or log values of the modelled genes.
 
         Raises:
-            ValueError: If a library size is given for log values, which have none.
+            ValueError: If a library size is given for log values.
         """
         if library_size is not None and not self.models_library_size:
             raise ValueError("`library_size` was given, but the cells are log values, which have none.")
@@ -345,5 +324,5 @@ class ProgramCodec(CheckedModel, ConfigMixin):
 
 
 def _bins(counts: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
-    """The counts of the genes, and in one more column those of all others: `(cells, genes + 1)`."""
+    """Counts of the genes, with a last column for all other genes: `(cells, genes + 1)`."""
     return torch.cat([counts, (library_size - counts.sum(1))[:, None]], dim=1)

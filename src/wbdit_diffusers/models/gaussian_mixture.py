@@ -1,4 +1,4 @@
-"""The best denoiser of a Gaussian mixture, in closed form: the control of what a network does."""
+"""The optimal denoiser of a Gaussian mixture in closed form: teacher and control of the network."""
 
 import copy
 import math
@@ -10,32 +10,30 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-from .loading import CheckedModel, check_integer, check_num_parameters, check_sizes
+from .loading import SafetensorsModel
 
 
-PSEUDO_CELLS = 20  # weight of the covariance pooled within labels in that of one component
-MAX_COMPONENTS = 32  # of one combination of labels
-COMPONENTS = [2, 3, 4, 6, 8, 12, 16, 24, 32]  # numbers that are tried, beside 1
-MANY_CELLS = 2000  # of which a quarter, set aside once, chooses the number of components
-SMALLEST_VARIANCE = 1e-3  # of a direction, of standardised latents
+PSEUDO_CELLS = 20  # weight of the covariance pooled within labels in the covariance of a component, in cells
+MAX_COMPONENTS = 32  # per combination of labels
+COMPONENTS = [2, 3, 4, 6, 8, 12, 16, 24, 32]  # numbers to try after 1
+MANY_CELLS = 2000  # above this, one validation set of a quarter of the cells replaces four-fold cross-validation
+SMALLEST_VARIANCE = 1e-3  # of a direction of the standardised latents
 
 
-class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
+class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
     r"""
-    Predicts what the best possible denoiser would, if latents were a Gaussian mixture for each combination of labels.
+    The optimal denoiser if the latents of each combination of labels are a Gaussian mixture. It can take the place of
+    [`WhiteBoxDiTModel`] in a pipeline.
 
-    A component `N(μ, U diag(λ) Uᵀ)` is, with noise (`a² = ᾱ_t`, `s² = 1 - ᾱ_t`), `N(a μ, U diag(a² λ + s²) Uᵀ)`. So
-    the velocity that is expected of a noisy cell `x`, if it is of that component, is
-    `s (a U diag((1 - λ) / (a² λ + s²)) Uᵀ (x - a μ) - μ)`, and the prediction is the mean over the components, by how
-    likely each of them made `x`. Nothing is approximated but the latents' distribution.
-
-    It takes the place of [`WhiteBoxDiTModel`] in a pipeline.
+    With noise (`a² = ᾱ_t`, `s² = 1 - ᾱ_t`), a component `N(μ, U diag(λ) Uᵀ)` becomes `N(a μ, U diag(a² λ + s²) Uᵀ)`.
+    The expected velocity of a noisy cell `x` in it is `s (a U diag((1 - λ) / (a² λ + s²)) Uᵀ (x - a μ) - μ)`. The
+    prediction is the average over components, weighted by the probability that `x` belongs to each. It is exact.
 
     Args:
-        sample_size (`int`): Values per cell.
-        num_components (`int`): Components of all labels together.
+        sample_size (`int`): Number of latents per cell.
+        num_components (`int`): Number of components of all labels together.
         condition_sizes (`tuple[int]`, defaults to `()`): Number of categories of each label key.
-        num_train_timesteps (`int`, defaults to 1000): Of the noise schedule.
+        num_train_timesteps (`int`, defaults to 1000): Number of timesteps of the noise schedule.
     """
 
     @register_to_config
@@ -47,11 +45,6 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
         num_train_timesteps: int = 1000,
     ):
         super().__init__()
-        check_sizes(condition_sizes)
-        for name, size in (("sample_size", sample_size), ("num_components", num_components)):
-            check_integer(name, size)
-        check_integer("num_train_timesteps", num_train_timesteps, largest=10**6)
-        check_num_parameters("GaussianMixtureDenoiser", num_components * sample_size**2)
         fitted = {
             "means": torch.zeros(num_components, sample_size),
             "directions": torch.eye(sample_size).repeat(num_components, 1, 1),  # U, in columns
@@ -65,11 +58,6 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
         self.register_buffer("null_label", null_label, persistent=False)
         self.register_buffer("alphas_cumprod", torch.ones(num_train_timesteps))
 
-    @property
-    def num_tokens(self) -> int:
-        """What a cell needs of memory, as [`WhiteBoxDiTModel.num_tokens`] says it of a network."""
-        return self.config.num_components
-
     @classmethod
     def fit(
         cls,
@@ -81,24 +69,22 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
         seed: int = 0,
     ) -> "GaussianMixtureDenoiser":
         """
-        Fits full covariances, with as many components for each combination of labels as give cells that were set
-        aside the largest likelihood. Each covariance is shrunk towards the one pooled within labels with the weight of
-        20 cells.
+        Fits full covariances. The number of components of each combination of labels maximises the likelihood of
+        validation cells. Covariances are shrunk towards the one pooled within labels with a weight of 20 cells.
 
         Args:
             latents (`torch.Tensor` of shape `(cells, sample_size)`): Latents of the training cells.
-            class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`): Their labels.
+            class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`): Labels of the training cells.
             condition_sizes (`tuple[int]`): Number of categories of each label key.
-            noise_scheduler ([`DDPMScheduler`]): Its noise schedule is the denoiser's; it must predict the velocity.
-            max_components (`int`, defaults to 32): Of one combination of labels.
-            seed (`int`, defaults to 0): Of the fit.
+            noise_scheduler ([`DDPMScheduler`]): Noise schedule, with `prediction_type="v_prediction"`.
+            max_components (`int`, defaults to 32): Maximum number of components per combination of labels.
+            seed (`int`, defaults to 0): Seed of the fit.
 
         Raises:
-            ValueError: If the scheduler does not take a velocity.
+            ValueError: If the scheduler does not predict the velocity.
         """
         if noise_scheduler.config.prediction_type != "v_prediction":
-            prediction_type = noise_scheduler.config.prediction_type
-            raise ValueError(f"The mixture predicts the velocity, and the scheduler takes {prediction_type!r}.")
+            raise ValueError("The closed form predicts the velocity: use prediction_type='v_prediction'.")
         values, codes = latents.double().cpu().numpy(), class_labels.cpu().numpy()
         combinations, index = np.unique(codes, axis=0, return_inverse=True)
         index = np.zeros(len(values), dtype=int) if codes.shape[1] == 0 else index.ravel()
@@ -126,6 +112,7 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
     def _set(
         self, means: np.ndarray, covariances: np.ndarray, log_weights: np.ndarray, floor: float
     ) -> "GaussianMixtureDenoiser":
+        """Sets the components; no variance is below `floor`."""
         variances, directions = np.linalg.eigh(covariances)
         self.means.copy_(torch.from_numpy(means))
         self.directions.copy_(torch.from_numpy(directions))
@@ -141,7 +128,7 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
         return_dict: bool = True,
         label_index: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """The velocity of noisy latents; the arguments are those of [`WhiteBoxDiTModel`]."""
+        """Predicts the velocity of noisy latents; see [`WhiteBoxDiTModel.forward`] for the arguments."""
         class_labels = labels_of_cells(class_labels, label_index)
         a, s = self.signal_and_noise(timestep, len(hidden_states))  # (batch, 1) each
         projected, total, responsibilities = self._responsibilities(hidden_states.float(), a, s, class_labels)
@@ -152,13 +139,6 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
         sample = (responsibilities[..., None] * velocities).sum(1).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def responsibilities(
-        self, hidden_states: torch.Tensor, timestep: torch.Tensor | int, class_labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """How likely each component made each noisy cell, `(batch, components)`, given its labels."""
-        a, s = self.signal_and_noise(timestep, len(hidden_states))
-        return self._responsibilities(hidden_states.float(), a, s, class_labels)[2]
-
     def covariance_times(
         self,
         vector: torch.Tensor,
@@ -167,20 +147,20 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The covariance of what a noisy cell may be without its noise, times a vector: `(batch, sample_size)`. That is
-        within components, and between them.
+        Covariance of the clean cell given the noisy cell, within and between components, times a vector:
+        `(batch, sample_size)`.
 
         Args:
-            vector (`torch.Tensor` of shape `(sample_size,)`): A direction in latent space.
-            hidden_states (`torch.Tensor` of shape `(batch, sample_size)`): Noisy cells.
-            timestep (`torch.Tensor` or `int`): Their timestep.
-            class_labels (`torch.LongTensor` of shape `(batch, num_label_keys)`, *optional*): Their labels.
+            vector (`torch.Tensor` of shape `(sample_size,)`): Direction in latent space.
+            hidden_states (`torch.Tensor` of shape `(batch, sample_size)`): Noisy latents.
+            timestep (`torch.Tensor` or `int`): Diffusion timestep.
+            class_labels (`torch.LongTensor` of shape `(batch, num_label_keys)`, *optional*): Labels of the cells.
         """
         a, s = self.signal_and_noise(timestep, len(hidden_states))
         projected, total, responsibilities = self._responsibilities(hidden_states.float(), a, s, class_labels)
         means, directions, variances = self._fitted()
         shrunk = a[..., None] * variances / total * projected
-        means = means + torch.einsum("bkd,ked->bke", shrunk, directions)  # of each component, given x
+        means = means + torch.einsum("bkd,ked->bke", shrunk, directions)  # of each component given x
         of_vector = torch.einsum("ked,e->kd", directions, vector.float())  # (components, sample_size)
         within = torch.einsum("bkd,ked->bke", s[..., None] ** 2 * variances / total * of_vector, directions)
         mean = (responsibilities[..., None] * means).sum(1, keepdim=True)
@@ -189,11 +169,11 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
 
     def conditioned(self, direction: torch.Tensor, value: float) -> "GaussianMixtureDenoiser":
         """
-        The mixture of those cells for which `direction · latents` is `value`: a Gaussian mixture again, exactly.
+        The distribution of cells with `direction · latents = value`, which is again a Gaussian mixture.
 
         Args:
-            direction (`torch.Tensor` of shape `(sample_size,)`): What is held.
-            value (`float`): At what.
+            direction (`torch.Tensor` of shape `(sample_size,)`): Direction in latent space.
+            value (`float`): Value along the direction.
         """
         d = direction.double().cpu().numpy()
         u, variances = self.directions.double().cpu().numpy(), self.variances.double().cpu().numpy()
@@ -206,11 +186,11 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
             means + along * (missing / variance)[:, None],
             covariances - along[:, :, None] * along[:, None, :] / variance[:, None, None],
             self.log_weights.double().cpu().numpy() - 0.5 * missing**2 / variance - 0.5 * np.log(variance),
-            floor=0.0,  # along the direction there is none
+            floor=0.0,  # the variance along the direction is zero
         )
 
     def sample(self, class_labels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draws latents `(cells, sample_size)` of labels `(cells, num_label_keys)`, without any denoising."""
+        """Draws latents `(cells, sample_size)` given labels `(cells, num_label_keys)`, without denoising."""
         log_weights = self.log_weights + self._mask(class_labels, len(class_labels))
         component = torch.multinomial(log_weights.softmax(-1), 1, generator=generator)[:, 0]
         noise = torch.randn(len(component), self.config.sample_size, generator=generator)
@@ -224,12 +204,11 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def _fitted(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Means, directions and variances in float32: differences of likelihoods are lost in half precision."""
+        """Means, directions and variances in float32: half precision would lose differences of likelihoods."""
         return self.means.float(), self.directions.float(), self.variances.float()
 
     def _mask(self, class_labels: torch.Tensor | None, batch: int) -> torch.Tensor:
-        """0 for the components of a cell's labels, else -inf. The null label, and labels that training never saw
-        together, leave all components."""
+        """0 for the components of a cell's labels, else -inf. Null labels and unseen combinations allow all."""
         allowed = torch.ones(batch, self.config.num_components, dtype=torch.bool, device=self.means.device)
         if class_labels is not None and self.config.condition_sizes:
             labels = class_labels.reshape(batch, -1).to(self.means.device)
@@ -240,7 +219,7 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
         return torch.where(allowed, 0.0, -math.inf)
 
     def _responsibilities(self, x: torch.Tensor, a: torch.Tensor, s: torch.Tensor, class_labels: torch.Tensor | None):
-        """`Uᵀ (x - a μ)` and `a² λ + s²`, both `(batch, components, sample_size)`, and the responsibilities."""
+        """`Uᵀ (x - a μ)`, `a² λ + s²`, both `(batch, components, sample_size)`, and the responsibilities."""
         means, directions, variances = self._fitted()
         deviation = x[:, None] - a[..., None] * means
         projected = torch.einsum("bke,ked->bkd", deviation, directions)
@@ -251,14 +230,14 @@ class GaussianMixtureDenoiser(CheckedModel, ConfigMixin):
 
 
 def labels_of_cells(class_labels: torch.Tensor | None, label_index: torch.Tensor | None) -> torch.Tensor | None:
-    """Labels `(cells, num_label_keys)`, where a denoiser was given each combination once; see [`WhiteBoxDiTModel`]."""
+    """Labels `(cells, num_label_keys)` from combinations and an index; see [`WhiteBoxDiTModel.forward`]."""
     if class_labels is None or label_index is None:
         return class_labels
     return class_labels.reshape(len(class_labels), -1)[label_index]
 
 
 def within_labels(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Deviations `(cells, values)` from the mean of the cells that have the same combination of labels."""
+    """Deviations `(cells, values)` from the mean of the cells with the same combination of labels."""
     within = values.copy()
     for code in np.unique(codes):
         within[codes == code] -= within[codes == code].mean(axis=0)
@@ -283,22 +262,24 @@ def mixture_responsibilities(
     own: np.ndarray, pooled: np.ndarray, seed: int, max_components: int = MAX_COMPONENTS
 ) -> np.ndarray:
     """
-    Which component each cell belongs to, `(cells, components)`, of the mixture under which cells that were set aside
-    are the likeliest: a quarter of them, each in turn where they are few. Numbers of components are tried from 1 up
-    until more no longer help.
+    Fits a mixture whose number of components maximises the likelihood of validation cells, trying larger numbers until
+    they no longer help.
 
     Args:
-        own (`np.ndarray` of shape `(cells, sample_size)`): Latents of cells of one combination of labels.
+        own (`np.ndarray` of shape `(cells, sample_size)`): Latents of the cells of one combination of labels.
         pooled (`np.ndarray` of shape `(all cells, sample_size)`): Deviations of all cells from their label's mean.
-        seed (`int`): Of the fit.
-        max_components (`int`, defaults to 32): At most; 1, 2, 3, 4, 6, 8, 12, 16, 24 and 32 are tried.
+        seed (`int`): Seed of the fit.
+        max_components (`int`, defaults to 32): Maximum number of components.
+
+    Returns:
+        `np.ndarray` of shape `(cells, components)`: probability that a cell belongs to each component.
     """
     from scipy.stats import multivariate_normal
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture  # slow to import
     from sklearn.model_selection import KFold, train_test_split
 
-    # Components of fewer cells than dimensions have little to go by but the pooled covariance.
+    # A component with fewer cells than dimensions is little more than the pooled covariance.
     most = max(1, min(max_components, len(own) // (own.shape[1] + 1)))
     if most == 1:
         return np.ones((len(own), 1))
@@ -309,10 +290,10 @@ def mixture_responsibilities(
         if components == 1:
             return np.ones((len(cells), 1))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # what is not quite fitted is judged all the same
+            warnings.simplefilter("ignore", ConvergenceWarning)  # an imperfect fit is good enough to compare
             mixture = GaussianMixture(components, tol=tol, reg_covar=floor, random_state=seed).fit(cells)
         shares = mixture.predict_proba(cells)
-        return shares[:, shares.sum(axis=0) > 1e-6]  # of cells that are alike, some components get none
+        return shares[:, shares.sum(axis=0) > 1e-6]  # identical cells leave components empty
 
     if len(own) > MANY_CELLS:
         splits = [train_test_split(np.arange(len(own)), test_size=0.25, random_state=seed)]
@@ -320,13 +301,13 @@ def mixture_responsibilities(
         splits = list(KFold(4, shuffle=True, random_state=seed).split(own))
 
     def likelihood(components: int) -> float:
-        """Of the cells that were set aside, the logarithm."""
+        """Log-likelihood of the validation cells."""
         total = 0.0
-        for kept, aside in splits:
+        for kept, validation in splits:
             shares = fit(own[kept], components, tol=0.01)
             means, covariances = weighted_gaussians(own[kept], shares, pooled_covariance)
             parts = [
-                np.log(weight) + np.atleast_1d(multivariate_normal.logpdf(own[aside], mean, covariance))
+                np.log(weight) + np.atleast_1d(multivariate_normal.logpdf(own[validation], mean, covariance))
                 for weight, mean, covariance in zip(shares.mean(axis=0), means, covariances)
             ]
             total += np.logaddexp.reduce(parts, axis=0).sum()

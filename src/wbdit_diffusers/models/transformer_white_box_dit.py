@@ -1,9 +1,9 @@
 """White-Box Diffusion Transformer (arXiv 2411.06785) and, as its baseline, the plain DiT block (arXiv 2212.09748).
 
-A cell's latents are cut into patches of consecutive values; every patch is a token. Each block does two steps of one
-objective, the sparse rate reduction of CRATE (arXiv 2306.01129): attention compresses the tokens against learned
-subspaces `U`, ISTA sparsifies them in a learned dictionary `D`. There are two such blocks. `WhiteBoxDiTBlock` is the
-published one, whose steps training is free to turn elsewhere; `DescentBlock` can only take steps that descend.
+A cell's latents are cut into patches of consecutive values, and each patch is a token. Each block takes two steps on
+one objective, the sparse rate reduction of CRATE (arXiv 2306.01129): attention compresses the tokens in learned
+subspaces `U`, then ISTA makes them sparse in a learned dictionary `D`. `WhiteBoxDiTBlock` is the published block: its
+trained steps may leave the objective. The steps of `DescentBlock` can only lower it.
 """
 
 import math
@@ -19,93 +19,92 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_sin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
+from ..files import one_line
 from .convert_original import convert_original_checkpoint
-from .loading import CheckedModel, check_number, check_transformer
+from .loading import SafetensorsModel
 
 
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str | None, parallel_config: object | None
-) -> torch.Tensor:
-    """Scaled dot-product attention of `(batch, tokens, heads, head_dim)`."""
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and backend is None:
-        # Here the fused attention is slower than its products written out, above all backwards.
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (batch, heads, tokens, tokens)
-        return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2)
-    return dispatch_attention_fn(query, key, value, backend=backend, parallel_config=parallel_config)
-
-
-class MSSAProcessor:
-    """One projection `w = U x` is query, key and value at once: `softmax(w wᵀ / sqrt(head_dim)) w` per head."""
+class Processor:
+    """The attention of a block, which [`AttentionMixin.set_attn_processor`] can replace."""
 
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: "MSSA", hidden_states: torch.Tensor) -> torch.Tensor:
-        w = attn.to_w(hidden_states).unflatten(-1, (attn.heads, -1))  # (batch, tokens, heads, head_dim)
-        hidden_states = attend(w, w, w, self._attention_backend, self._parallel_config)
-        return attn.to_out(hidden_states.flatten(2))  # (batch, tokens, hidden)
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Scaled dot-product attention of `(batch, tokens, heads, head_dim)`."""
+        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and self._attention_backend is None:
+            # In bfloat16 on a CPU, fused attention is slower than its products written out, above all backwards.
+            query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+            scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (batch, heads, tokens, tokens)
+            return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2)
+        backend, parallel_config = self._attention_backend, self._parallel_config
+        return dispatch_attention_fn(query, key, value, backend=backend, parallel_config=parallel_config)
 
 
-class MSSA(nn.Module, AttentionModuleMixin):
-    """Multi-head subspace self-attention (CRATE, arXiv 2306.01129, section 2.3; arXiv 2411.06785, "MSSA").
+class Attention(nn.Module, AttentionModuleMixin):
+    """An attention layer whose computation is its processor's."""
 
-    The rows of `to_w.weight` are the bases `U_h` of `heads` subspaces. A step of MSSA moves the tokens down the
-    gradient of their coding rate in those subspaces. `to_out` is learned freely, as in the authors' code: the theory
-    would tie it to `U`.
-    """
-
-    _default_processor_cls = MSSAProcessor
-    _available_processors = [MSSAProcessor]
     _supports_qkv_fusion = False
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_w = nn.Linear(dim, dim, bias=False)
-        self.to_out = nn.Linear(dim, dim)
-        self.set_processor(MSSAProcessor())
+        self.set_processor(self._default_processor_cls())
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.processor(self, hidden_states)
 
 
-class SelfAttentionProcessor:
-    """Scaled dot-product attention with separate query, key and value, from one matrix product."""
+class MSSAProcessor(Processor):
+    """One projection `w = U x` is query, key and value at once: `softmax(w wᵀ / sqrt(head_dim)) w` per head."""
 
-    _attention_backend = None
-    _parallel_config = None
+    def __call__(self, attn: "MSSA", hidden_states: torch.Tensor) -> torch.Tensor:
+        w = attn.to_w(hidden_states).unflatten(-1, (attn.heads, -1))  # (batch, tokens, heads, head_dim)
+        hidden_states = self.attend(w, w, w)
+        return attn.to_out(hidden_states.flatten(2))  # (batch, tokens, hidden)
+
+
+class MSSA(Attention):
+    """Multi-head subspace self-attention (CRATE, arXiv 2306.01129, section 2.3; arXiv 2411.06785, "MSSA").
+
+    The rows of `to_w.weight` are the bases `U_h` of `heads` subspaces. In theory, a step of MSSA descends the coding
+    rate of the tokens in those subspaces. The theory ties `to_out` to `U`; here, as in the authors' code, it is free.
+    """
+
+    _default_processor_cls = MSSAProcessor
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__(heads)
+        self.to_w = nn.Linear(dim, dim, bias=False)
+        self.to_out = nn.Linear(dim, dim)
+
+
+class SelfAttentionProcessor(Processor):
+    """Scaled dot-product attention with separate query, key and value, from one matrix product."""
 
     def __call__(self, attn: "SelfAttention", hidden_states: torch.Tensor) -> torch.Tensor:
         qkv = attn.qkv(hidden_states).unflatten(-1, (3, attn.heads, -1))  # (batch, tokens, 3, heads, head_dim)
         query, key, value = qkv.unbind(2)
-        hidden_states = attend(query, key, value, self._attention_backend, self._parallel_config)
+        hidden_states = self.attend(query, key, value)
         return attn.to_out(hidden_states.flatten(2))  # (batch, tokens, hidden)
 
 
-class SelfAttention(nn.Module, AttentionModuleMixin):
+class SelfAttention(Attention):
     """The DiT block's attention."""
 
     _default_processor_cls = SelfAttentionProcessor
-    _available_processors = [SelfAttentionProcessor]
-    _supports_qkv_fusion = False
 
     def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
+        super().__init__(heads)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.to_out = nn.Linear(dim, dim)
-        self.set_processor(SelfAttentionProcessor())
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.processor(self, hidden_states)
 
 
 class ISTA(nn.Module):
     """One step of the iterative shrinkage-thresholding algorithm for a non-negative LASSO in the dictionary `D`.
 
-    `relu(x + η(Dᵀx - DᵀDx) - ηλ)` (CRATE, arXiv 2306.01129, section 2.4). Written as `Dᵀ(x - Dx)`
-    it needs two matrix products instead of three.
+    `relu(x + η(Dᵀx - DᵀDx) - ηλ)` (CRATE, arXiv 2306.01129, section 2.4), computed with `Dᵀ(x - Dx)`: two matrix
+    products instead of three.
     """
 
     def __init__(self, dim: int, step_size: float, lambd: float):
@@ -121,67 +120,63 @@ class ISTA(nn.Module):
         return F.relu(hidden_states + self.step_size * gradient - self.step_size * self.lambd)
 
 
+def orthogonal_(parameter: nn.Parameter):
+    """`nn.init.orthogonal_` for any dtype: its QR decomposition does not exist in half precision."""
+    with torch.no_grad():
+        parameter.copy_(nn.init.orthogonal_(torch.empty_like(parameter, dtype=torch.float32)))
+
+
 def largest_eigenvalue(matrix: torch.Tensor) -> torch.Tensor:
-    """A bound from above of the largest eigenvalue of `AᵀA`: the 16-norm of all of them, which needs no iteration."""
+    """An upper bound of the largest eigenvalue of `AᵀA`: the 16-norm of all eigenvalues, which needs no iteration."""
     gram = matrix.t().float() @ matrix.float()
-    scale = gram.norm()  # no eigenvalue is larger: their powers stay finite
+    scale = gram.norm()  # at least the largest eigenvalue, so that powers stay finite
     power = gram / scale
     for _ in range(3):
         power = power @ power
     return scale * power.norm() ** (1 / 8)
 
 
-class ContractionProcessor:
-    """Each token moves towards what attention makes of all, within each subspace: `softmax(w wᵀ / sqrt(p)) w - w`."""
-
-    _attention_backend = None
-    _parallel_config = None
+class ContractionProcessor(Processor):
+    """Moves each token towards the attention output within each subspace: `softmax(w wᵀ / sqrt(p)) w - w`."""
 
     def __call__(self, attn: "Contraction", hidden_states: torch.Tensor) -> torch.Tensor:
         w = F.linear(hidden_states, attn.subspaces).unflatten(-1, (attn.heads, -1))  # (batch, tokens, heads, head_dim)
-        step = attend(w, w, w, self._attention_backend, self._parallel_config) - w
+        step = self.attend(w, w, w) - w
         lift = attn.subspaces.t() / largest_eigenvalue(attn.subspaces).to(w.dtype)
         return F.linear(step.flatten(2), lift)  # (batch, tokens, hidden)
 
 
-class Contraction(nn.Module, AttentionModuleMixin):
-    """The step of MSSA as it is derived: `Uᵀ(softmax(w wᵀ / sqrt(p)) w - w) / ‖U‖²` with `w = U x`.
+class Contraction(Attention):
+    """The step of MSSA as the theory derives it: `Uᵀ(softmax(w wᵀ / sqrt(p)) w - w) / ‖U‖²` with `w = U x`.
 
-    Descent of the coding rate (CRATE, arXiv 2306.01129, equation 11) takes from each token what it alone has in a
-    subspace. [`MSSA`] leaves out the `- w`, and learns a matrix of its own in the place of `Uᵀ`: its steps, once
-    trained, raise the coding rate (docs/white_box.md). Divided by ‖U‖², as ISTA's step is by ‖D‖², no step overshoots.
+    Gradient descent of the coding rate (CRATE, arXiv 2306.01129, equation 11) removes what a token has alone in a
+    subspace. [`MSSA`] drops the `- w` and replaces `Uᵀ` by a learned matrix; its trained steps raise the coding rate
+    (docs/white_box.md). The division by ‖U‖² keeps a step from overshooting, like ‖D‖² in ISTA.
     """
 
     _default_processor_cls = ContractionProcessor
-    _available_processors = [ContractionProcessor]
-    _supports_qkv_fusion = False
 
     def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
+        super().__init__(heads)
         self.subspaces = nn.Parameter(torch.empty(dim, dim))  # U, the bases of all heads in rows
-        nn.init.orthogonal_(self.subspaces)
-        self.set_processor(ContractionProcessor())
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.processor(self, hidden_states)
+        orthogonal_(self.subspaces)
 
 
 class BoundedISTA(nn.Module):
-    """One step of ISTA that can't miss, `relu(a + η Dᵀ(x - Da) - ηλ)` from the code `a = relu(x)`.
+    """One step of ISTA that always descends: `relu(a + η Dᵀ(x - Da) - ηλ)`, starting at the code `a = relu(x)`.
 
-    With `η ≤ 1 / ‖D‖²` it lowers `½‖x - Da‖² + λ‖a‖₁` (Beck and Teboulle 2009, lemma 2.3), in which λ is learned.
+    With `η ≤ 1 / ‖D‖²` the step lowers `½‖x - Da‖² + λ‖a‖₁` (Beck and Teboulle 2009, lemma 2.3); λ is learned.
     """
 
     def __init__(self, dim: int):
         super().__init__()
         self.dictionary = nn.Parameter(torch.empty(dim, dim))  # D
-        nn.init.orthogonal_(self.dictionary)
+        orthogonal_(self.dictionary)
         self.log_lambda = nn.Parameter(torch.tensor(math.log(0.1)))
 
     @property
     def lambd(self) -> torch.Tensor:
-        """λ, the weight of sparsity; above zero."""
+        """λ > 0, the weight of sparsity."""
         return self.log_lambda.exp()
 
     @property
@@ -196,10 +191,15 @@ class BoundedISTA(nn.Module):
         return F.relu(code + step_size * gradient - step_size * self.lambd)
 
 
+def per_cell(modulation: torch.Tensor, label_index: torch.Tensor | None) -> torch.Tensor:
+    """The modulation of each cell, `(batch or 1, 1, features)`, from those of its label combinations."""
+    return (modulation if label_index is None else modulation[label_index])[:, None]
+
+
 class AdaLNZeroBlock(nn.Module):
     """`x + gate₁·attn(mod(LN x))`, then `x + gate₂·ff(mod(LN x))`, every shift, scale and gate from `temb`.
 
-    The residual around the second half is not in CRATE: the token stream itself is not sparse, only the branch is.
+    CRATE has no residual around the second half. With it, only the branch is sparse, not the token stream.
     """
 
     def __init__(self, dim: int, attn: nn.Module, ff: nn.Module):
@@ -212,10 +212,7 @@ class AdaLNZeroBlock(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, temb: torch.Tensor, label_index: torch.Tensor | None = None
     ) -> torch.Tensor:
-        modulation = self.modulation(temb)  # (batch, 1 or combinations, 6 * hidden)
-        if label_index is not None:
-            modulation = modulation[label_index]
-        modulation = modulation[:, None]  # (batch or 1, 1, 6 * hidden)
+        modulation = per_cell(self.modulation(temb), label_index)  # (batch or 1, 1, 6 * hidden)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
 
         attn_output = self.attn(self.norm(hidden_states) * (1 + scale_attn) + shift_attn)
@@ -235,9 +232,9 @@ class WhiteBoxDiTBlock(AdaLNZeroBlock):
 class DescentBlock(nn.Module):
     """Two steps of the sparse rate reduction: contraction in the subspaces, then sparse coding in the dictionary.
 
-    Timestep and labels add a vector to all tokens, and say how far to go, between not at all (0) and all the way (1):
-    gates for each channel, or of either sign, would turn the steps. It is the tokens that take them, not a branch
-    beside. That ISTA's step descends is a theorem, that attention's does was measured (docs/white_box.md).
+    Timestep and labels add one vector to all tokens and set the length of each step, from 0 (none) to 1 (full). Gates
+    per channel, or negative gates, could turn a step uphill. The tokens take the steps themselves, without a parallel
+    branch. ISTA's step descends by theorem; the step of attention was measured to descend (docs/white_box.md).
     """
 
     def __init__(self, dim: int, heads: int):
@@ -250,10 +247,8 @@ class DescentBlock(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, temb: torch.Tensor, label_index: torch.Tensor | None = None
     ) -> torch.Tensor:
-        modulation = self.modulation(temb)  # (batch, 1 or combinations, hidden + 2)
-        if label_index is not None:
-            modulation = modulation[label_index]
-        shift, gates = modulation[:, None].split([hidden_states.shape[-1], 2], dim=-1)
+        modulation = per_cell(self.modulation(temb), label_index)  # (batch or 1, 1, hidden + 2)
+        shift, gates = modulation.split([hidden_states.shape[-1], 2], dim=-1)
         gate_attn, gate_ff = torch.sigmoid(gates - 1).chunk(2, dim=-1)  # (batch or 1, 1, 1) each
 
         hidden_states = self.norm(hidden_states + shift)
@@ -262,7 +257,7 @@ class DescentBlock(nn.Module):
 
 
 class DiTBlock(AdaLNZeroBlock):
-    """Self-attention, and an MLP four times as wide inside (arXiv 2212.09748): the baseline of every comparison."""
+    """Self-attention and an MLP with a fourfold hidden size (arXiv 2212.09748): the baseline in comparisons."""
 
     def __init__(self, dim: int, heads: int):
         layers = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU("tanh"), "fc2": nn.Linear(4 * dim, dim)}
@@ -270,7 +265,7 @@ class DiTBlock(AdaLNZeroBlock):
 
 
 class TokenLinear(nn.Module):
-    """A linear map of its own for each token, `(batch, tokens, in_features)` to `(batch, tokens, out_features)`."""
+    """A separate linear map for each token: `(batch, tokens, in_features)` to `(batch, tokens, out_features)`."""
 
     def __init__(self, num_tokens: int, in_features: int, out_features: int):
         super().__init__()
@@ -282,33 +277,32 @@ class TokenLinear(nn.Module):
         return torch.einsum("bni,nio->bno", hidden_states, self.weight) + self.bias
 
 
-class WhiteBoxDiTModel(CheckedModel, AttentionMixin, ConfigMixin):
+class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
     r"""
-    Predicts the noise (or the velocity, as the scheduler's `prediction_type` says) in a batch of noisy cells.
+    Predicts the noise in a batch of noisy latents, or their velocity, depending on the scheduler's `prediction_type`.
 
-    The defaults are the shape of arXiv 2411.06785: 17,926,666 parameters at 2,000 genes and depth 3, against
-    33,870,346 with `block_type="dit"`.
+    The defaults are those of `wbdit train`. The network of arXiv 2411.06785 (training/configs/paper.yaml) is
+    `WhiteBoxDiTModel(sample_size=2000, patch_size=10, num_layers=3, num_attention_heads=8, attention_head_dim=96,
+    block_type="white_box")`. It has 17,926,666 parameters; with `block_type="dit"` it has 33,870,346.
 
     Args:
-        sample_size (`int`):
-            Values per cell, the codec's `num_features`: with a [`ProgramCodec`] the programs and the library size,
-            with an [`ExpressionCodec`] the genes (and the library size). Need not be a multiple of `patch_size`.
-        patch_size (`int`, defaults to 10): Consecutive values that make one token.
-        num_layers (`int`, defaults to 3): Number of blocks.
-        num_attention_heads (`int`, defaults to 8): Number of heads, i.e. of subspaces.
-        attention_head_dim (`int`, defaults to 96):
-            Dimension of a subspace. The hidden size is `num_attention_heads * attention_head_dim`, and must be a
-            multiple of 4.
-        ista_step_size (`float`, defaults to 0.1): η of the ISTA step.
-        ista_lambda (`float`, defaults to 0.1): λ, the weight of the ISTA step's sparsity.
-        block_type (`str`, defaults to `"white_box"`):
-            `"white_box"` ([`WhiteBoxDiTBlock`], as published), `"descent"` ([`DescentBlock`], whose steps descend, and
-            each token has projections of its own) or `"dit"` ([`DiTBlock`], self-attention and MLP).
+        sample_size (`int`, defaults to 17):
+            Number of values per cell, the codec's `num_features`: programs and library size of a [`ProgramCodec`],
+            genes (and library size) of an [`ExpressionCodec`]. It need not be a multiple of `patch_size`.
+        patch_size (`int`, defaults to 1): Number of consecutive values per token.
+        num_layers (`int`, defaults to 4): Number of blocks.
+        num_attention_heads (`int`, defaults to 4): Number of heads, each of which is a subspace.
+        attention_head_dim (`int`, defaults to 24):
+            Dimension of a subspace. The hidden size, `num_attention_heads` times this, must be a multiple of 4.
+        ista_step_size (`float`, defaults to 0.1): Step size η of the ISTA step of the `"white_box"` block.
+        ista_lambda (`float`, defaults to 0.1): Weight λ of sparsity in the `"white_box"` block.
+        block_type (`str`, defaults to `"descent"`):
+            `"descent"` ([`DescentBlock`], with separate projections for each token), `"white_box"`
+            ([`WhiteBoxDiTBlock`], as published) or `"dit"` ([`DiTBlock`], self-attention and MLP).
         condition_sizes (`tuple[int]`, defaults to `()`):
-            Number of categories of each label key that conditions the cells. Empty: unconditional.
+            Number of categories of each label key. Empty for an unconditional model.
         condition_dropout (`float`, defaults to 0.1):
-            Probability, while training, that a cell's labels are all replaced by the null label: what
-            classifier-free guidance needs.
+            Probability that a training cell gets the null label in every label key, for classifier-free guidance.
     """
 
     _supports_gradient_checkpointing = True
@@ -319,57 +313,57 @@ class WhiteBoxDiTModel(CheckedModel, AttentionMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int,
-        patch_size: int = 10,
-        num_layers: int = 3,
-        num_attention_heads: int = 8,
-        attention_head_dim: int = 96,
+        sample_size: int = 17,
+        patch_size: int = 1,
+        num_layers: int = 4,
+        num_attention_heads: int = 4,
+        attention_head_dim: int = 24,
         ista_step_size: float = 0.1,
         ista_lambda: float = 0.1,
-        block_type: str = "white_box",
+        block_type: str = "descent",
         condition_sizes: tuple[int, ...] = (),
         condition_dropout: float = 0.1,
     ):
         super().__init__()
-        sizes = (sample_size, patch_size, num_layers, num_attention_heads, attention_head_dim, condition_sizes)
-        check_transformer(*sizes, block_type)
-        for name, value in (("ista_step_size", ista_step_size), ("ista_lambda", ista_lambda)):
-            check_number(name, value, 0, 1000)
-        check_number("condition_dropout", condition_dropout, 0, 1)
         dim = num_attention_heads * attention_head_dim
+        if dim % 4:
+            raise ValueError(f"num_attention_heads * attention_head_dim must be a multiple of 4, not {dim}.")
         make_block = {
             "white_box": lambda: WhiteBoxDiTBlock(dim, num_attention_heads, ista_step_size, ista_lambda),
             "descent": lambda: DescentBlock(dim, num_attention_heads),
             "dit": lambda: DiTBlock(dim, num_attention_heads),
-        }[block_type]
+        }
+        if block_type not in make_block:
+            raise ValueError(f"`block_type` must be one of {', '.join(make_block)}, not {block_type!r}.")
         num_patches = math.ceil(sample_size / patch_size)
-        named = block_type == "descent"  # tokens have projections of their own
-        self.proj_in = TokenLinear(num_patches, patch_size, dim) if named else nn.Linear(patch_size, dim)
+        per_token = block_type == "descent"
+        self.proj_in = TokenLinear(num_patches, patch_size, dim) if per_token else nn.Linear(patch_size, dim)
         self.register_buffer("pos_embed", self._position_embedding(num_patches, dim))
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedder = TimestepEmbedding(256, dim)
-        # One category more than given: the last is the null label.
+        # One more category than given: the last one is the null label.
         self.condition_embedders = nn.ModuleList(nn.Embedding(size + 1, dim) for size in condition_sizes)
-        self.blocks = nn.ModuleList(make_block() for _ in range(num_layers))
+        self.blocks = nn.ModuleList(make_block[block_type]() for _ in range(num_layers))
         self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.modulation_out = nn.Linear(dim, 2 * dim)
-        self.proj_out = TokenLinear(num_patches, dim, patch_size) if named else nn.Linear(dim, patch_size)
+        self.proj_out = TokenLinear(num_patches, dim, patch_size) if per_token else nn.Linear(dim, patch_size)
         self.gradient_checkpointing = False
         self._init_weights()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one cell."""
+        """Number of tokens of a cell."""
         return self.pos_embed.shape[1]
 
     @staticmethod
     def _position_embedding(num_patches: int, dim: int) -> torch.Tensor:
-        # The authors use a 2-D table of width 1, so the half for the column is constant: sin 0 and cos 0.
+        """The authors' 2-D table of width 1: half of it, for the column, is constant (sin 0 and cos 0)."""
         row = get_1d_sincos_pos_embed_from_grid(dim // 2, torch.arange(num_patches), output_type="pt")
         column = get_1d_sincos_pos_embed_from_grid(dim // 2, torch.zeros(num_patches), output_type="pt")
         return torch.cat([column, row], dim=1).float()[None]  # (1, patches, hidden)
 
     def _init_weights(self):
+        """Xavier-uniform projections and zero biases; modulations and the output projection start at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -377,7 +371,7 @@ class WhiteBoxDiTModel(CheckedModel, AttentionMixin, ConfigMixin):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        # adaLN-Zero: a block with residuals starts as the identity, and the network's output as zero.
+        # adaLN-Zero: blocks with residuals start as the identity, and the output starts at zero.
         for linear in [block.modulation for block in self.blocks] + [self.modulation_out, self.proj_out]:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -386,17 +380,15 @@ class WhiteBoxDiTModel(CheckedModel, AttentionMixin, ConfigMixin):
         self, class_labels: torch.Tensor | None, batch_size: int, device: torch.device
     ) -> torch.Tensor:
         """The sum of the label embeddings, (batch, hidden)."""
-        # The null label of a label key is its number of categories. It is filled in, not copied from a list: copies
-        # make the CPU wait for the GPU.
-        sizes = self.config.condition_sizes
+        sizes = self.config.condition_sizes  # the null label of a label key is its number of categories
         if class_labels is None:
             columns = [torch.full((batch_size,), size, device=device) for size in sizes]
         else:
             columns = class_labels.reshape(batch_size, -1).unbind(1)
         if len(columns) != len(sizes):
             raise ValueError(
-                f"`class_labels` has {len(columns)} labels per cell, but the model is conditioned on"
-                f" {len(sizes)} label keys (condition_sizes={tuple(sizes)})."
+                f"`class_labels` has {len(columns)} labels per cell, but the model has {len(sizes)} label keys"
+                f" (condition_sizes={tuple(sizes)})."
             )
         if self.training and self.config.condition_dropout > 0:
             drop = torch.rand(batch_size, device=device) < self.config.condition_dropout
@@ -413,24 +405,26 @@ class WhiteBoxDiTModel(CheckedModel, AttentionMixin, ConfigMixin):
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch, sample_size)`): The noisy cells.
-            timestep (`torch.Tensor` of shape `(batch,)`, or one number for the whole batch): Diffusion time.
+            hidden_states (`torch.Tensor` of shape `(batch, sample_size)`): Noisy latents.
+            timestep (`torch.Tensor` of shape `(batch,)`, or one number for the whole batch): Diffusion timestep.
             class_labels (`torch.LongTensor` of shape `(batch, num_label_keys)` or `(batch,)`, *optional*):
-                Category of each cell in each label key. The index one past the last category, and `None`, mean "not
-                given".
-            return_dict (`bool`, defaults to `True`): Return a [`Transformer2DModelOutput`] instead of a tuple.
+                Category of each cell in each label key. The null label, one past the last category, means that the
+                label is unknown. `None` means that all labels are.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`Transformer2DModelOutput`], not a tuple.
             label_index (`torch.LongTensor` of shape `(batch,)`, *optional*):
-                The row of `class_labels` that each cell has; `timestep` is then one number. Cells that are sampled
-                together share timestep and a few combinations of labels: their modulations are computed once per
-                combination instead of once per cell.
+                Row of `class_labels` for each cell; requires one timestep for the whole batch. Cells that are sampled
+                together have few combinations of labels, and modulations are computed once per combination.
 
         Returns:
-            [`Transformer2DModelOutput`], or a tuple: its `sample`, of the shape of `hidden_states`.
+            [`Transformer2DModelOutput`] or a tuple: `sample`, of the shape of `hidden_states`.
+
+        Raises:
+            ValueError: If the number of values or labels per cell is not the model's.
         """
         batch_size, sample_size = hidden_states.shape
         if sample_size != self.config.sample_size:
             raise ValueError(
-                f"`hidden_states` has {sample_size} values per cell; the model has {self.config.sample_size}."
+                f"`hidden_states` has {sample_size} values per cell, but the model has {self.config.sample_size}."
             )
         if class_labels is not None and not self.config.condition_sizes:
             raise ValueError("`class_labels` were given to an unconditional model (condition_sizes=()).")
@@ -442,7 +436,7 @@ class WhiteBoxDiTModel(CheckedModel, AttentionMixin, ConfigMixin):
         hidden_states = self.proj_in(hidden_states)  # (batch, patches, hidden)
         hidden_states = hidden_states + self.pos_embed.to(hidden_states.dtype)
 
-        # 2. Timestep and conditions; one timestep for all cells is embedded once
+        # 2. Timestep and conditions: a timestep that all cells share is embedded once
         timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1)  # (batch or 1,)
         temb = self.time_embedder(self.time_proj(timestep).to(hidden_states.dtype))  # (batch or 1, hidden)
         if self.config.condition_sizes:
@@ -459,16 +453,11 @@ class WhiteBoxDiTModel(CheckedModel, AttentionMixin, ConfigMixin):
                 hidden_states = block(hidden_states, temb, label_index)
 
         # 4. Back to values
-        modulation = self.modulation_out(temb)
-        if label_index is not None:
-            modulation = modulation[label_index]
-        shift, scale = modulation[:, None].chunk(2, dim=-1)
+        shift, scale = per_cell(self.modulation_out(temb), label_index).chunk(2, dim=-1)
         hidden_states = self.proj_out(self.norm_out(hidden_states) * (1 + scale) + shift)
         sample = hidden_states.flatten(1)[:, :sample_size]  # (batch, sample_size)
 
-        if not return_dict:
-            return (sample,)
-        return Transformer2DModelOutput(sample=sample)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     @classmethod
     def from_original_checkpoint(cls, path: str | Path, num_attention_heads: int = 8) -> "WhiteBoxDiTModel":
@@ -476,21 +465,19 @@ class WhiteBoxDiTModel(CheckedModel, AttentionMixin, ConfigMixin):
         Converts a checkpoint of the authors' code, White-Box or DiT, of any depth and width.
 
         Args:
-            path (`str` or `Path`):
-                A `state_dict` saved by `torch.save`. It is read with `weights_only=True`: a file that holds anything
-                but tensors is refused.
-            num_attention_heads (`int`, defaults to 8): Cannot be read off the file; 8 in all the authors' models.
+            path (`str` or `Path`): A `state_dict` saved by `torch.save`; read with `weights_only=True`.
+            num_attention_heads (`int`, defaults to 8): Number of heads, which the file does not state.
 
         Returns:
-            [`WhiteBoxDiTModel`]: in float32, in eval mode, unconditional.
+            [`WhiteBoxDiTModel`]: unconditional, in float32 and eval mode.
 
         Raises:
-            ValueError: If the file is no tensor checkpoint, or not one of the authors' two networks.
+            ValueError: If the file is not a checkpoint of one of the authors' two networks.
         """
         config, state_dict = convert_original_checkpoint(path, num_attention_heads)
         model = cls(**config)
         try:
             model.load_state_dict(state_dict)
         except RuntimeError as error:
-            raise ValueError(f"{path} does not fit the {config['block_type']} network: {error}") from error
+            raise ValueError(f"{path} does not fit the {config['block_type']} network: {one_line(error)}") from error
         return model.eval()

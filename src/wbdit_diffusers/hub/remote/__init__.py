@@ -1,1 +1,1 @@
-"""What `wbdit push --with_code` puts into a repository: modules that only say where the code is."""
+"""The modules that `wbdit push --with_code` adds to a repository."""

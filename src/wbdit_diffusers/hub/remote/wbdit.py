@@ -1,6 +1,3 @@
-"""Where Diffusers finds the class of a component: in its package. `pipeline.py` has said so if that is missing."""
+"""Where Diffusers finds the class of a component: in the package wbdit_diffusers."""
 
-from wbdit_diffusers import ExpressionCodec, GaussianMixtureDenoiser, ProgramCodec, ScRNAProcessor, WhiteBoxDiTModel
-
-
-__all__ = ["ExpressionCodec", "GaussianMixtureDenoiser", "ProgramCodec", "ScRNAProcessor", "WhiteBoxDiTModel"]
+from wbdit_diffusers import *  # noqa: F403

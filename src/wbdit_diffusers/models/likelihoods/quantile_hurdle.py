@@ -1,4 +1,4 @@
-"""Log values that no counts stand behind: a hurdle at zero, and each gene's own distribution above it."""
+"""Log values that are not counts: a hurdle at zero, and an empirical distribution per gene above it."""
 
 import math
 
@@ -9,22 +9,21 @@ from scipy import sparse
 from scipy.special import ndtr, ndtri
 
 
-SCORES = np.linspace(-3, 3, 61)  # at which each gene's quantiles are kept
-STEP = 0.1  # between them
-PRIOR_VALUES = 5  # values of an average gene that each gene's own are pooled with
-TAIL_SLOPE = 0.3  # of the quantiles beyond the outermost values, in deviations of the gene per score
-MAX_SCORE = 4.0  # of a value, however far it lies beyond those of the training cells
-MAX_LEVELS = 2**16  # of the values that occur
+SCORES = np.linspace(-3, 3, 61)  # normal scores at which the quantiles of a gene are stored
+STEP = 0.1  # between two scores
+PRIOR_VALUES = 5  # weight of an average gene in the quantiles of a gene, as a number of values
+TAIL_SLOPE = 0.3  # slope of the quantiles beyond the outermost values, in standard deviations of the gene per score
+MAX_SCORE = 4.0  # largest score of a value
+MAX_LEVELS = 2**16  # number of distinct values to keep
 SMALLEST = 1e-6  # value above zero
 
 
 class QuantileHurdle:
     r"""
-    Values on a log scale that are no counts, such as TPM of full-length protocols.
+    Values on a log scale that are not counts, such as TPM of full-length protocols.
 
-    `P(x = 0) = sigmoid(zero_logits)`, and above zero `T_g(x) ~ N(scores, exp(log_std_g)²)`, where `T_g` maps the
-    values of gene `g` to normal scores, so that its distribution over the training cells, whatever its form, is
-    what a standard normal variable gives. `T_g` is piecewise linear between quantiles of the training cells.
+    `P(x = 0) = sigmoid(zero_logits)`, and above zero `T_g(x) ~ N(scores, exp(log_std_g)²)`. `T_g` maps the values of
+    gene `g` in the training cells to standard normal scores. It is linear between their quantiles.
 
     Args:
         scores (`torch.Tensor` of shape `(cells, genes)`): Expected normal scores of values above zero.
@@ -32,13 +31,13 @@ class QuantileHurdle:
         log_std (`torch.Tensor` of shape `(genes,)`): Log standard deviation of the scores.
         quantiles (`torch.Tensor` of shape `(genes, 61)`): Values at the scores -3, -2.9 … 3, increasing.
         levels (`torch.Tensor` of shape `(num_levels,)`, *optional*):
-            Values that occur, ascending. What is drawn is rounded to them, as the data were rounded: TPM to 0.01, say.
+            Distinct values of the training cells, ascending. Draws are rounded to them, as the data were rounded.
     """
 
     HEADS = ("scores", "zero_logits")  # linear in the programs
-    GENE_PARAMETERS = ("log_std",)  # alike in all cells
-    PRIOR_PRECISIONS = {"log_std": 100.0}  # without which a gene that few cells express is soon fitted exactly
-    TABLES = {"quantiles": len(SCORES)}  # what is measured, not fitted: so many values for each gene
+    GENE_PARAMETERS = ("log_std",)  # shared by all cells
+    PRIOR_PRECISIONS = {"log_std": 100.0}  # keeps rarely expressed genes from being fitted exactly
+    TABLES = {"quantiles": len(SCORES)}  # measured, not fitted: number of values per gene
     IS_OF_COUNTS = False
 
     library_size = None
@@ -59,22 +58,22 @@ class QuantileHurdle:
 
     @classmethod
     def from_heads(cls, heads: dict[str, torch.Tensor], library_size: torch.Tensor | None = None) -> "QuantileHurdle":
-        """From what a decoder gives: `HEADS`, `(cells, genes)` each, `GENE_PARAMETERS`, and what was measured."""
+        """Builds it from a decoder's `HEADS`, `(cells, genes)` each, `GENE_PARAMETERS` and `TABLES`."""
         return cls(**{name: value.float() for name, value in heads.items()})
 
     @classmethod
     def initial_values(cls, matrix: sparse.csr_matrix, library_size: np.ndarray | None = None) -> dict:
         """
-        Measures the quantiles of each gene, blended with those of a normal distribution where values are few, and the
-        values that occur; and says where the fit starts: each gene as it is over all training cells.
+        Measures the quantiles of each gene and the distinct values. The fit starts at the distribution of each gene
+        over all training cells. Quantiles of rarely expressed genes are blended with those of a normal distribution.
 
         Args:
             matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Values of the training cells.
-            library_size (`np.ndarray`, *optional*): Of no use.
+            library_size (`np.ndarray`, *optional*): Not used.
 
         Returns:
-            `dict[str, torch.Tensor]`: for each head's bias and each gene parameter `(genes,)`; `quantiles`, and
-            `levels` (none if most values are unique, so that rounding them would be seen).
+            `dict[str, torch.Tensor]`: bias of each head and value of each gene parameter, `(genes,)`; `quantiles`; and
+            `levels`, which is empty if most values are unique.
         """
         columns = matrix.tocsc()
         num_cells, num_genes = columns.shape
@@ -85,7 +84,7 @@ class QuantileHurdle:
             values = np.sort(columns.data[columns.indptr[gene] : columns.indptr[gene + 1]].astype(np.float64))
             quantiles[gene] = _quantiles(values, pooled_mean, pooled_std)
         quantiles = np.maximum(quantiles, min(float(columns.data.min()), 1e-3))
-        steps = 1e-5 * np.arange(len(SCORES))  # where many values are equal, quantiles must still increase
+        steps = 1e-5 * np.arange(len(SCORES))  # quantiles must increase even if many values are equal
         quantiles = np.maximum.accumulate(quantiles, axis=1) + steps
         zeros = (num_cells - number + 0.5) / (num_cells + 1)
         return {
@@ -106,18 +105,18 @@ class QuantileHurdle:
         precision: float,
     ) -> dict[str, torch.Tensor]:
         """
-        One step of Fisher scoring from cells that are all alike, for each weight by itself; see
+        One step of Fisher scoring for each weight, starting from identical cells; see
         [`NegativeBinomialMixture.initial_slopes`].
 
         Returns:
-            `dict[str, torch.Tensor]`: for the heads, `(genes, num_programs)` each.
+            `dict[str, torch.Tensor]`: weights of the heads, `(genes, num_programs)` each.
         """
         is_zero = torch.sigmoid(biases["zero_logits"].double()).cpu().numpy()
         observed = (matrix != 0).astype(np.float64)
         zero_slopes = -(observed.T @ programs)
         zero_slopes /= (is_zero * (1 - is_zero))[:, None] * np.square(programs).sum(axis=0) + precision
-        # Normal scores are about the values themselves, standardised among those of the gene.
-        scores = sparse.csr_matrix(matrix, dtype=np.float64)  # in single precision, a variance may be below zero
+        # Normal scores are close to the values, standardised within the gene.
+        scores = sparse.csr_matrix(matrix, dtype=np.float64)  # in single precision, a variance can be negative
         number = np.maximum(scores.getnnz(axis=0), 1)
         mean = np.asarray(scores.sum(axis=0)).ravel() / number
         variance = np.asarray(scores.power(2).sum(axis=0)).ravel() / number - mean**2
@@ -127,12 +126,12 @@ class QuantileHurdle:
 
     @property
     def num_values(self) -> int:
-        """How many values a draw has: the genes."""
+        """Number of values per draw: the genes."""
         return self.scores.shape[1]
 
     def mean(self) -> torch.Tensor:
-        """Expected values, `(cells, genes)`: zeros included, not rounded."""
-        # A piecewise linear function of a normal variable: each change of slope adds the mean of what lies beyond it.
+        """Expected values including zeros, not rounded: `(cells, genes)`."""
+        # The mean of a piecewise linear function of a normal variable: each change of slope adds a term.
         std = self.log_std.exp()
         slopes = self.quantiles.diff(dim=1) / STEP  # (genes, 60)
         changes = slopes.diff(dim=1)  # (genes, 59)
@@ -144,17 +143,18 @@ class QuantileHurdle:
         return torch.sigmoid(-self.zero_logits) * above_zero.clamp(min=SMALLEST)
 
     def expression(self) -> torch.Tensor:
-        """The mean, `(cells, genes)`: the values are on a log scale already."""
+        """The mean, `(cells, genes)`, which is on a log scale already."""
         return self.mean()
 
     def log_prob(self, x: torch.Tensor, gene_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
             x (`torch.Tensor` of shape `(cells, genes)`): Values.
-            gene_mask (`torch.BoolTensor`, *optional*): The columns of `x` to take; all by default.
+            gene_mask (`torch.BoolTensor`, *optional*): Columns of `x` to use. Default: all.
 
         Returns:
-            `torch.Tensor` of shape `(cells,)`: log-likelihood in nats, of zeros a probability, of others a density.
+            `torch.Tensor` of shape `(cells,)`: log-likelihood in nats, with probabilities of zeros and densities of
+            other values.
         """
         columns = slice(x.shape[1]) if gene_mask is None else gene_mask.nonzero().squeeze(1)
         x, scores, zero_logits = x[:, columns], self.scores[:, columns], self.zero_logits[:, columns]
@@ -167,25 +167,28 @@ class QuantileHurdle:
 
     def icdf(self, uniform: torch.Tensor) -> torch.Tensor:
         """
-        Values by inverting their distribution at one random number for each: the lowest are zeros.
+        Draws values by inverting the distribution function, with one random number per value.
 
         Args:
             uniform (`torch.DoubleTensor` of shape `(cells, genes)`): Random numbers in [0, 1).
 
         Returns:
             `torch.FloatTensor` of the same shape, on the CPU.
+
+        Raises:
+            ValueError: If a score is NaN or infinite.
         """
         if not (torch.isfinite(self.zero_logits).all() and torch.isfinite(self.scores).all()):
-            raise ValueError("The codec's scores are NaN or infinite: its weights, or the latents, are damaged.")
+            raise ValueError("The codec's scores are NaN or infinite. Check its weights and the latents.")
         uniform = uniform.to(self.scores.device)
         zero = torch.sigmoid(self.zero_logits).to(uniform.dtype)
-        share = ((uniform - zero) / (1 - zero).clamp(min=1e-12)).clamp(1e-9, 1 - 1e-9)  # of those above zero
+        share = ((uniform - zero) / (1 - zero).clamp(min=1e-12)).clamp(1e-9, 1 - 1e-9)  # among values above 0
         scores = self.scores + self.log_std.exp() * torch.special.ndtri(share).float()
         values = self._round(self._from_scores(scores))
         return torch.where(uniform < zero, 0.0, values).cpu()
 
     def _from_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        """Values of normal scores, both `(cells, genes)`; beyond the outermost quantiles, the last slope goes on."""
+        """Values of normal scores, both `(cells, genes)`. The last slope continues beyond the outermost quantiles."""
         position = (scores - SCORES[0]) / STEP
         left = position.floor().clamp(0, len(SCORES) - 2)
         index = left.long().T  # (genes, cells)
@@ -201,7 +204,7 @@ class QuantileHurdle:
         return scores.clamp(-MAX_SCORE, MAX_SCORE), torch.log(STEP / (high - low))
 
     def _round(self, values: torch.Tensor) -> torch.Tensor:
-        """To the nearest of the values that occur. Those above them all stay as they are."""
+        """Rounds to the nearest level. Values above the highest level stay as they are."""
         if self.levels is None:
             return values
         levels = self.levels.to(values.device)
@@ -230,10 +233,7 @@ def _quantiles(values: np.ndarray, pooled_mean: float, pooled_std: float) -> np.
 
 
 def _levels(values: np.ndarray) -> np.ndarray:
-    """
-    The values that occur, ascending, the lowest `MAX_LEVELS` of them: low ones repeat, where rounding shows. None if
-    hardly any value repeats.
-    """
+    """The lowest distinct values, ascending. None if few values repeat."""
     levels = np.unique(values.astype(np.float32))[:MAX_LEVELS]
     num_values = np.count_nonzero(values <= levels[-1])
     return levels if num_values > 1.1 * len(levels) else levels[:0]

@@ -1,35 +1,34 @@
-"""Counts as a mixture of two negative binomials for each gene."""
+"""Counts, with a mixture of two negative binomials per gene."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import sparse
 
-from ..processing.normalize import log_normalize
+from ...processing.normalize import log_normalize
 
 
 class NegativeBinomialMixture:
     r"""
-    Counts, of molecules or of reads.
+    Counts of molecules or reads.
 
     `counts ~ (1 - π) NB(mean μ, inverse dispersion θ) + π NB(mean r μ, inverse dispersion θ')` with
-    `μ = library_size * proportions`. The second part, of a few cells for each gene, is what one negative binomial
-    can't have beside a narrow body: counts of tens where others have one or two, or (`r < 1`) a gene that is missed.
+    `μ = library_size * proportions`. The second component describes the outliers of a gene, which a narrow negative
+    binomial can't: counts of tens where other cells have one or two, or (`r < 1`) dropouts.
 
-    The columns are the genes, and at the end one bin for the counts of all other genes, so that the library of a drawn
-    cell is what was drawn.
+    The columns are the genes, followed by one bin for all other genes, so that a draw has a library size of its own.
 
     Args:
-        log_proportions (`torch.Tensor` of shape `(cells, genes + 1)`): Log of each bin's share of the library.
-        log_theta (`torch.Tensor` of shape `(cells, genes + 1)`): Log inverse dispersions.
-        outlier_logits (`torch.Tensor` of shape `(genes + 1,)`): Log odds of the second part, π.
-        outlier_log_ratio (`torch.Tensor` of shape `(genes + 1,)`): Log of its mean over that of the first part, r.
-        outlier_log_theta (`torch.Tensor` of shape `(genes + 1,)`): Its log inverse dispersion, θ'.
+        log_proportions (`torch.Tensor` of shape `(cells, genes + 1)`): Log fraction of the library in each bin.
+        log_theta (`torch.Tensor` of shape `(cells, genes + 1)`): Log inverse dispersion θ.
+        outlier_logits (`torch.Tensor` of shape `(genes + 1,)`): Log odds of the second component, π.
+        outlier_log_ratio (`torch.Tensor` of shape `(genes + 1,)`): Log ratio of the two means, r.
+        outlier_log_theta (`torch.Tensor` of shape `(genes + 1,)`): Log inverse dispersion θ' of the second component.
         library_size (`torch.Tensor` of shape `(cells,)`): Total counts over all genes.
     """
 
     HEADS = ("log_rates", "log_theta")  # linear in the programs
-    GENE_PARAMETERS = ("outlier_logits", "outlier_log_ratio", "outlier_log_theta")  # alike in all cells
+    GENE_PARAMETERS = ("outlier_logits", "outlier_log_ratio", "outlier_log_theta")  # shared by all cells
     PRIOR_PRECISIONS: dict[str, float] = {}
     TABLES: dict[str, int] = {}
     IS_OF_COUNTS = True
@@ -44,8 +43,7 @@ class NegativeBinomialMixture:
         library_size: torch.Tensor,
     ):
         self.log_proportions = log_proportions
-        # Beyond these limits a distribution is all zeros, or Poisson.
-        self.log_theta = log_theta.clamp(-4, 8)
+        self.log_theta = log_theta.clamp(-4, 8)  # beyond, a distribution is all zeros, or Poisson
         self.outlier_logits = outlier_logits
         self.outlier_log_ratio = outlier_log_ratio.clamp(-4, 4)
         self.outlier_log_theta = outlier_log_theta.clamp(-4, 4)
@@ -53,26 +51,26 @@ class NegativeBinomialMixture:
 
     @classmethod
     def from_heads(cls, heads: dict[str, torch.Tensor], library_size: torch.Tensor) -> "NegativeBinomialMixture":
-        """From what a decoder gives: `HEADS`, `(cells, genes + 1)` each, and `GENE_PARAMETERS`, `(genes + 1,)`."""
+        """Builds it from a decoder's `HEADS`, `(cells, genes + 1)` each, and `GENE_PARAMETERS`, `(genes + 1,)`."""
         values = {name: value.float() for name, value in heads.items()}
         return cls(F.log_softmax(values.pop("log_rates"), dim=1), **values, library_size=library_size)
 
     @classmethod
     def initial_values(cls, counts: sparse.csr_matrix, library_size: np.ndarray) -> dict[str, torch.Tensor]:
         """
-        Where the fit starts: the training cells' mean rates, and for each gene about the θ with which cells of equal
-        proportions would have its variance, less what outliers add to that.
+        Starting point of the fit: mean rates of the training cells, and θ from the variance of each gene. θ is raised
+        a little, because outliers contribute to the variance.
 
         Args:
             counts (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts of the training cells.
-            library_size (`np.ndarray` of shape `(cells,)`): Their total counts.
+            library_size (`np.ndarray` of shape `(cells,)`): Total counts of the training cells.
 
         Returns:
-            `dict[str, torch.Tensor]`: for each head's bias and each gene parameter `(genes + 1,)`.
+            `dict[str, torch.Tensor]`: bias of each head and value of each gene parameter, `(genes + 1,)`.
         """
         genes = np.asarray(counts.sum(axis=0), dtype=np.float64).ravel()
         totals = np.append(genes, library_size.sum() - genes.sum()) + 0.5
-        # Excess of the variance over a Poisson distribution's, (library_size * share)² / θ, summed over cells
+        # Variance beyond a Poisson distribution's, (library_size * share)² / θ, summed over cells
         share = genes / library_size.sum()
         excess = (
             np.asarray(counts.power(2, dtype=np.float64).sum(axis=0)).ravel()
@@ -100,18 +98,17 @@ class NegativeBinomialMixture:
         precision: float,
     ) -> dict[str, torch.Tensor]:
         """
-        One step of Fisher scoring from cells that are all alike, for each weight by itself.
+        One step of Fisher scoring for each weight, starting from identical cells.
 
         Args:
             counts (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts of the training cells.
-            library_size (`np.ndarray` of shape `(cells,)`): Their total counts.
-            programs (`np.ndarray` of shape `(cells, num_programs)`): Their programs, centred.
-            biases (`dict[str, torch.Tensor]`): Of the heads, `(genes + 1,)` each, see `initial_values`.
-            precision (`float`): Of the prior on the weights.
+            library_size (`np.ndarray` of shape `(cells,)`): Total counts of the training cells.
+            programs (`np.ndarray` of shape `(cells, num_programs)`): Centred programs of the training cells.
+            biases (`dict[str, torch.Tensor]`): Biases of the heads, `(genes + 1,)` each; see `initial_values`.
+            precision (`float`): Precision of the prior on the weights.
 
         Returns:
-            `dict[str, torch.Tensor]`: for the heads that depend on the programs from the start,
-            `(genes + 1, num_programs)`.
+            `dict[str, torch.Tensor]`: weights of the heads that start away from zero, `(genes + 1, num_programs)`.
         """
         share = torch.softmax(biases["log_rates"].double(), dim=0).cpu().numpy()
         theta = biases["log_theta"].double().exp().cpu().numpy()
@@ -128,7 +125,7 @@ class NegativeBinomialMixture:
 
     @property
     def num_values(self) -> int:
-        """How many counts a draw has: the genes, and the bin of all others."""
+        """Number of counts per draw: the genes, and the bin of all other genes."""
         return self.log_proportions.shape[1]
 
     def mean(self) -> torch.Tensor:
@@ -145,8 +142,8 @@ class NegativeBinomialMixture:
         """
         Args:
             x (`torch.Tensor` of shape `(cells, genes)` or `(cells, genes + 1)`):
-                Counts of the genes, or with those of all other genes in the last column.
-            gene_mask (`torch.BoolTensor`, *optional*): The columns of `x` to take; all by default.
+                Counts of the genes, with or without a last column for all other genes.
+            gene_mask (`torch.BoolTensor`, *optional*): Columns of `x` to use. Default: all.
 
         Returns:
             `torch.Tensor` of shape `(cells,)`: log-likelihood in nats. Differentiable in the parameters.
@@ -158,7 +155,7 @@ class NegativeBinomialMixture:
         log_outlier_rates = log_rates + self.outlier_log_ratio[columns]
         outlier_log_theta = self.outlier_log_theta[columns]
         body, outliers = F.logsigmoid(-self.outlier_logits[columns]), F.logsigmoid(self.outlier_logits[columns])
-        # Most counts are zero, for which the likelihood is simple; what the others have more is added for them alone.
+        # Most counts are zero, and their likelihood is simple. The terms of other counts are computed for these alone.
         log_zero = torch.logaddexp(
             body + _log_nb_of_zero(log_rates, log_theta),
             outliers + _log_nb_of_zero(log_outlier_rates, outlier_log_theta),
@@ -177,8 +174,8 @@ class NegativeBinomialMixture:
 
     def icdf(self, uniform: torch.Tensor) -> torch.Tensor:
         """
-        Counts by inverting their distribution at one random number for each value: how many random numbers a Poisson
-        sampler takes depends on its rate, so that cells drawn together would depend on each other.
+        Draws counts by inverting the distribution function, with one random number per count. A Poisson sampler uses
+        more random numbers at higher rates, so cells drawn together would depend on each other.
 
         Args:
             uniform (`torch.DoubleTensor` of shape `(cells, genes)` or `(cells, genes + 1)`):
@@ -186,6 +183,9 @@ class NegativeBinomialMixture:
 
         Returns:
             `torch.FloatTensor` of the same shape: integer values, on the CPU.
+
+        Raises:
+            ValueError: If a rate is NaN or infinite.
         """
         num_columns = uniform.shape[1]
         rates = (self.log_proportions.exp() * self.library_size[:, None])[:, :num_columns]
@@ -196,8 +196,8 @@ class NegativeBinomialMixture:
         probability_above_zero = -(1 - weight) * torch.expm1(-theta * torch.log1p(rates / theta))
         probability_above_zero -= weight * torch.expm1(-outlier_theta * torch.log1p(outlier_rates / outlier_theta))
         if not torch.isfinite(probability_above_zero).all():  # every comparison with NaN would give an empty cell
-            raise ValueError("The codec's rates are NaN or infinite: its weights, or the latents, are damaged.")
-        above = 1 - uniform.to(rates.device)  # the share of the distribution that lies above the count
+            raise ValueError("The codec's rates are NaN or infinite. Check its weights and the latents.")
+        above = 1 - uniform.to(rates.device)  # P(count > k)
         cells, genes = (above < probability_above_zero).nonzero(as_tuple=True)  # most counts are zero
         tail, rates, theta, outlier_rates, weight, outlier_theta = (
             values.double().cpu().numpy()
@@ -219,20 +219,19 @@ def _log_nb_of_zero(log_rate: torch.Tensor, log_theta: torch.Tensor) -> torch.Te
 
 
 def _log_nb(count: torch.Tensor, log_rate: torch.Tensor, log_theta: torch.Tensor) -> torch.Tensor:
-    """`log Γ(count + θ) + count log(rate / (θ + rate)) + θ log(θ / (θ + rate))`, so without `Γ(θ) Γ(count + 1)`, of
-    which one is a property of the gene and the other one of the count."""
+    """`log Γ(count + θ) + count log(rate / (θ + rate)) + θ log(θ / (θ + rate))`: without `Γ(θ) Γ(count + 1)`."""
     log_gamma = torch.lgamma(count + log_theta.exp())
     return log_gamma - count * F.softplus(log_theta - log_rate) + _log_nb_of_zero(log_rate, log_theta)
 
 
 def _invert_mixture(tail: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The smallest count k >= 1 with P(count > k) <= tail, of a mixture of (weight, θ, p)."""
+    """The smallest count k >= 1 with P(count > k) <= tail, for a mixture of (weight, θ, p)."""
     from scipy import stats  # slow to import
 
     counts, unfinished, k = np.empty_like(tail), np.arange(len(tail)), 1
     probability = [weight * p**theta for weight, theta, p in parts]  # of k - 1
     above = 1 - sum(probability)  # P(count > k - 1)
-    # Nearly all counts are small, and summed up at once; SciPy takes microseconds for each of the others.
+    # Nearly all counts are small, and a sum finds them together. SciPy needs microseconds for each of the others.
     while k <= 16 and len(unfinished):
         probability = [last * (1 - p) * (theta + k - 1) / k for last, (_, theta, p) in zip(probability, parts)]
         above = above - sum(probability)
@@ -243,7 +242,7 @@ def _invert_mixture(tail: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray, 
         parts = [tuple(values[left] for values in part) for part in parts]
         k += 1
     if len(unfinished):
-        # The mixture's quantile lies between those of its parts.
+        # The mixture's quantile is between those of its parts.
         tail = np.maximum(tail, 1e-16)
         quantiles = np.stack([stats.nbinom.isf(tail, theta, p) for _, theta, p in parts])
         low, high = np.maximum(quantiles.min(axis=0), k) - 1, np.maximum(quantiles.max(axis=0), k)

@@ -1,0 +1,48 @@
+"""Cells that follow from their latents without noise, as in arXiv 2411.06785."""
+
+import torch
+
+from ...processing.normalize import TARGET_SUM
+
+
+class PointMass:
+    """
+    The distribution that puts all probability on one value.
+
+    Args:
+        log_values (`torch.Tensor` of shape `(cells, genes)`): Expression, not negative.
+        library_size (`torch.Tensor` of shape `(cells,)`, *optional*):
+            Total counts over all genes, which turn `log_values` (log1p(CP10k)) into counts.
+        is_counts (`bool`, defaults to `False`): Whether the cells are counts. Otherwise they are `log_values`.
+    """
+
+    def __init__(self, log_values: torch.Tensor, library_size: torch.Tensor | None = None, is_counts: bool = False):
+        self.log_values = log_values
+        self.library_size = library_size
+        self.is_counts = is_counts
+
+    @property
+    def num_values(self) -> int:
+        """Number of values per draw: the genes."""
+        return self.log_values.shape[1]
+
+    def mean(self) -> torch.Tensor:
+        """Counts before rounding, or log values: `(cells, genes)`. Raises `ValueError` without a library size."""
+        if not self.is_counts:
+            return self.log_values
+        if self.library_size is None:
+            raise ValueError("These latents hold no library size, which counts need: pass `library_size`.")
+        return torch.expm1(self.log_values) * self.library_size.to(self.log_values.device)[:, None] / TARGET_SUM
+
+    def expression(self) -> torch.Tensor:
+        """The denoised expression, `(cells, genes)`."""
+        return self.log_values
+
+    def log_prob(self, x: torch.Tensor, gene_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Raises `ValueError`: without noise there is no likelihood."""
+        raise ValueError("ExpressionCodec has no likelihood, because its cells have no noise. Use ProgramCodec.")
+
+    def icdf(self, uniform: torch.Tensor) -> torch.Tensor:
+        """The mean, on the CPU; counts are rounded. The random numbers `(cells, genes)` are not used."""
+        values = self.mean().float().cpu()
+        return values.round() if self.is_counts else values
