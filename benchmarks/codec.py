@@ -26,7 +26,7 @@ from scipy import sparse
 from wbdit_diffusers import ProgramCodec, ScRNAProcessor
 from wbdit_diffusers.data import CellDataset, CellSplit, drop_empty_cells, encode_cells, read_cells
 from wbdit_diffusers.evaluation import evaluate_cells
-from wbdit_diffusers.evaluation.cells import Cells
+from wbdit_diffusers.evaluation.cells import CellArrays
 from wbdit_diffusers.evaluation.classifiers import expression_view, forest, two_sample_auc
 from wbdit_diffusers.evaluation.references import draw_matching
 from wbdit_diffusers.training import TrainingConfig, config_from_args
@@ -97,7 +97,8 @@ def judge_codec(adata: ad.AnnData, label_key: str, config: TrainingConfig, num_s
         drawn = draw_matching(labels, aside_labels, np.random.default_rng(seed))
         samples.append(draw_cells(codec, processor, latents[drawn], fitted.class_labels[drawn], seed))
         sides = (
-            Cells(values.numpy(), values.numpy(), labels=aside_labels) for values in (aside_latents, latents[drawn])
+            CellArrays(values.numpy(), values.numpy(), labels=aside_labels)
+            for values in (aside_latents, latents[drawn])
         )
         aucs.append(two_sample_auc(*sides, expression_view, forest, seed))
     report = evaluate_cells(samples, fitted_cells, aside_cells, label_key, config.layer, config.values)

@@ -17,13 +17,15 @@ import torch
 
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
-from wbdit_diffusers.evaluation.cells import Cells, generated_cells, real_cells
+from wbdit_diffusers.evaluation.cells import CellArrays, generated_cells, real_cells
 from wbdit_diffusers.evaluation.classifiers import JUDGES, judge, two_sample_auc
 from wbdit_diffusers.evaluation.references import draw_matching, split_halves
 from wbdit_diffusers.evaluation.report import excess
 
 
-def null_sides(cells: Cells, setting: str, size: int, rng: np.random.Generator) -> tuple[Cells, Cells] | None:
+def null_sides(
+    cells: CellArrays, setting: str, size: int, rng: np.random.Generator
+) -> tuple[CellArrays, CellArrays] | None:
     """
     Two sides of one distribution, `None` if there are too few cells: `"matched"` (as many cells of each label on
     both), `"iid"` (one side in the proportions of all labels, the labels of the other drawn by chance from them) or
@@ -33,7 +35,7 @@ def null_sides(cells: Cells, setting: str, size: int, rng: np.random.Generator) 
         return None
     shuffled = rng.permutation(len(cells))
     if setting == "unlabelled":
-        cells = Cells(cells.matrix, cells.expression, cells.library_size)
+        cells = CellArrays(cells.matrix, cells.expression, cells.library_size)
         return cells[shuffled[:size]], cells[shuffled[size : 2 * size]]
     if setting == "matched":
         # Neighbours in the order of labels have the same one, but where a label has an odd number of cells.

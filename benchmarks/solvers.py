@@ -20,7 +20,7 @@ from rows import add_rows, parser_of_rows
 
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
-from wbdit_diffusers.evaluation.cells import Cells, combined_labels
+from wbdit_diffusers.evaluation.cells import CellArrays, combined_labels
 from wbdit_diffusers.evaluation.classifiers import expression_view, forest, two_sample_auc
 from wbdit_diffusers.sampling import SCHEDULERS, make_scheduler
 
@@ -51,7 +51,7 @@ def measure(path: Path, args: argparse.Namespace) -> list[dict]:
     conditions = {key: train.obs[key].astype(str).tolist() for key in keys}
 
     def told(drawn: np.ndarray, seed: int) -> float:
-        sides = (Cells(latents, latents, labels=names) for latents in (codes, drawn))
+        sides = (CellArrays(latents, latents, labels=names) for latents in (codes, drawn))
         return two_sample_auc(*sides, expression_view, forest, seed)
 
     rows = []
