@@ -6,7 +6,7 @@ import pytest
 from wbdit_diffusers.evaluation.references import (
     draw_matching,
     gaussian_latents,
-    mixture_latents,
+    gaussian_mixture_latents,
     resampled_latents,
     split_halves,
 )
@@ -50,7 +50,7 @@ def test_the_preferred_cells_are_drawn_first():
     assert len(draw_matching(labels, np.array(["z", "z"]), rng)) == 2
 
 
-@pytest.mark.parametrize("draw", [gaussian_latents, mixture_latents, resampled_latents])
+@pytest.mark.parametrize("draw", [gaussian_latents, gaussian_mixture_latents, resampled_latents])
 def test_baselines_have_the_moments_of_their_label(latents, draw):
     x, labels = latents
     both = np.vstack([wanted(1), wanted(0)])
@@ -70,7 +70,7 @@ def test_clusters_and_a_label_of_three_cells(latents):
     """Only the mixture leaves the gap between the clusters; either has a covariance for three cells."""
     x, labels = latents
     gaps = []
-    for draw in (mixture_latents, gaussian_latents):
+    for draw in (gaussian_mixture_latents, gaussian_latents):
         drawn = draw(x, labels, np.vstack([wanted(0), wanted(2)]), np.random.default_rng(0))
         gaps.append(np.mean(np.abs(drawn[:2000, 0]) < 1.5))
         assert np.linalg.matrix_rank(np.cov(drawn[2000:].T)) == 3
@@ -78,7 +78,7 @@ def test_clusters_and_a_label_of_three_cells(latents):
     assert gaps[0] < 0.05 < 0.3 < gaps[1]
 
 
-@pytest.mark.parametrize("draw", [gaussian_latents, mixture_latents, resampled_latents])
+@pytest.mark.parametrize("draw", [gaussian_latents, gaussian_mixture_latents, resampled_latents])
 def test_unseen_labels_and_no_labels_take_all_cells(latents, draw):
     x, labels = latents
     for known, asked in ((labels, wanted(7)), (np.zeros((len(x), 0)), np.zeros((2000, 0)))):

@@ -12,12 +12,11 @@ from wbdit_diffusers.evaluation import classifiers, draw_baselines, draw_samples
 from wbdit_diffusers.evaluation.cells import generated_cells, needs_common_genes, real_cells
 from wbdit_diffusers.evaluation.classifiers import JUDGES
 from wbdit_diffusers.evaluation.references import draw_matching
-from wbdit_diffusers.evaluation.samples import BASELINES, cells_to_judge
+from wbdit_diffusers.evaluation.samples import BASELINES
 from wbdit_diffusers.evaluation.table import TITLES, mean_and_sd, to_json
 from wbdit_diffusers.processing.normalize import log_normalize
 
 
-PARITY = {"paper_kl", "paper_wasserstein", "paper_mmd"}
 MEMORY = {"nearest_training_cell", "membership_auc", "membership_auc_donor"}
 NUM_GENES = 60
 
@@ -59,10 +58,6 @@ def test_every_column_has_its_metrics(report, split):
     assert (report["num_test"], report["num_genes"], report["num_samples"]) == (split[1].n_obs, NUM_GENES, 2)
     assert report["label_key"] == "cell_type" and report["donor_key"] == "donor" and not report["within_genes"]
     assert all(entry["num_train"] >= 30 for entry in report["per_type"].values())
-    assert json.loads(json.dumps(report))["metrics"] == columns
-
-
-def test_the_excess_is_that_of_the_worst_judge(report):
     assert list(report["excess"]) == ["generated", *BASELINES]
     for name, entry in report["excess"].items():
         for judge in JUDGES:
@@ -82,11 +77,10 @@ def test_real_cells_reach_the_reference(report, split):
     sample.obs["library_size"] = np.asarray(real_sample(split).X.sum(axis=1)).ravel()
     copies = evaluate_cells([sample], *split, label_key="cell_type")
     # They are training cells: as real as the reference, and found out as copies.
-    assert abs(copies["excess"]["generated"]["mean"]) < 0.15
-    assert copies["metrics"]["generated"]["nearest_training_cell"] == pytest.approx([0], abs=1e-5)
-    assert copies["metrics"]["generated"]["membership_auc"][0] > 0.55
-    assert not copies["within_genes"]
-    assert copies["metrics"]["generated"]["other_genes_w1"][0] < 0.05
+    ours = copies["metrics"]["generated"]
+    assert abs(copies["excess"]["generated"]["mean"]) < 0.15 and not copies["within_genes"]
+    assert ours["nearest_training_cell"] == pytest.approx([0], abs=1e-5) and ours["membership_auc"][0] > 0.55
+    assert ours["other_genes_w1"][0] < 0.05
 
 
 def test_markdown(report):
@@ -99,8 +93,6 @@ def test_markdown(report):
     assert all(f"| {label} |" in table for label in report["per_type"])
     widths = {line.count("|") for line in table.split("By `cell_type`")[0].splitlines() if line.startswith("|")}
     assert len(widths) == 1
-    values = report["metrics"]["generated"]["w2"]
-    assert f"| {np.mean(values):.3f} ± {np.std(values):.3f} |" in table
 
 
 def test_several_generators_over_their_common_genes(split):
@@ -123,20 +115,17 @@ def test_several_generators_over_their_common_genes(split):
 
 def test_library_sizes_count_all_genes(split):
     train, _ = split
-    total = np.asarray(train.X.sum(axis=1)).ravel()
-    genes = train.var_names[:50]
-    lying = train.copy()
-    lying.obs["library_size"] = 1.0
-    real = real_cells(lying, genes)
+    total, genes = np.asarray(train.X.sum(axis=1)).ravel(), train.var_names[:50]
+    counts, wrong = train[:, genes].X.toarray(), train.copy()
+    wrong.obs["library_size"] = 1.0
+    real = real_cells(wrong, genes)
     np.testing.assert_array_equal(real.library_size, total)
-    np.testing.assert_allclose(
-        real.expression, np.log1p(train[:, genes].X.toarray() / total[:, None] * 1e4), rtol=1e-5
-    )
+    np.testing.assert_allclose(real.expression, np.log1p(counts / total[:, None] * 1e4), rtol=1e-5)
+    np.testing.assert_allclose(real.other_genes_share(), 1 - counts.sum(1) / total, rtol=1e-5)
     generated = train[:, genes].copy()
-    np.testing.assert_allclose(generated_cells(generated).library_size, np.asarray(generated.X.sum(1)).ravel())
+    np.testing.assert_allclose(generated_cells(generated).library_size, counts.sum(1))
     generated.obs["library_size"] = total
     np.testing.assert_array_equal(generated_cells(generated).expression, real.expression)
-    np.testing.assert_allclose(real.other_genes_share(), 1 - generated.X.toarray().sum(1) / total, rtol=1e-5)
 
 
 def test_without_library_sizes_only_common_genes_count(split):
@@ -193,21 +182,10 @@ def test_bad_input_is_refused(split, arguments, message):
     train, test = split
     with pytest.raises(ValueError, match=message):
         evaluate_cells(**{"train": train, "test": test} | arguments(train, test))
-
-
-def test_types_that_no_real_cell_has_are_refused(split):
-    alien = split[1].copy()
+    alien = test.copy()
     alien.obs["cell_type"] = "alien"
     with pytest.raises(ValueError, match="'generated' has cells of type 'alien', which no real cell has"):
         evaluate_cells([alien], *split, label_key="cell_type")
-
-
-def test_cells_to_judge(caplog):
-    known = np.array([True, True, True, False])
-    assert cells_to_judge(known).tolist() == [0, 1, 2]
-    assert len(cells_to_judge(known, max_cells=2)) == 2
-    with pytest.raises(ValueError, match="No held-out cell has labels that training knows"):
-        cells_to_judge(~known & known)
 
 
 def test_samples_and_baselines_have_the_labels_of_the_held_out_cells(split):
@@ -216,8 +194,10 @@ def test_samples_and_baselines_have_the_labels_of_the_held_out_cells(split):
     rare = train.obs["cell_type"].value_counts().index[-1]
     train = train[train.obs["cell_type"] != rare]
     pipe = make_pipeline(train, codec="program", label_keys=["cell_type"], num_genes=50)
-    samples, known = draw_samples(pipe, test, num_samples=2, num_inference_steps=1)
-    assert rare not in set(known.obs["cell_type"]) and known.n_obs < test.n_obs
+    samples, known = draw_samples(pipe, test, num_samples=2, num_inference_steps=1, max_cells=100)
+    assert rare not in set(known.obs["cell_type"]) and known.n_obs == 100
+    with pytest.raises(ValueError, match="No held-out cell has labels that training knows"):
+        draw_samples(pipe, test[test.obs["cell_type"] == rare])
     baselines, again = (draw_baselines(pipe, train, known, num_samples=2) for _ in range(2))
     assert list(baselines) == list(BASELINES)
     for drawn in (samples, *baselines.values()):
@@ -228,10 +208,6 @@ def test_samples_and_baselines_have_the_labels_of_the_held_out_cells(split):
 
 def test_json_has_no_nan():
     """JSON has none; a report that is read again can be shown."""
-    report = {"metrics": {"generated": {"w2": [float("nan"), 1.5], "purity": [float("nan")]}}, "num_test": 3}
-    text = to_json(report)
-    assert "NaN" not in text
-    again = json.loads(text)
-    assert again["metrics"]["generated"] == {"w2": [None, 1.5], "purity": [None]} and again["num_test"] == 3
-    assert mean_and_sd(again["metrics"]["generated"]["w2"]) == "1.500 ± 0.000"
-    assert mean_and_sd(again["metrics"]["generated"]["purity"]) == "–"
+    row = json.loads(to_json({"w2": [float("nan"), 1.5], "purity": [float("nan")]}))
+    assert row == {"w2": [None, 1.5], "purity": [None]}
+    assert mean_and_sd(row["w2"]) == "1.500 ± 0.000" and mean_and_sd(row["purity"]) == "–"

@@ -35,17 +35,11 @@ def report_figure(
     generator with labels, also the t-SNE by type, the markers of each type and their log fold changes.
 
     Args:
-        real (`AnnData`): Held-out cells with all their genes.
+        real (`AnnData`): Held-out cells with all genes of the generated cells.
         generated (`AnnData` or `dict[str, AnnData]`): Generated cells, or those of several generators by title.
         label_key (`str`, *optional*): Column of `obs` with the cell type, in all.
         values (`str`, defaults to `"counts"`): Content of the matrices: `"counts"` or `"log"`.
         layer (`str`, *optional*): Layer of `real` that holds its matrix; `X` by default.
-
-    Returns:
-        `matplotlib.figure.Figure`
-
-    Raises:
-        ValueError: If `real` lacks genes of `generated`.
     """
     samples = generated if isinstance(generated, dict) else {"generated cells": generated}
     genes = reduce(lambda common, names: common[common.isin(names)], [sample.var_names for sample in samples.values()])
@@ -79,11 +73,9 @@ def report_figure(
     if types is not None:
         plot_types(axes[1:], points, types, [f"real cells by {label_key}", f"generated cells by {label_key}"])
         _plot_fold_changes(statistics[3], (x, ys[0]), types)
-        shown, panels = (
-            common_types(types)[:MAX_DOT_PLOT_TYPES],
-            dict(zip(("real", "generated"), zip((x, ys[0]), types))),
-        )
+        shown = common_types(types)[:MAX_DOT_PLOT_TYPES]
         if shown:
+            panels = {"held-out cells": (x, types[0]), "generated cells": (ys[0], types[1])}
             plot_markers(rows[2], panels, shown, genes.to_numpy())
     return figure
 
@@ -117,14 +109,7 @@ def joint_tsne(matrices: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def plot_sources(axis: Axes, real: np.ndarray, generated: np.ndarray, title: str):
-    """
-    Generated cells over real cells, in one panel.
-
-    Args:
-        axis (`Axes`): Panel to draw in.
-        real, generated (`np.ndarray` of shape `(cells, 2)`): Points of an [`embedding`].
-        title (`str`): Title of the panel.
-    """
+    """Generated cells over real cells in one panel: points `(cells, 2)` of an [`embedding`]."""
     size = _point_size(len(real) + len(generated))
     for points, colour, name in ((real, REAL, "held-out"), (generated, GENERATED, "generated")):
         axis.scatter(*points.T, s=size, color=colour, label=f"{name} ({len(points)})", linewidths=0, alpha=0.8)

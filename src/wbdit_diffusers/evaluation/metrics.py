@@ -1,10 +1,7 @@
 """Metrics of generated cells: arrays in, floats out.
 
-They take log-normalised expression (cells × genes), or its principal components, of held-out cells and of generated
-cells. No metric is meaningful alone: compare it with the same metric of real cells, the real reference.
-
-Arguments: `real` are held-out cells and `generated` are generated cells, both `(cells, genes)`, or
-`(cells, dimensions)` for distances. Labels are `(cells,)`.
+They take log-normalised expression `(cells, genes)` or, for distances, its principal components `(cells, dimensions)`,
+of held-out cells (`real`) and of generated cells. No metric is meaningful alone: compare it with the real reference.
 """
 
 import numpy as np
@@ -30,9 +27,7 @@ MIN_TRAIN_CELLS = 30  # of a label
 def wasserstein2(real: np.ndarray, generated: np.ndarray) -> float:
     """Exact 2-Wasserstein distance of two sets of equally many points, by optimal assignment."""
     if len(real) != len(generated):
-        raise ValueError(
-            f"W2 needs equally many cells: there are {len(generated)} generated and {len(real)} real ones."
-        )
+        raise ValueError(f"W2 needs equally many cells: {len(generated)} are generated, {len(real)} are real.")
     cost = cdist(real, generated, "sqeuclidean")
     return float(np.sqrt(cost[linear_sum_assignment(cost)].mean()))
 
@@ -167,62 +162,17 @@ def cell_type_classifier(x: np.ndarray, labels: np.ndarray, seed: int = 0) -> Cl
 
 
 def log_fold_changes(x: np.ndarray, labels: np.ndarray, label: str) -> np.ndarray:
-    """
-    log2 fold change `(genes,)` between the cells of one label and all others, with a pseudocount of 1.
-
-    Args:
-        x (`np.ndarray` of shape `(cells, genes)`): log1p(CP10k).
-        labels (`np.ndarray` of shape `(cells,)`): Label of each cell.
-        label (`str`): The label.
-    """
+    """log2 fold change of log1p(CP10k) `(cells, genes)` between the cells of one label and all others: `(genes,)`."""
     of_label = labels == label
     mean, others = np.expm1(x[of_label]).mean(axis=0), np.expm1(x[~of_label]).mean(axis=0)
     return np.log2((mean + 1) / (others + 1))
 
 
 def rank_markers(x: np.ndarray, labels: np.ndarray, label: str) -> np.ndarray:
-    """
-    Genes ranked by Welch's t between the cells of one label and all others, highest first: `(genes,)` positions. The
-    arguments are those of [`log_fold_changes`].
-    """
+    """Positions of genes, ranked by Welch's t between the cells of one label and all others, highest first."""
     of_label = labels == label
     # For a gene that no cell expresses, t is 0 instead of NaN.
     return np.argsort(-np.nan_to_num(ttest_ind(x[of_label], x[~of_label], equal_var=False).statistic), kind="stable")
-
-
-def marker_statistics(
-    train: CellArrays, real: CellArrays, generated: CellArrays, labels: list[str]
-) -> dict[str, dict[str, float]]:
-    """
-    Agreement of the marker genes of each label: the first 50 of [`rank_markers`] in the training cells.
-
-    Returns:
-        `dict`: for each label, and for `"pooled"` over all their markers, `lfc_slope` (least squares through the
-        origin, generated against real log fold changes) and `de_recovery` (fraction of the first 50 genes of real
-        cells that are among the first 50 of generated cells; for `"pooled"`, the mean).
-    """
-
-    def slope(x: np.ndarray, y: np.ndarray) -> float:
-        # Through the origin: fold changes of the few held-out cells are noisy, and a free intercept would turn the
-        # noise into a flatter slope.
-        return float(x @ y / (x @ x))
-
-    statistics, real_changes, generated_changes = {}, [], []
-    for label in labels:
-        markers, first, second = (
-            rank_markers(cells.expression, cells.types, label)[:MARKERS_PER_TYPE] for cells in (train, real, generated)
-        )
-        real_changes.append(log_fold_changes(real.expression, real.types, label)[markers])
-        generated_changes.append(log_fold_changes(generated.expression, generated.types, label)[markers])
-        statistics[label] = {
-            "lfc_slope": slope(real_changes[-1], generated_changes[-1]),
-            "de_recovery": len(np.intersect1d(first, second)) / len(first),
-        }
-    statistics["pooled"] = {
-        "lfc_slope": slope(np.concatenate(real_changes), np.concatenate(generated_changes)),
-        "de_recovery": float(np.mean([one["de_recovery"] for one in statistics.values()])),
-    }
-    return statistics
 
 
 def paper_parity(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
@@ -256,36 +206,50 @@ def compare_labels(
         seed (`int`, defaults to 0): Seed of the classifiers.
 
     Returns:
-        `tuple`: first the metrics over all labels. `purity` is the accuracy on generated cells of a classifier fitted
-        on training cells, divided by that on held-out cells. `f1` is the macro-averaged score on held-out cells of a
-        classifier fitted on generated cells. `lfc_slope` and `de_recovery` are those of [`marker_statistics`]. Then,
-        for each label, the same without `f1`, and `w2` (NaN for different numbers of cells) and `mmd2`.
+        `tuple`: metrics over all labels, and those of each label. `purity` is the accuracy on generated cells of a
+        classifier fitted on training cells, divided by that on held-out cells. `f1` (over all labels) is the
+        macro-averaged score on held-out cells of a classifier fitted on generated cells. `lfc_slope` is the least
+        squares slope of generated against real log fold changes of markers, the first 50 of [`rank_markers`] in the
+        training cells. `de_recovery` is the fraction of the first 50 genes of real cells that are among the first 50
+        of generated cells. `w2` (NaN for different numbers of cells) and `mmd2` are those of each label.
     """
     if len(labels) < 2:
         return {}, {}
     classifier = cell_type_classifier(train.expression, train.types, seed)
     real_hits, generated_hits = (classifier.predict(cells.expression) == cells.types for cells in (real, generated))
     real_pcs, generated_pcs = (pca.transform(cells.expression) for cells in (real, generated))
-    statistics = marker_statistics(train, real, generated, labels)
 
     def purity(label: list[str]) -> float:
         """Accuracy ratio; NaN if the classifier recognises no real cell of the label."""
         accuracy = real_hits[np.isin(real.types, label)].mean()
         return float(generated_hits[np.isin(generated.types, label)].mean() / accuracy) if accuracy else float("nan")
 
-    predicted = cell_type_classifier(generated.expression, generated.types, seed).predict(real.expression)
-    judged = np.isin(real.types, labels)
-    f1 = f1_score(real.types[judged], predicted[judged], labels=labels, average="macro", zero_division=0)
-    pooled = {"purity": purity(labels), "f1": float(f1), **statistics.pop("pooled")}
-    per_label = {}
+    def slope(x: np.ndarray, y: np.ndarray) -> float:
+        """Through the origin: changes in few held-out cells are noisy, and an intercept would flatten the slope."""
+        return float(x @ y / (x @ x))
+
+    per_label, changes = {}, []
     for label in labels:
+        markers, first, second = (
+            rank_markers(cells.expression, cells.types, label)[:MARKERS_PER_TYPE] for cells in (train, real, generated)
+        )
+        changes.append([log_fold_changes(c.expression, c.types, label)[markers] for c in (real, generated)])
         of_real, of_generated = real_pcs[real.types == label], generated_pcs[generated.types == label]
-        per_label[str(label)] = {
+        per_label[label] = {
             "purity": purity([label]),
-            **statistics[label],
+            "lfc_slope": slope(*changes[-1]),
+            "de_recovery": len(np.intersect1d(first, second)) / len(first),
             "w2": wasserstein2(of_real, of_generated) if len(of_real) == len(of_generated) else float("nan"),
             "mmd2": mmd2(of_real, of_generated),
         }
+    predicted = cell_type_classifier(generated.expression, generated.types, seed).predict(real.expression)
+    judged = np.isin(real.types, labels)
+    pooled = {
+        "purity": purity(labels),
+        "f1": float(f1_score(real.types[judged], predicted[judged], labels=labels, average="macro", zero_division=0)),
+        "lfc_slope": slope(*map(np.concatenate, zip(*changes))),
+        "de_recovery": float(np.mean([row["de_recovery"] for row in per_label.values()])),
+    }
     return pooled, per_label
 
 

@@ -1,7 +1,5 @@
 """Comparisons for generated cells: real cells with the same labels, and baselines without a denoiser."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from ..models.gaussian_mixture import PSEUDO_CELLS, mixture_responsibilities, within_labels
@@ -46,7 +44,11 @@ def draw_matching(
 
 
 def gaussian_latents(
-    latents: np.ndarray, class_labels: np.ndarray, wanted_labels: np.ndarray, rng: np.random.Generator
+    latents: np.ndarray,
+    class_labels: np.ndarray,
+    wanted_labels: np.ndarray,
+    rng: np.random.Generator,
+    gaussian_mixture: bool = False,
 ) -> np.ndarray:
     """
     Draws from one Gaussian per combination of labels. Its covariance is shrunk towards the covariance pooled within
@@ -58,70 +60,50 @@ def gaussian_latents(
         wanted_labels (`np.ndarray` of shape `(cells, num_label_keys)`):
             Labels of the cells to draw. A combination without training cells is drawn from all of them.
         rng (`np.random.Generator`): Random numbers.
+        gaussian_mixture (`bool`, defaults to `False`): Whether to draw as [`gaussian_mixture_latents`].
 
     Returns:
         `np.ndarray` of shape `(cells, num_features)`.
     """
+    latents = latents.astype(np.float64)
+    codes, wanted = _combinations(class_labels, wanted_labels)
+    pooled = within_labels(latents, codes)
+    drawn = np.empty((len(wanted), latents.shape[1]))
+    for code in np.unique(wanted):
+        own, number = latents[codes == code] if (codes == code).any() else latents, int((wanted == code).sum())
+        if gaussian_mixture:
+            shares = mixture_responsibilities(own, pooled, seed=int(rng.integers(2**31)))
+            sizes = shares.sum(axis=0)
+            counts = rng.multinomial(number, sizes / sizes.sum())
+            parts = [_draw_gaussian(own, share, pooled, count, rng) for share, count in zip(shares.T, counts)]
+            drawn[wanted == code] = rng.permutation(np.concatenate(parts))
+        else:
+            drawn[wanted == code] = _draw_gaussian(own, np.ones(len(own)), pooled, number, rng)
+    return drawn
 
-    def draw(own: np.ndarray, pooled: np.ndarray, number: int) -> np.ndarray:
-        return _draw_gaussian(own, np.ones(len(own)), pooled, number, rng)
 
-    return _draw_by_label(latents, class_labels, wanted_labels, draw)
-
-
-def mixture_latents(
+def gaussian_mixture_latents(
     latents: np.ndarray, class_labels: np.ndarray, wanted_labels: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """
     Draws from the Gaussian mixture per combination of labels that [`GaussianMixtureDenoiser`] fits: 1 to 32 components
     by validation likelihood, covariances shrunk as in [`gaussian_latents`], whose arguments these are.
     """
-
-    def draw(own: np.ndarray, pooled: np.ndarray, number: int) -> np.ndarray:
-        responsibilities = mixture_responsibilities(own, pooled, seed=int(rng.integers(2**31)))
-        sizes = responsibilities.sum(axis=0)
-        drawn = np.concatenate(
-            [
-                _draw_gaussian(own, responsibilities[:, i], pooled, count, rng)
-                for i, count in enumerate(rng.multinomial(number, sizes / sizes.sum()))
-            ]
-        )
-        return rng.permutation(drawn)
-
-    return _draw_by_label(latents, class_labels, wanted_labels, draw)
+    return gaussian_latents(latents, class_labels, wanted_labels, rng, gaussian_mixture=True)
 
 
 def resampled_latents(
     latents: np.ndarray, class_labels: np.ndarray, wanted_labels: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """Training latents with the wanted labels, as from a perfect denoiser. Arguments: see [`gaussian_latents`]."""
-    codes = _combination_codes(class_labels, wanted_labels)
-    return latents[draw_matching(codes[: len(latents)], codes[len(latents) :], rng)]
+    return latents[draw_matching(*_combinations(class_labels, wanted_labels), rng)]
 
 
-def _combination_codes(class_labels: np.ndarray, wanted_labels: np.ndarray) -> np.ndarray:
-    """An integer for each combination of labels, training cells first, then wanted cells."""
+def _combinations(class_labels: np.ndarray, wanted_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An integer for the combination of labels of each training cell and of each wanted cell."""
     both = np.concatenate([class_labels, wanted_labels])
-    if both.shape[1] == 0:
-        return np.zeros(len(both), dtype=np.int64)
-    return np.unique(both, axis=0, return_inverse=True)[1].ravel()
-
-
-def _draw_by_label(
-    latents: np.ndarray,
-    class_labels: np.ndarray,
-    wanted_labels: np.ndarray,
-    draw: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
-) -> np.ndarray:
-    """Calls `draw(latents of the label, deviations of all cells from their label means, number)` for each label."""
-    codes = _combination_codes(class_labels, wanted_labels)
-    codes, wanted = codes[: len(latents)], codes[len(latents) :]
-    pooled = within_labels(latents.astype(np.float64), codes)
-    drawn = np.empty((len(wanted), latents.shape[1]))
-    for code in np.unique(wanted):
-        own = latents[codes == code] if (codes == code).any() else latents
-        drawn[wanted == code] = draw(own.astype(np.float64), pooled, int((wanted == code).sum()))
-    return drawn
+    codes = np.unique(both, axis=0, return_inverse=True)[1].ravel() if both.shape[1] else np.zeros(len(both), int)
+    return codes[: len(class_labels)], codes[len(class_labels) :]
 
 
 def _draw_gaussian(

@@ -1,6 +1,7 @@
 """Generators judged on held-out cells, next to real cells and baselines that are judged in the same way."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -190,36 +191,33 @@ def common_genes(columns: dict[str, list[ad.AnnData]], train: ad.AnnData, test: 
     return genes
 
 
+@dataclass
 class _Evaluator:
     """Everything fitted once on the real cells, and the metrics of one column after the other."""
 
-    def __init__(
-        self,
-        train: CellArrays,
-        test: CellArrays,
-        donors: list[np.ndarray] | None,
-        parity: bool,
-        seed: int,
-        n_jobs: int | None,
-    ):
-        self.train, self.test, self.donors, self.parity, self.n_jobs = train, test, donors, parity, n_jobs
-        self.seed = seed
-        self.train_labels, self.test_labels = train.label_or_blank(), test.label_or_blank()
-        fitted, self.other_half = split_halves(self.train_labels, seed)
-        self.fitted = train[fitted]
-        self.pca = PCA(min(30, *self.fitted.expression.shape), random_state=seed).fit(self.fitted.expression)
-        self.train_pcs, self.test_pcs = (self.pca.transform(cells.expression) for cells in (train, test))
+    train: CellArrays
+    test: CellArrays
+    donors: list[np.ndarray] | None
+    parity: bool
+    seed: int
+    n_jobs: int | None
+
+    def __post_init__(self):
+        fitted, self.other_half = split_halves(self.train.label_or_blank(), self.seed)
+        self.fitted = self.train[fitted]
+        self.pca = PCA(min(30, *self.fitted.expression.shape), random_state=self.seed).fit(self.fitted.expression)
+        self.train_pcs, self.test_pcs = (self.pca.transform(cells.expression) for cells in (self.train, self.test))
 
     def draw_reference(self, rng: np.random.Generator) -> np.ndarray:
         """Positions of training cells with the labels of the held-out cells, from the half that was not fitted."""
-        return draw_matching(self.train_labels, self.test_labels, rng, self.other_half)
+        return draw_matching(self.train.label_or_blank(), self.test.label_or_blank(), rng, self.other_half)
 
     def measure_draws(self, draws: list[dict[str, CellArrays]]) -> tuple[dict[str, dict], dict[str, dict]]:
         """All metrics of each column and of a new reference for each draw, as lists over draws; also by type."""
         all_cells: dict[str, dict] = {}
         per_type: dict[str, dict] = {}
-        num_columns = sum(len(columns) + 1 for columns in draws)
-        progress_bar = tqdm(total=num_columns, desc="Judging", unit=" samples", disable=None)  # only at a terminal
+        total = len(draws) * (len(draws[0]) + 1)
+        progress_bar = tqdm(total=total, desc="Judging", unit=" samples", disable=None)  # only at a terminal
         for i, columns in enumerate(draws):
             rng = np.random.default_rng([self.seed, i])
             reference = self.train[self.draw_reference(rng)]
@@ -255,7 +253,13 @@ class _Evaluator:
             row |= self._memory(pcs, members)
         if self.parity:
             row |= metrics.paper_parity(self.test.expression, cells.expression)
-        pooled, of_types = self._measure_types(cells, seed)
+        if cells.types is None:
+            return row, {}
+        labels = metrics.judged_labels(self.train, self.test, cells)
+        pooled, of_types = metrics.compare_labels(self.fitted, self.test, cells, labels, self.pca, seed)
+        for label, row_of_type in of_types.items() if cells.library_size is not None else ():
+            sizes = [side.library_size[side.types == label] for side in (self.test, cells)]
+            row_of_type["library_size_w1"] = metrics.library_size_w1(*sizes)
         return row | pooled, of_types
 
     def _memory(self, pcs: np.ndarray, members: np.ndarray) -> dict[str, float]:
@@ -269,18 +273,6 @@ class _Evaluator:
             donors = self.donors[0][members], self.donors[1]
             row["membership_auc_donor"] = metrics.donor_membership_auc(of_train, donors[0], of_test, donors[1])
         return row
-
-    def _measure_types(self, cells: CellArrays, seed: int) -> tuple[dict, dict[str, dict]]:
-        """Metrics that need cell types."""
-        if cells.types is None:
-            return {}, {}
-        labels = metrics.judged_labels(self.train, self.test, cells)
-        pooled, of_types = metrics.compare_labels(self.fitted, self.test, cells, labels, self.pca, seed)
-        if cells.library_size is not None:
-            for label, row in of_types.items():
-                sizes = [side.library_size[side.types == label] for side in (self.test, cells)]
-                row["library_size_w1"] = metrics.library_size_w1(*sizes)
-        return pooled, of_types
 
 
 def _append(lists: dict[str, list], row: dict[str, float]):

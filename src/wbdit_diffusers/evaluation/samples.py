@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 
-from .references import gaussian_latents, mixture_latents, resampled_latents
+from .references import gaussian_latents, gaussian_mixture_latents, resampled_latents
 
 
 logger = logging.get_logger(__name__)
 
 BASELINES = {
     "Gaussian per label": gaussian_latents,
-    "Gaussian mixture per label": mixture_latents,
+    "Gaussian mixture per label": gaussian_mixture_latents,
     "training latents resampled": resampled_latents,
 }
 MAX_CELLS = 5000  # the time of the optimal assignment grows with the third power of their number

@@ -1,6 +1,6 @@
-"""Quality of a model on its card: a table from the report of `wbdit evaluate`, and the Hub's `model-index`.
+"""Quality of a model on its card, from the report of `wbdit evaluate`.
 
-`evaluation` needs scikit-learn. It is imported only where there is a report.
+`evaluation` needs scikit-learn, so it is imported only where there is a report.
 """
 
 import json
@@ -11,19 +11,12 @@ import numpy as np
 from huggingface_hub import EvalResult
 
 
-METRICS = (
-    *("auc_forest", "auc_boosting", "auc_regression"),
-    *("membership_auc", "membership_auc_donor", "nearest_training_cell"),
-)
+METRICS = "auc_forest auc_boosting auc_regression membership_auc membership_auc_donor nearest_training_cell".split()
 
 
 def read_report(path: Path, num_genes: int) -> dict[str, Any]:
     """
-    Reads the report.json of a model.
-
-    Args:
-        path (`Path`): The file, or the folder that `wbdit evaluate` wrote.
-        num_genes (`int`): Number of genes of the model.
+    Reads the report.json of a model with `num_genes` genes from a file, or from the folder that has it.
 
     Raises:
         OSError: If there is none.
@@ -76,17 +69,17 @@ def eval_results(report: dict[str, Any], data_name: str) -> list[EvalResult]:
 
 def memory(report: dict[str, Any] | None) -> str:
     """The measured memorisation in a sentence."""
-    ours = report["metrics"]["generated"] if report else {}
+    metrics = report["metrics"]["generated"] if report else {}
+    ours = {name: _mean(metrics[name]) for name in METRICS if name in metrics}
     if "membership_auc" not in ours:
         return "not measured."
-    donors = ""
-    if "membership_auc_donor" in ours:
-        donors = f", and training donors from others with {_mean(ours['membership_auc_donor']):.3f}"
+    donor = "membership_auc_donor"
+    donors = f" Donors of training cells are separated from others with {ours[donor]:.3f}." if donor in ours else ""
     return (
-        f"the distance to the nearest generated cell separates training cells from held-out cells with an AUC of"
-        f" {_mean(ours['membership_auc']):.3f} (0.5 = not at all){donors}. Generated cells are"
-        f" {_mean(ours['nearest_training_cell']):.2f} times as far from the nearest training cell as held-out cells"
-        " are. Stronger attacks were not tried."
+        "the distance to the nearest generated cell separates training cells from held-out cells with an AUC of"
+        f" {ours['membership_auc']:.3f} (0.5 = not at all).{donors} Generated cells are"
+        f" {ours['nearest_training_cell']:.2f} times as far from the nearest training cell as held-out cells are."
+        " Stronger attacks were not tried."
     )
 
 
