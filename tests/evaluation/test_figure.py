@@ -30,7 +30,7 @@ def test_figure_of_several_generators(pbmc):
     plt.close(figure)
 
 
-@pytest.mark.parametrize("method", ["tsne", "pca", "umap"])
+@pytest.mark.parametrize("method", ["tsne", "pca", "umap"])  # the first UMAP compiles, which takes 10 s
 def test_embeddings_keep_the_order_of_the_groups(method):
     rng = np.random.default_rng(0)
     matrices = [rng.normal(size=(20, 5)), 30 + rng.normal(size=(30, 5))]

@@ -101,11 +101,9 @@ def test_membership_of_donors():
     assert metrics.donor_membership_auc(near, train_donors[:100], test, test_donors) == 1
     assert metrics.donor_membership_auc(remembered, train_donors, test, test_donors) == 0.5
     assert metrics.donor_membership_auc(unknown, train_donors, test, test_donors) == 0
-    # Cells of the same donors on both sides, as splits by cell have them
-    assert (
-        metrics.donor_membership_auc(remembered, train_donors, np.concatenate([far[:100], 3 + near]), train_donors)
-        == 0.5
-    )
+    # Splits by cell have the same donors on both sides.
+    test = np.concatenate([far[:100], 3 + near])
+    assert metrics.donor_membership_auc(remembered, train_donors, test, train_donors) == 0.5
 
 
 def judge_types(train, real, generated):
@@ -159,27 +157,12 @@ def test_rare_types_are_left_out():
 
 
 def test_parity_metrics_reward_collapse(samples):
-    """Why they are no headline."""
+    """They are no headline for this reason. A block of genes that few cells express has no bandwidth."""
     real = samples["real"]
-    assert metrics.paper_parity(real, real) == {
-        "paper_kl": pytest.approx(0, abs=1e-6),
-        "paper_wasserstein": pytest.approx(0, abs=1e-6),
-        "paper_mmd": pytest.approx(0, abs=0.02),
-    }
-    mean_cell = np.tile(real.mean(axis=0), (len(real), 1))
+    assert all(abs(value) < 0.02 for value in metrics.paper_parity(real, real).values())
+    of_mean_cell = metrics.paper_parity(real, np.tile(real.mean(axis=0), (len(real), 1)))
+    assert of_mean_cell["paper_kl"] < metrics.paper_parity(real, samples["generated"])["paper_kl"]
+    rare = np.hstack([real[:, :20], np.eye(150, 20)])
     assert (
-        metrics.paper_parity(real, mean_cell)["paper_kl"]
-        < metrics.paper_parity(real, samples["generated"])["paper_kl"]
-    )
-
-
-def test_paper_parity_of_genes_that_few_cells_express():
-    """The median distance within 20 such genes is 0, which is no bandwidth."""
-    rng = np.random.default_rng(0)
-    real, generated = (
-        np.hstack([rng.normal(size=(30, 20)), np.eye(30, 20)[rng.permutation(30)] * (np.arange(30) < 5)[:, None]])
-        for _ in range(2)
-    )
-    assert metrics.paper_parity(real, generated)["paper_mmd"] == pytest.approx(
-        metrics.paper_parity(real[:, :20], generated[:, :20])["paper_mmd"]
+        metrics.paper_parity(rare, rare)["paper_mmd"] == metrics.paper_parity(rare[:, :20], rare[:, :20])["paper_mmd"]
     )
