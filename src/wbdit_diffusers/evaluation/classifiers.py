@@ -34,7 +34,7 @@ def paired_folds(
     distribution.
 
     Folds stratified by source alone do not have this property. If both sides have equally many cells of a type, a side
-    with more of them in the training folds has fewer in the test fold, and a classifier learns the wrong sign.
+    with more of them in the training folds has fewer in the test fold. A classifier then learns the wrong sign.
 
     - If both sides have the same number of cells of each label, as conditional samples and references do, the cells of
       a label are paired at random, and a pair shares its fold. The label then carries no information about the side.
@@ -45,7 +45,7 @@ def paired_folds(
     Args:
         real_labels, other_labels (`np.ndarray` of shape `(cells,)`): Labels of held-out cells, and of the others.
         num_folds (`int`): Number of folds.
-        rng (`np.random.Generator`): Random numbers for shuffling the cells of each label.
+        rng (`np.random.Generator`): Random numbers.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: fold of each real and of each other cell; sizes differ by at most one a side.
@@ -108,10 +108,7 @@ def forest(shape: tuple[int, int], seed: int = 0, n_jobs: int | None = None) -> 
 
 
 def boosting(shape: tuple[int, int], seed: int = 0, n_jobs: int | None = None) -> ClassifierMixin:
-    """
-    Gradient boosting, which adds up many weak signals and uses sequencing depth and exact counts. Small trees on the
-    300 most variable genes are nine times as fast as large ones on all, and about as sensitive (lab/ruler.md).
-    """
+    """Gradient boosting, which adds up many weak signals and uses sequencing depth and counts (lab/ruler.md)."""
     return make_pipeline(
         MostVariableGenes(),
         HistGradientBoostingClassifier(
@@ -154,10 +151,8 @@ def two_sample_auc(
     n_jobs: int | None = None,
 ) -> float:
     """
-    AUC of one classifier that separates other cells from real cells, averaged over five [`paired_folds`].
-
-    The AUC of all predictions together would be biased: classifiers of different folds have different scales, and the
-    shift between two scales depends on which side has more of a type in training.
+    AUC of one classifier that separates other cells from real cells, averaged over five [`paired_folds`]. The AUC of
+    all predictions together would be biased: the scales of two folds differ by which side has more of a type.
 
     Args:
         real, other ([`CellArrays`]): Held-out cells, and generated or other real cells.

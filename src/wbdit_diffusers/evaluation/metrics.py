@@ -243,10 +243,10 @@ def compare_labels(
             "mmd2": mmd2(of_real, of_generated),
         }
     predicted = cell_type_classifier(generated.expression, generated.types, seed).predict(real.expression)
-    judged = np.isin(real.types, labels)
+    types, judged = np.asarray(real.types), np.isin(real.types, labels)
     pooled = {
         "purity": purity(labels),
-        "f1": float(f1_score(real.types[judged], predicted[judged], labels=labels, average="macro", zero_division=0)),
+        "f1": float(f1_score(types[judged], predicted[judged], labels=labels, average="macro", zero_division=0)),
         "lfc_slope": slope(*map(np.concatenate, zip(*changes))),
         "de_recovery": float(np.mean([row["de_recovery"] for row in per_label.values()])),
     }

@@ -39,12 +39,8 @@ def evaluate(
         num_samples (`int`, defaults to 3): Number of samples, and of draws of the real reference.
         seed (`int`, defaults to 0): Seed of the first sample and of the judging.
         baselines (`bool`, defaults to `True`): Whether to judge [`draw_baselines`] as well.
-        donor_key (`str`, *optional*): Column of `obs` with the donor, for membership inference of donors.
-        parity (`bool`, defaults to `False`): Whether to add the metrics of arXiv 2411.06785, which reward collapse.
+        donor_key, parity: As in [`evaluate_cells`], which describes the returned `dict` and the errors.
         call_kwargs: Further arguments of [`draw_samples`] and of the pipeline's call, e.g. `num_inference_steps`.
-
-    Returns:
-        `dict`: see [`evaluate_cells`], and there for what it raises.
     """
     samples, test = draw_samples(pipe, test, num_samples, seed, **call_kwargs)
     config = pipe.processor.config
@@ -121,26 +117,16 @@ def evaluate_cells(
         real_cells(adata, genes, values, layer, label_keys, within_genes) for adata in (train, test)
     )
     donors = None if donor_key is None else [combined_labels(adata, [donor_key]) for adata in (train, test)]
-    num_samples = len(next(iter(columns.values())))
-    draws = [
-        {
-            name: generated_cells(drawn[i][:, genes], values, label_keys, within_genes)
-            for name, drawn in columns.items()
-        }
-        for i in range(num_samples)
-    ]
-    for name, cells in [column for columns in draws for column in columns.items() if column[1].types is not None]:
-        unknown = np.setdiff1d(cells.types, np.union1d(real_train.types, real_test.types))
-        if len(unknown):
-            raise ValueError(
-                f"{name!r} has cells of type {str(unknown[0])!r}, which no real cell has: rename the types."
-            )
-    rows, per_type = _Evaluator(real_train, real_test, donors, parity, seed, n_jobs).measure_draws(draws)
+    arrays = {
+        name: [generated_cells(sample[:, genes], values, label_keys, within_genes) for sample in drawn]
+        for name, drawn in columns.items()
+    }
+    rows, per_type = _Evaluator(real_train, real_test, donors, parity, seed, n_jobs).measure_all(arrays)
     return {
         "num_train": train.n_obs,
         "num_test": test.n_obs,
         "num_genes": len(genes),
-        "num_samples": num_samples,
+        "num_samples": len(next(iter(columns.values()))),
         "label_key": label_keys[0] if label_keys else None,
         "donor_key": donor_key,
         "within_genes": within_genes,
@@ -212,21 +198,28 @@ class _Evaluator:
         """Positions of training cells with the labels of the held-out cells, from the half that was not fitted."""
         return draw_matching(self.train.label_or_blank(), self.test.label_or_blank(), rng, self.other_half)
 
-    def measure_draws(self, draws: list[dict[str, CellArrays]]) -> tuple[dict[str, dict], dict[str, dict]]:
+    def measure_all(self, columns: dict[str, list[CellArrays]]) -> tuple[dict[str, dict], dict[str, dict]]:
         """All metrics of each column and of a new reference for each draw, as lists over draws; also by type."""
         all_cells: dict[str, dict] = {}
         per_type: dict[str, dict] = {}
-        total = len(draws) * (len(draws[0]) + 1)
+        for name, cells in [
+            (name, cells) for name, drawn in columns.items() for cells in drawn if cells.types is not None
+        ]:
+            unknown = np.setdiff1d(cells.types, np.union1d(self.train.types, self.test.types))
+            if len(unknown):
+                raise ValueError(f"{name!r} has cells of type {str(unknown[0])!r}, which no real cell has: rename it.")
+        draws = list(zip(*columns.values()))
+        total = len(draws) * (len(columns) + 1)
         progress_bar = tqdm(total=total, desc="Judging", unit=" samples", disable=None)  # only at a terminal
-        for i, columns in enumerate(draws):
+        for i, draw in enumerate(draws):
             rng = np.random.default_rng([self.seed, i])
             reference = self.train[self.draw_reference(rng)]
             members = self.draw_reference(rng)
-            for name, cells in (columns | {REFERENCE: reference}).items():
+            for name, cells in zip([*columns, REFERENCE], [*draw, reference]):
                 row, rows_of_types = self.measure(cells, None if name == REFERENCE else members, self.seed + i)
                 _append(all_cells.setdefault(name, {}), row)
                 for label, row in rows_of_types.items():
-                    num_train, num_test = (int((side.types == label).sum()) for side in (self.train, self.test))
+                    num_train, num_test = (int(np.sum(side.types == label)) for side in (self.train, self.test))
                     entry = {"num_train": num_train, "num_test": num_test, "metrics": {}}
                     _append(per_type.setdefault(label, entry)["metrics"].setdefault(name, {}), row)
                 progress_bar.update()
@@ -257,9 +250,10 @@ class _Evaluator:
             return row, {}
         labels = metrics.judged_labels(self.train, self.test, cells)
         pooled, of_types = metrics.compare_labels(self.fitted, self.test, cells, labels, self.pca, seed)
-        for label, row_of_type in of_types.items() if cells.library_size is not None else ():
-            sizes = [side.library_size[side.types == label] for side in (self.test, cells)]
-            row_of_type["library_size_w1"] = metrics.library_size_w1(*sizes)
+        if cells.library_size is not None:
+            for label, row_of_type in of_types.items():
+                sides = [side[side.types == label].library_size for side in (self.test, cells)]
+                row_of_type["library_size_w1"] = metrics.library_size_w1(*sides)
         return row | pooled, of_types
 
     def _memory(self, pcs: np.ndarray, members: np.ndarray) -> dict[str, float]:

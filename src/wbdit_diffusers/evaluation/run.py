@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import anndata as ad
 import numpy as np
@@ -99,7 +99,7 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
     baselines = None
     if config.baselines and len(pipes) == 1:
         num_samples = len(next(iter(samples.values())))
-        baselines = draw_baselines(*pipes.values(), train, test, num_samples, config.seed)
+        baselines = draw_baselines(next(iter(pipes.values())), train, test, num_samples, config.seed)
     report = evaluate_cells(
         samples,
         train,
@@ -186,6 +186,9 @@ def _samples(
         common_genes(samples, train, test)
     for name, pipe in pipes.items():
         pipe.set_progress_bar_config(desc=f"Generating {name}", unit=" steps", disable=None)  # only at a terminal
-        call = {"guidance_scale": config.guidance_scale, "num_inference_steps": config.num_inference_steps}
+        call: dict[str, Any] = {
+            "guidance_scale": config.guidance_scale,
+            "num_inference_steps": config.num_inference_steps,
+        }
         samples[name], _ = draw_samples(pipe, test, num_samples, config.seed, **call)
     return {name: samples[name] for name in paths}, test

@@ -21,13 +21,7 @@ MAX_CELLS = 5000  # the time of the optimal assignment grows with the third powe
 
 
 def cells_to_judge(known: np.ndarray, max_cells: int = MAX_CELLS) -> np.ndarray:
-    """
-    Sorted positions of the held-out cells to judge: at most `max_cells` of those whose labels training knows.
-
-    Args:
-        known (`np.ndarray` of shape `(cells,)`): Mask of the held-out cells with labels that training knows.
-        max_cells (`int`, defaults to 5000): Maximum number of cells.
-    """
+    """Sorted positions of the held-out cells to judge: at most `max_cells` that are `known` to the training labels."""
     if not known.any():
         raise ValueError("No held-out cell has labels that training knows: give cells of the kind in training.")
     if not known.all():
@@ -54,9 +48,6 @@ def draw_samples(
 
     Returns:
         `tuple[list[AnnData], AnnData]`: the samples and the corresponding held-out cells.
-
-    Raises:
-        ValueError: If the pipeline knows the labels of no held-out cell.
     """
     test = test[cells_to_judge(pipe.processor.knows_labels(test), max_cells)]
     labels = {key: test.obs[key].astype(str).tolist() for key in pipe.processor.label_keys}

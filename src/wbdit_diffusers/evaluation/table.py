@@ -48,9 +48,6 @@ def to_markdown(report: dict) -> str:
 
     Args:
         report (`dict`): Result of [`evaluate_cells`].
-
-    Returns:
-        `str`
     """
     parts = [headline(report), describe_samples(report), metric_table(report)]
     if report["per_type"] and GENERATED in report["generators"]:
@@ -88,15 +85,12 @@ def describe_samples(report: dict) -> str:
 
 def metric_table(report: dict, metrics: Sequence[str] = tuple(TITLES)) -> str:
     """
-    Excess and metrics of each column as a Markdown table.
+    Excess and metrics as a Markdown table. Its columns are the generators, ordered by excess, the real reference and
+    the baselines, and for one generator its difference from the reference.
 
     Args:
         report (`dict`): Result of [`evaluate_cells`].
         metrics (`Sequence[str]`, defaults to all): Keys of `TITLES` to show.
-
-    Returns:
-        `str`: columns are the generators, ordered by excess, the real reference and the baselines, and for one
-        generator its difference from the reference.
     """
     generators, columns = by_excess(report), report["metrics"]
     names = [*generators, REFERENCE, *(name for name in columns if name not in (*generators, REFERENCE))]
@@ -108,8 +102,8 @@ def metric_table(report: dict, metrics: Sequence[str] = tuple(TITLES)) -> str:
         if any(metric in columns[name] for name in generators):
             rows.append([TITLES[metric], *(mean_and_sd(columns[name].get(metric)) for name in names)])
             if len(generators) == 1:
-                ours, real = (columns[name].get(metric, np.nan) for name in names[:2])
-                rows[-1].append(mean_and_sd(np.subtract(ours, real)))
+                ours, real = (np.array(columns[name].get(metric, np.nan), dtype=float) for name in names[:2])
+                rows[-1].append(mean_and_sd(ours - real))
     return _table(rows)
 
 
