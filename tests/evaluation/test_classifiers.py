@@ -1,4 +1,4 @@
-"""The two-sample tests: 0.5 if there is nothing to see, more if there is."""
+"""Two-sample tests: an AUC of 0.5 for equal distributions, more for different ones."""
 
 import anndata as ad
 import numpy as np
@@ -6,12 +6,12 @@ import pytest
 from sklearn.model_selection import StratifiedKFold
 
 from wbdit_diffusers.evaluation import classifiers
-from wbdit_diffusers.evaluation.cells import Cells, real_cells
+from wbdit_diffusers.evaluation.cells import CellArrays, real_cells
 from wbdit_diffusers.evaluation.classifiers import JUDGES, judge, paired_folds, two_sample_auc
 
 
 class SubtypeTable:
-    """Sees nothing but the subtype in the first gene, and says how much commoner it is on a side of the training."""
+    """Uses only the subtype in the first gene, and predicts the side on which it is more common in training."""
 
     def fit(self, x: np.ndarray, y: np.ndarray) -> "SubtypeTable":
         subtypes = x[:, 0].astype(int)
@@ -24,8 +24,8 @@ class SubtypeTable:
         return np.column_stack([1 - share, share])
 
 
-def typed_sides(setting: str, size: int, rng: np.random.Generator) -> tuple[Cells, Cells]:
-    """Two sides of one distribution of 8 types, each of 3 subtypes that the folds know nothing of."""
+def typed_sides(setting: str, size: int, rng: np.random.Generator) -> tuple[CellArrays, CellArrays]:
+    """Two sides of one distribution of 8 types, each with 3 subtypes that the folds do not know."""
     frequencies = np.array([30, 20, 15, 10, 10, 7, 5, 3]) / 100
     real = np.repeat(np.arange(8), np.diff(np.rint(np.cumsum([0, *frequencies]) * size).astype(int)))
     other = real if setting == "matched" else rng.choice(8, size, p=frequencies)
@@ -34,7 +34,7 @@ def typed_sides(setting: str, size: int, rng: np.random.Generator) -> tuple[Cell
     sides = []
     for labels in (real, other):
         genes = (3 * labels + rng.integers(3, size=size))[:, None].astype(np.float32)
-        sides.append(Cells(genes, genes, labels=None if setting == "unlabelled" else labels))
+        sides.append(CellArrays(genes, genes, labels=None if setting == "unlabelled" else labels))
     return tuple(sides)
 
 
@@ -49,13 +49,13 @@ def mean_auc(setting: str, size: int, repeats: int) -> float:
 
 @pytest.mark.parametrize("setting", ["matched", "iid", "unlabelled"])
 @pytest.mark.parametrize("size, repeats", [(60, 300), (150, 150), (500, 60), (2000, 20)])
-def test_two_samples_of_one_distribution_are_not_told_apart(setting, size, repeats):
-    """With a classifier that has eyes for types alone; the mean of so many repeats is known to ± 0.005."""
+def test_two_samples_of_one_distribution_are_not_separated(setting, size, repeats):
+    """With a classifier of types alone; the standard error of these means is at most 0.005."""
     assert mean_auc(setting, size, repeats) == pytest.approx(0.5, abs=0.02)
 
 
 def test_folds_by_source_alone_would_fail(monkeypatch):
-    """Why the folds are paired: this is the bias that the test above would find."""
+    """The reason for paired folds: the test above would find this bias."""
 
     def folds_by_source(real_labels, other_labels, num_folds, rng):
         source = np.repeat([0, 1], [len(real_labels), len(other_labels)])
@@ -70,54 +70,41 @@ def test_folds_by_source_alone_would_fail(monkeypatch):
     assert mean_auc("matched", 150, 150) < 0.48
 
 
-def halves(pbmc: ad.AnnData, seed: int, num_genes: int = 100) -> tuple[Cells, Cells]:
+def halves(pbmc: ad.AnnData, seed: int, num_genes: int = 100) -> tuple[CellArrays, CellArrays]:
     """Real cells split in two with the same labels."""
     total = np.asarray(pbmc.X.sum(axis=0)).ravel()
     cells = real_cells(pbmc, pbmc.var_names[np.argsort(-total)[:num_genes]], label_keys=["cell_type"])
-    rng = np.random.default_rng(seed)
-    sides = [[], []]
+    rng, sides = np.random.default_rng(seed), []
     for label in np.unique(cells.labels):
         of_label = rng.permutation(np.flatnonzero(cells.labels == label))[:60]
-        for side, part in zip(sides, of_label[: len(of_label) // 2 * 2].reshape(2, -1)):
-            side.extend(part)
-    return cells[np.array(sides[0])], cells[np.array(sides[1])]
+        sides.append(of_label[: len(of_label) // 2 * 2].reshape(2, -1))
+    return tuple(cells[side] for side in np.hstack(sides))
 
 
-def test_the_judges_do_not_tell_real_cells_apart(pbmc):
+def test_the_judges_do_not_separate_real_cells(pbmc):
     aucs = [judge(*halves(pbmc, seed), seed=seed, n_jobs=2) for seed in range(3)]
     for name in JUDGES:
         # The standard deviation of one is about 0.03, so that of the mean 0.017.
         assert np.mean([row[name] for row in aucs]) == pytest.approx(0.5, abs=0.06), name
-
-
-def test_the_regression_does_not_tell_real_cells_apart_on_average(pbmc):
-    """The quick one of the three, often enough to see a small bias."""
+    # The quickest of the three, often enough to see a small bias
     aucs = [two_sample_auc(*halves(pbmc, seed), *JUDGES["regression"], seed, n_jobs=1) for seed in range(25)]
     assert np.mean(aucs) == pytest.approx(0.5, abs=0.02)
 
 
-def test_permuted_genes_are_found(pbmc):
-    """Each gene's counts permuted over the cells of a type: every gene is right, no cell is."""
+def test_permuted_genes_and_doubled_counts_are_found(pbmc):
+    """Counts of each gene permuted over the cells of a type; then all counts doubled, which only counts show."""
     real, other = halves(pbmc, 0)
-    rng = np.random.default_rng(0)
-    matrix = other.matrix.copy()
+    rng, matrix = np.random.default_rng(0), other.matrix.copy()
     for label in np.unique(other.labels):
         of_label = other.labels == label
         matrix[of_label] = rng.permuted(matrix[of_label], axis=0)
     expression = np.log1p(matrix * (1e4 / other.library_size)[:, None]).astype(np.float32)
-    permuted = Cells(matrix, expression, other.library_size, other.labels)
-    aucs, null = (judge(real, cells, n_jobs=2) for cells in (permuted, other))
-    assert max(aucs.values()) > 0.65
-    assert aucs["boosting"] > null["boosting"] + 0.1
-
-
-def test_boosting_sees_what_only_counts_show(pbmc):
-    """Twice the library size and all counts doubled: log1p(CP10k) is the same to the last digit."""
-    real, other = halves(pbmc, 0)
-    deeper = Cells(2 * other.matrix, other.expression, 2 * other.library_size, other.labels)
-    aucs = judge(real, deeper, n_jobs=2)
-    assert aucs["boosting"] > 0.95
-    assert abs(aucs["forest"] - 0.5) < 0.12 and abs(aucs["regression"] - 0.5) < 0.12
+    permuted = CellArrays(matrix, expression, other.library_size, other.labels)
+    deeper = CellArrays(2 * other.matrix, other.expression, 2 * other.library_size, other.labels)
+    of_permuted, of_deeper, null = (judge(real, cells, n_jobs=2) for cells in (permuted, deeper, other))
+    assert max(of_permuted.values()) > 0.65 and of_permuted["boosting"] > null["boosting"] + 0.1
+    assert of_deeper["boosting"] > 0.95
+    assert abs(of_deeper["forest"] - 0.5) < 0.12 and abs(of_deeper["regression"] - 0.5) < 0.12
 
 
 def test_pairs_share_their_folds():
@@ -125,33 +112,22 @@ def test_pairs_share_their_folds():
     labels = np.repeat(["a", "b", "c", "d", "e"], [1, 2, 7, 23, 40])
     other = rng.permutation(labels)
     folds = paired_folds(labels, other, 5, rng)
-    for fold in range(5):
-        of_real, of_other = (np.sort(names[where == fold]) for names, where in zip((labels, other), folds))
-        assert of_real.tolist() == of_other.tolist()
+    assert all(sorted(labels[folds[0] == i]) == sorted(other[folds[1] == i]) for i in range(5))
     assert np.ptp(np.bincount(folds[0])) <= 1
-
-
-def test_folds_of_other_label_counts():
-    rng = np.random.default_rng(0)
+    # With other label counts, folds of the other side are random: a rare label is not dealt out evenly.
     labels, other = np.repeat(["a", "b"], [50, 50]), np.repeat(["a", "b"], [20, 83])
     real_folds, other_folds = paired_folds(labels, other, 5, rng)
     assert np.bincount(real_folds[:50]).tolist() == np.bincount(real_folds[50:]).tolist() == [10] * 5
     assert np.ptp(np.bincount(other_folds)) <= 1
-    # At random: the rare label is not dealt out evenly.
-    counts = [np.bincount(paired_folds(labels, other, 5, rng)[1][:20], minlength=5) for _ in range(20)]
-    assert np.std(counts) > 1
+    assert np.std([np.bincount(paired_folds(labels, other, 5, rng)[1][:20], minlength=5) for _ in range(20)]) > 1
 
 
-def test_few_cells():
+def test_few_cells_and_log_values():
     sides = typed_sides("unlabelled", 4, np.random.default_rng(0))
     view, make = classifiers.expression_view, lambda shape, seed, n_jobs: SubtypeTable()
     assert 0 <= two_sample_auc(*sides, view, make) <= 1  # four folds of one cell a side
-    with pytest.raises(ValueError, match="at least 4 cells on each side; there are 3 held-out and 4"):
+    with pytest.raises(ValueError, match="at least 4 cells a side: there are 3 held-out"):
         two_sample_auc(sides[0][:3], sides[1], view, make)
-
-
-def test_log_values_have_no_library():
-    rng = np.random.default_rng(0)
-    x = rng.gamma(1, 1, (40, 10)).astype(np.float32)
-    real, other = Cells(x[:20], x[:20]), Cells(x[20:] + 1, x[20:] + 1)
+    x = np.random.default_rng(0).gamma(1, 1, (40, 10)).astype(np.float32)
+    real, other = CellArrays(x[:20], x[:20]), CellArrays(x[20:] + 1, x[20:] + 1)  # without library sizes
     assert two_sample_auc(real, other, *JUDGES["boosting"], n_jobs=1) > 0.8

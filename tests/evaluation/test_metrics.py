@@ -1,22 +1,11 @@
+"""Metrics: what each finds, and what it does not."""
+
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from wbdit_diffusers.evaluation.metrics import (
-    compare_labels,
-    donor_membership_auc,
-    gene_statistics,
-    judged_labels,
-    library_size_w1,
-    manifold_metrics,
-    membership_auc,
-    mmd2,
-    nearest_distances,
-    nearest_training_cell_ratio,
-    other_genes_error,
-    paper_parity,
-    wasserstein2,
-)
+from wbdit_diffusers.evaluation import metrics
+from wbdit_diffusers.evaluation.cells import CellArrays
 
 
 @pytest.fixture(scope="module")
@@ -31,99 +20,75 @@ def samples():
     return {"train": sample(400), "real": sample(150), "generated": sample(150)}
 
 
-def test_a_perfect_generator(samples):
-    real, generated = samples["real"], samples["generated"]
-    metrics = gene_statistics(real, generated)
-    assert abs(mmd2(real, generated)) < 0.01
-    assert metrics["variance_ratio"] == pytest.approx(1, abs=0.15)
-    assert metrics["mean_pearson"] > 0.9 and metrics["mean_spearman"] > 0.9
-    assert metrics["zero_fraction_error"] < 0.06
-    assert metrics["gene_correlation"] > 0.7
-
-
-def test_copies_of_the_real_cells(samples):
-    real = samples["real"]
-    assert wasserstein2(real, real[::-1]) == pytest.approx(0, abs=1e-6)
-    statistics = gene_statistics(real, real)
-    assert statistics.pop("zero_fraction_error") == 0
-    assert all(value == pytest.approx(1) for value in statistics.values())
-
-
-def test_a_collapsed_generator_is_found_out(samples):
-    collapsed = np.tile(samples["real"].mean(axis=0), (150, 1)) + np.random.default_rng(0).normal(0, 1e-3, (150, 60))
-    assert gene_statistics(samples["real"], collapsed)["variance_ratio"] < 0.01
-    assert mmd2(samples["real"], collapsed) > 0.1
-    assert wasserstein2(samples["real"], collapsed) > wasserstein2(samples["real"], samples["generated"])
-
-
-def test_shuffled_genes_are_found_out(samples):
-    """Each gene's values permuted over the cells: the marginals are right, the cells are not."""
-    rng = np.random.default_rng(0)
-    shuffled = np.stack([rng.permutation(column) for column in samples["generated"].T], axis=1)
-    before = gene_statistics(samples["real"], samples["generated"])
-    after = gene_statistics(samples["real"], shuffled)
-    assert after["mean_pearson"] == pytest.approx(before["mean_pearson"], abs=1e-5)
-    assert after["gene_correlation"] < 0.3 < before["gene_correlation"]
-    assert mmd2(samples["real"], shuffled) > 0.01 > mmd2(samples["real"], samples["generated"])
+def test_bad_generators_are_found(samples):
+    """A perfect generator, copies, one that collapsed, genes permuted over cells, and a shifted mean."""
+    real, perfect, rng = samples["real"], samples["generated"], np.random.default_rng(0)
+    stats = metrics.gene_statistics(real, perfect)
+    assert abs(metrics.mmd2(real, perfect)) < 0.01
+    assert stats["variance_ratio"] == pytest.approx(1, abs=0.15)
+    assert stats["mean_pearson"] > 0.9 and stats["mean_spearman"] > 0.9
+    assert stats["zero_fraction_error"] < 0.06 and stats["gene_correlation"] > 0.7
+    assert metrics.wasserstein2(real, real[::-1]) == pytest.approx(0, abs=1e-6)
+    copies = metrics.gene_statistics(real, real)
+    assert copies.pop("zero_fraction_error") == 0 and all(value == pytest.approx(1) for value in copies.values())
+    collapsed = np.tile(real.mean(axis=0), (150, 1)) + rng.normal(0, 1e-3, (150, 60))
+    assert metrics.gene_statistics(real, collapsed)["variance_ratio"] < 0.01 and metrics.mmd2(real, collapsed) > 0.1
+    assert metrics.wasserstein2(real, collapsed) > metrics.wasserstein2(real, perfect)
+    shuffled = rng.permuted(perfect, axis=0)  # the marginals are right, the cells are not
+    after = metrics.gene_statistics(real, shuffled)
+    assert after["mean_pearson"] == pytest.approx(stats["mean_pearson"], abs=1e-5)
+    assert after["gene_correlation"] < 0.3 and metrics.mmd2(real, shuffled) > 0.01
+    assert (
+        metrics.mmd2(real, perfect + 0.5) > 0.01
+        and metrics.gene_statistics(real, perfect + 0.5)["zero_fraction_error"] > 0.2
+    )
 
 
 def test_known_distances():
-    points = np.random.default_rng(0).normal(size=(200, 3))
-    assert wasserstein2(points, points + np.array([3.0, 0, 4.0])) == pytest.approx(5)
-    with pytest.raises(ValueError, match="as many generated cells"):
-        wasserstein2(points, points[:-1])
-    # Two far clouds: the cross term vanishes, and each cloud's own does not.
-    within = mmd2(points, points[::-1])
-    assert mmd2(points, points + 1000) > 0.5 > 0.01 > abs(within)
-
-
-def test_unbiased_mmd_is_zero_on_average():
     rng = np.random.default_rng(0)
-    values = [mmd2(rng.normal(size=(40, 4)), rng.normal(size=(40, 4))) for _ in range(200)]
-    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(200)
+    points = rng.normal(size=(200, 3))
+    assert metrics.wasserstein2(points, points + np.array([3.0, 0, 4.0])) == pytest.approx(5)
+    with pytest.raises(ValueError, match="equally many cells"):
+        metrics.wasserstein2(points, points[:-1])
+    # The cross term vanishes between two far clouds, and the term within each cloud does not.
+    assert metrics.mmd2(points, points + 1000) > 0.5 > 0.01 > abs(metrics.mmd2(points, points[::-1]))
+    unbiased = [metrics.mmd2(*rng.normal(size=(2, 40, 4))) for _ in range(200)]
+    assert abs(np.mean(unbiased)) < 3 * np.std(unbiased) / np.sqrt(200)
+    sizes = rng.lognormal(8, 0.5, 500)
+    assert metrics.library_size_w1(sizes, sizes[::-1]) == 0
+    assert metrics.library_size_w1(sizes, 1.1 * sizes) == pytest.approx(np.log(1.1))
+    errors = metrics.other_genes_error(np.linspace(0.1, 0.3, 50), np.linspace(0.05, 0.25, 50))
+    assert errors == {"other_genes_mean_error": pytest.approx(-0.05), "other_genes_w1": pytest.approx(0.05)}
 
 
-def test_a_shifted_mean_is_found_out(samples):
-    shifted = samples["generated"] + 0.5
-    assert mmd2(samples["real"], shifted) > 0.01
-    assert gene_statistics(samples["real"], shifted)["zero_fraction_error"] > 0.2
-
-
-def test_precision_and_recall_tell_noise_from_collapse():
+def test_precision_and_recall_separate_noise_from_collapse():
     rng = np.random.default_rng(0)
     real, perfect = rng.normal(size=(2, 300, 3))
-    same = manifold_metrics(real, perfect)
+    same = metrics.manifold_metrics(real, perfect)
     assert same["density"] == pytest.approx(1, abs=0.2)
     assert min(same["precision"], same["recall"], same["coverage"]) > 0.85
     # Half of the distribution only: every cell is believable, half of the real ones have none near them.
-    collapsed = manifold_metrics(real, perfect[perfect[:, 0] > 0])
+    collapsed = metrics.manifold_metrics(real, perfect[perfect[:, 0] > 0])
     assert collapsed["precision"] > 0.85 and collapsed["recall"] < 0.75 and collapsed["coverage"] < 0.75
     # Too wide: the real cells are covered, the generated ones are not believable.
-    wide = manifold_metrics(real, 4 * perfect)
+    wide = metrics.manifold_metrics(real, 4 * perfect)
     assert wide["precision"] < 0.4 and wide["recall"] > 0.8
-    far = manifold_metrics(real, perfect + 100)
+    far = metrics.manifold_metrics(real, perfect + 100)
     assert far == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
 
 
-def test_copies_of_training_cells_are_found_out():
-    rng = np.random.default_rng(0)
-    train, real, generated = rng.normal(size=(3, 400, 5))
-    assert nearest_training_cell_ratio(train, real, generated) == pytest.approx(1, abs=0.1)
-    assert nearest_training_cell_ratio(train, real, train[:100]) == 0
-    assert nearest_training_cell_ratio(train, real, train + rng.normal(0, 1e-3, train.shape)) < 0.1
-
-
-def test_membership():
+def test_copies_of_training_cells_are_found():
     rng = np.random.default_rng(0)
     train, test, fresh = rng.normal(size=(3, 400, 5))
+    near = train + rng.normal(0, 1e-3, train.shape)
+    ratios = [metrics.nearest_training_cell_ratio(train, test, cells) for cells in (fresh, train[:100], near)]
+    assert ratios[0] == pytest.approx(1, abs=0.1) and ratios[1] == 0 and ratios[2] < 0.1
 
     def auc(generated):
-        return membership_auc(nearest_distances(train, generated), nearest_distances(test, generated))
+        return metrics.membership_auc(*(metrics.nearest_distances(cells, generated) for cells in (train, test)))
 
-    assert auc(fresh) == pytest.approx(0.5, abs=0.05)
-    assert auc(train) == 1
-    assert 0.7 < auc(np.vstack([train[:200], fresh[:200]])) < 0.9  # half of them copied
-    assert auc(test) == 0
+    assert auc(fresh) == pytest.approx(0.5, abs=0.05) and auc(train) == 1 and auc(test) == 0
+    assert 0.7 < auc(np.vstack([train[:200], fresh[:200]])) < 0.9  # half of them are copies
 
 
 def test_membership_of_donors():
@@ -133,100 +98,71 @@ def test_membership_of_donors():
     near, far, farther = rng.uniform(0, 1, 100), rng.uniform(2, 3, 200), rng.uniform(4, 5, 100)
     test = far
     remembered, unknown = np.concatenate([near, farther]), np.concatenate([farther, farther])
-    assert donor_membership_auc(near, train_donors[:100], test, test_donors) == 1
-    assert donor_membership_auc(remembered, train_donors, test, test_donors) == 0.5
-    assert donor_membership_auc(unknown, train_donors, test, test_donors) == 0
-    # Cells of the same donors on both sides, as splits by cell have them
-    assert donor_membership_auc(remembered, train_donors, np.concatenate([far[:100], 3 + near]), train_donors) == 0.5
-
-
-def test_library_size_and_other_genes():
-    sizes = np.random.default_rng(0).lognormal(8, 0.5, 500)
-    assert library_size_w1(sizes, sizes[::-1]) == 0
-    assert library_size_w1(sizes, 1.1 * sizes) == pytest.approx(np.log(1.1))
-    shares = np.linspace(0.1, 0.3, 50)
-    errors = other_genes_error(shares, shares - 0.05)
-    assert errors == {"other_genes_mean_error": pytest.approx(-0.05), "other_genes_w1": pytest.approx(0.05)}
+    assert metrics.donor_membership_auc(near, train_donors[:100], test, test_donors) == 1
+    assert metrics.donor_membership_auc(remembered, train_donors, test, test_donors) == 0.5
+    assert metrics.donor_membership_auc(unknown, train_donors, test, test_donors) == 0
+    # Splits by cell have the same donors on both sides.
+    test = np.concatenate([far[:100], 3 + near])
+    assert metrics.donor_membership_auc(remembered, train_donors, test, train_donors) == 0.5
 
 
 def judge_types(train, real, generated):
-    """[`compare_labels`] of pairs of cells and labels."""
-    labels = judged_labels(train[1], real[1], generated[1])
-    return compare_labels(*train, *real, *generated, labels, PCA(30, random_state=0).fit(train[0]))
+    """Metrics over all labels that can be judged."""
+    labels = metrics.judged_labels(train, real, generated)
+    return metrics.compare_labels(train, real, generated, labels, PCA(30, random_state=0).fit(train.expression))
 
 
-def typed_cells(seed, cells=120, genes=80, strength=3.0):
-    """Three types; each has 20 genes of its own, `strength` times as much expressed as in the others."""
+def typed_cells(seed, cells=300, genes=80, strength=3.0):
+    """Three types; each has 20 genes of its own, expressed `strength` times as much as in the others."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(["a", "b", "c"], cells // 3)
     rates = np.ones((cells, genes))
     for i, label in enumerate("abc"):
         rates[labels == label, 20 * i : 20 * (i + 1)] *= strength
     counts = rng.poisson(2 * rates)
-    return np.log1p(counts / counts.sum(1, keepdims=True) * 1e4).astype(np.float32), labels
+    x = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4).astype(np.float32)
+    return CellArrays(counts, x, types=labels)
 
 
-def test_labels_of_a_perfect_generator():
-    train, real, generated = (typed_cells(seed, cells=300) for seed in range(3))
+def test_types_of_a_perfect_generator_and_of_weak_ones():
+    train, real, generated = (typed_cells(seed) for seed in range(3))
     pooled, per_label = judge_types(train, real, generated)
     assert set(per_label) == {"a", "b", "c"}
-    assert pooled["purity"] == pytest.approx(1, abs=0.05)
-    assert pooled["f1"] > 0.95
+    assert pooled["purity"] == pytest.approx(1, abs=0.05) and pooled["f1"] > 0.95
     assert pooled["lfc_slope"] == pytest.approx(1, abs=0.1)
     assert pooled["de_recovery"] > 0.5  # 20 of the 50 are markers, the other 30 are chance
     assert all(set(row) == {"purity", "lfc_slope", "de_recovery", "w2", "mmd2"} for row in per_label.values())
     assert all(abs(row["mmd2"]) < 0.02 for row in per_label.values())
+    assert judge_types(train, real, typed_cells(2, strength=1.5))[0]["lfc_slope"] < 0.6
 
 
-def test_weak_types_have_a_flat_slope():
-    train, real, weak = typed_cells(0, 300), typed_cells(1, 300), typed_cells(2, 300, strength=1.5)
-    pooled, _ = judge_types(train, real, weak)
-    assert pooled["lfc_slope"] < 0.6
-
-
-def test_wrong_labels_are_found_out():
-    train, real, (generated, labels) = (typed_cells(seed, cells=300) for seed in range(3))
-    swapped = np.array([{"a": "b", "b": "a", "c": "c"}[label] for label in labels])
-    pooled, per_label = judge_types(train, real, (generated, swapped))
+def test_wrong_labels_and_other_label_counts():
+    train, real, generated = (typed_cells(seed) for seed in range(3))
+    _, per_label = judge_types(train, real, generated[np.arange(1, 300)])
+    assert np.isnan(per_label["a"]["w2"]) and per_label["b"]["w2"] > 0
+    generated.types = np.repeat(["b", "a", "c"], 100)
+    pooled, per_label = judge_types(train, real, generated)
     assert per_label["a"]["purity"] < 0.1 and per_label["c"]["purity"] > 0.9
-    assert pooled["f1"] < 0.5
-    assert per_label["a"]["lfc_slope"] < 0.1
+    assert pooled["f1"] < 0.5 and per_label["a"]["lfc_slope"] < 0.1
 
 
 def test_rare_types_are_left_out():
     train, real, generated = (typed_cells(seed, cells=90) for seed in range(3))
-    assert judged_labels(train[1], real[1], generated[1]) == ["a", "b", "c"]
-    assert judged_labels(train[1], real[1], generated[1], min_train_cells=31) == []
-    assert judged_labels(train[1], real[1], np.repeat(["a", "b"], [89, 1])) == ["a"]
-    # One type alone differs from nothing.
-    assert compare_labels(*train, *real, *generated, ["a"], PCA(30).fit(train[0])) == ({}, {})
-
-
-def test_other_numbers_of_a_type_have_no_assignment():
-    train, real, (generated, labels) = (typed_cells(seed, cells=300) for seed in range(3))
-    _, per_label = judge_types(train, real, (generated[1:], labels[1:]))
-    assert np.isnan(per_label["a"]["w2"]) and per_label["b"]["w2"] > 0
+    assert metrics.judged_labels(train, real, generated) == ["a", "b", "c"]
+    assert metrics.judged_labels(train, real, generated, min_train_cells=31) == []
+    generated.types = np.repeat(["a", "b"], [89, 1])
+    assert metrics.judged_labels(train, real, generated) == ["a"]
+    # A single type differs from nothing.
+    assert metrics.compare_labels(train, real, generated, ["a"], PCA(30).fit(train.expression)) == ({}, {})
 
 
 def test_parity_metrics_reward_collapse(samples):
-    """Why they are no headline."""
+    """They are no headline for this reason. A block of genes that few cells express has no bandwidth."""
     real = samples["real"]
-    assert paper_parity(real, real) == {
-        "paper_kl": pytest.approx(0, abs=1e-6),
-        "paper_wasserstein": pytest.approx(0, abs=1e-6),
-        "paper_mmd": pytest.approx(0, abs=0.02),
-    }
-    mean_cell = np.tile(real.mean(axis=0), (len(real), 1))
-    assert paper_parity(real, mean_cell)["paper_kl"] < paper_parity(real, samples["generated"])["paper_kl"]
-
-
-def test_paper_parity_of_genes_that_few_cells_express():
-    """The median distance within 20 such genes is 0, which is no bandwidth."""
-    rng = np.random.default_rng(0)
-    real, generated = (
-        np.hstack([rng.normal(size=(30, 20)), np.eye(30, 20)[rng.permutation(30)] * (np.arange(30) < 5)[:, None]])
-        for _ in range(2)
-    )
-    assert paper_parity(real, generated)["paper_mmd"] == pytest.approx(
-        paper_parity(real[:, :20], generated[:, :20])["paper_mmd"]
+    assert all(abs(value) < 0.02 for value in metrics.paper_parity(real, real).values())
+    of_mean_cell = metrics.paper_parity(real, np.tile(real.mean(axis=0), (len(real), 1)))
+    assert of_mean_cell["paper_kl"] < metrics.paper_parity(real, samples["generated"])["paper_kl"]
+    rare = np.hstack([real[:, :20], np.eye(150, 20)])
+    assert (
+        metrics.paper_parity(rare, rare)["paper_mmd"] == metrics.paper_parity(rare[:, :20], rare[:, :20])["paper_mmd"]
     )

@@ -1,13 +1,18 @@
+"""The real reference, and the baselines in latent space."""
+
 import numpy as np
 import pytest
 
 from wbdit_diffusers.evaluation.references import (
     draw_matching,
     gaussian_latents,
-    mixture_latents,
+    gaussian_mixture_latents,
     resampled_latents,
     split_halves,
 )
+
+
+DRAWS = [gaussian_latents, gaussian_mixture_latents, resampled_latents]
 
 
 @pytest.fixture(scope="module")
@@ -25,30 +30,23 @@ def wanted(label: int, number: int = 2000) -> np.ndarray:
     return np.full((number, 1), label)
 
 
-def test_halves_have_the_same_labels():
+def test_real_references():
+    """Halves have the same labels; preferred cells are drawn first, and twice only where there are too few."""
     labels = np.repeat(["a", "b", "c"], [10, 21, 1])
     first, second = split_halves(labels)
-    assert sorted([*first, *second]) == list(range(32))
-    for label in "ab":
-        assert abs((labels[first] == label).sum() - (labels[second] == label).sum()) <= 1
-    assert (split_halves(labels, 1)[0][:5] != first[:5]).any()
-
-
-def test_the_preferred_cells_are_drawn_first():
-    labels = np.repeat(["a", "b"], [10, 4])
-    rng = np.random.default_rng(0)
-    drawn = draw_matching(labels, np.array(["b", "a", "a", "a"]), rng, preferred=np.array([1, 3, 5, 12]))
+    assert sorted([*first, *second]) == list(range(32)) and (split_halves(labels, 1)[0][:5] != first[:5]).any()
+    assert all(abs((labels[first] == label).sum() - (labels[second] == label).sum()) <= 1 for label in "ab")
+    labels, rng, preferred = np.repeat(["a", "b"], [10, 4]), np.random.default_rng(0), np.array([1, 3, 5, 12])
+    drawn = draw_matching(labels, np.array(["b", "a", "a", "a"]), rng, preferred)
     assert drawn[0] == 12 and sorted(drawn[1:]) == [1, 3, 5]
-    drawn = draw_matching(labels, np.repeat("a", 5), rng, preferred=np.array([1, 3, 5, 12]))
+    drawn = draw_matching(labels, np.repeat("a", 5), rng, preferred)
     assert {1, 3, 5} < set(drawn) and len(set(drawn)) == 5
-    # Twice only where there are too few.
     drawn = draw_matching(labels, np.repeat("b", 6), rng)
     assert set(drawn) == {10, 11, 12, 13} and len(drawn) == 6
-    # A label of no cell
-    assert len(draw_matching(labels, np.array(["z", "z"]), rng)) == 2
+    assert len(draw_matching(labels, np.array(["z", "z"]), rng)) == 2  # a label of no cell
 
 
-@pytest.mark.parametrize("draw", [gaussian_latents, mixture_latents, resampled_latents])
+@pytest.mark.parametrize("draw", DRAWS)
 def test_baselines_have_the_moments_of_their_label(latents, draw):
     x, labels = latents
     both = np.vstack([wanted(1), wanted(0)])
@@ -64,32 +62,23 @@ def test_baselines_have_the_moments_of_their_label(latents, draw):
         np.testing.assert_allclose(part.std(axis=0), np.sqrt(variance), rtol=0.15)
 
 
-def test_a_mixture_finds_clusters(latents):
+def test_clusters_and_a_label_of_three_cells(latents):
+    """Only the mixture leaves the gap between the clusters; either has a covariance for three cells."""
     x, labels = latents
-    rng = np.random.default_rng(0)
-    gap = [
-        np.mean(np.abs(draw(x, labels, wanted(0), rng)[:, 0]) < 1.5) for draw in (mixture_latents, gaussian_latents)
-    ]
-    assert gap[0] < 0.05 < 0.3 < gap[1]
+    gaps = []
+    for draw in (gaussian_mixture_latents, gaussian_latents):
+        drawn = draw(x, labels, np.vstack([wanted(0), wanted(2)]), np.random.default_rng(0))
+        gaps.append(np.mean(np.abs(drawn[:2000, 0]) < 1.5))
+        assert np.linalg.matrix_rank(np.cov(drawn[2000:].T)) == 3
+        np.testing.assert_allclose(drawn[2000:].mean(axis=0), x[-3:].mean(axis=0), atol=0.2)
+    assert gaps[0] < 0.05 < 0.3 < gaps[1]
 
 
-@pytest.mark.parametrize("draw", [gaussian_latents, mixture_latents])
-def test_a_label_of_three_cells_has_a_covariance(latents, draw):
-    x, labels = latents
-    drawn = draw(x, labels, wanted(2), np.random.default_rng(0))
-    assert np.linalg.matrix_rank(np.cov(drawn.T)) == 3
-    np.testing.assert_allclose(drawn.mean(axis=0), x[-3:].mean(axis=0), atol=0.2)
-
-
-@pytest.mark.parametrize("draw", [gaussian_latents, mixture_latents, resampled_latents])
+@pytest.mark.parametrize("draw", DRAWS)
 def test_unseen_labels_and_no_labels_take_all_cells(latents, draw):
     x, labels = latents
     for known, asked in ((labels, wanted(7)), (np.zeros((len(x), 0)), np.zeros((2000, 0)))):
         drawn = draw(x, known, asked, np.random.default_rng(0))
         np.testing.assert_allclose(drawn.mean(axis=0), x.mean(axis=0), atol=0.25)
-
-
-def test_resampled_latents_are_training_latents(latents):
-    x, labels = latents
-    drawn = resampled_latents(x, labels, wanted(1, 50), np.random.default_rng(0))
-    assert set(drawn[:, 0]) <= set(x[400:600, 0]) and len(np.unique(drawn, axis=0)) == 50
+    resampled = resampled_latents(x, labels, wanted(1, 50), np.random.default_rng(0))
+    assert set(resampled[:, 0]) <= set(x[400:600, 0]) and len(np.unique(resampled, axis=0)) == 50

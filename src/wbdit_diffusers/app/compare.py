@@ -10,7 +10,7 @@ import torch
 from sklearn.ensemble import RandomForestClassifier
 
 from ..data.split import CellSplit
-from ..evaluation.cells import Cells, generated_cells, needs_common_genes, real_cells
+from ..evaluation.cells import CellArrays, generated_cells, needs_common_genes, real_cells
 from ..evaluation.classifiers import expression_view, two_sample_auc
 from ..evaluation.references import draw_matching
 from ..evaluation.samples import draw_samples
@@ -169,7 +169,7 @@ def _split(real: ad.AnnData, folder: str | Path, label_keys: list[str]) -> tuple
     return CellSplit.draw(real, 0.5, label_key=label_keys[0] if label_keys else None), False
 
 
-def _matching(rest: Cells, test: Cells, seed: int) -> np.ndarray:
+def _matching(rest: CellArrays, test: CellArrays, seed: int) -> np.ndarray:
     known, wanted = (np.full(len(cells), "") if cells.labels is None else cells.labels for cells in (rest, test))
     return draw_matching(known, wanted, np.random.default_rng(seed))
 

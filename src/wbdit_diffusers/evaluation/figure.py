@@ -1,9 +1,12 @@
-"""Figures from cells: matplotlib in, matplotlib out."""
+"""Figures of cells, drawn with matplotlib."""
 
+from collections.abc import Sequence
 from functools import reduce
 
 import anndata as ad
 import numpy as np
+import pandas as pd
+from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
@@ -14,180 +17,132 @@ from .cells import generated_cells, needs_common_genes, real_cells
 from .metrics import log_fold_changes, rank_markers
 
 
-REAL, GENERATED = "tab:blue", "tab:orange"
+REAL, GENERATED, BACKGROUND = "#2563a8", "#e07b26", "#d5d9de"  # colours of every figure
 MAX_DOT_PLOT_TYPES = 12
-MAX_COLUMNS = 4  # of panels in a row
-MIN_CELLS = 5  # of a type, for its markers to be shown
+MAX_COLUMNS = 4  # panels in a row
+MIN_CELLS = 5  # of a type; fold changes of fewer cells are noise
 
 
 def report_figure(
     real: ad.AnnData,
-    generated: ad.AnnData,
+    generated: ad.AnnData | dict[str, ad.AnnData],
     label_key: str | None = None,
     values: str = "counts",
     layer: str | None = None,
 ) -> Figure:
     """
-    One page: real and generated cells in a joint t-SNE, by source and by type; gene means, variances and zeros; and,
-    with labels, the markers of each type and their log fold changes.
+    One page: each generator's cells and the real cells in a joint t-SNE; gene means, zeros and variances. For one
+    generator with labels, also the t-SNE by type, the markers of each type and their log fold changes.
 
     Args:
-        real (`AnnData`): Held-out cells, with all their genes: they are normalised by the total of all.
-        generated (`AnnData`):
-            Generated cells, normalised by `obs["library_size"]`, see [`~evaluation.evaluate_cells`]; their genes are
-            those shown.
-        label_key (`str`, *optional*): Column of `obs` with the cell type, in both.
-        values (`str`, defaults to `"counts"`): What the matrices hold: `"counts"`, or `"log"`.
+        real (`AnnData`): Held-out cells with all genes of the generated cells.
+        generated (`AnnData` or `dict[str, AnnData]`): Generated cells, or those of several generators by title.
+        label_key (`str`, *optional*): Column of `obs` with the cell type, in all.
+        values (`str`, defaults to `"counts"`): Content of the matrices: `"counts"` or `"log"`.
         layer (`str`, *optional*): Layer of `real` that holds its matrix; `X` by default.
-
-    Returns:
-        `matplotlib.figure.Figure`
-
-    Raises:
-        ValueError: If `real` lacks genes of `generated`.
     """
-    within_genes = needs_common_genes(generated, real)
-    x = real_cells(real, generated.var_names, values, layer, within_genes=within_genes).expression
-    y = generated_cells(generated, values, within_genes=within_genes).expression
-    has_labels = label_key is not None
-    figure = plt.figure(figsize=(17, 15.5 if has_labels else 10), layout="constrained")
-    rows = figure.subfigures(3 if has_labels else 2, 1, height_ratios=[1, 0.9, 1.1] if has_labels else [1, 0.9])
+    samples = generated if isinstance(generated, dict) else {"generated cells": generated}
+    genes = reduce(lambda common, names: common[common.isin(names)], [sample.var_names for sample in samples.values()])
+    within_genes = any(needs_common_genes(sample, real) for sample in samples.values())
+    x = real_cells(real, genes, values, layer, within_genes=within_genes).expression
+    ys = [generated_cells(s[:, genes], values, within_genes=within_genes).expression for s in samples.values()]
+    types = None
+    if label_key is not None and len(samples) == 1:
+        types = [cells.obs[label_key].astype(str).to_numpy() for cells in (real, *samples.values())]
+    num_panels = len(samples) if types is None else 3
+    rows_of_maps = -(-num_panels // MAX_COLUMNS)
+    heights = [5.5 * rows_of_maps, 5, *([] if types is None else [6])]
+    figure = plt.figure(figsize=(17, sum(heights)), layout="constrained")
+    rows = figure.subfigures(len(heights), 1, height_ratios=heights)
 
-    _plot_tsne(rows[0].subplots(1, 3 if has_labels else 1, squeeze=False)[0], x, y, real, generated, label_key)
-    axes = rows[1].subplots(1, 4 if has_labels else 3)
-    for axis, title, statistic in (
-        (axes[0], "mean of each gene", lambda m: m.mean(axis=0)),
-        (axes[1], "share of zeros of each gene", lambda m: (m == 0).mean(axis=0)),
-    ):
-        axis.scatter(statistic(x), statistic(y), s=5, color=GENERATED, alpha=0.5, linewidths=0)
-        axis.axline((0, 0), slope=1, color="black", linewidth=0.7)
-        axis.set(title=title, xlabel="real, held out", ylabel="generated")
-    for matrix, colour, name in ((x, REAL, "real, held out"), (y, GENERATED, "generated")):
-        axes[2].scatter(matrix.mean(0), matrix.var(0), s=5, color=colour, alpha=0.5, linewidths=0, label=name)
-    axes[2].set(title="mean and variance of each gene", xlabel="mean", ylabel="variance")
-    axes[2].legend(markerscale=3, frameon=False)
-
-    if has_labels:
-        x_labels, y_labels = (c.obs[label_key].astype(str).to_numpy() for c in (real, generated))
-        names, numbers = np.unique(x_labels, return_counts=True)
-        order = names[np.argsort(-numbers)]
-        # Of fewer cells a fold change is noise.
-        common = [name for name in order if min((x_labels == name).sum(), (y_labels == name).sum()) >= MIN_CELLS]
-        if common:
-            _plot_fold_changes(axes[3], x, x_labels, y, y_labels, common)
-            shown = common[:MAX_DOT_PLOT_TYPES]
-            panels = {"real, held out": (x, x_labels), "generated": (y, y_labels)}
-            plot_markers(rows[2], panels, shown, generated.var_names.to_numpy())
-    return figure
-
-
-def comparison_figure(
-    report: dict,
-    generators: dict[str, list[ad.AnnData]],
-    test: ad.AnnData,
-    values: str = "counts",
-    layer: str | None = None,
-) -> Figure:
-    """
-    One page: the excess of each generator, and its first sample over the held-out cells in one joint t-SNE.
-
-    Args:
-        report (`dict`): What [`~evaluation.compare_cells`] returns.
-        generators (`dict[str, list[AnnData]]`): As they were compared.
-        test (`AnnData`): The held-out cells.
-        values (`str`, defaults to `"counts"`): What the matrices hold.
-        layer (`str`, *optional*): Layer of `test` that holds its matrix; `X` by default.
-
-    Returns:
-        `matplotlib.figure.Figure`
-    """
-    names = sorted(report["excess"], key=lambda name: report["excess"][name]["mean"])
-    first = {name: generators[name][0] for name in names}
-    every = [sample.var_names for samples in generators.values() for sample in samples]
-    genes, within_genes = reduce(lambda common, one: common[common.isin(one)], every), report["within_genes"]
-    matrices = [real_cells(test, genes, values, layer, within_genes=within_genes).expression]
-    matrices += [
-        generated_cells(sample[:, genes], values, within_genes=within_genes).expression for sample in first.values()
-    ]
-    points = np.split(joint_tsne(matrices), np.cumsum([len(matrix) for matrix in matrices])[:-1])
-    columns = min(len(names), MAX_COLUMNS)
-    rows = -(-len(names) // columns)
-    figure = plt.figure(figsize=(4.2 * columns, 0.45 * len(names) + 1.4 + 4 * rows), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[0.45 * len(names) + 1.4, 4 * rows])
-
-    axis = top.subplots()
-    means, sds = ([report["excess"][name][key] for name in names] for key in ("mean", "sd"))
-    axis.barh(names, means, xerr=sds, color=GENERATED, ecolor="black", capsize=3, height=0.6)
-    axis.invert_yaxis()
-    axis.axvline(0, color="black", linewidth=0.7)
-    axis.set(
-        xlabel="excess (0 = as good as real cells, 0.5 = told apart at once)",
-        xlim=(min(0, *means) - 0.02, max(0.52, *np.add(means, sds))),
-    )
-    axis.spines[["top", "right"]].set_visible(False)
-
-    axes = bottom.subplots(rows, columns, squeeze=False).ravel()
-    size = np.clip(12_000 / len(points[0]) / 2, 2, 12)
-    for axis, name, cells in zip(axes, names, points[1:]):
-        axis.scatter(*points[0].T, s=size, color=REAL, linewidths=0, label="real, held out")
-        axis.scatter(*cells.T, s=size, color=GENERATED, linewidths=0, label="generated", alpha=0.8)
-        axis.set(title=name, xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
-    axes[0].legend(markerscale=2, frameon=False)
-    for axis in axes[len(names) :]:
+    axes = rows[0].subplots(rows_of_maps, min(num_panels, MAX_COLUMNS), squeeze=False).ravel()
+    points = np.split(joint_tsne([x, *ys]), np.cumsum([len(x), *map(len, ys)])[:-1])
+    for axis, title, cells in zip(axes, samples, points[1:]):
+        plot_sources(axis, points[0], cells, title)
+    for axis in axes[num_panels:]:
         axis.remove()
+    statistics = rows[1].subplots(1, 3 if types is None else 4)
+    colours = [GENERATED] if len(ys) == 1 else [colormaps["tab10"](1 + i % 9) for i in range(len(ys))]
+    statistics[2].scatter(x.mean(axis=0), x.var(axis=0), s=5, color=REAL, alpha=0.5, linewidths=0, label="held-out")
+    for y, name, colour in zip(ys, samples, colours):
+        _plot_against_real(statistics[0], "mean of each gene", x.mean(axis=0), y.mean(axis=0), colour)
+        _plot_against_real(statistics[1], "zeros of each gene", (x == 0).mean(axis=0), (y == 0).mean(axis=0), colour)
+        statistics[2].scatter(y.mean(axis=0), y.var(axis=0), s=5, color=colour, alpha=0.5, linewidths=0, label=name)
+    statistics[2].set(title="mean and variance of each gene", xlabel="mean", ylabel="variance")
+    statistics[2].legend(markerscale=3, frameon=False)
+    if types is not None:
+        plot_types(axes[1:], points, types, [f"real cells by {label_key}", f"generated cells by {label_key}"])
+        _plot_fold_changes(statistics[3], (x, ys[0]), types)
+        shown = common_types(types)[:MAX_DOT_PLOT_TYPES]
+        if shown:
+            panels = {"held-out cells": (x, types[0]), "generated cells": (ys[0], types[1])}
+            plot_markers(rows[2], panels, shown, genes.to_numpy())
     return figure
 
 
-def joint_tsne(matrices: list[np.ndarray]) -> np.ndarray:
+def embedding(matrices: Sequence[np.ndarray], method: str = "umap") -> np.ndarray:
     """
-    One t-SNE of several groups of cells, of their joint principal components: components of one group alone would
-    spread that one, and draw the others inward.
+    A joint embedding of several groups of cells in two dimensions, computed from their joint principal components.
+    Components of one group alone would spread that group and pull the others inward.
 
     Args:
-        matrices (`list[np.ndarray]`): Expression of each group, (cells, genes).
+        matrices (`Sequence[np.ndarray]`): Expression of each group, `(cells, genes)`.
+        method (`str`, defaults to `"umap"`): `"umap"` (needs umap-learn), `"tsne"` or `"pca"`.
 
     Returns:
         `np.ndarray` of shape `(all cells, 2)`, in the order of the groups.
     """
     x = np.vstack(matrices)
     pcs = PCA(min(30, *x.shape), random_state=0).fit_transform(x)
-    return TSNE(random_state=0, perplexity=min(30, (len(pcs) - 1) / 3)).fit_transform(pcs)
+    if method == "pca":
+        return pcs[:, :2] if pcs.shape[1] > 1 else np.column_stack([pcs, np.zeros(len(pcs))])
+    if method == "tsne":
+        return TSNE(random_state=0, perplexity=min(30, (len(pcs) - 1) / 3)).fit_transform(pcs)
+    from umap import UMAP  # slow to import
+
+    return UMAP(n_neighbors=min(15, len(x) - 1), random_state=0, n_jobs=1).fit_transform(pcs)
 
 
-def _plot_tsne(
-    axes: list[Axes], x: np.ndarray, y: np.ndarray, real: ad.AnnData, generated: ad.AnnData, label_key: str | None
-):
-    points = joint_tsne([x, y])
-    is_real = np.arange(len(points)) < len(x)
-    size = np.clip(12_000 / len(points), 2, 12)
-    for name, cells, colour in (("generated", ~is_real, GENERATED), ("real, held out", is_real, REAL)):
-        axes[0].scatter(*points[cells].T, s=size, color=colour, label=f"{name} ({cells.sum()})", linewidths=0)
-    axes[0].set_title("joint t-SNE")
-    axes[0].legend(markerscale=2, frameon=False)
-    if label_key is not None:
-        cell_types = real.obs[label_key].astype(str).value_counts().index
-        colours = plt.get_cmap("tab20" if len(cell_types) > 10 else "tab10")
-        for axis, cells, adata, name in zip(axes[1:], (is_real, ~is_real), (real, generated), ("real", "generated")):
-            for i, cell_type in enumerate(cell_types):
-                of_type = (adata.obs[label_key].astype(str) == cell_type).to_numpy()
-                colour = colours(i % colours.N)
-                axis.scatter(*points[cells][of_type].T, s=size, color=colour, label=cell_type, linewidths=0)
-            axis.set_title(f"{name} cells by {label_key}")
-        axes[-1].legend(
-            loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, frameon=False, ncols=1 + len(cell_types) // 25
-        )
-    for axis in axes:
-        axis.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
+def joint_tsne(matrices: Sequence[np.ndarray]) -> np.ndarray:
+    """[`embedding`] by t-SNE."""
+    return embedding(matrices, "tsne")
 
 
-def _plot_fold_changes(axis: Axes, x, x_labels: np.ndarray, y, y_labels: np.ndarray, labels: list[str]):
-    """The 50 markers of each type, chosen in the real cells."""
-    for i, label in enumerate(labels):
-        markers = rank_markers(x, x_labels, label)[:50]
-        changes = [log_fold_changes(m, names, label)[markers] for m, names in ((x, x_labels), (y, y_labels))]
-        axis.scatter(*changes, s=6, alpha=0.6, linewidths=0, color=plt.get_cmap("tab20")(i % 20))
-    axis.axline((0, 0), slope=1, color="black", linewidth=0.7)
-    axis.set(title="markers: log2 fold change", xlabel="real, held out", ylabel="generated")
+def plot_sources(axis: Axes, real: np.ndarray, generated: np.ndarray, title: str):
+    """Generated cells over real cells in one panel: points `(cells, 2)` of an [`embedding`]."""
+    size = _point_size(len(real) + len(generated))
+    for points, colour, name in ((real, REAL, "held-out"), (generated, GENERATED, "generated")):
+        axis.scatter(*points.T, s=size, color=colour, label=f"{name} ({len(points)})", linewidths=0, alpha=0.8)
+    axis.set(title=title, xticks=[], yticks=[])
+    axis.legend(markerscale=2, frameon=False)
+
+
+def plot_types(axes: Sequence[Axes], points: Sequence[np.ndarray], types: Sequence[np.ndarray], titles: Sequence[str]):
+    """
+    One panel for each group of cells, coloured by type: usually real and generated cells. Each panel after the first
+    has the first group in grey behind its own cells. The last panel has the legend.
+
+    Args:
+        axes (`Sequence[Axes]`): Panels to draw in, one for each group.
+        points (`Sequence[np.ndarray]`): Points of each group, `(cells, 2)`, from one [`embedding`].
+        types (`Sequence[np.ndarray]`):
+            Cell type of each cell, `(cells,)`. Cells of type `""` have the colour of their group instead.
+        titles (`Sequence[str]`): Title of each panel.
+    """
+    order = list(dict.fromkeys(name for group in types for name in pd.Series(group).value_counts().index))
+    colours = colormaps["tab20" if len(order) > 10 else "tab10"]
+    size = _point_size(sum(map(len, points)))
+    for i, (axis, own, own_types) in enumerate(zip(axes, points, types)):
+        if i > 0:
+            axis.scatter(*points[0].T, s=size, color=BACKGROUND, linewidths=0)
+        for j, name in enumerate(order):
+            source = GENERATED if i == len(points) - 1 else REAL
+            colour = colours(j % colours.N) if name else source
+            axis.scatter(*own[own_types == name].T, s=size, color=colour, linewidths=0, label=name)
+        axis.set(title=titles[i], xticks=[], yticks=[])
+    if order != [""]:
+        columns = 1 + len(order) // 25
+        axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, frameon=False, ncols=columns)
 
 
 def plot_markers(
@@ -197,13 +152,14 @@ def plot_markers(
     var_names: np.ndarray,
 ):
     """
-    Dot plots of the three first markers of each type: colour is the mean, size the share of expressing cells.
+    Dot plots of the first three markers of each type: colour is the mean, size the fraction of expressing cells.
 
     Args:
-        figure (`Figure` or `SubFigure`): Where to draw.
-        panels (`dict`): Expression `(cells, genes)` and cell types `(cells,)` by title; the first has the markers.
-        cell_types (`list[str]`): The types to show.
-        var_names (`np.ndarray` of shape `(genes,)`): Names of the genes.
+        figure (`Figure` or `SubFigure`): Figure to draw in.
+        panels (`dict`):
+            Expression `(cells, genes)` and cell types `(cells,)` by title. The first panel's cells define the markers.
+        cell_types (`list[str]`): Types to show.
+        var_names (`np.ndarray` of shape `(genes,)`): Gene names.
     """
     x, labels = next(iter(panels.values()))
     markers = list(dict.fromkeys(int(gene) for name in cell_types for gene in rank_markers(x, labels, name)[:3]))
@@ -227,4 +183,31 @@ def plot_markers(
         axis.set_xticks(np.arange(len(markers)), var_names[markers], rotation=90, fontsize=7)
     axes[0].set_yticks(np.arange(len(cell_types)), cell_types)
     axes[0].invert_yaxis()
-    figure.colorbar(dots, ax=axes, label="mean log1p(CP10k); size: share of cells", shrink=0.8)
+    figure.colorbar(dots, ax=axes, label="mean log1p(CP10k); size: fraction of cells", shrink=0.8)
+
+
+def common_types(types: Sequence[np.ndarray]) -> list[str]:
+    """The types of which each group has at least five cells, the most frequent in the first group first."""
+    names, numbers = np.unique(types[0], return_counts=True)
+    order = names[np.argsort(-numbers, kind="stable")]
+    return [str(name) for name in order if name and min((group == name).sum() for group in types) >= MIN_CELLS]
+
+
+def _point_size(number: int) -> float:
+    """Area of a point, smaller for many cells."""
+    return float(np.clip(12_000 / number, 2, 12))
+
+
+def _plot_against_real(axis: Axes, title: str, x: np.ndarray, y: np.ndarray, colour):
+    """A statistic of generated cells against that of real cells, with the diagonal."""
+    axis.scatter(x, y, s=5, color=colour, alpha=0.5, linewidths=0)
+    axis.axline((0, 0), slope=1, color="black", linewidth=0.7)
+    axis.set(title=title, xlabel="held-out cells", ylabel="generated cells")
+
+
+def _plot_fold_changes(axis: Axes, matrices: Sequence[np.ndarray], types: Sequence[np.ndarray]):
+    """Fold changes of the 50 markers of each type, which are chosen in the real cells."""
+    for i, name in enumerate(common_types(types)):
+        markers = rank_markers(matrices[0], types[0], name)[:50]
+        x, y = (log_fold_changes(matrix, names, name)[markers] for matrix, names in zip(matrices, types))
+        _plot_against_real(axis, "markers: log2 fold change", x, y, colormaps["tab20"](i % 20))

@@ -1,26 +1,14 @@
-"""What generated cells are compared with: real cells drawn alike, and baselines that need no denoiser."""
-
-from collections.abc import Callable
+"""Comparisons for generated cells: real cells with the same labels, and baselines without a denoiser."""
 
 import numpy as np
 
 from ..models.gaussian_mixture import PSEUDO_CELLS, mixture_responsibilities, within_labels
 
 
-# ==================== Real cells ====================
-
-
 def split_halves(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """
-    Two halves of the training cells: on one, everything that the judging needs is fitted (principal components, the
-    cell type classifier); from the other one the real reference is drawn, which it has not seen either.
-
-    Args:
-        labels (`np.ndarray` of shape `(cells,)`): Labels to stratify by.
-        seed (`int`, defaults to 0): Seed of the shuffle.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: sorted positions of the cells to fit on, and of the other ones.
+    Two halves of the training cells, stratified by label, as sorted positions. Principal components and the cell type
+    classifier are fitted on the first; the real reference is drawn from the second, which they have not seen.
     """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     order = shuffled[np.argsort(np.asarray(labels)[shuffled], kind="stable")]
@@ -31,17 +19,16 @@ def draw_matching(
     labels: np.ndarray, wanted: np.ndarray, rng: np.random.Generator, preferred: np.ndarray | None = None
 ) -> np.ndarray:
     """
-    Draws cells with given labels: the preferred ones first, then the rest, and twice only where a label has too few.
+    Draws cells with given labels: preferred cells first, then others, and cells twice only if a label has too few.
 
     Args:
         labels (`np.ndarray` of shape `(cells,)`): Labels of the cells to draw from.
-        wanted (`np.ndarray` of shape `(wanted cells,)`): The labels to match.
-        rng (`np.random.Generator`): Draws.
-        preferred (`np.ndarray`, *optional*): Positions of the cells to draw first; all alike by default.
+        wanted (`np.ndarray` of shape `(wanted cells,)`): Labels to match. A label that no cell has matches all.
+        rng (`np.random.Generator`): Random numbers.
+        preferred (`np.ndarray`, *optional*): Positions of the preferred cells; all by default.
 
     Returns:
-        `np.ndarray` of shape `(wanted cells,)`: positions, the i-th of a cell with the i-th wanted label. A label that
-        none of the cells has is drawn from all of them.
+        `np.ndarray` of shape `(wanted cells,)`: positions of cells with the wanted labels, in their order.
     """
     is_preferred = np.zeros(len(labels), dtype=bool)
     is_preferred[slice(None) if preferred is None else preferred] = True
@@ -56,98 +43,76 @@ def draw_matching(
     return drawn
 
 
-# ==================== Baselines in latent space ====================
-
-
 def gaussian_latents(
-    latents: np.ndarray, class_labels: np.ndarray, wanted_labels: np.ndarray, rng: np.random.Generator
+    latents: np.ndarray,
+    class_labels: np.ndarray,
+    wanted_labels: np.ndarray,
+    rng: np.random.Generator,
+    gaussian_mixture: bool = False,
 ) -> np.ndarray:
     """
-    Draws from one Gaussian per combination of labels, with the label's mean and covariance. The covariance is shrunk
-    towards the one pooled within labels with the weight of 20 cells, so that a label of few cells has one.
+    Draws from one Gaussian per combination of labels. Its covariance is shrunk towards the covariance pooled within
+    labels, with the weight of 20 cells, so that it is defined for labels of few cells too.
 
     Args:
         latents (`np.ndarray` of shape `(train cells, num_features)`): Latents of training cells.
         class_labels (`np.ndarray` of shape `(train cells, num_label_keys)`): Their labels.
         wanted_labels (`np.ndarray` of shape `(cells, num_label_keys)`):
-            Labels of the cells to draw; a combination that no training cell has is drawn from all training cells.
-        rng (`np.random.Generator`): Draws.
+            Labels of the cells to draw. A combination without training cells is drawn from all of them.
+        rng (`np.random.Generator`): Random numbers.
+        gaussian_mixture (`bool`, defaults to `False`): Whether to draw as [`gaussian_mixture_latents`].
 
     Returns:
         `np.ndarray` of shape `(cells, num_features)`.
     """
+    latents = latents.astype(np.float64)
+    codes, wanted = _combinations(class_labels, wanted_labels)
+    pooled = within_labels(latents, codes)
+    drawn = np.empty((len(wanted), latents.shape[1]))
+    for code in np.unique(wanted):
+        own, number = latents[codes == code] if (codes == code).any() else latents, int((wanted == code).sum())
+        if gaussian_mixture:
+            shares = mixture_responsibilities(own, pooled, seed=int(rng.integers(2**31)))
+            sizes = shares.sum(axis=0)
+            counts = rng.multinomial(number, sizes / sizes.sum())
+            parts = [_draw_gaussian(own, share, pooled, count, rng) for share, count in zip(shares.T, counts)]
+            drawn[wanted == code] = rng.permutation(np.concatenate(parts))
+        else:
+            drawn[wanted == code] = _draw_gaussian(own, np.ones(len(own)), pooled, number, rng)
+    return drawn
 
-    def draw(own: np.ndarray, pooled: np.ndarray, number: int) -> np.ndarray:
-        return _draw_gaussian(own, np.ones(len(own)), pooled, number, rng)
 
-    return _draw_by_label(latents, class_labels, wanted_labels, draw)
-
-
-def mixture_latents(
+def gaussian_mixture_latents(
     latents: np.ndarray, class_labels: np.ndarray, wanted_labels: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """
-    Draws from one Gaussian mixture per combination of labels: full covariances, 1 to 32 components by the likelihood
-    of cells that are set aside, each covariance shrunk as in [`gaussian_latents`]. The arguments are the same.
+    Draws from the Gaussian mixture per combination of labels that [`GaussianMixtureDenoiser`] fits: 1 to 32 components
+    by validation likelihood, covariances shrunk as in [`gaussian_latents`], whose arguments these are.
     """
-
-    def draw(own: np.ndarray, pooled: np.ndarray, number: int) -> np.ndarray:
-        responsibilities = mixture_responsibilities(own, pooled, seed=int(rng.integers(2**31)))
-        sizes = responsibilities.sum(axis=0)
-        drawn = np.concatenate(
-            [
-                _draw_gaussian(own, responsibilities[:, i], pooled, count, rng)
-                for i, count in enumerate(rng.multinomial(number, sizes / sizes.sum()))
-            ]
-        )
-        return rng.permutation(drawn)
-
-    return _draw_by_label(latents, class_labels, wanted_labels, draw)
+    return gaussian_latents(latents, class_labels, wanted_labels, rng, gaussian_mixture=True)
 
 
 def resampled_latents(
     latents: np.ndarray, class_labels: np.ndarray, wanted_labels: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """
-    Latents of training cells with the wanted labels, which is what a denoiser without any error would give. The
-    arguments are those of [`gaussian_latents`].
-    """
-    codes = _combination_codes(class_labels, wanted_labels)
-    return latents[draw_matching(codes[: len(latents)], codes[len(latents) :], rng)]
+    """Training latents with the wanted labels, as from a perfect denoiser. Arguments: see [`gaussian_latents`]."""
+    return latents[draw_matching(*_combinations(class_labels, wanted_labels), rng)]
 
 
-def _combination_codes(class_labels: np.ndarray, wanted_labels: np.ndarray) -> np.ndarray:
-    """A number for each combination of labels, the training cells' first, then the wanted ones'."""
+def _combinations(class_labels: np.ndarray, wanted_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An integer for the combination of labels of each training cell and of each wanted cell."""
     both = np.concatenate([class_labels, wanted_labels])
-    if both.shape[1] == 0:
-        return np.zeros(len(both), dtype=np.int64)
-    return np.unique(both, axis=0, return_inverse=True)[1].ravel()
-
-
-def _draw_by_label(
-    latents: np.ndarray,
-    class_labels: np.ndarray,
-    wanted_labels: np.ndarray,
-    draw: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
-) -> np.ndarray:
-    """`draw(latents of the label, deviations from the label means of all cells, number)` for each combination."""
-    codes = _combination_codes(class_labels, wanted_labels)
-    codes, wanted = codes[: len(latents)], codes[len(latents) :]
-    pooled = within_labels(latents.astype(np.float64), codes)
-    drawn = np.empty((len(wanted), latents.shape[1]))
-    for code in np.unique(wanted):
-        own = latents[codes == code] if (codes == code).any() else latents
-        drawn[wanted == code] = draw(own.astype(np.float64), pooled, int((wanted == code).sum()))
-    return drawn
+    codes = np.unique(both, axis=0, return_inverse=True)[1].ravel() if both.shape[1] else np.zeros(len(both), int)
+    return codes[: len(class_labels)], codes[len(class_labels) :]
 
 
 def _draw_gaussian(
     own: np.ndarray, weights: np.ndarray, pooled: np.ndarray, number: int, rng: np.random.Generator
 ) -> np.ndarray:
     """
-    From a Gaussian with the weighted mean of `own` and `(weights · own covariance + 20 · pooled covariance) / (sum of
-    weights + 20)`. Random sums of the deviations themselves have that covariance: it need not be formed, which would
-    be slow where latents have thousands of values.
+    Draws from a Gaussian with the weighted mean of `own` and the covariance `(weights · own covariance + 20 · pooled
+    covariance) / (sum of weights + 20)`. Random sums of deviations have this covariance without forming the matrix,
+    which would be slow for latents of thousands of values.
     """
     total = weights.sum()
     mean = weights @ own / total

@@ -1,65 +1,193 @@
-# ==================== TEMPORARY: theirs win at the merge ====================
-from pathlib import Path
-from typing import Literal
+"""`wbdit evaluate`: models and files of cells judged on held-out cells, as a report, a table and a figure."""
 
-from pydantic import NonNegativeFloat, PositiveInt
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import anndata as ad
+import numpy as np
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ..flags import Seed, pydantic_config
+from ..data import CellSplit, read_cells
+from ..files import write_whole
+from ..flags import pydantic_config
+from ..pipelines import ScRNAGenerationPipeline
+from ..pipelines.generate import choose_device
+from ..pretrained import locate
+from .cells import combined_labels
+from .report import common_genes, evaluate_cells
+from .samples import cells_to_judge, draw_baselines, draw_samples
+from .table import GENERATED, by_excess, excess_and_sd, to_json, to_markdown
 
 
 @dataclass(config=pydantic_config, kw_only=True)
 class EvaluateConfig:
+    """Judges generated cells on held-out cells: report.json, report.md and report.png."""
+
     generators: list[str]
-    """Models or .h5ad files of generated cells, each as PATH or NAME=PATH."""
+    """Model folders or files of cells to judge; NAME=PATH gives one a name. Several files with one name are several
+    samples. A file has one cell for each held-out cell, with its labels."""
     dataset: str | None = None
-    """File or prepared folder that the models were trained on."""
+    """File or prepared folder that the models were trained on. Their split.json names its held-out cells."""
     train: str | None = None
-    """File of the training cells."""
+    """File of the training cells, with --test, instead of --dataset."""
     test: str | None = None
-    """File of the held-out cells."""
-    label_key: str | None = None
-    """Column of obs that holds the cell type."""
-    values: Literal["counts", "log"] | None = None
-    """Kind of values."""
+    """File of the held-out cells, with --train, instead of --dataset."""
+    label_keys: list[str] = Field(default_factory=list)
+    """Columns of obs with the labels of cells, the cell type first. A model knows its own."""
+    values: Literal["counts", "log"] = "counts"
+    """Content of files: counts or log values. A model knows its own."""
     donor_key: str | None = None
-    """Column of obs that holds the donor."""
+    """Column of obs with the donor, for membership inference of donors."""
     output_dir: Path = Path("report")
-    """Folder to write."""
-    num_samples: PositiveInt = 3
-    """Number of samples to draw from a model."""
+    """Folder for report.json, report.md and report.png."""
+    num_samples: Annotated[int, Field(ge=1)] = 3
+    """Number of samples of a model. Next to files, a model draws the number of samples in the files."""
     baselines: bool = True
-    """Also judge baselines."""
+    """Whether to judge baselines from the model's codec without its denoiser, if there is one model."""
     parity: bool = False
-    """Add the metrics of the paper."""
-    guidance_scale: NonNegativeFloat = 1.0
-    """Strength of classifier-free guidance."""
-    num_inference_steps: PositiveInt | None = None
-    """Number of denoising steps. Default: that of the pipeline."""
-    seed: Seed = 0
-    """Seed of the cells."""
+    """Whether to add the metrics of the paper, which reward collapse."""
+    guidance_scale: float = 1.0
+    """Strength of classifier-free guidance; 1 is none."""
+    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    """Number of denoising steps. The model has a default."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the cells and of the judging."""
     device: str | None = None
-    """Device to compute on."""
+    """Device, such as cuda or cpu. By default, a GPU if there is one."""
 
 
-def run(config):
-    from ..data import CellSplit, read_cells
-    from ..pipelines import ScRNAGenerationPipeline
-    from . import draw_samples, evaluate_cells, to_json, to_markdown
+def run(config: EvaluateConfig) -> tuple[dict, str]:
+    """
+    Judges generators and writes report.json, report.md and report.png into a folder.
 
-    path = config.generators[0].rpartition("=")[2]
-    if config.dataset is not None:
-        train, test = CellSplit.load(path).read(config.dataset)
-        pipe = ScRNAGenerationPipeline.from_pretrained(path)
-        steps = {"num_inference_steps": config.num_inference_steps}
-        samples, test = draw_samples(pipe, test, config.num_samples, config.seed, **steps)
-        label_key = list(pipe.processor.config.label_keys)
-    else:
-        if config.train is None or config.test is None:
-            raise ValueError("Give --dataset, or both --train and --test.")
-        train, test = read_cells(config.train), read_cells(config.test)
-        samples, label_key = [read_cells(one.rpartition("=")[2]) for one in config.generators], config.label_key
-    report = evaluate_cells(samples, train, test, label_key=label_key, donor_key=config.donor_key)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    (config.output_dir / "report.json").write_text(to_json(report))
-    return report, to_markdown(report)
+    Args:
+        config ([`EvaluateConfig`]): Generators, cells and settings.
+
+    Returns:
+        `tuple[dict, str]`: the report of [`evaluate_cells`], and the text to print.
+
+    Raises:
+        OSError: If a file is missing, or the folder can't be written.
+        ValueError: If the cells can't be judged.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from .figure import report_figure
+
+    folder = config.output_dir
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OSError(f"{existing} is not a folder that can be written to: give another --output_dir.")
+    paths = _paths_by_name(config.generators)
+    models = {name: given[0] for name, given in paths.items() if (Path(given[0]) / "model_index.json").is_file()}
+    train, test = _read_split(config, models)
+    device = choose_device(config.device)
+    pipes = {name: ScRNAGenerationPipeline.from_pretrained(path).to(device) for name, path in models.items()}
+    label_keys, values, layer = config.label_keys, config.values, None
+    for i, own in enumerate(pipe.processor.config for pipe in pipes.values()):
+        if i > 0 and (list(own.label_keys), own.values, own.layer) != (label_keys, values, layer):
+            raise ValueError(f"{', '.join(pipes)} have different labels or values: judge them one by one.")
+        label_keys, values, layer = list(own.label_keys), own.values, own.layer
+
+    samples, test = _samples(config, paths, pipes, train, test, label_keys)
+    if len(samples) == 1:
+        samples = {GENERATED: samples.popitem()[1]}
+    baselines = None
+    if config.baselines and len(pipes) == 1:
+        num_samples = len(next(iter(samples.values())))
+        baselines = draw_baselines(next(iter(pipes.values())), train, test, num_samples, config.seed)
+    report = evaluate_cells(
+        samples,
+        train,
+        test,
+        label_key=label_keys,
+        layer=layer,
+        values=values,
+        baselines=baselines,
+        donor_key=config.donor_key,
+        parity=config.parity,
+        seed=config.seed,
+    )
+    first = {f"{name}: excess {excess_and_sd(report, name)}": samples[name][0] for name in by_excess(report)}
+    figure = report_figure(test, first, report["label_key"], values, layer)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = to_markdown(report)
+    write_whole(folder / "report.json", lambda path: path.write_text(to_json(report)))
+    write_whole(folder / "report.md", lambda path: path.write_text(table))
+    write_whole(folder / "report.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+    return report, f"{table}\nWritten to {folder}: report.json, report.md, report.png."
+
+
+def _paths_by_name(generators: list[str]) -> dict[str, list[str]]:
+    """The paths of each generator."""
+    paths: dict[str, list[str]] = {}
+    for text in generators:
+        name, equals, path = text.partition("=")
+        if Path(text).exists() or not equals:
+            name, path = Path(text).name if Path(text).is_dir() else Path(text).stem, text
+            if name in paths:
+                raise ValueError(f"Two generators are called {name!r}: name them, as in NAME=PATH.")
+        if not Path(locate(path)).exists():
+            raise FileNotFoundError(f"There is no file or folder {path}.")
+        paths.setdefault(name, []).append(locate(path))
+    return paths
+
+
+def _read_split(config: EvaluateConfig, models: dict[str, str]) -> tuple[ad.AnnData, ad.AnnData]:
+    """Training and held-out cells."""
+    splits = {name: CellSplit.load(model) for name, model in models.items()}
+    for name, split in splits.items():
+        if split != next(iter(splits.values())):
+            raise ValueError(f"{name!r} was trained on other cells than {next(iter(splits))!r}: use one --split.")
+    if config.dataset is not None and splits:
+        return next(iter(splits.values())).read(config.dataset)
+    if config.train is None or config.test is None:
+        raise ValueError("Give --dataset for a model, or --train and --test for files.")
+    train, test = read_cells(config.train), read_cells(config.test)
+    shared = test.obs_names[test.obs_names.isin(train.obs_names)][:20]
+    comparable = train.obs_names.is_unique and test.obs_names.is_unique and train.var_names.equals(test.var_names)
+    # Names such as "0" occur in unrelated files: the values must agree too.
+    if len(shared) and comparable and all(abs(train[name].X - test[name].X).sum() == 0 for name in shared):
+        raise ValueError(f"--train and --test both have the cell {shared[0]!r}: remove it from one of them.")
+    for name, split in splits.items():
+        if set(split.train) != set(train.obs_names):
+            raise ValueError(f"{name!r} was trained on other cells than --train: give --dataset.")
+    return train, test
+
+
+def _samples(
+    config: EvaluateConfig,
+    paths: dict[str, list[str]],
+    pipes: dict[str, ScRNAGenerationPipeline],
+    train: ad.AnnData,
+    test: ad.AnnData,
+    label_keys: list[str],
+) -> tuple[dict[str, list[ad.AnnData]], ad.AnnData]:
+    """Samples of each generator, and the held-out cells that correspond to them."""
+    for name, adata in (("The training data", train), ("The held-out data", test)):
+        combined_labels(adata, [*label_keys, *filter(None, [config.donor_key])], name)
+    known = np.ones(test.n_obs, dtype=bool)
+    for pipe in pipes.values():
+        known &= pipe.processor.knows_labels(test)
+    judged, num_held_out = cells_to_judge(known), test.n_obs
+    test = test[judged]
+    samples = {name: [read_cells(path) for path in given] for name, given in paths.items() if name not in pipes}
+    for name, drawn in samples.items():
+        # A file with one cell for each held-out cell has cells for those that are not judged, too.
+        samples[name] = [sample[judged] if sample.n_obs == num_held_out else sample for sample in drawn]
+        for sample in drawn:
+            combined_labels(sample, label_keys, repr(name))
+    num_samples = max((len(drawn) for drawn in samples.values()), default=config.num_samples)
+    if samples:
+        common_genes(samples, train, test)
+    for name, pipe in pipes.items():
+        pipe.set_progress_bar_config(desc=f"Generating {name}", unit=" steps", disable=None)  # only at a terminal
+        call: dict[str, Any] = {
+            "guidance_scale": config.guidance_scale,
+            "num_inference_steps": config.num_inference_steps,
+        }
+        samples[name], _ = draw_samples(pipe, test, num_samples, config.seed, **call)
+    return {name: samples[name] for name in paths}, test

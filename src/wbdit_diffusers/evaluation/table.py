@@ -1,4 +1,4 @@
-"""A report as Markdown, for people."""
+"""A report as Markdown and as JSON."""
 
 import json
 from collections.abc import Sequence
@@ -8,32 +8,33 @@ import numpy as np
 
 
 GENERATED, REFERENCE = "generated", "real reference"
+EXCESS = "excess: AUC of the best classifier minus that of real training cells (0 = as good as real)"
 TITLES = {
-    "auc_forest": "told from held-out cells by a random forest (AUC, 0.5 = not at all)",
-    "auc_boosting": "… by gradient boosting on counts (AUC)",
-    "auc_regression": "… by logistic regression on 50 PCs (AUC)",
-    "w2": "distance of distributions: 2-Wasserstein, 30 PCs",
-    "mmd2": "distance of distributions: MMD², 30 PCs",
-    "mean_pearson": "mean of each gene: Pearson correlation",
-    "mean_spearman": "mean of each gene: Spearman correlation",
-    "variance_pearson": "variance of each gene: Pearson correlation",
+    "auc_forest": "random forest separates them from held-out cells (AUC, 0.5 = not at all)",
+    "auc_boosting": "gradient boosting on counts (AUC)",
+    "auc_regression": "logistic regression on 50 PCs (AUC)",
+    "w2": "2-Wasserstein distance, 30 PCs",
+    "mmd2": "MMD², 30 PCs",
+    "mean_pearson": "gene means: Pearson correlation",
+    "mean_spearman": "gene means: Spearman correlation",
+    "variance_pearson": "gene variances: Pearson correlation",
     "variance_ratio": "total variance, ratio to held-out cells",
-    "zero_fraction_error": "share of zeros of each gene: mean absolute error",
-    "gene_correlation": "correlations between genes: Pearson correlation",
-    "library_size_w1": "log library size: 1-Wasserstein",
-    "other_genes_mean_error": "share of counts outside the judged genes: error of its mean",
-    "other_genes_w1": "share of counts outside the judged genes: 1-Wasserstein",
-    "precision": "precision (generated cells that lie among real ones)",
-    "recall": "recall (real cells that lie among generated ones)",
+    "zero_fraction_error": "fraction of zeros per gene: mean absolute error",
+    "gene_correlation": "gene-gene correlations: Pearson correlation",
+    "library_size_w1": "log library size: 1-Wasserstein distance",
+    "other_genes_mean_error": "fraction of counts in other genes: error of the mean",
+    "other_genes_w1": "fraction of counts in other genes: 1-Wasserstein distance",
+    "precision": "precision (generated cells near real cells)",
+    "recall": "recall (real cells near generated cells)",
     "density": "density (1 = as dense as real cells)",
     "coverage": "coverage (real cells with a generated neighbour)",
     "nearest_training_cell": "distance to the nearest training cell, ratio to held-out cells (0 = copies)",
-    "membership_auc": "training cells recognised by nearness (AUC, 0.5 = no memory, 1 = copies)",
-    "membership_auc_donor": "training donors recognised by nearness (AUC)",
-    "purity": "cells recognised as their type, ratio to held-out cells",
+    "membership_auc": "membership inference of training cells (AUC, 0.5 = no memory, 1 = copies)",
+    "membership_auc_donor": "membership inference of training donors (AUC, 0.5 = no memory)",
+    "purity": "cells classified as their type, ratio to held-out cells",
     "f1": "F1 on held-out cells of a type classifier trained on these cells",
-    "lfc_slope": "log fold changes of marker genes, slope (1 = as strong as real)",
-    "de_recovery": "marker genes found again, share",
+    "lfc_slope": "marker log fold changes, slope (1 = as strong as real)",
+    "de_recovery": "marker genes recovered, fraction",
     "paper_kl": "paper parity: KL of paired rows",
     "paper_wasserstein": "paper parity: flattened Wasserstein-1",
     "paper_mmd": "paper parity: MMD² by blocks of 20 genes",
@@ -43,66 +44,89 @@ PER_TYPE = ("purity", "lfc_slope", "de_recovery", "w2", "mmd2", "library_size_w1
 
 def to_markdown(report: dict) -> str:
     """
-    A report as Markdown: the headline in a sentence, all metrics in a table, and the cell types in another one.
+    A report as Markdown: the headline, a table of all metrics, and for one generator a table of cell types.
 
     Args:
-        report (`dict`): What [`evaluate_cells`] returns.
-
-    Returns:
-        `str`
+        report (`dict`): Result of [`evaluate_cells`].
     """
-    columns = report["metrics"]
-    ours, real = columns[GENERATED], columns[REFERENCE]
-    others = [name for name in columns if name not in (GENERATED, REFERENCE)]
-    lines = [*_headline(report), ""]
-    titles = ["metric", "generated", "real reference", "difference", *others]
-    lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for metric, title in TITLES.items():
-        if metric in ours:
-            difference = np.subtract(ours[metric], real[metric]) if metric in real else None
-            cells = [ours[metric], real.get(metric), difference, *(columns[name].get(metric) for name in others)]
-            lines.append(f"| {title} | " + " | ".join(mean_and_sd(values) for values in cells) + " |")
-    cells = [excess_and_sd(report, name) for name in (GENERATED, *others)]
-    lines.append(f"| **excess: AUC of the best classifier over the real reference's** | {cells[0]} | – | – | ")
-    lines[-1] += "".join(f"{cell} | " for cell in cells[1:])
-    lines[-1] = lines[-1].rstrip()
-    if report["per_type"]:
-        lines += ["", *_table_of_types(report)]
-    return "\n".join(lines) + "\n"
+    parts = [headline(report), describe_samples(report), metric_table(report)]
+    if report["per_type"] and GENERATED in report["generators"]:
+        parts.append(_table_of_types(report))
+    return "\n\n".join(parts) + "\n"
 
 
-def _headline(report: dict) -> list[str]:
-    best = report["excess"][GENERATED]
-    ours, real = (np.mean(report["metrics"][name][f"auc_{best['judge']}"]) for name in (GENERATED, REFERENCE))
-    num_test, num_samples = report["num_test"], report["num_samples"]
-    spread = f"Mean ± standard deviation over {num_samples} samples" if num_samples > 1 else "One sample"
-    lines = [
-        f"The best of three classifiers ({best['judge']}) tells generated cells from {num_test} held-out ones with an"
-        f" AUC of {ours:.3f}, and real cells that were not held out with {real:.3f}: an excess of"
-        f" **{excess_and_sd(report, GENERATED)}**, where 0 is as good as real.",
-        "",
-        f"{spread} of {num_test} cells and {report['num_genes']} genes."
-        " The real reference is as many training cells of the same labels, judged in the same way: what can be"
-        f" reached. Trained on {num_test} cells a side, classifiers overlook what they would see with more; an excess"
-        " near 0 says no more than that.",
-    ]
-    if report["within_genes"]:
-        lines += [
-            "",
-            f"All cells are judged as if these {report['num_genes']} genes were all: the real ones have no others, or"
-            " the generated ones do not say how many counts they have in others.",
-        ]
-    return lines
+def headline(report: dict) -> str:
+    """The excess of the generator with the smallest one."""
+    name = by_excess(report)[0]
+    judge = report["excess"][name]["judge"]
+    ours, real = (np.nanmean(report["metrics"][column][f"auc_{judge}"]) for column in (name, REFERENCE))
+    cells = "generated cells" if name == GENERATED else f"cells of {name}"
+    return (
+        f"The best of three classifiers separates {cells} from {report['num_test']} held-out cells more easily than it"
+        f" separates real training cells from them, by **{excess_and_sd(report, name)}** (AUC). Its AUC is {ours:.3f}"
+        f" ({judge}), and {real:.3f} for real cells. An excess of 0 is as good as real, 0.5 is completely separable."
+    )
+
+
+def describe_samples(report: dict) -> str:
+    """A paragraph that explains the numbers of a table."""
+    number, num_test, num_genes = report["num_samples"], report["num_test"], report["num_genes"]
+    within = (
+        f" All cells are normalised within these {num_genes} genes: the real cells have no others, or the counts of"
+        " generated cells in others are unknown."
+    )
+    return (
+        f"{f'Mean ± standard deviation of {number} samples' if number > 1 else 'One sample'} of {num_test} cells and"
+        f" {num_genes} genes. The real reference consists of training cells with the same labels, judged in the same"
+        f" way. With {num_test} cells a side, classifiers overlook small differences: an excess near 0 does not prove"
+        f" that cells are like real ones.{within if report['within_genes'] else ''}"
+    )
+
+
+def metric_table(report: dict, metrics: Sequence[str] = tuple(TITLES)) -> str:
+    """
+    Excess and metrics as a Markdown table. Its columns are the generators, ordered by excess, the real reference and
+    the baselines, and for one generator its difference from the reference.
+
+    Args:
+        report (`dict`): Result of [`evaluate_cells`].
+        metrics (`Sequence[str]`, defaults to all): Keys of `TITLES` to show.
+    """
+    generators, columns = by_excess(report), report["metrics"]
+    names = [*generators, REFERENCE, *(name for name in columns if name not in (*generators, REFERENCE))]
+    rows = [["metric", *(name.replace("|", "\\|") for name in names)]]
+    rows.append([f"**{EXCESS}**", *("–" if name == REFERENCE else excess_and_sd(report, name) for name in names)])
+    if len(generators) == 1:
+        rows = [[*rows[0], "generated minus reference"], [*rows[1], "–"]]
+    for metric in metrics:
+        if any(metric in columns[name] for name in generators):
+            rows.append([TITLES[metric], *(mean_and_sd(columns[name].get(metric)) for name in names)])
+            if len(generators) == 1:
+                ours, real = (np.array(columns[name].get(metric, np.nan), dtype=float) for name in names[:2])
+                rows[-1].append(mean_and_sd(ours - real))
+    return _table(rows)
 
 
 def excess_and_sd(report: dict, name: str) -> str:
-    """The excess of a column: `0.112 ± 0.058`, or `0.112` of a single sample."""
+    """The excess of a column: `0.112 ± 0.058`, or `0.112` for a single sample."""
     excess = report["excess"][name]
     return f"{excess['mean']:.3f} ± {excess['sd']:.3f}" if report["num_samples"] > 1 else f"{excess['mean']:.3f}"
 
 
-def to_json(report: dict, indent: int | None = 1) -> str:
-    """A report as JSON, which has no NaN: what could not be measured is `null`. Without `indent` it is one line."""
+def mean_and_sd(values: Sequence[float | None] | None) -> str:
+    """`0.585 ± 0.029`, or `0.585` for a single value. NaN, which is `None` in JSON, is left out."""
+    numbers = np.array([] if values is None else values, dtype=float)
+    if np.isnan(numbers).all():
+        return "–"
+    mean, sd = np.nanmean(numbers), np.nanstd(numbers)
+    if len(numbers) == 1:
+        return f"{mean:.1e}" if 0 < abs(mean) < 0.005 else f"{mean:.3f}"
+    # Three decimals, or two digits of smaller numbers, such as MMD² between similar cells
+    return f"{mean:.1e} ± {sd:.0e}" if 0 < abs(mean) < 0.005 else f"{mean:.3f} ± {sd:.3f}"
+
+
+def to_json(report: Any, indent: int | None = 1) -> str:
+    """A report as JSON. NaN, which JSON does not have, becomes `null`. Without `indent`, it is one line."""
 
     def without_nan(value: Any) -> Any:
         if isinstance(value, dict):
@@ -114,33 +138,26 @@ def to_json(report: dict, indent: int | None = 1) -> str:
     return json.dumps(without_nan(report), indent=indent, allow_nan=False)
 
 
-def mean_and_sd(values: Sequence[float | None] | None) -> str:
-    """`0.585 ± 0.029`; of one value, which has no spread, `0.585`. What is NaN, or `None` in JSON, is left out."""
-    numbers = np.array([] if values is None else values, dtype=float)
-    if np.isnan(numbers).all():
-        return "–"
-    mean, sd = np.nanmean(numbers), np.nanstd(numbers)
-    if len(numbers) == 1:
-        return f"{mean:.1e}" if 0 < abs(mean) < 0.005 else f"{mean:.3f}"
-    # Three decimals, and two digits of what is smaller than that, as MMD² between cells that are much alike.
-    return f"{mean:.1e} ± {sd:.0e}" if 0 < abs(mean) < 0.005 else f"{mean:.3f} ± {sd:.3f}"
+def by_excess(report: dict) -> list[str]:
+    """The generators, the best first."""
+    return sorted(report["generators"], key=lambda name: report["excess"][name]["mean"])
 
 
-def _table_of_types(report: dict) -> list[str]:
-    types = report["per_type"]
-    metrics = [name for name in PER_TYPE if any(name in entry["metrics"][GENERATED] for entry in types.values())]
-    titles = [report["label_key"], "training cells", "held out", *(TITLES[metric] for metric in metrics)]
-    lines = [
-        f"By `{report['label_key']}`, types of at least 30 training cells; in brackets the real reference.",
-        "",
-        "| " + " | ".join(titles) + " |",
-        "|---" * len(titles) + "|",
-    ]
+def _table_of_types(report: dict) -> str:
+    """Metrics of a single generator by cell type."""
+    types, key = report["per_type"], report["label_key"]
+    shown = [name for name in PER_TYPE if any(name in one["metrics"].get(GENERATED, {}) for one in types.values())]
+    rows = [[key, "training cells", "held-out cells", *(TITLES[metric] for metric in shown)]]
     for label, entry in types.items():
         row = [label, str(entry["num_train"]), str(entry["num_test"])]
-        for metric in metrics:
-            ours, real = (entry["metrics"].get(name, {}).get(metric) for name in (GENERATED, REFERENCE))
-            has_reference = real is not None and not np.isnan(real).all()
-            row.append(mean_and_sd(ours) + (f" ({np.nanmean(real):.3f})" if has_reference else ""))
-        lines.append("| " + " | ".join(row) + " |")
-    return lines
+        for metric in shown:
+            values, real = (entry["metrics"].get(name, {}).get(metric) for name in (GENERATED, REFERENCE))
+            row.append(f"{mean_and_sd(values)} ({mean_and_sd(real).split(' ')[0]})")
+        rows.append(row)
+    return f"By `{key}`, types with at least 30 training cells; the real reference in brackets.\n\n{_table(rows)}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    """A Markdown table whose first row is the header."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])

@@ -1,0 +1,120 @@
+"""`wbdit evaluate` in Python: models and files in one report, and the mistakes that people make."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_pipeline
+
+from wbdit_diffusers.data import CellSplit
+from wbdit_diffusers.evaluation.run import EvaluateConfig, run
+
+
+QUICK = {"num_inference_steps": 2, "num_samples": 1, "baselines": False, "device": "cpu"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_trees():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("wbdit_diffusers.evaluation.classifiers.NUM_TREES", 20)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(pbmc, tmp_path_factory) -> Path:
+    """A model, its cells, files of other generators, and damaged files."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    split = CellSplit.draw(pbmc, label_key="cell_type")
+    train, test = split.apply(pbmc)
+    pipe = make_pipeline(train, codec="program", label_keys=["cell_type", "phase"], num_genes=60)
+    for name, seed in (("model", 0), ("other", 1)):
+        pipe.save_pretrained(folder / name)
+        CellSplit.draw(pbmc, label_key="cell_type", seed=seed).save(folder / name)
+    files = {"pbmc": pbmc, "train": train, "test": test, "half": train[:100], "unlabelled": test.copy()}
+    files |= {"nan": test.copy(), "genes": test.copy(), "fractions": test.copy()}
+    files |= {"fake": test.copy(), "fake2": test.copy()}
+    for seed, name in enumerate(("fake", "fake2")):
+        files[name].X = np.random.default_rng(seed).permuted(test.X.toarray(), axis=0)
+    del files["unlabelled"].obs["cell_type"]
+    files["nan"].X.data[3] = np.nan
+    files["fractions"].X = files["fractions"].X * 0.5
+    files["genes"].var_names = [f"x{name}" for name in test.var_names]
+    for name, cells in files.items():
+        cells.write_h5ad(folder / f"{name}.h5ad")
+    return folder
+
+
+def evaluate(folder: Path, output_dir: Path, generators: list[str], **kwargs) -> dict:
+    generators = [text.replace("@", f"{folder}/") for text in generators]
+    paths = {name: str(folder / kwargs.pop(name)) for name in ("dataset", "train", "test") if name in kwargs}
+    report, text = run(EvaluateConfig(generators=generators, output_dir=output_dir, **paths, **QUICK | kwargs))
+    assert json.loads((output_dir / "report.json").read_text())["excess"] == report["excess"]
+    assert (output_dir / "report.md").read_text() in text and (output_dir / "report.png").stat().st_size > 30_000
+    return report
+
+
+def without_forest(row: dict) -> dict:
+    """Its threads add up in any order, so that the last digits vary."""
+    return {metric: values for metric, values in row.items() if metric != "auc_forest"}
+
+
+def test_a_model_has_the_same_numbers_in_every_report(folder, tmp_path):
+    """Alone, next to files, and with the cells as a file or as two; other files in the folder are left alone."""
+    (tmp_path / "notes.txt").write_text("mine")
+    alone = evaluate(folder, tmp_path, ["@model"], dataset="pbmc.h5ad", baselines=True)
+    assert len(alone["excess"]) == 4 and alone["generators"] == ["generated"] and alone["label_key"] == "cell_type"
+    files = ["fake=@fake.h5ad", "fake=@fake2.h5ad"]
+    both = evaluate(folder, tmp_path, ["ours=@model", *files], dataset="pbmc.h5ad", num_samples=5)
+    assert both["generators"] == list(both["excess"]) == ["ours", "fake"] and both["num_samples"] == 2
+    halves = evaluate(folder, tmp_path, ["ours=@model", "@fake.h5ad"], train="train.h5ad", test="test.h5ad")
+    for metric in ("auc_regression", "recall", "purity", "lfc_slope"):
+        # A file without library sizes makes all cells be normalised within the common genes.
+        assert halves["metrics"]["ours"][metric][0] == both["metrics"]["ours"][metric][0]
+    again = evaluate(folder, tmp_path, ["x=@model"], train="train.h5ad", test="test.h5ad")
+    assert without_forest(again["metrics"]["generated"]) == without_forest(alone["metrics"]["generated"])
+    names = {"notes.txt", "report.json", "report.md", "report.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_files_need_no_model(folder, tmp_path):
+    given = {"train": "train.h5ad", "test": "test.h5ad", "label_keys": ["cell_type"]}
+    one = evaluate(folder, tmp_path, ["@fake.h5ad"], **given)
+    two = evaluate(folder, tmp_path, ["@fake.h5ad", "@fake2.h5ad"], **given)
+    assert without_forest(one["metrics"]["generated"]) == without_forest(two["metrics"]["fake"])
+
+
+@pytest.mark.parametrize(
+    "generators, kwargs, message",
+    [
+        (["@absent"], {"dataset": "pbmc.h5ad"}, "There is no file or folder .*absent"),
+        (["@model"], {"dataset": "absent.h5ad"}, "no file .*absent.h5ad"),
+        (["@model"], {}, "Give --dataset for a model, or --train and --test"),
+        (["@fake.h5ad"], {"dataset": "pbmc.h5ad"}, "Give --dataset for a model, or --train and --test"),
+        (["@fake.h5ad", "@fake.h5ad"], {}, "Two generators are called 'fake'"),
+        (["a=@model", "b=@other"], {"dataset": "pbmc.h5ad"}, "'b' was trained on other cells than 'a'"),
+        (["@model"], {"train": "half.h5ad", "test": "test.h5ad"}, "'model' was trained on other cells than --train"),
+        (["@model"], {"dataset": "unlabelled.h5ad"}, "no cell|no column 'cell_type'"),
+        (["@model"], {"dataset": "pbmc.h5ad", "donor_key": "who"}, "has no column 'who'"),
+        (["@model", "@half.h5ad"], {"dataset": "pbmc.h5ad"}, "'half' has 100 cells, and 142 are held out"),
+        (["@model", "@unlabelled.h5ad"], {"dataset": "pbmc.h5ad"}, "'unlabelled' has no column 'cell_type' in obs"),
+        (["@unlabelled.h5ad"], {"label_keys": ["cell_type"]}, "'unlabelled' has no column 'cell_type' in obs"),
+        (["@fake.h5ad"], {"label_keys": ["kind"]}, "The training data has no column 'kind'"),
+        (["@fake.h5ad"], {"test": "pbmc.h5ad"}, "--train and --test both have the cell"),
+        (["@fake.h5ad", "a=@fake.h5ad", "a=@fake2.h5ad"], {}, "equally many samples"),
+        (["@genes.h5ad"], {}, "765 generated genes are not among the genes of the real cells, e.g. 'x"),
+        (["@nan.h5ad"], {}, "The generated cells have NaN, infinite or negative values"),
+        (["@fractions.h5ad"], {}, "not integer counts: give counts, or --values log"),
+    ],
+)
+def test_mistakes_are_refused_and_nothing_is_written(folder, tmp_path, generators, kwargs, message):
+    if not any("model" in name or "dataset" in kwargs for name in generators):
+        kwargs = {"train": "train.h5ad", "test": "test.h5ad"} | kwargs
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        evaluate(folder, tmp_path / "report", generators, **kwargs)
+    assert "\n" not in str(error.value) and not (tmp_path / "report").exists()
+
+
+def test_an_output_dir_that_is_a_file_is_refused(folder):
+    with pytest.raises(OSError, match="test.h5ad is not a folder that can be written to"):
+        evaluate(folder, folder / "test.h5ad", ["@model"], dataset="pbmc.h5ad")
