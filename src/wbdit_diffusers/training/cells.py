@@ -11,8 +11,8 @@ from diffusers.utils import logging
 
 from ..data import cells as data_cells
 from ..data.cells import AnnDataSource, BackedSource, CellSource, NotByCellError, label_column
-from ..data.read import read_cells
 from ..data.prepared import PreparedCells, is_prepared
+from ..data.read import read_cells
 from ..data.split import CellSplit
 from .config import TrainingConfig
 
