@@ -52,8 +52,8 @@ from sklearn.metrics import roc_auc_score
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
 from wbdit_diffusers.evaluation.cells import generated_cells, real_cells
-from wbdit_diffusers.interpretation import fit_mixture, hold_program, program_direction
-from wbdit_diffusers.interpretation.interventions import HeldDenoiser, with_denoiser
+from wbdit_diffusers.interpretation import LinearGuide, fit_gaussian_mixture, hold_program, program_direction
+from wbdit_diffusers.interpretation.interventions import with_denoiser
 
 
 NUM_GENES = 100
@@ -82,7 +82,8 @@ class Edits:
     """Generates cells of one type at a dose, in each of the ways."""
 
     def __init__(self, pipe: ScRNAGenerationPipeline, train_cells: ad.AnnData, condition: np.ndarray, label_key: str):
-        self.pipe, self.mixture, self.label_key = pipe, fit_mixture(pipe, train_cells), label_key
+        self.pipe, self.label_key = pipe, label_key
+        self.gaussian_mixture = fit_gaussian_mixture(pipe, train_cells)
         self.latents = pipe.encode_cells(train_cells)
         self.types = train_cells.obs[label_key].astype(str).to_numpy()
         self.condition = condition  # 0 and 1; -1 is neither
@@ -97,7 +98,7 @@ class Edits:
         noise[-1] = 0
         noise -= self.direction * (noise @ self.direction) / self.direction.square().sum()
         self.random = noise / (self.latents @ noise).std()
-        self.closed = with_denoiser(pipe, self.mixture)
+        self.closed = with_denoiser(pipe, self.gaussian_mixture)
 
     def doses(self, cell_type: str) -> np.ndarray:
         own = self.types == cell_type
@@ -108,22 +109,21 @@ class Edits:
         doses = self.doses(cell_type)
         activity = float(np.interp(dose, DOSES, doses))
         labels = self.pipe.processor.encode_conditions({self.label_key: cell_type}, NUM_CELLS)
-        if way in ("network", "closed form", *ABLATIONS):
-            pipe = self.closed if way == "closed form" else self.pipe
-            if ABLATIONS.get(way) is not None:
-                pipe = without(pipe, ABLATIONS[way])
-            held = hold_program(pipe, self.mixture, self.program, activity)
-        elif way == "random direction":
+        pipe = self.closed if way == "closed form" else self.pipe
+        if ABLATIONS.get(way) is not None:
+            pipe = without(pipe, ABLATIONS[way])
+        if way == "random direction":
             start = float((self.latents[(self.types == cell_type) & (self.condition == 0)] @ self.random).mean())
-            denoiser = HeldDenoiser(self.pipe.denoiser, self.mixture, self.random, start + activity - doses[0])
-            held = with_denoiser(self.pipe, denoiser)
+            guide = LinearGuide(self.gaussian_mixture, self.random, start + activity - doses[0])
         else:
-            held = hold_program(self.pipe, self.mixture, self.program, float(doses[0]))
-        held.set_progress_bar_config(disable=True)
-        latents = held(
+            is_held = way in ("network", "closed form", *ABLATIONS)  # the other ways move the cells afterwards
+            guide = hold_program(pipe, self.gaussian_mixture, self.program, activity if is_held else float(doses[0]))
+        pipe.set_progress_bar_config(disable=True)
+        latents = pipe(
             num_cells=NUM_CELLS,
             conditions={self.label_key: cell_type},
             generator=torch.Generator().manual_seed(seed),
+            guides=[guide],
             output_type="latent",
         ).cells
         step = torch.zeros(len(self.direction))

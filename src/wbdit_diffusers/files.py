@@ -9,7 +9,7 @@ from typing import Any
 MAX_ERROR_LENGTH = 500  # characters of another library's error
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]):
+def write_whole(path: Path, write: Callable[..., Any]):
     """
     Writes a file or folder under a temporary name and renames it once it is complete.
 

@@ -25,8 +25,12 @@ class CellSource(Protocol):
     """Cells in groups that are read at once."""
 
     name: str  # in messages
-    var_names: pd.Index  # all genes, the columns of each group
     group_sizes: np.ndarray  # number of cells in each group: (groups,)
+
+    @property
+    def var_names(self) -> pd.Index:
+        """All genes, the columns of each group."""
+        ...
 
     @property
     def obs(self) -> pd.DataFrame:

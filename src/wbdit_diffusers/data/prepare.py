@@ -3,7 +3,7 @@
 import hashlib
 import html
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,7 +54,7 @@ class PrepareConfig:
     """Seed of the split and of the order."""
 
 
-def prepare(sources: list[str | Path], output: str | Path, config: PrepareConfig) -> dict[str, Any]:
+def prepare(sources: Sequence[str | Path], output: str | Path, config: PrepareConfig) -> dict[str, Any]:
     """
     Writes AnnData files as one shuffled dataset with a training and a held-out split. `train` reads it, and so does
     `datasets.load_dataset(folder)`. The files are read in chunks; a dataset on disk is shuffled by `datasets`.
@@ -104,7 +104,7 @@ def prepare(sources: list[str | Path], output: str | Path, config: PrepareConfig
         # 2. Split and shuffle, file by file
         dataset, splits = Dataset.from_file(arrow), _split_and_shuffle(obs, config)
         labels = {key: feature.names for key, feature in features.items() if hasattr(feature, "names")}
-        metadata = {
+        metadata: dict[str, Any] = {
             "fingerprint": hashlib.sha256("\n".join([*genes, *obs.index]).encode()).hexdigest(),
             "values": config.values,
             "num_genes": len(genes),

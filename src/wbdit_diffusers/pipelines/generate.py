@@ -176,8 +176,9 @@ def _launch(config: GenerateConfig, parts: dict[Path, range]) -> str | None:
     command += ["--conditions", *conditions] if conditions else []
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", LAUNCHED: "true"}
     with tempfile.TemporaryFile("w+") as output, _progress(parts) as bar:
-        pipes = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}
-        with subprocess.Popen(command, env=environment, **pipes) as process:
+        with subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=output, text=True
+        ) as process:
             try:
                 while process.poll() is None:
                     time.sleep(0.2)

@@ -272,9 +272,10 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         def batches() -> Iterator[ad.AnnData]:
             for start in range(0, num_cells, batch_size):
                 rows = slice(start, min(start + batch_size, num_cells))
-                own = generator[rows] if state is None else torch.Generator(generator.device)
-                if state is not None:
-                    own.set_state(state)
+                if isinstance(generator, list):
+                    own = generator[rows]
+                else:
+                    own = torch.Generator(generator.device).set_state(state)
                 yield self(
                     num_cells=rows.stop - rows.start,
                     generator=own,
