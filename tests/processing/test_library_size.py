@@ -52,4 +52,4 @@ def logarithms(adata):
 
 def test_log_values_have_no_library_size(pbmc):
     processor = ScRNAProcessor(values="log", recover_counts=False).fit(logarithms(pbmc))
-    assert not processor.has_library_size and ScRNAProcessor().has_library_size
+    assert not processor.is_counts and ScRNAProcessor().is_counts

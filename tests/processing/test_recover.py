@@ -96,7 +96,7 @@ def test_a_processor_gives_values_back_on_the_scale_of_the_file(pbmc):
     sc.pp.normalize_total(log_values, target_sum=1e4)
     sc.pp.log1p(log_values)
     processor = ScRNAProcessor(values="log", label_keys=["cell_type"]).fit(log_values)
-    assert processor.has_library_size
+    assert processor.is_counts
     matrix, library_size = processor.select(log_values)
     assert (matrix != pbmc[:, processor.var_names].X).nnz == 0
     sizes = torch.from_numpy(library_size)
@@ -110,5 +110,5 @@ def test_a_processor_gives_values_back_on_the_scale_of_the_file(pbmc):
     with pytest.raises(ValueError, match=f"1 cells .the first is '{pbmc.obs_names[3]}'. are not logarithms to base e"):
         processor.select(broken)
     as_they_are = ScRNAProcessor(values="log", recover_counts=False).fit(log_values)
-    assert not as_they_are.has_library_size
+    assert not as_they_are.is_counts
     np.testing.assert_array_equal(as_they_are.select(log_values)[0].toarray(), log_values.X.toarray())

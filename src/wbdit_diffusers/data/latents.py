@@ -52,7 +52,7 @@ class CellDataset:
         groups: list[int] | None = None,
     ):
         self.matrix, self.library_size = processor.select(cells, groups)  # (cells, genes) and (cells,)
-        self.is_of_counts = processor.has_library_size
+        self.is_counts = processor.is_counts
         self.class_labels = processor.encode_labels(cells) if with_labels else None  # (cells, num_label_keys)
         if groups is not None and self.class_labels is not None:
             sizes = as_source(cells).group_sizes

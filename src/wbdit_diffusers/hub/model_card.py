@@ -145,6 +145,6 @@ def _contents(pipeline: Any) -> str:
     processor = pipeline.processor
     if processor.config.values == "counts":
         return 'integer counts in `X` and `obs["library_size"]`'
-    if processor.has_library_size:
+    if processor.is_counts:
         return 'log expression in `X`, its integer counts in `layers["counts"]` and `obs["library_size"]`'
     return "log expression in `X`"

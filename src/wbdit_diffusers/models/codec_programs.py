@@ -57,7 +57,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         super().__init__()
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"`likelihood` must be one of {', '.join(LIKELIHOODS)}, not {likelihood!r}.")
-        num_bins = num_genes + self.models_library_size
+        num_bins = num_genes + self.is_counts
         self.encoder = nn.Sequential(nn.Linear(num_bins, hidden_size), nn.SiLU())
         self.to_mean = nn.Linear(hidden_size, num_programs)
         self.to_log_variance = nn.Linear(hidden_size, num_programs)
@@ -79,7 +79,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         self.register_buffer("latents_mean", torch.zeros(self.num_features))
         self.register_buffer("latents_std", torch.ones(self.num_features))
         self.register_buffer("log_library_size_range", torch.tensor([0.0, math.inf]))
-        if not self.models_library_size:  # log values may have any base and scale
+        if not self.is_counts:  # log values may have any base and scale
             self.register_buffer("values_mean", torch.zeros(num_genes))
             self.register_buffer("values_std", torch.ones(1))
             self.register_buffer("levels", torch.zeros(num_levels))
@@ -91,12 +91,17 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
     @property
     def num_features(self) -> int:
         """Number of latents per cell: the programs, and for counts the log library size."""
-        return self.config.num_programs + self.models_library_size
+        return self.config.num_programs + self.is_counts
+
+    @property
+    def is_counts(self) -> bool:
+        """Whether cells are counts. Otherwise they are log values."""
+        return LIKELIHOODS[self.config.likelihood].is_counts
 
     @property
     def models_library_size(self) -> bool:
-        """Whether the cells are counts, so that the latents include the library size."""
-        return LIKELIHOODS[self.config.likelihood].IS_OF_COUNTS
+        """Whether latents hold the library size, as those of counts do."""
+        return self.is_counts
 
     # ==================== Fitting ====================
 
@@ -111,7 +116,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
             library_size (`np.ndarray` of shape `(cells,)`): Total counts over all genes. Not used for log values.
         """
         values = LIKELIHOODS[self.config.likelihood].initial_values(matrix, library_size)
-        if self.models_library_size:
+        if self.is_counts:
             log_library_size = torch.from_numpy(np.log(library_size)).float()
             self.log_library_size_range.copy_(torch.stack([log_library_size.min(), log_library_size.max()]))
         else:
@@ -146,7 +151,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         number = min(self.config.num_programs, self.config.hidden_size // 2, *(size - 1 for size in matrix.shape))
         if number < 1:
             return
-        expression = log_normalize(matrix, library_size) if self.models_library_size else matrix
+        expression = log_normalize(matrix, library_size) if self.is_counts else matrix
         pca = PCA(number, svd_solver="arpack", random_state=0)
         programs = pca.fit_transform(expression)
         scale = programs.std(axis=0)
@@ -157,7 +162,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         projection = torch.from_numpy(pca.components_[:number] / scale[:, None]).to(encoder.weight)  # (number, genes)
         projection = torch.cat([projection, -projection])
         center = torch.from_numpy(pca.mean_).to(encoder.weight)
-        if not self.models_library_size:  # the encoder sees standardised values
+        if not self.is_counts:  # the encoder sees standardised values
             center = (center - self.values_mean) / self.values_std
             projection = projection * self.values_std
         units, places = 2 * number, torch.arange(number)
@@ -204,7 +209,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Negative log-likelihood `(cells,)` of cells `(cells, genes)` given programs and labels; see `decode`."""
-        values = _bins(matrix, library_size) if self.models_library_size else matrix
+        values = _bins(matrix, library_size) if self.is_counts else matrix
         return -self.decode_programs(programs, library_size, class_labels).log_prob(values)
 
     # ==================== Programs ====================
@@ -223,7 +228,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         relative to the average count, or for log values, the change of its mean in an average cell.
         """
         axes = torch.linalg.inv(self.program_axes.float())  # a column per program
-        if not self.models_library_size:
+        if not self.is_counts:
             step = 0.1
             raised, lowered = (self.decode(sign * step * axes.T).mean() for sign in (1, -1))
             return ((raised - lowered) / (2 * step)).detach().T
@@ -237,7 +242,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         Loadings of counts times `sqrt(m / (1 + m))`, where `m` is the gene's count in an average cell: the square root
         of the information that a Poisson count has about its log rate. Loadings of log values are returned unchanged.
         """
-        if not self.models_library_size:
+        if not self.is_counts:
             return self.loadings
         mean_counts = self._mean_proportions()[:-1] * self.latents_mean[-1].exp()
         return self.loadings * (mean_counts / (1 + mean_counts)).sqrt()[:, None]
@@ -251,7 +256,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
 
     def posterior(self, matrix: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log variance of the programs given the cells, `(cells, num_programs)` each; see `forward`."""
-        if self.models_library_size:
+        if self.is_counts:
             expression = log_normalize(_bins(matrix, library_size), library_size)
         else:
             expression = (matrix - self.values_mean) / self.values_std
@@ -270,7 +275,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
             library sizes, standardised.
         """
         latents = self.posterior(matrix, library_size)[0]
-        if self.models_library_size:
+        if self.is_counts:
             latents = torch.cat([latents, library_size[:, None].log()], dim=1)
         return (latents - self.latents_mean) / self.latents_std
 
@@ -290,7 +295,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
                 of_labels = effects(class_labels.clamp(min=0) + first) * is_known  # (cells, num_label_keys, genes)
                 parameters[name] = parameters[name] + of_labels.sum(1)
         parameters |= dict(self.gene_parameters) | {name: getattr(self, name) for name in likelihood.TABLES}
-        if not self.models_library_size:
+        if not self.is_counts:
             parameters["levels"] = self.levels
         return likelihood.from_heads(parameters, library_size)
 
@@ -315,10 +320,10 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         Raises:
             ValueError: If a library size is given for log values.
         """
-        if library_size is not None and not self.models_library_size:
+        if library_size is not None and not self.is_counts:
             raise ValueError("`library_size` was given, but the cells are log values, which have none.")
         latents = latents.float() * self.latents_std + self.latents_mean
-        if library_size is None and self.models_library_size:
+        if library_size is None and self.is_counts:
             library_size = latents[:, -1].clamp(*self.log_library_size_range.tolist()).exp()
         return self.decode_programs(latents[:, : self.config.num_programs].to(self.dtype), library_size, class_labels)
 

@@ -44,7 +44,7 @@ def encode_library_size(processor: ScRNAProcessor, library_size: Any, num_cells:
     """Library sizes `(num_cells,)`, or `None`. Raises a `ValueError` unless they are positive numbers."""
     if library_size is None:
         return None
-    if not processor.has_library_size:
+    if not processor.is_counts:
         raise ValueError("`library_size` was given, but this model was trained on log values, not on counts.")
     sizes = torch.as_tensor(np.asarray(library_size), dtype=torch.float32).expand(num_cells)
     if not (torch.isfinite(sizes) & (sizes > 0)).all():

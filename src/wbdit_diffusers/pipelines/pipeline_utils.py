@@ -177,7 +177,7 @@ class ScRNAPipeline(DiffusionPipeline):
         Raises:
             ValueError: If the shapes don't fit, or `library_size` is given to a model of log values.
         """
-        if library_size is not None and not self.processor.has_library_size:
+        if library_size is not None and not self.processor.is_counts:
             raise ValueError("`library_size` was given, but this model was trained on log values, not on counts.")
         shapes = {
             "latents": (latents, (len(latents), self.codec.num_features)),
@@ -209,7 +209,7 @@ class ScRNAPipeline(DiffusionPipeline):
         """Draws the cells of a batch of latents, a few blocks at a time, as dense cells are large."""
         latents = latents.to(self.codec.device)  # a `device_map` may have placed the codec elsewhere
         processor, num_genes = self.processor, self.codec.config.num_genes
-        if library_size is None and processor.has_library_size and not self.codec.models_library_size:
+        if library_size is None and processor.is_counts and not self.codec.models_library_size:
             codes = processor.encode_conditions({}, len(latents)) if class_labels is None else class_labels
             library_size = processor.sample_library_size(codes, uniform)
         matrices, sizes = [], []
@@ -222,7 +222,7 @@ class ScRNAPipeline(DiffusionPipeline):
             sizes.append(values.sum(1) if values.shape[1] > num_genes else distribution.library_size)
             check_decoded(values, sizes[-1])
         matrix = sparse.vstack(matrices, format="csr")
-        all_sizes = torch.cat(sizes) if processor.has_library_size else None
+        all_sizes = torch.cat(sizes) if processor.is_counts else None
         cells = processor.to_anndata(matrix, class_labels, all_sizes, first_cell=first_cell)
         if isinstance(self.codec, ProgramCodec):
             add_programs(cells, self.codec, latents)

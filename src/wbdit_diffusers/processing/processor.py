@@ -90,7 +90,7 @@ class ScRNAProcessor(ConfigMixin):
         return tuple(len(names) for names in self.config.categories)
 
     @property
-    def has_library_size(self) -> bool:
+    def is_counts(self) -> bool:
         """Whether cells are counts, given or recovered, and so have a library size."""
         return self.config.values == "counts" or self.config.log_scale is not None
 
@@ -132,7 +132,7 @@ class ScRNAProcessor(ConfigMixin):
         self.label_combinations = torch.from_numpy(combinations)
         self.label_frequencies = torch.from_numpy(numbers / numbers.sum()).float()
         quantiles = np.zeros((len(combinations), len(library_size.QUANTILES)))
-        if self.has_library_size:
+        if self.is_counts:
             quantiles = library_size.log_quantiles(np.concatenate(totals), inverse.ravel())
         self.library_size_quantiles = torch.from_numpy(quantiles).float()
         return self

@@ -182,7 +182,7 @@ def fit_programs(
     validation_cells, train_cells = shuffled[:num_validation], shuffled[num_validation:]
     codec = _new_codec(config, cells, num_programs).to(device)
     optimizer = _optimizer(codec, codec.parameters(), config.codec_learning_rate)
-    zero_point = 0.0 if cells.is_of_counts else _validation_loss(config, cells, codec, validation_cells)
+    zero_point = 0.0 if cells.is_counts else _validation_loss(config, cells, codec, validation_cells)
     codec.start_programs(cells.matrix[train_cells], cells.library_size[train_cells], config.program_prior_precision)
     stopping = EarlyStopping(STOP_TOLERANCES[codec.config.likelihood], zero_point)
     # A fit to few cells overfits soon.
@@ -222,7 +222,7 @@ def _new_codec(config: TrainingConfig, cells: CellDataset, num_programs: int) ->
         num_genes=cells.matrix.shape[1],
         num_programs=num_programs,
         hidden_size=config.codec_hidden_size,
-        likelihood="nb_mixture" if cells.is_of_counts else "quantile_hurdle",
+        likelihood="nb_mixture" if cells.is_counts else "quantile_hurdle",
         condition_sizes=cells.condition_sizes,
     )
     codec.fit_statistics(cells.matrix, cells.library_size)

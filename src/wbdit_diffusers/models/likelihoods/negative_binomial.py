@@ -31,7 +31,7 @@ class NegativeBinomialMixture:
     GENE_PARAMETERS = ("outlier_logits", "outlier_log_ratio", "outlier_log_theta")  # shared by all cells
     PRIOR_PRECISIONS: dict[str, float] = {}
     TABLES: dict[str, int] = {}
-    IS_OF_COUNTS = True
+    is_counts = True
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ class QuantileHurdle:
     GENE_PARAMETERS = ("log_std",)  # shared by all cells
     PRIOR_PRECISIONS = {"log_std": 100.0}  # keeps rarely expressed genes from being fitted exactly
     TABLES = {"quantiles": len(SCORES)}  # measured, not fitted: number of values per gene
-    IS_OF_COUNTS = False
+    is_counts = False
 
     library_size = None
 
