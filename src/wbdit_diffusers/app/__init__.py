@@ -1,4 +1,4 @@
-"""The page in the browser: `wbdit app`, and `build_page` for a Hub Space. Needs the extra `wbdit_diffusers[app]`."""
+"""The page in the browser: `wbdit app`, and `launch` for a Hub Space. Needs the extra `wbdit_diffusers[app]`."""
 
 from .page import build_page, launch
 

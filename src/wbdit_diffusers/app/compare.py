@@ -1,39 +1,38 @@
-"""Generated cells beside real ones: what the figures are drawn from, and a quick judgement."""
+"""Generated cells compared with real cells: their figures, and a quick two-sample test."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
-import pandas as pd
-import torch
-from sklearn.ensemble import RandomForestClassifier
+from matplotlib.figure import Figure
 
 from ..data.split import CellSplit
-from ..evaluation.cells import CellArrays, generated_cells, needs_common_genes, real_cells
-from ..evaluation.classifiers import expression_view, two_sample_auc
-from ..evaluation.references import draw_matching
+from ..evaluation.cells import combined_labels, generated_cells, needs_common_genes, real_cells
+from ..evaluation.classifiers import JUDGES, two_sample_auc
+from ..evaluation.figure import MAX_DOT_PLOT_TYPES, common_types, embedding, plot_markers, plot_types
+from ..evaluation.references import draw_matching, split_halves
 from ..evaluation.samples import draw_samples
-from ..models.codec_programs import ProgramCodec
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 
 
+DPI = 130
 MAX_CELLS_SHOWN = 1000
 MAX_CELLS_JUDGED = 300
-MIN_GENES = 10
-NUM_TREES = 100
+MIN_CELLS_JUDGED = 10
+MIN_CELLS_EMBEDDED = 10  # with fewer, t-SNE and UMAP fail
+MAX_PROGRAMS = 16
 
 
 @dataclass
 class Group:
     """
-    Cells of one side in figures.
+    Real or generated cells in the figures.
 
     Args:
-        name (`str`): What the figure calls them.
-        expression (`np.ndarray` of shape `(cells, genes)`): On the log scale.
-        types (`np.ndarray` of shape `(cells,)`): Cell types; all `""` where there are none.
-        activities (`np.ndarray` of shape `(cells, programs)`, *optional*): Of gene programs, if the codec has them.
+        name (`str`): `"real"` or `"generated"`.
+        expression (`np.ndarray` of shape `(cells, genes)`): Expression on the log scale.
+        types (`np.ndarray` of shape `(cells,)`): Cell types; `""` without types.
+        activities (`np.ndarray` of shape `(cells, programs)`, *optional*): Activities of the gene programs.
     """
 
     name: str
@@ -42,144 +41,126 @@ class Group:
     activities: np.ndarray | None
 
 
-@dataclass
-class QuickJudgement:
-    """
-    How well a random forest tells cells from held-out ones; 0.5 is not at all.
-
-    Args:
-        generated (`float`): AUC of generated cells.
-        reference (`float`): AUC of other real cells, as many, with the same types.
-        num_cells (`int`): On each side.
-        is_held_out (`bool`): Whether training did not see the cells that were compared with.
-    """
-
-    generated: float
-    reference: float
-    num_cells: int
-    is_held_out: bool
-
-
-def type_key(pipe: ScRNAGenerationPipeline, real: ad.AnnData | None = None) -> str | None:
-    """The column of cell types: the pipeline's first label key, unless real cells are given and lack it."""
-    if not pipe.processor.label_keys:
-        return None
-    key = pipe.processor.label_keys[0]
-    return None if real is not None and (key not in real.obs or real.obs[key].isna().any()) else key
-
-
-def shown_groups(
+def make_groups(
     pipe: ScRNAGenerationPipeline, cells: ad.AnnData, real: ad.AnnData | None
-) -> tuple[list[Group], pd.Index]:
+) -> tuple[list[Group], np.ndarray]:
     """
-    Real cells, if there are some, and generated ones, over their common genes: a random 1,000 of each.
+    A random 1,000 of the real cells, if there are any, and of the generated cells, over their common genes.
 
     Returns:
-        `tuple[list[Group], pd.Index]`: the groups, the generated one last, and the genes.
+        `tuple[list[Group], np.ndarray]`: the groups, generated cells last, and the names of the genes.
 
     Raises:
         ValueError: If the real cells are not of the kind that the pipeline was trained on.
     """
-    genes = cells.var_names if real is None else common_genes(cells, real)
     values, layer = pipe.processor.config.values, pipe.processor.config.layer
-    cells, groups, within_genes = _some(cells, MAX_CELLS_SHOWN), [], False
+    genes, within_genes, groups, cells = cells.var_names, False, [], _sample(cells)
     if real is not None:
-        real, within_genes = _some(real, MAX_CELLS_SHOWN), needs_common_genes(cells, real)
-        pipe.processor.select(real)  # raises where counts are expected and there are none
+        real = _sample(real)
+        latents = pipe.encode_cells(real)
+        activities = pipe.codec.activities(latents).detach().numpy() if "X_programs" in cells.obsm else None
+        genes, within_genes = genes[genes.isin(real.var_names)], needs_common_genes(cells, real)
         expression = real_cells(real, genes, values, layer, within_genes=within_genes).expression
-        activities = None
-        if isinstance(pipe.codec, ProgramCodec):
-            with torch.no_grad():
-                activities = pipe.codec.activities(pipe.encode_cells(real)).numpy()
-        groups.append(Group("real", expression, _types(real, type_key(pipe, real)), activities))
+        groups.append(Group("real", expression, _types(pipe, real), activities))
     expression = generated_cells(cells[:, genes], values, within_genes=within_genes).expression
-    activities = cells.obsm.get("X_programs")
-    return [*groups, Group("generated", expression, _types(cells, type_key(pipe)), activities)], genes
+    groups.append(Group("generated", expression, _types(pipe, cells), cells.obsm.get("X_programs")))
+    return groups, genes.to_numpy()
 
 
-def common_genes(cells: ad.AnnData, real: ad.AnnData) -> pd.Index:
-    """Raises a `ValueError` if there are hardly any."""
-    if not real.var_names.is_unique:
-        raise ValueError("Gene names of the real cells occur more than once: call `adata.var_names_make_unique()`.")
-    genes = cells.var_names[cells.var_names.isin(real.var_names)]
-    if len(genes) < min(MIN_GENES, cells.n_vars):
-        raise ValueError(
-            f"{len(genes)} of the pipeline's {cells.n_vars} genes ({', '.join(cells.var_names[:3])}, …) are among"
-            f" those of the real cells ({', '.join(real.var_names[:3])}, …): compare with cells of the same kind."
-        )
-    return genes
+def map_figure(groups: list[Group], method: str) -> Figure:
+    """A joint embedding with one panel for each group. Generated cells lie over real cells in grey."""
+    matrices = [group.expression for group in groups]
+    if sum(map(len, matrices)) < MIN_CELLS_EMBEDDED:
+        method = "pca"
+    points = np.split(embedding(matrices, method), [len(matrices[0])])[: len(groups)]
+    figure = Figure(figsize=(4.3 * len(groups) + 1.9, 4.5), dpi=DPI, layout="constrained")
+    axes = figure.subplots(1, len(groups), squeeze=False, sharex=True, sharey=True)[0]
+    titles = [f"{len(own):,} {group.name} cells" for own, group in zip(points, groups)]
+    plot_types(axes, points, [group.types for group in groups], titles)
+    return figure
 
 
-def judge_quickly(
-    pipe: ScRNAGenerationPipeline, real: ad.AnnData, folder: str | Path, seed: int = 0, **call_kwargs
-) -> QuickJudgement:
+def marker_figure(groups: list[Group], genes: np.ndarray) -> Figure | None:
+    """Dot plot of the markers of each type, which are chosen in the first group; `None` for fewer than two types."""
+    types = common_types([group.types for group in groups])[:MAX_DOT_PLOT_TYPES]
+    if len(types) < 2:
+        return None
+    size = (3.5 + 0.57 * len(types) * len(groups), 1.9 + 0.36 * len(types))
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    plot_markers(figure, {f"{group.name} cells": (group.expression, group.types) for group in groups}, types, genes)
+    return figure
+
+
+def program_figure(groups: list[Group], names: np.ndarray) -> Figure | None:
+    """Mean activity of the first 16 gene programs in each type; `None` if the pipeline has no programs."""
+    if any(group.activities is None for group in groups):
+        return None
+    names, types = names[:MAX_PROGRAMS], common_types([group.types for group in groups])
+    figure = Figure(figsize=(4.4 + 0.34 * max(len(types), 3) * len(groups), 1.8 + 0.3 * len(names)), dpi=DPI)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    for axis, group in zip(axes, groups):
+        masks = [group.types == name for name in types] or [slice(None)]
+        means = np.stack([group.activities[mask, : len(names)].mean(axis=0) for mask in masks], axis=1)
+        image = axis.imshow(means, cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
+        axis.set_title(f"{group.name} cells")
+        axis.set_xticks(np.arange(len(masks)), types or ["all cells"], rotation=60, ha="right")
+        axis.set_yticks(np.arange(len(names)), names)
+    figure.colorbar(image, ax=axes, label="mean activity (sd of training cells)", shrink=0.7)
+    return figure
+
+
+def quick_test(
+    pipe: ScRNAGenerationPipeline, real: ad.AnnData, model: str, seed: int = 0, **call_kwargs
+) -> tuple[float, float, int, bool]:
     """
-    A random forest tells generated cells from real ones, and real cells from real ones.
-
-    Compared are the cells that the pipeline's split.json holds out, where the folder has one that names these cells;
-    if not, a random half of the cells, which training may have seen.
+    Compares generated cells with held-out cells by one classifier, and other real cells in the same way.
 
     Args:
-        pipe ([`ScRNAGenerationPipeline`]): What is judged: it draws cells with the types of the real ones.
-        real (`AnnData`): Real cells.
-        folder (`str` or `Path`): Where the pipeline was loaded from.
-        seed (`int`, defaults to 0): Seed of the cells and the forest.
+        pipe ([`ScRNAGenerationPipeline`]): Generates cells with the labels of the held-out cells.
+        real (`AnnData`): Real cells. Their held-out cells are those of the pipeline's split.json, if it has one that
+            names these cells, or else a random half.
+        model (`str`): Folder or name from which the pipeline was loaded.
+        seed (`int`, defaults to 0): Seed of the cells and of the classifier.
         call_kwargs: Further arguments of the pipeline's call.
 
+    Returns:
+        `tuple`: AUC of generated cells and of real cells, the number of cells a side, and whether training did not see
+        the held-out cells.
+
     Raises:
-        ValueError: If the cells are too few, or lack the pipeline's labels.
+        ValueError: If there are too few cells, or a column of labels is missing.
     """
-    label_keys = pipe.processor.label_keys
-    missing = [key for key in label_keys if key not in real.obs]
-    if missing:
-        raise ValueError(f"The real cells have no column {missing[0]!r} in obs: cells are compared by it.")
-    real = real[pipe.processor.knows_labels(real)]
-    split, is_held_out = _split(real, folder, label_keys)
-    rest, test = split.apply(real)
-    test = _some(test, MAX_CELLS_JUDGED)
-    pipe.set_progress_bar_config(disable=True)
-    (drawn,), test = draw_samples(pipe, test, num_samples=1, seed=seed, **call_kwargs)
-    genes = common_genes(drawn, real)
-    values, layer = pipe.processor.config.values, pipe.processor.config.layer
-    within_genes = needs_common_genes(drawn, real)
-    rest_cells, test_cells = (real_cells(c, genes, values, layer, label_keys, within_genes) for c in (rest, test))
-    sides = {
-        "generated": generated_cells(drawn[:, genes], values, label_keys, within_genes),
-        "reference": rest_cells[_matching(rest_cells, test_cells, seed)],
-    }
-    aucs = {
-        name: two_sample_auc(test_cells, side, expression_view, _small_forest, seed=seed)
-        for name, side in sides.items()
-    }
-    return QuickJudgement(**aucs, num_cells=test.n_obs, is_held_out=is_held_out)
+    config, label_keys = pipe.processor.config, pipe.processor.label_keys
+    rest, test = (real[rows] for rows in split_halves(combined_labels(real, label_keys, "The file")))
+    is_held_out = False
+    try:
+        split = CellSplit.load(model)
+        known, held_out = (real[real.obs_names.isin(names)] for names in (split.train, split.test))
+        if is_held_out := known.n_obs >= held_out.n_obs >= MIN_CELLS_JUDGED:
+            rest, test = known, held_out
+    except FileNotFoundError:  # such as that of a pipeline on the Hub
+        pass
+    (drawn,), test = draw_samples(pipe, test, 1, seed, MAX_CELLS_JUDGED, **call_kwargs)
+    wanted = combined_labels(test, label_keys)
+    reference = rest[draw_matching(combined_labels(rest, label_keys), wanted, np.random.default_rng(seed))]
+    genes, within_genes = drawn.var_names[drawn.var_names.isin(real.var_names)], needs_common_genes(drawn, real)
+    test_cells, reference_cells = (
+        real_cells(side, genes, config.values, config.layer, label_keys, within_genes) for side in (test, reference)
+    )
+    sides = generated_cells(drawn[:, genes], config.values, label_keys, within_genes), reference_cells
+    generated_auc, reference_auc = (two_sample_auc(test_cells, side, *JUDGES["boosting"], seed=seed) for side in sides)
+    return generated_auc, reference_auc, test.n_obs, is_held_out
 
 
-def _small_forest(shape: tuple[int, int], seed: int = 0, n_jobs: int | None = None) -> RandomForestClassifier:
-    """The evaluation's forest with a fifth of its trees."""
-    return RandomForestClassifier(NUM_TREES, min_samples_leaf=2, n_jobs=n_jobs, random_state=seed)
+def _types(pipe: ScRNAGenerationPipeline, cells: ad.AnnData) -> np.ndarray:
+    """The cell type of each cell, `""` without a complete column of types."""
+    key = next(iter(pipe.processor.label_keys), None)
+    if key not in cells.obs or cells.obs[key].isna().any():
+        return np.full(cells.n_obs, "")
+    return cells.obs[key].astype(str).to_numpy(dtype=str)
 
 
-def _split(real: ad.AnnData, folder: str | Path, label_keys: list[str]) -> tuple[CellSplit, bool]:
-    if (Path(folder) / CellSplit.FILE_NAME).is_file():
-        split = CellSplit.load(folder)
-        known = set(real.obs_names)
-        train, test = ([name for name in names if name in known] for names in (split.train, split.test))
-        if len(train) >= len(test) >= MIN_GENES:
-            return CellSplit(train, test), True
-    return CellSplit.draw(real, 0.5, label_key=label_keys[0] if label_keys else None), False
-
-
-def _matching(rest: CellArrays, test: CellArrays, seed: int) -> np.ndarray:
-    known, wanted = (np.full(len(cells), "") if cells.labels is None else cells.labels for cells in (rest, test))
-    return draw_matching(known, wanted, np.random.default_rng(seed))
-
-
-def _types(cells: ad.AnnData, key: str | None) -> np.ndarray:
-    return np.full(cells.n_obs, "") if key is None else cells.obs[key].astype(str).to_numpy(dtype=str)
-
-
-def _some(cells: ad.AnnData, number: int) -> ad.AnnData:
-    """A random part, in the cells' order."""
-    if cells.n_obs <= number:
-        return cells
-    return cells[np.sort(np.random.default_rng(0).choice(cells.n_obs, number, replace=False))]
+def _sample(cells: ad.AnnData) -> ad.AnnData:
+    """A random sample of the cells, in their order."""
+    return cells[np.sort(np.random.default_rng(0).permutation(cells.n_obs)[:MAX_CELLS_SHOWN])]

@@ -1,51 +1,54 @@
-"""A training that the page started: a process of its own, bounded in time, whose losses are read as they come."""
+"""A training that the page starts: `wbdit train` in a process of its own."""
 
-import csv
 import functools
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
-
-MAX_CELLS = 5000
-MAX_MINUTES = 10
-GRACE_SECONDS = 120  # to import, to read the cells and to write the pipeline
+from ..data.split import CellSplit
+from ..training.checkpoints import STAGE_ONE_NAME
 
 
 @functools.cache
 def workspace() -> tempfile.TemporaryDirectory:
-    """Where the page keeps its files; removed when the process ends."""
+    """The folder of all trainings, which is removed when the page ends."""
     return tempfile.TemporaryDirectory(prefix="wbdit-app-")
 
 
 class TrainingRun:
     """
-    Starts `python -m wbdit_diffusers.training`.
+    Starts `wbdit train --config FILE`.
 
     Args:
-        dataset (`Path`): The cells.
-        label_key (`str`, *optional*): Column of `obs` with the cell type.
-        minutes (`float`): How long it may train.
+        dataset (`str`): File of cells.
+        label_key (`str`): Column of `obs` with the cell type, or `""`.
+        minutes (`float`): Maximum number of minutes.
     """
 
-    def __init__(self, dataset: Path, label_key: str | None, minutes: float):
+    def __init__(self, dataset: str, label_key: str, minutes: float):
         self.parent = Path(tempfile.mkdtemp(dir=workspace().name))
-        self.folder = self.parent / "my-cells"
-        self.minutes, self.start_time = minutes, time.monotonic()
-        self.is_stopped = False
-        command = [sys.executable, "-m", "wbdit_diffusers.training", "--dataset", str(dataset)]
-        command += ["--output_dir", str(self.folder), "--max_train_minutes", f"{minutes:g}"]
-        # A line of the log, and so a point of the curve, every few seconds; and nothing that nobody resumes from.
-        command += ["--validation_steps", "25", "--checkpointing_steps", "1000000"]
-        if label_key is not None:
-            command += ["--label_keys", label_key]
-        with (self.parent / "messages.txt").open("w") as messages:
+        self.folder, self.messages, config = (
+            self.parent / name for name in ("my-cells", "messages.txt", "train.yaml")
+        )
+        self.start_time = time.monotonic()
+        fields = {
+            "dataset": str(dataset),
+            "label_keys": [label_key] if label_key else [],
+            "max_train_minutes": minutes,
+            "output_dir": str(self.folder),
+            "validation_steps": 25,  # a point of the curve every few seconds
+            "checkpointing_steps": 1_000_000,  # nobody resumes these runs
+        }
+        config.write_text(yaml.safe_dump(fields))
+        command = [sys.executable, "-m", "wbdit_diffusers.cli", "train", "--config", str(config)]
+        with self.messages.open("w") as messages:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=messages, stderr=subprocess.STDOUT
             )
@@ -54,39 +57,30 @@ class TrainingRun:
     def seconds(self) -> float:
         return time.monotonic() - self.start_time
 
-    def is_running(self) -> bool:
-        """Also ends it where it takes much longer than it may."""
-        if self.seconds > self.minutes * 60 + GRACE_SECONDS:
-            self.stop()
-        return self.process.poll() is None
-
-    def losses(self) -> pd.DataFrame:
-        """`step`, `loss` and `cells` ("training" or "held out") in long form, of what the log holds by now."""
+    def log(self) -> pd.DataFrame:
+        """The training log so far: `step`, `loss`, `validation_loss` and other columns."""
         path = self.folder / "training_log.csv"
-        rows = list(csv.DictReader(path.open())) if path.is_file() else []
-        columns = {"loss": "training", "validation_loss": "held out"}
-        points = [
-            {"step": int(row["step"]), "loss": float(row[column]), "cells": name}
-            for row in rows
-            for column, name in columns.items()
-            if row.get(column)  # the last line may be half written
-        ]
-        return pd.DataFrame(points, columns=["step", "loss", "cells"])
+        return pd.read_csv(path) if path.is_file() else pd.DataFrame()
 
     def stop(self):
-        """Ends the process, if it is running, and removes what it wrote."""
+        """Ends the process if it is running, and removes its files."""
         if self.process.poll() is None:
-            self.is_stopped = True
-            self.process.kill()  # the gentler signals would first write a checkpoint that nobody wants
+            self.process.kill()  # SIGTERM would save a checkpoint first
             self.process.wait()
             shutil.rmtree(self.parent, ignore_errors=True)
 
-    def check(self):
-        """Raises a `ValueError` with the training's own last words if it did not end well."""
-        if self.process.returncode != 0:
-            lines = re.split(r"[\r\n]+", (self.parent / "messages.txt").read_text().strip())
-            raise ValueError(re.sub(r"^[\w ]*train\w*: ", "", lines[-1]) or "The training failed.")
-
     def archive(self) -> Path:
-        """The pipeline as a .zip file, to take home."""
-        return Path(shutil.make_archive(str(self.folder), "zip", self.parent, self.folder.name))
+        """
+        The trained pipeline as a .zip file without the names of cells. Raises a `ValueError` with the last message of
+        the training if it failed.
+        """
+        if self.process.returncode != 0:
+            lines = self.messages.read_text().splitlines() or ["The training failed."]
+            raise ValueError(lines[-1].removeprefix("wbdit train: "))
+        path = self.folder.with_suffix(".zip")
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in sorted(self.folder.rglob("*")):
+                name = file.relative_to(self.parent)
+                if name.parts[1] not in (CellSplit.FILE_NAME, STAGE_ONE_NAME):
+                    archive.write(file, name)
+        return path

@@ -1,4 +1,4 @@
-"""Files that strangers upload: looked at before they are read."""
+"""Uploaded files, which are checked before they are read: on a Space they come from strangers."""
 
 from pathlib import Path
 
@@ -6,62 +6,41 @@ import anndata as ad
 import h5py
 
 from ..data.read import read_cells
+from ..files import one_line
 
 
-MAX_MEGABYTES = 100
 MAX_UNPACKED_BYTES = 2 * 2**30  # a compressed file may hold a thousand times its size
-SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 def read_upload(path: str | Path) -> ad.AnnData:
     """
-    Reads an uploaded .h5ad file, or an .h5 file of 10x Genomics. Nothing in it is run or unpickled, and nothing
-    outside it is read.
-
-    Raises:
-        ValueError: If it is too large, is no such file, or points to other files. Without the folder it lies in.
+    Reads an uploaded .h5ad file, or an .h5 file of 10x Genomics. Raises a `ValueError` if it can't be read, is too
+    large once unpacked, or refers to other files of this machine. The message does not name the folder of the file.
     """
     path = Path(path)
     try:
-        _check_file(path)
-        _check_contents(path)
-        cells = read_cells(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(str(error).replace(str(path), path.name)) from error
-    if cells.n_obs == 0 or cells.n_vars == 0:
-        raise ValueError(f"{path.name} is empty: {cells.n_obs} cells × {cells.n_vars} genes.")
-    if not cells.obs_names.is_unique:
-        cells.obs_names_make_unique()
-    return cells
+        with h5py.File(path) as file:
+            _check_contents(file)
+        return read_cells(path)
+    except (ValueError, OSError, RuntimeError, KeyError) as error:  # h5py raises all of them on damaged files
+        reason = one_line(error).replace(f"{path.parent}/", "")
+        raise ValueError(reason if path.name in reason else f"{path.name} can't be read: {reason}") from error
 
 
 def label_columns(cells: ad.AnnData) -> list[str]:
-    """Columns of `obs` that can be types: 2 to 100 names, none missing; those that are called so first."""
+    """Columns of `obs` that may be cell types: 2 to 100 names, none missing. Likely names come first."""
     columns = []
-    for key, column in cells.obs.items():
-        is_text = column.dtype == "category" or column.dtype == object or column.dtype == "string"
-        if is_text and not column.isna().any() and 2 <= column.nunique() <= min(100, cells.n_obs // 2):
+    for key, column in cells.obs.select_dtypes(["category", "object", "string"]).items():
+        if not column.isna().any() and 2 <= column.nunique() <= min(100, cells.n_obs // 2):
             columns.append(str(key))
     return sorted(columns, key=lambda key: not any(word in key.lower() for word in ("type", "label", "annot")))
 
 
-def _check_file(path: Path):
-    if path.stat().st_size > MAX_MEGABYTES * 2**20:
-        megabytes = path.stat().st_size / 2**20
-        raise ValueError(
-            f"{path} has {megabytes:.0f} MB, and this page takes {MAX_MEGABYTES}: upload fewer cells, or work with"
-            " `wbdit` on the command line."
-        )
-    with path.open("rb") as file:
-        if file.read(len(SIGNATURE)) != SIGNATURE:
-            raise ValueError(f"{path} is no .h5ad file: write one with AnnData's `write_h5ad`.")
-
-
-def _check_contents(path: Path):
-    """HDF5 can point to other files of this machine, and unpack to more than it holds."""
+def _check_contents(file: h5py.File):
+    """Raises a `ValueError` if the file refers to other files, or unpacks to more than the limit."""
     unpacked = 0
 
-    # What these return, but for None, ends the visit.
+    # A value other than None ends the visit.
     def outside_link(name: str, link) -> str | None:
         return name if isinstance(link, h5py.ExternalLink) else None
 
@@ -72,12 +51,8 @@ def _check_contents(path: Path):
         unpacked += item.size * item.dtype.itemsize if item.size else 0
         return name if item.external or item.is_virtual else None
 
-    try:
-        with h5py.File(path) as file:
-            outside = file.visititems_links(outside_link) or file.visititems(outside_values)
-    except (OSError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged: upload it again.") from error
+    outside = file.visititems_links(outside_link) or file.visititems(outside_values)
     if outside is not None:
-        raise ValueError(f"{path} keeps {outside} in another file: write it anew with AnnData's `write_h5ad`.")
+        raise ValueError(f"{outside} is stored in another file. Write the cells again with AnnData's `write_h5ad`.")
     if unpacked > MAX_UNPACKED_BYTES:
-        raise ValueError(f"{path} holds {unpacked / 2**30:.1f} GB once unpacked: upload fewer cells.")
+        raise ValueError(f"it holds {unpacked / 2**30:.1f} GB once unpacked. Upload fewer cells.")

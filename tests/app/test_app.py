@@ -1,0 +1,261 @@
+"""The page in the browser, through what its controls do."""
+
+import json
+import zipfile
+from types import SimpleNamespace
+
+import anndata as ad
+import h5py
+import pytest
+import torch
+from conftest import make_pipeline
+
+from wbdit_diffusers import ScRNAGenerationPipeline
+from wbdit_diffusers.cli import main
+from wbdit_diffusers.data import CellSplit
+
+
+gr = pytest.importorskip("gradio")
+
+from wbdit_diffusers.app import handlers, launch  # noqa: E402
+
+
+REQUEST = SimpleNamespace(session_hash="session")
+
+
+@pytest.fixture(scope="module")
+def folder(pbmc, tmp_path_factory):
+    """A pipeline of random weights with the split.json of its training."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-pbmc"
+    split = CellSplit.draw(pbmc, label_key="cell_type")
+    pipe = make_pipeline(split.apply(pbmc)[0], codec="program", label_keys=["cell_type"], num_genes=60)
+    pipe.save_pretrained(folder)
+    split.save(folder)
+    return folder
+
+
+# ==================== Files ====================
+
+
+def text(path):
+    path.write_text("no cells")
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def linked(path):
+    with h5py.File(path, "a") as file:
+        file["uns/secret"] = h5py.ExternalLink("/etc/other.h5", "/")
+
+
+def external(path):
+    with h5py.File(path, "a") as file:
+        file.create_dataset("uns/secret", (16,), dtype="u1", external=[("/etc/passwd", 0, 16)])
+
+
+def virtual(path):
+    with h5py.File(path, "a") as file:
+        layout = h5py.VirtualLayout((4,), dtype="f4")
+        layout[:] = h5py.VirtualSource("/etc/other.h5", "X", (4,))
+        file.create_virtual_dataset("uns/secret", layout)
+
+
+def large(path):
+    with h5py.File(path, "a") as file:
+        file.create_dataset("uns/zeros", (2**20, 2**12), dtype="u1", chunks=(1, 2**12))
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (text, "can't be read"),
+        (cut_off, "can't be read"),
+        (linked, "uns/secret is stored in another file"),
+        (external, "uns/secret is stored in another file"),
+        (virtual, "uns/secret is stored in another file"),
+        (large, "4.0 GB once unpacked"),
+    ],
+)
+def test_unsafe_and_damaged_files_are_refused(spoil, message, pbmc, tmp_path):
+    path = tmp_path / "cells.h5ad"
+    pbmc[:20, :30].write_h5ad(path)
+    spoil(path)
+    with pytest.raises(gr.Error, match=f"cells.h5ad.*{message}") as error:
+        handlers.choose_file(str(path))
+    assert str(tmp_path) not in error.value.message and "\n" not in error.value.message
+
+
+def test_training_file_offers_its_label_columns(pbmc, tmp_path, monkeypatch):
+    cells = pbmc[:, :100].copy()
+    cells.obs["barcode"], cells.obs["depth"], cells.obs["one"] = cells.obs_names, 1.0, "same"
+    path = str(tmp_path / "mine.h5ad")
+    cells.write_h5ad(path)
+    line, columns = handlers.choose_training_file(path)
+    assert line == "700 cells × 100 genes in mine.h5ad"
+    assert columns["value"] == "cell_type" and columns["choices"] == ["cell_type", "phase", handlers.NO_TYPES]
+    monkeypatch.setattr(handlers, "MAX_TRAINING_CELLS", 100)
+    with pytest.raises(gr.Error, match="700 cells, and this page trains on at most 100"):
+        handlers.choose_training_file(path)
+
+
+# ==================== Generation ====================
+
+
+def generate(model, **changes):
+    """Everything that the button shows, and the file as it was when it appeared."""
+    arguments = {"cell_types": [], "num_cells": 30, "guidance_scale": 1.0, "num_inference_steps": 2, "seed": 0}
+    arguments |= {"method": "pca", "source": handlers.NOTHING, "upload": None} | changes
+    outputs = handlers.generate(str(model), **arguments)
+    summary, download, *_ = next(outputs)
+    cells, (maps, markers, last) = ad.read_h5ad(download["value"]), outputs
+    return summary, cells, maps[2], markers[3], markers[4], last[5]
+
+
+def test_choosing_a_pipeline_describes_it(folder):
+    line, types, num_steps, source = handlers.choose_pipeline(f" {folder} ", handlers.NOTHING)
+    assert line.startswith("60 genes · 10 cell types · 6 gene programs")
+    assert len(types["choices"]) == 10 and num_steps == 4 and source == handlers.PBMC
+
+
+def test_generated_cells_are_compared_with_real_cells(folder, pbmc):
+    types = ["Dendritic", "CD34+"]
+    summary, cells, maps, markers, programs, verdict = generate(
+        folder, cell_types=types, num_cells=41, source=handlers.PBMC
+    )
+    assert "41 cells × 60 genes" in summary
+    assert cells.obs["cell_type"].value_counts()[types].tolist() == [21, 20]
+    assert [axis.get_title() for axis in maps.axes] == ["700 real cells", "41 generated cells"]
+    assert markers is not None and len(programs.axes[0].get_yticks()) == 6
+    assert f"from {len(CellSplit.load(folder).test)} held-out real cells" in verdict and "did not see" in verdict
+    generated_auc, reference_auc = (float(part[:4]) for part in verdict.split("**")[1::2])
+    assert generated_auc > 0.75 > reference_auc  # random weights
+    again = ScRNAGenerationPipeline.from_pretrained(folder)(
+        num_cells=41,
+        cell_types=cells.obs["cell_type"].tolist(),
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+    ).cells
+    assert (cells.X != again.X).nnz == 0
+
+
+def test_pipelines_without_types_and_programs(pbmc, tmp_path):
+    make_pipeline(pbmc, num_genes=200).save_pretrained(tmp_path / "plain")
+    pbmc[:100].write_h5ad(tmp_path / "cells.h5ad")
+    upload = str(tmp_path / "cells.h5ad")
+    *_, maps, markers, programs, verdict = generate(tmp_path / "plain", source=handlers.FILE, upload=upload)
+    assert len(maps.axes) == 2 and markers is None and programs is None
+    assert "from 50 held-out real cells" in verdict and "a random half was held out" in verdict
+
+
+def test_a_single_cell_without_comparison(folder):
+    _, cells, maps, *_, verdict = generate(folder, num_cells=1, method="umap")
+    assert cells.n_obs == 1 and len(maps.axes) == 1 and verdict.startswith("Choose real cells")
+
+
+def test_wrong_input_is_a_message_of_one_line(folder, pbmc, tmp_path):
+    foreign = pbmc[:30].copy()
+    foreign.var_names = foreign.var_names + "x"
+    scaled = pbmc[:30].copy()
+    scaled.X = scaled.X * 0.5
+    unlabelled = ad.AnnData(pbmc.X, var=pbmc.var)
+    files = {"foreign": foreign, "scaled": scaled, "unlabelled": unlabelled}
+    for name, cells in files.items():
+        cells.write_h5ad(tmp_path / f"{name}.h5ad")
+    wrong = [
+        ({"num_cells": None}, "Give the number of cells"),
+        ({"model": ""}, "Choose a pipeline first"),
+        ({"model": "/nowhere/<b>model</b>"}, "/nowhere/&lt;b&gt;model&lt;/b&gt; cannot be loaded"),
+        ({"source": handlers.FILE}, "Upload the file"),
+        ({"cell_types": ["Neuron"]}, "'Neuron'"),
+        ({"upload": "foreign"}, "None of the 60 genes"),
+        ({"upload": "scaled"}, "integer"),
+        ({"upload": "unlabelled"}, "no column 'cell_type'"),
+    ]
+    for changes, message in wrong:
+        if "upload" in changes:
+            changes = {"upload": str(tmp_path / f"{changes['upload']}.h5ad"), "source": handlers.FILE}
+        with pytest.raises(gr.Error, match=message) as error:
+            generate(**{"model": folder, **changes})
+        assert "\n" not in error.value.message
+
+
+# ==================== Training ====================
+
+
+@pytest.mark.slow
+def test_training_on_a_small_file(pbmc, tmp_path):
+    """From a file with an awkward name to a chosen pipeline and an archive without the names of cells."""
+    path = str(tmp_path / "--seed 7 'my' cells.h5ad")
+    pbmc[:200, :100].write_h5ad(path)
+    *_, (status, losses, archive, pipeline, source, upload) = handlers.train(path, "cell_type", 0.05, REQUEST)
+    assert status.startswith("**Done**") and source == handlers.FILE and upload == path
+    assert [(line.get_label(), len(line.get_ydata()) > 0) for line in losses.axes[0].lines] == [
+        ("training cells", True),
+        ("held-out cells", True),
+    ]
+    names = zipfile.ZipFile(archive["value"]).namelist()
+    assert "my-cells/model_index.json" in names and not any("split.json" in name for name in names)
+    zipfile.ZipFile(archive["value"]).extractall(tmp_path)
+    num_programs = json.loads((tmp_path / "my-cells" / "codec" / "config.json").read_text())["num_programs"]
+    assert f"10 cell types · {num_programs} gene programs" in handlers.describe(str(tmp_path / "my-cells"))[0]
+    *_, verdict = generate(pipeline["value"], source=source, upload=upload)
+    assert "did not see" in verdict and not handlers.running
+
+
+@pytest.mark.slow
+def test_a_training_can_be_stopped(pbmc_path):
+    training = handlers.train(str(pbmc_path), "cell_type", 1, REQUEST)
+    assert next(training)[0].endswith("fitting the gene programs")
+    run = handlers.running["session"]
+    handlers.stop_training(REQUEST)
+    (status, *_), *rest = training
+    assert status.startswith("**Stopped**") and not rest
+    assert run.process.poll() is not None and not run.folder.exists() and not handlers.running
+
+
+@pytest.mark.slow
+def test_a_training_that_fails_says_why(pbmc, tmp_path):
+    cells = pbmc[:50, :30].copy()
+    cells.X = cells.X * 0.5
+    cells.write_h5ad(tmp_path / "scaled.h5ad")
+    with pytest.raises(gr.Error, match="integer") as error:
+        list(handlers.train(str(tmp_path / "scaled.h5ad"), "", 0.05, REQUEST))
+    assert "\n" not in error.value.message and not error.value.message.startswith("wbdit train")
+
+
+def test_a_training_needs_a_file():
+    with pytest.raises(gr.Error, match="Upload the training cells first"):
+        next(handlers.train(None, "", 1, REQUEST))
+
+
+# ==================== The page ====================
+
+
+def test_a_folder_without_a_pipeline_ends_the_command(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["app", "--model", str(tmp_path)])
+    assert error.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("wbdit app: ")
+
+
+@pytest.mark.slow
+def test_the_served_page_generates_cells(folder, tmp_path):
+    """Through HTTP on loopback, with the limits of the page."""
+    from gradio_client import Client
+
+    page = launch(folder, wait=False)
+    try:
+        client = Client(page.local_url, download_files=str(tmp_path), verbose=False)
+        arguments = [str(folder), [], 40, 1.0, 4, 0, "pca", handlers.NOTHING, None]
+        job = client.submit(*arguments, api_name="/generate")
+        job.result(timeout=120)
+        (file,) = {
+            output[1]["value"] for output in job.outputs() if isinstance(output[1], dict) and output[1].get("value")
+        }
+        assert ad.read_h5ad(file).shape == (40, 60)
+        with pytest.raises(Exception, match="greater than maximum value 5000"):
+            client.predict(*arguments[:2], 10**7, *arguments[3:], api_name="/generate")
+    finally:
+        page.close()
