@@ -212,7 +212,7 @@ def test_a_training_can_be_stopped(pbmc_path):
     handlers.stop_training(REQUEST)
     (status, *_), *rest = training
     assert status.startswith("**Stopped**") and not rest
-    assert run.process.poll() is not None and not run.folder.exists() and not handlers.running
+    assert run.process.poll() is not None and not handlers.running
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """The page in the browser: `wbdit app`, and `launch` for a Hub Space. Needs the extra `wbdit_diffusers[app]`."""
 
-from .page import build_page, launch
+from .page import launch
 
 
-__all__ = ["build_page", "launch"]
+__all__ = ["launch"]

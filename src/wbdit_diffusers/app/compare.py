@@ -1,6 +1,8 @@
 """Generated cells compared with real cells: their figures, and a quick two-sample test."""
 
+import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -19,39 +21,25 @@ DPI = 130
 MAX_CELLS_SHOWN = 1000
 MAX_CELLS_JUDGED = 300
 MIN_CELLS_JUDGED = 10
-MIN_CELLS_EMBEDDED = 10  # with fewer, t-SNE and UMAP fail
 MAX_PROGRAMS = 16
 
 
 @dataclass
 class Group:
-    """
-    Real or generated cells in the figures.
-
-    Args:
-        name (`str`): `"real"` or `"generated"`.
-        expression (`np.ndarray` of shape `(cells, genes)`): Expression on the log scale.
-        types (`np.ndarray` of shape `(cells,)`): Cell types; `""` without types.
-        activities (`np.ndarray` of shape `(cells, programs)`, *optional*): Activities of the gene programs.
-    """
+    """Real or generated cells in the figures."""
 
     name: str
-    expression: np.ndarray
-    types: np.ndarray
-    activities: np.ndarray | None
+    expression: np.ndarray  # (cells, genes), on the log scale
+    types: np.ndarray  # (cells,), "" without types
+    activities: Any  # (cells, programs), or None without gene programs
 
 
 def make_groups(
     pipe: ScRNAGenerationPipeline, cells: ad.AnnData, real: ad.AnnData | None
 ) -> tuple[list[Group], np.ndarray]:
     """
-    A random 1,000 of the real cells, if there are any, and of the generated cells, over their common genes.
-
-    Returns:
-        `tuple[list[Group], np.ndarray]`: the groups, generated cells last, and the names of the genes.
-
-    Raises:
-        ValueError: If the real cells are not of the kind that the pipeline was trained on.
+    Up to 1,000 real cells, if given, and up to 1,000 generated cells, with the names of their common genes. Raises a
+    `ValueError` if the real cells are not of the kind that the pipeline was trained on.
     """
     values, layer = pipe.processor.config.values, pipe.processor.config.layer
     genes, within_genes, groups, cells = cells.var_names, False, [], _sample(cells)
@@ -70,7 +58,7 @@ def make_groups(
 def map_figure(groups: list[Group], method: str) -> Figure:
     """A joint embedding with one panel for each group. Generated cells lie over real cells in grey."""
     matrices = [group.expression for group in groups]
-    if sum(map(len, matrices)) < MIN_CELLS_EMBEDDED:
+    if sum(map(len, matrices)) < 10:  # t-SNE and UMAP would fail
         method = "pca"
     points = np.split(embedding(matrices, method), [len(matrices[0])])[: len(groups)]
     figure = Figure(figsize=(4.3 * len(groups) + 1.9, 4.5), dpi=DPI, layout="constrained")
@@ -110,47 +98,41 @@ def program_figure(groups: list[Group], names: np.ndarray) -> Figure | None:
     return figure
 
 
-def quick_test(
-    pipe: ScRNAGenerationPipeline, real: ad.AnnData, model: str, seed: int = 0, **call_kwargs
-) -> tuple[float, float, int, bool]:
+def quick_test(pipe: ScRNAGenerationPipeline, real: ad.AnnData, model: str, seed: int, **call_kwargs) -> str:
     """
-    Compares generated cells with held-out cells by one classifier, and other real cells in the same way.
+    Compares generated cells, and other real cells, with held-out cells by one classifier, and reports it in words.
 
     Args:
         pipe ([`ScRNAGenerationPipeline`]): Generates cells with the labels of the held-out cells.
         real (`AnnData`): Real cells. Their held-out cells are those of the pipeline's split.json, if it has one that
             names these cells, or else a random half.
         model (`str`): Folder or name from which the pipeline was loaded.
-        seed (`int`, defaults to 0): Seed of the cells and of the classifier.
+        seed (`int`): Seed of the cells and of the classifier.
         call_kwargs: Further arguments of the pipeline's call.
-
-    Returns:
-        `tuple`: AUC of generated cells and of real cells, the number of cells a side, and whether training did not see
-        the held-out cells.
-
-    Raises:
-        ValueError: If there are too few cells, or a column of labels is missing.
     """
     config, label_keys = pipe.processor.config, pipe.processor.label_keys
     rest, test = (real[rows] for rows in split_halves(combined_labels(real, label_keys, "The file")))
-    is_held_out = False
-    try:
+    origin = "The pipeline does not say which of these cells it was trained on, so a random half was held out."
+    with contextlib.suppress(FileNotFoundError):  # a pipeline on the Hub has no split
         split = CellSplit.load(model)
         known, held_out = (real[real.obs_names.isin(names)] for names in (split.train, split.test))
-        if is_held_out := known.n_obs >= held_out.n_obs >= MIN_CELLS_JUDGED:
-            rest, test = known, held_out
-    except FileNotFoundError:  # such as that of a pipeline on the Hub
-        pass
+        if known.n_obs >= held_out.n_obs >= MIN_CELLS_JUDGED:
+            rest, test, origin = known, held_out, "Training did not see the held-out cells."
     (drawn,), test = draw_samples(pipe, test, 1, seed, MAX_CELLS_JUDGED, **call_kwargs)
-    wanted = combined_labels(test, label_keys)
-    reference = rest[draw_matching(combined_labels(rest, label_keys), wanted, np.random.default_rng(seed))]
+    labels = combined_labels(rest, label_keys), combined_labels(test, label_keys)
+    rest = rest[draw_matching(*labels, np.random.default_rng(seed))]
     genes, within_genes = drawn.var_names[drawn.var_names.isin(real.var_names)], needs_common_genes(drawn, real)
-    test_cells, reference_cells = (
-        real_cells(side, genes, config.values, config.layer, label_keys, within_genes) for side in (test, reference)
+    generated = generated_cells(drawn[:, genes], config.values, label_keys, within_genes)
+    held_out, other = (
+        real_cells(cells, genes, config.values, config.layer, label_keys, within_genes) for cells in (test, rest)
     )
-    sides = generated_cells(drawn[:, genes], config.values, label_keys, within_genes), reference_cells
-    generated_auc, reference_auc = (two_sample_auc(test_cells, side, *JUDGES["boosting"], seed=seed) for side in sides)
-    return generated_auc, reference_auc, test.n_obs, is_held_out
+    aucs = [two_sample_auc(held_out, cells, *JUDGES["boosting"], seed=seed) for cells in (generated, other)]
+    return (
+        f"A classifier separates generated cells from {test.n_obs} held-out real cells with an AUC of"
+        f" **{aucs[0]:.2f}**, and other real cells with an AUC of **{aucs[1]:.2f}**. The closer the two numbers, the"
+        f" better; 0.5 is chance. {origin}\n\nThis is a quick test with one classifier and one sample. `wbdit"
+        " evaluate` uses three of each and reports their spread."
+    )
 
 
 def _types(pipe: ScRNAGenerationPipeline, cells: ad.AnnData) -> np.ndarray:

@@ -76,29 +76,20 @@ def choose_pipeline(model: str | None, source: str):
     return line, gr.update(choices=types, value=[]), num_steps, FILE if source == FILE else fitting
 
 
-def choose_source(source: str):
-    """Shows the upload if cells are compared with a file."""
-    return gr.update(visible=source == FILE)
-
-
 @errors_on_page()
 def choose_file(path: str | None):
     """Describes an uploaded file."""
-    return "" if path is None else _describe_file(path)
+    if path is None:
+        return "No file yet."
+    cells = read(path)
+    return f"{cells.n_obs:,} cells × {cells.n_vars:,} genes in {html.escape(Path(path).name)}"
 
 
 @errors_on_page()
 def choose_training_file(path: str | None):
     """Describes the training cells, and offers their columns of cell types."""
     columns = [] if path is None else label_columns(_read_training_cells(path))
-    choices = gr.update(choices=[*columns, NO_TYPES], value=columns[0] if columns else "")
-    return "No file yet." if path is None else _describe_file(path), choices
-
-
-def _describe_file(path: str) -> str:
-    """Numbers of cells and genes."""
-    cells = read(path)
-    return f"{cells.n_obs:,} cells × {cells.n_vars:,} genes in {html.escape(Path(path).name)}"
+    return choose_file(path), gr.update(choices=[*columns, NO_TYPES], value=columns[0] if columns else "")
 
 
 def _read_training_cells(path: str) -> ad.AnnData:
@@ -135,20 +126,18 @@ def generate(
             raise ValueError("Upload the file to compare with.")
         model, seed, skip, start_time = (model or "").strip(), seed or 0, gr.skip(), time.monotonic()
         pipe = load_pipeline(model)
-        real = {NOTHING: lambda: None, PBMC: pbmc, FILE: lambda: read(upload)}[source]()
-        num_steps = -(-num_cells // BATCH_SIZE) * num_inference_steps
-        steps = itertools.count(1)
+        real = None if source == NOTHING else pbmc() if source == PBMC else read(upload)
+        steps, num_batches = itertools.count(1), -(-num_cells // BATCH_SIZE)
 
         def on_step_end(pipe, step, timestep, tensors) -> dict:
-            # Some solvers take more calls than steps.
-            progress((min(next(steps), num_steps), num_steps), desc="Denoising", unit="steps")
+            progress((next(steps), num_batches * pipe.num_timesteps), desc="Denoising", unit="steps")
             return tensors
 
         call = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         cells = pipe(
             num_cells=num_cells,
             # Equally many cells of each type
-            cell_types=sorted(itertools.islice(itertools.cycle(cell_types), num_cells)) if cell_types else None,
+            cell_types=[cell_types[i % len(cell_types)] for i in range(num_cells)] if cell_types else None,
             batch_size=BATCH_SIZE,
             generator=torch.Generator().manual_seed(seed),
             callback_on_step_end=on_step_end,
@@ -167,25 +156,8 @@ def generate(
         program_names = cells.uns["programs"]["name"] if "programs" in cells.uns else []
         yield skip, skip, skip, marker_figure(groups, genes), program_figure(groups, program_names), skip
         progress(0.7, desc="Comparing with real cells")
-        verdict = "Choose real cells to compare with on the left."
-        if real is not None:
-            verdict = _verdict(*quick_test(pipe, real, model, seed, **call))
+        verdict = quick_test(pipe, real, model, seed, **call) if real is not None else "Choose real cells on the left."
         yield skip, skip, skip, skip, skip, verdict
-
-
-def _verdict(generated_auc: float, reference_auc: float, num_cells: int, is_held_out: bool) -> str:
-    """The result of the quick test in words."""
-    seen = (
-        "Training did not see the held-out cells."
-        if is_held_out
-        else "The pipeline does not say which of these cells it was trained on, so a random half was held out."
-    )
-    return (
-        f"A classifier separates cells from {num_cells} held-out real cells:\n\n| | AUC |\n|---|---|\n| generated cells"
-        f" | **{generated_auc:.2f}** |\n| other real cells | **{reference_auc:.2f}** |\n\n0.5 means that it can't"
-        f" separate them. The closer the two numbers, the better. {seen}\n\nThis is a quick test with one classifier"
-        " and one sample. Use `wbdit evaluate` for three of each, with their spread."
-    )
 
 
 # ==================== Training ====================

@@ -47,30 +47,6 @@ Programs of held-out cells vary less than those of training cells, so their loss
 """
 
 
-def build_page(model: str | Path | None = None) -> gr.Blocks:
-    """
-    Builds the page, which [`launch`] serves.
-
-    Args:
-        model (`str` or `Path`, *optional*): Pipeline to start with. Default: the one in this package.
-
-    Raises:
-        OSError: If `model` can't be loaded.
-    """
-    # Files of visitors are looked for every hour, and removed after four.
-    with gr.Blocks(title="wbdit", analytics_enabled=False, delete_cache=(3600, 4 * 3600)) as page:
-        gr.Markdown(TITLE)
-        with gr.Tabs():
-            with gr.Tab("Generate", render_children=True):  # otherwise a hidden tab gets no updates
-                pipeline, source, upload = _generate_tab(str(model or PBMC))
-            with gr.Tab("Train on my cells", render_children=True):
-                _train_tab(pipeline, source, upload)
-            with gr.Tab("About"):
-                gr.Markdown(ABOUT)
-        page.unload(handlers.stop_training)
-    return page.queue(default_concurrency_limit=1, max_size=20)
-
-
 def _generate_tab(model: str) -> tuple[gr.Dropdown, gr.Radio, gr.File]:
     """Choices on the left, cells and figures on the right."""
     line, types, num_steps, fitting = handlers.describe(model)
@@ -98,7 +74,7 @@ def _generate_tab(model: str) -> tuple[gr.Dropdown, gr.Radio, gr.File]:
             with gr.Column(visible=False) as upload_column:
                 label = f".h5ad or 10x .h5, up to {MAX_MEGABYTES} MB"
                 upload = gr.File(label=label, file_types=FILE_TYPES, height=110)
-                upload_line = gr.Markdown(elem_classes="facts")
+                upload_line = gr.Markdown("No file yet.", elem_classes="facts")
             button = gr.Button("Generate", variant="primary")
         with gr.Column(scale=5, min_width=560):
             with gr.Row():
@@ -112,7 +88,7 @@ def _generate_tab(model: str) -> tuple[gr.Dropdown, gr.Radio, gr.File]:
                 verdict = gr.Markdown()
     outputs = [facts, cell_types, num_inference_steps, source]
     pipeline.change(handlers.choose_pipeline, [pipeline, source], outputs)
-    source.change(handlers.choose_source, source, upload_column, show_progress="hidden")
+    source.change(lambda name: gr.update(visible=name == handlers.FILE), source, upload_column)
     upload.change(handlers.choose_file, upload, upload_line)
     button.click(
         handlers.generate,
@@ -166,7 +142,18 @@ def launch(
     Raises:
         OSError: If `model` can't be loaded, or the port is taken.
     """
-    page = build_page(model)
+    # Files of visitors are looked for every hour, and removed after four.
+    with gr.Blocks(title="wbdit", analytics_enabled=False, delete_cache=(3600, 4 * 3600)) as page:
+        gr.Markdown(TITLE)
+        with gr.Tabs():
+            with gr.Tab("Generate", render_children=True):  # otherwise a hidden tab gets no updates
+                pipeline, source, upload = _generate_tab(str(model or PBMC))
+            with gr.Tab("Train on my cells", render_children=True):
+                _train_tab(pipeline, source, upload)
+            with gr.Tab("About"):
+                gr.Markdown(ABOUT)
+        page.unload(handlers.stop_training)
+    page.queue(default_concurrency_limit=1, max_size=20)
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,

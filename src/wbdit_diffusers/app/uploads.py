@@ -1,6 +1,7 @@
 """Uploaded files, which are checked before they are read: on a Space they come from strangers."""
 
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -29,30 +30,21 @@ def read_upload(path: str | Path) -> ad.AnnData:
 
 def label_columns(cells: ad.AnnData) -> list[str]:
     """Columns of `obs` that may be cell types: 2 to 100 names, none missing. Likely names come first."""
-    columns = []
-    for key, column in cells.obs.select_dtypes(["category", "object", "string"]).items():
-        if not column.isna().any() and 2 <= column.nunique() <= min(100, cells.n_obs // 2):
-            columns.append(str(key))
+    obs = cells.obs.select_dtypes(["category", "object", "string"]).dropna(axis="columns")
+    columns = [str(key) for key in obs if 2 <= obs[key].nunique() <= min(100, cells.n_obs // 2)]
     return sorted(columns, key=lambda key: not any(word in key.lower() for word in ("type", "label", "annot")))
 
 
 def _check_contents(file: h5py.File):
     """Raises a `ValueError` if the file refers to other files, or unpacks to more than the limit."""
-    unpacked = 0
-
-    # A value other than None ends the visit.
-    def outside_link(name: str, link) -> str | None:
-        return name if isinstance(link, h5py.ExternalLink) else None
-
-    def outside_values(name: str, item) -> str | None:
-        nonlocal unpacked
-        if not isinstance(item, h5py.Dataset):
-            return None
-        unpacked += item.size * item.dtype.itemsize if item.size else 0
-        return name if item.external or item.is_virtual else None
-
-    outside = file.visititems_links(outside_link) or file.visititems(outside_values)
-    if outside is not None:
-        raise ValueError(f"{outside} is stored in another file. Write the cells again with AnnData's `write_h5ad`.")
+    links: dict[str, Any] = {}
+    file.visititems_links(links.__setitem__)
+    items = {name: file[name] for name, link in links.items() if isinstance(link, h5py.HardLink)}
+    arrays = {name: item for name, item in items.items() if isinstance(item, h5py.Dataset)}
+    outside = [name for name, link in links.items() if isinstance(link, h5py.ExternalLink)]
+    outside += [name for name, array in arrays.items() if array.external or array.is_virtual]
+    if outside:
+        raise ValueError(f"{outside[0]} is stored in another file. Write the cells again with AnnData's `write_h5ad`.")
+    unpacked = sum((array.size or 0) * array.dtype.itemsize for array in arrays.values())
     if unpacked > MAX_UNPACKED_BYTES:
         raise ValueError(f"it holds {unpacked / 2**30:.1f} GB once unpacked. Upload fewer cells.")
