@@ -92,28 +92,21 @@ def program_figure(groups: list[Group], names: np.ndarray) -> Figure | None:
         means = np.stack([group.activities[mask, : len(names)].mean(axis=0) for mask in masks], axis=1)
         image = axis.imshow(means, cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
         axis.set_title(f"{group.name} cells")
-        axis.set_xticks(np.arange(len(masks)), types or ["all cells"], rotation=60, ha="right")
+        axis.set_xticks(np.arange(len(masks)), types or ["all cells"], rotation=60, ha="right", rotation_mode="anchor")
         axis.set_yticks(np.arange(len(names)), names)
-    figure.colorbar(image, ax=axes, label="mean activity (sd of training cells)", shrink=0.7)
+    figure.colorbar(image, ax=axes, label="mean activity (sd of training cells)", shrink=0.7, extend="both")
     return figure
 
 
 def quick_test(pipe: ScRNAGenerationPipeline, real: ad.AnnData, model: str, seed: int, **call_kwargs) -> str:
     """
-    Compares generated cells, and other real cells, with held-out cells by one classifier, and reports it in words.
-
-    Args:
-        pipe ([`ScRNAGenerationPipeline`]): Generates cells with the labels of the held-out cells.
-        real (`AnnData`): Real cells. Their held-out cells are those of the pipeline's split.json, if it has one that
-            names these cells, or else a random half.
-        model (`str`): Folder or name from which the pipeline was loaded.
-        seed (`int`): Seed of the cells and of the classifier.
-        call_kwargs: Further arguments of the pipeline's call.
+    Reports how well one classifier separates generated cells, and other real cells, from held-out cells. These are the
+    cells that the split.json of `model` holds out, or without one that names the real cells, a random half of them.
     """
     config, label_keys = pipe.processor.config, pipe.processor.label_keys
     rest, test = (real[rows] for rows in split_halves(combined_labels(real, label_keys, "The file")))
-    origin = "The pipeline does not say which of these cells it was trained on, so a random half was held out."
-    with contextlib.suppress(FileNotFoundError):  # a pipeline on the Hub has no split
+    origin = "A random half is held out here. Training may have seen these cells."
+    with contextlib.suppress(FileNotFoundError):  # such as that of a pipeline on the Hub
         split = CellSplit.load(model)
         known, held_out = (real[real.obs_names.isin(names)] for names in (split.train, split.test))
         if known.n_obs >= held_out.n_obs >= MIN_CELLS_JUDGED:

@@ -1,4 +1,4 @@
-"""What the controls of the page do."""
+"""The functions behind the controls of the page."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""The layout of the page. `handlers.py` has what its controls do."""
+"""The layout of the page, and its server. `handlers.py` has the functions behind its controls."""
 
 from pathlib import Path
 
@@ -27,10 +27,10 @@ ABOUT = f"""
 ### What this is
 A White-Box Diffusion Transformer ([arXiv 2411.06785](https://arxiv.org/abs/2411.06785)) denoises gene programs and a
 library size. A count likelihood turns them into integer counts. The downloaded file is an AnnData with counts in `X`,
-cell types and library sizes in `obs`, program activities in `obsm`, and in `uns["wbdit"]` how the cells were made.
+cell types and library sizes in `obs`, and program activities in `obsm`. `uns["wbdit"]` records how they were made.
 
 ### How to read the figures
-- **Map**: all cells in one joint embedding. Generated cells should lie where real cells of their type lie.
+- **Map**: all cells in one joint embedding. Generated cells should overlap real cells of their type.
 - **Markers**: three marker genes of each type, chosen in the real cells. Both halves should look alike.
 - **Programs**: mean activity of gene programs by type, in standard deviations of the training cells.
 - **Quality**: how well a classifier separates generated cells from held-out cells, compared with other real cells.
