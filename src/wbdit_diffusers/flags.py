@@ -50,7 +50,8 @@ def add_flags(parser: argparse.ArgumentParser, config_class: Any, positional: Se
     """
     owners = {name: owner for owner in reversed(config_class.__mro__) for name in inspect.get_annotations(owner)}
     fields = {name: owners[name].__pydantic_fields__[name] for name in config_class.__pydantic_fields__}
-    groups, rank = {config_class: parser}, {name: place for place, name in enumerate(common)}
+    groups: dict[type, Any] = {config_class: parser}
+    rank = {name: place for place, name in enumerate(common)}
     for name in sorted(fields, key=lambda name: (not fields[name].is_required(), rank.get(name, len(rank)))):
         is_required = fields[name].is_required()
         flag = name if is_required and name in positional else f"--{name}"
