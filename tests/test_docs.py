@@ -30,7 +30,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
 
     assert "excess" in page("tutorial")
     # A link between two files of the repository is one between two pages.
-    assert 'href="notebook/experiments.html"' in page("quality")
+    assert 'href="notebook/quality.html"' in page("quality")
     # Docstrings are read as such: arguments have types, references lead somewhere, and no mark is left over.
     pipelines = page("api/pipelines")
     assert "<strong>guidance_scale</strong>" in pipelines

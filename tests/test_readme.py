@@ -12,7 +12,7 @@ from wbdit_diffusers import ScRNAGenerationPipeline
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # The same calls, with fewer cells and steps.
-SMALLER = {"num_cells=5000": "num_cells=50", "num_cells=500": "num_cells=20", "1_000_000": "60", "=1000)": "=5)"}
+SMALLER = {"num_cells=5000": "num_cells=50", "num_cells=500": "num_cells=20", "1_000_000": "60"}
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_python_blocks_run(readme_pipeline, tmp_path, monkeypatch):
     code = "\n".join(BLOCK.findall((ROOT / "README.md").read_text()))
     assert "ScRNAGenerationPipeline.from_pretrained(" in code
     for number, smaller in SMALLER.items():
-        assert number in code, f"README has no {number} any more: mend this test"
+        assert number in code, f"README has no {number} any more: fix this test"
         code = code.replace(number, smaller)
     load = ScRNAGenerationPipeline.from_pretrained
     monkeypatch.setattr(ScRNAGenerationPipeline, "from_pretrained", lambda model: load(readme_pipeline))
@@ -53,7 +53,7 @@ def test_python_blocks_run(readme_pipeline, tmp_path, monkeypatch):
 
 
 def test_links_lead_to_files():
-    """Those of README and of the pages that are read on their own."""
+    """Links of the README and of pages that are read on their own."""
     for name in ("README.md", "training/README.md", "docs/quality.md", "docs/white_box.md", "docs/speed.md"):
         folder = (ROOT / name).parent
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text()):

@@ -157,7 +157,7 @@ class PushConfig:
     variant: Literal["bf16"] | None = None
     """Add a copy of the denoiser in bfloat16."""
     with_code: bool = False
-    """Add the code with which Diffusers loads the model by trust_remote_code."""
+    """Add the modules that `DiffusionPipeline.from_pretrained` needs with trust_remote_code=True."""
     dry_run: Path | None = None
     """New folder to write instead of uploading."""
     data_name: str | None = None
@@ -378,8 +378,8 @@ def _overview() -> str:
 
 
 def _print(text: str, file: Any):
-    """Prints, in the first of several processes only."""
-    if os.environ.get("RANK", "0") == "0":
+    """Prints, in the first of several processes only. `wbdit generate` reads all lines of those that it starts."""
+    if os.environ.get("RANK", "0") == "0" or "WBDIT_LAUNCHED" in os.environ:
         print(text, file=file)
 
 

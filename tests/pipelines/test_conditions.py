@@ -46,7 +46,7 @@ SIZE = "`library_size` must be a positive number of counts"
         ({"library_size": [1e3, -1]}, SIZE),
         ({"library_size": [1e3, 2e3], "num_cells": 3}, "`library_size` has 2 entries for 3 cells"),
         ({"generator": [seeded(), seeded()], "num_cells": 3}, "`generator` has 2 entries for 3 cells"),
-        ({"latents": NOISE[:, :5]}, r"`latents` has shape \(2, 5\), expected \(2, 7\)"),
+        ({"latents": NOISE[:, :5]}, r"`latents` has shape \(2, 5\), expected \(num_cells, 7\)"),
         ({"latents": NOISE, "num_cells": 3}, "`latents` has 2 entries for 3 cells"),
         ({"latents": torch.full((2, 7), np.nan)}, "NaN or infinite latents"),
         ({"output_type": "pil"}, "`output_type` must be one of anndata, np, pt, latent"),

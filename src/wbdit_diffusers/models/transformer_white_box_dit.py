@@ -281,9 +281,19 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
     r"""
     Predicts the noise in a batch of noisy latents, or their velocity, depending on the scheduler's `prediction_type`.
 
-    The defaults are those of `wbdit train`. The network of arXiv 2411.06785 (training/configs/paper.yaml) is
-    `WhiteBoxDiTModel(sample_size=2000, patch_size=10, num_layers=3, num_attention_heads=8, attention_head_dim=96,
-    block_type="white_box")`. It has 17,926,666 parameters; with `block_type="dit"` it has 33,870,346.
+    The defaults are those of `wbdit train`. `--config paper` builds the network of arXiv 2411.06785, which has
+    17,926,666 parameters (33,870,346 with `block_type="dit"`):
+
+    ```py
+    WhiteBoxDiTModel(
+        sample_size=2000,
+        patch_size=10,
+        num_layers=3,
+        num_attention_heads=8,
+        attention_head_dim=96,
+        block_type="white_box",
+    )
+    ```
 
     Args:
         sample_size (`int`, defaults to 17):

@@ -1,7 +1,6 @@
 """`ScRNAGenerationPipeline`: noise in, an AnnData of cells out."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 
 import anndata as ad
 import torch
@@ -75,7 +74,12 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         return self._num_timesteps
 
     def check_inputs(
-        self, num_inference_steps: int, batch_size: int | None, output_type: str, tensor_inputs: Sequence[str]
+        self,
+        num_inference_steps: int,
+        batch_size: int | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        tensor_inputs: Sequence[str],
     ):
         """Raises a `ValueError` if an argument of a call has no meaning for this pipeline."""
         if output_type not in OUTPUT_TYPES:
@@ -88,6 +92,9 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
                 f"`num_inference_steps` must be between 1 and the {num_train_timesteps} timesteps of training, not"
                 f" {num_inference_steps}."
             )
+        num_features = self.denoiser.config.sample_size
+        if latents is not None and tuple(latents.shape[1:]) != (num_features,):
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, expected (num_cells, {num_features}).")
         unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -162,15 +169,12 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         # 1. Check the request, and encode it once
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
-        self.check_inputs(num_inference_steps, batch_size, output_type, callback_on_step_end_tensor_inputs)
+        self.check_inputs(num_inference_steps, batch_size, latents, output_type, callback_on_step_end_tensor_inputs)
         conditions = merge_conditions(self.processor, cell_types, conditions)
         lists = {**conditions, "library_size": library_size, "generator": generator, "latents": latents}
         num_cells = count_cells(num_cells, lists)
         class_labels = self.processor.encode_conditions(conditions, num_cells)  # (cells, num_label_keys), -1: any
         library_sizes = encode_library_size(self.processor, library_size, num_cells)
-        num_features = self.denoiser.config.sample_size
-        if latents is not None and tuple(latents.shape) != (num_cells, num_features):
-            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, expected {(num_cells, num_features)}.")
 
         # 2. Random numbers belong to cells, batches only bound the memory
         generator = generator or new_generator()
@@ -181,20 +185,17 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         starts, outputs = range(0, num_cells, batch_size), []
         self._guidance_scale = guidance_scale
 
-        with self.progress_bar(total=len(starts) * num_inference_steps) as progress_bar, ExitStack() as at_the_end:
-            at_the_end.callback(self.maybe_free_model_hooks)
+        with self.progress_bar(total=len(starts) * num_inference_steps) as progress_bar:
 
-            def predict_batch(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-                return predict(
-                    self.denoiser, self.scheduler, latents, t, batch_conditions, self.guidance_scale, guides
-                )
+            def predict_batch(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+                return predict(self.denoiser, self.scheduler, noisy, t, batch_conditions, self.guidance_scale, guides)
 
             def on_step_end(i: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
                 progress_bar.update()
                 if callback_on_step_end is None:
                     return latents
-                tensors = {key: {"latents": latents}[key] for key in callback_on_step_end_tensor_inputs}
-                return callback_on_step_end(self, i, t, tensors).get("latents", latents)
+                callback_kwargs = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
+                return callback_on_step_end(self, i, t, callback_kwargs).get("latents", latents)
 
             for start in starts:
                 # 3. Labels that were not asked for are drawn
@@ -208,9 +209,8 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
                 self.scheduler.set_timesteps(num_inference_steps, device=device)
                 timesteps = self.scheduler.timesteps
                 self._num_timesteps, progress_bar.total = len(timesteps), len(starts) * len(timesteps)
-                initial = batch_noise.normal(num_features, device)  # (batch, num_features)
-                if latents is not None:
-                    initial = latents[rows].to(initial)
+                initial = batch_noise.normal(self.codec.num_features, device)  # (batch, num_features)
+                initial = initial if latents is None else latents[rows].to(initial)
                 initial = initial * self.scheduler.init_noise_sigma
                 denoised = denoise(predict_batch, self.scheduler, batch_noise, initial, timesteps, on_step_end)
 
@@ -219,15 +219,14 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
                     outputs.append(denoised)
                 elif output_type == "anndata":
                     sizes = None if library_sizes is None else library_sizes[rows]
-                    cells = self._draw_cells(
-                        denoised, labels, sizes, batch_noise, uniform[:, 1], first_cell=first_cell + start
-                    )
+                    cells = self._draw_cells(denoised, labels, sizes, batch_noise, uniform[:, 1], first_cell + start)
                     cells.uns["wbdit"] = provenance
                     outputs.append(cells)
                 else:
                     decoded = self.codec.decode(denoised.to(self.codec.device), class_labels=labels)
                     outputs.append(check_decoded(decoded.expression()))
 
+        self.maybe_free_model_hooks()
         if output_type == "anndata":
             cells = ad.concat(outputs, merge="same", uns_merge="same")
         else:

@@ -47,6 +47,7 @@ class ScRNAPipeline(DiffusionPipeline):
 
         Raises:
             OSError: If the folder or repository holds no complete pipeline.
+            ValueError: If it has no such `variant`.
         """
         where = locate(pretrained_model_name_or_path)
         if Path(where).exists() and not Path(where, cls.config_name).is_file():
@@ -58,7 +59,8 @@ class ScRNAPipeline(DiffusionPipeline):
             return super().from_pretrained(where, **(kwargs | {"use_safetensors": True}))
         except Exception as error:  # Diffusers raises many kinds on damaged files
             absent = "" if Path(where).exists() else f"There is no folder {where}, and as a Hub id "
-            raise OSError(f"{absent}{where} cannot be loaded as a pipeline: {one_line(error)}") from error
+            kind = ValueError if "variant" in kwargs and isinstance(error, ValueError) else OSError
+            raise kind(f"{absent}{where} cannot be loaded as a pipeline: {one_line(error)}") from error
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path, **kwargs) -> dict[str, Any]:
