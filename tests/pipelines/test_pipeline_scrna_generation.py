@@ -1,5 +1,7 @@
 import inspect
 import json
+import sys
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -11,6 +13,7 @@ from conftest import make_pipeline
 from diffusers import DDIMScheduler, DDPMScheduler
 from scipy import sparse
 
+import wbdit_diffusers
 from wbdit_diffusers import (
     ScRNAGenerationPipeline,
     ScRNAPipelineOutput,
@@ -411,3 +414,21 @@ def test_signature_is_the_frozen_one():
         "guides": (),
         "first_cell": 0,
     }
+
+
+def test_a_call_enters_few_functions(pipe):
+    """A reader can follow it. Comprehensions are not counted."""
+    entered, package = set(), str(Path(wbdit_diffusers.__file__).parent)
+
+    def record(frame, event, argument):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(package) and not code.co_name.startswith("<"):
+            entered.add((code.co_filename, code.co_qualname))
+
+    sys.setprofile(record)
+    try:
+        pipe(num_cells=10)
+    finally:
+        sys.setprofile(None)
+    assert "ScRNAGenerationPipeline.__call__" in {name for _, name in entered}
+    assert len(entered) <= 62, sorted(entered)

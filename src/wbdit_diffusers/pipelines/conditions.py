@@ -40,10 +40,8 @@ def merge_conditions(
     return {key: list(names) if _is_list(names) else names for key, names in merged.items()}
 
 
-def encode_library_size(processor: ScRNAProcessor, library_size: Any, num_cells: int) -> torch.Tensor | None:
-    """Library sizes `(num_cells,)`, or `None`. Raises a `ValueError` unless they are positive numbers."""
-    if library_size is None:
-        return None
+def encode_library_size(processor: ScRNAProcessor, library_size: Any, num_cells: int) -> torch.Tensor:
+    """Library sizes `(num_cells,)`. Raises a `ValueError` unless they are positive numbers."""
     if not processor.is_counts:
         raise ValueError("`library_size` was given, but this model was trained on log values, not on counts.")
     sizes = torch.as_tensor(np.asarray(library_size), dtype=torch.float32).expand(num_cells)

@@ -174,7 +174,9 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         lists = {**conditions, "library_size": library_size, "generator": generator, "latents": latents}
         num_cells = count_cells(num_cells, lists)
         class_labels = self.processor.encode_conditions(conditions, num_cells)  # (cells, num_label_keys), -1: any
-        library_sizes = encode_library_size(self.processor, library_size, num_cells)
+        library_sizes = None
+        if library_size is not None:
+            library_sizes = encode_library_size(self.processor, library_size, num_cells)  # (cells,)
 
         # 2. Random numbers belong to cells, batches only bound the memory
         generator = generator or new_generator()
