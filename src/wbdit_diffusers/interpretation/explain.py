@@ -1,4 +1,4 @@
-"""All that can be said of a trained pipeline, measured on held-out cells: numbers, and an AnnData to look at."""
+"""Explains a trained pipeline by measurements on held-out cells."""
 
 import anndata as ad
 import numpy as np
@@ -33,14 +33,14 @@ def explain(
     pipe: ScRNAGenerationPipeline, train: ad.AnnData, test: ad.AnnData, max_cells: int = 3000, seed: int = 0
 ) -> tuple[dict, ad.AnnData]:
     """
-    Measures a pipeline's programs, layers, decisions and interventions, each beside its control.
+    Measures a pipeline's programs, layers, denoising and interventions, each next to a control.
 
     Args:
-        pipe ([`ScRNAGenerationPipeline`]): With a [`ProgramCodec`] and a [`WhiteBoxDiTModel`].
-        train (`AnnData`): The cells that it was trained on: the closed form is fitted to them.
-        test (`AnnData`): Held-out cells, on which everything is measured.
-        max_cells (`int`, defaults to 3000): Held-out cells to use at most.
-        seed (`int`, defaults to 0): Of all random numbers.
+        pipe ([`ScRNAGenerationPipeline`]): A pipeline with a [`ProgramCodec`] and a [`WhiteBoxDiTModel`].
+        train (`AnnData`): Training cells. The closed form is fitted to them.
+        test (`AnnData`): Held-out cells. Everything is measured on them.
+        max_cells (`int`, defaults to 3000): Maximum number of held-out cells to use.
+        seed (`int`, defaults to 0): Seed of all random numbers.
 
     Returns:
         `tuple[dict, AnnData]`: the report and the held-out cells. The report has `"programs"` (a row for each),
@@ -55,12 +55,10 @@ def explain(
     if not isinstance(pipe.codec, ProgramCodec):
         raise ValueError(f"The pipeline has no gene programs: it was trained with {type(pipe.codec).__name__}.")
     if not isinstance(pipe.denoiser, WhiteBoxDiTModel):
-        raise ValueError(
-            f"The pipeline has no network to look into: its denoiser is a {type(pipe.denoiser).__name__}."
-        )
+        raise ValueError(f"The pipeline has no network to explain: its denoiser is a {type(pipe.denoiser).__name__}.")
     test = test[pipe.processor.knows_labels(test)]
     if test.n_obs < 20:
-        raise ValueError(f"{test.n_obs} held-out cells have labels that training knows: 20 are needed at least.")
+        raise ValueError(f"{test.n_obs} held-out cells have labels that the model knows: at least 20 are needed.")
     chosen = np.random.default_rng(seed).permutation(test.n_obs)[:max_cells]
     test, train = test[chosen], train[pipe.processor.knows_labels(train)]
     latents, train_latents = pipe.encode_cells(test), pipe.encode_cells(train)
@@ -137,17 +135,17 @@ def _cells(pipe: ScRNAGenerationPipeline, test: ad.AnnData, latents: torch.Tenso
 
 def describe_programs(pipe: ScRNAGenerationPipeline, cells: ad.AnnData, types: np.ndarray) -> tuple[list, list]:
     """
-    Programs by their genes and by the types that have them.
+    Describes programs by their genes, and types by their programs.
 
     Args:
-        pipe ([`ScRNAGenerationPipeline`]): Whose programs.
+        pipe ([`ScRNAGenerationPipeline`]): The pipeline.
         cells (`AnnData`): Held-out cells, with log expression in `X` and `obsm["X_programs"]`.
-        types (`np.ndarray` of shape `(cells,)`): Their types.
+        types (`np.ndarray` of shape `(cells,)`): Types of the cells.
 
     Returns:
-        `tuple[list, list]`: a row for each program, with `"mean_activity"` by type; and for each type of at least five
-        cells the program that tells it best from all others: its AUC, that of the second, and how many of the type's
-        50 markers are among the 50 genes that the program raises most.
+        `tuple[list, list]`: a row for each program, with `"mean_activity"` by type, and a row for each type of five or
+        more cells. The latter has the program that best separates the type from others, its AUC, the AUC of the second
+        program, and how many of the type's 50 markers are among the 50 genes that the program raises most.
     """
     table = program_table(pipe.codec, pipe.processor.var_names)
     activities = cells.obsm["X_programs"]
@@ -195,25 +193,25 @@ def measure_interventions(
     seed: int = 0,
 ) -> list[dict]:
     """
-    Do other programs follow a held one as they follow it in cells? The two programs that explain most are held at
-    -1, 0, 1 and 2 standard deviations.
+    Tests whether other programs follow a held program as they do in cells. The two programs that explain most are held
+    at -1, 0, 1 and 2 standard deviations.
 
     Args:
-        pipe ([`ScRNAGenerationPipeline`]): Its network is held by the mixture's covariance.
-        gaussian_mixture ([`GaussianMixtureDenoiser`]): Also held itself, exactly, as the control.
-        latents (`torch.Tensor` of shape `(cells, num_features)`): Held-out cells, whose regression is the truth.
-        class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*): Their labels; the cells that
-            are drawn have these.
-        train_latents (`torch.Tensor` of shape `(training cells, num_features)`): The cells of the training, whose own
-            regression is the real reference: among few held-out cells that of other real cells is not the same.
+        pipe ([`ScRNAGenerationPipeline`]): The pipeline.
+        gaussian_mixture ([`GaussianMixtureDenoiser`]): The closed form, which guides the network and is the control.
+        latents (`torch.Tensor` of shape `(cells, num_features)`): Held-out cells. Their regression is the truth.
+        class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*): Labels of held-out cells, and
+            of the cells that are generated.
+        train_latents (`torch.Tensor` of shape `(training cells, num_features)`): Training cells. Their regression is
+            the real reference.
         train_labels (`torch.LongTensor` of shape `(training cells, num_label_keys)`, *optional*): Their labels.
-        seed (`int`, defaults to 0): Of the cells.
+        seed (`int`, defaults to 0): Seed of the cells.
 
     Returns:
-        `list[dict]`: for each program and source (`"network"`, `"closed_form"`, `"training cells"`), `"held"`, the
-        mean deviation of the program from the activity asked for, and `"slope"` and `"correlation"` of the other
-        programs' responses against their regression on the program among held-out cells of the same labels. A slope of
-        1 is that of held-out cells, 0 that of an overwritten value. Training cells respond by their own regression.
+        `list[dict]`: a row for each program and source (`"network"`, `"closed_form"`, `"training cells"`). `"held"` is
+        the mean deviation of the program from the requested activity. `"slope"` and `"correlation"` compare the
+        responses of other programs with their regression on the program among held-out cells of the same labels. The
+        slope is 1 in held-out cells, and 0 if a value is merely overwritten.
     """
     rows, codec = [], pipe.codec
     within, train_within = (

@@ -1,4 +1,4 @@
-"""What each layer does: recorded with hooks, and measured against what its equations say."""
+"""Records the layers with hooks, and compares what they do with their equations."""
 
 import copy
 from collections.abc import Iterator
@@ -28,10 +28,10 @@ LAYER_TIMESTEPS = [99, 299, 499, 799]  # of the figures and benchmarks: from nea
 @contextmanager
 def record_blocks(denoiser: WhiteBoxDiTModel) -> Iterator[list[dict[str, torch.Tensor]]]:
     """
-    Records the tokens around every block of the next call; without it, nothing is recorded and nothing costs.
+    Records the tokens before and after every block of the next call.
 
     Args:
-        denoiser ([`WhiteBoxDiTModel`]): Either kind of block.
+        denoiser ([`WhiteBoxDiTModel`]): The network.
 
     Yields:
         `list[dict[str, torch.Tensor]]`: for each block, after the call, `"input"` and `"output"` of the block,
@@ -57,8 +57,7 @@ def record_blocks(denoiser: WhiteBoxDiTModel) -> Iterator[list[dict[str, torch.T
 
 
 def untrained_copy(denoiser: WhiteBoxDiTModel, seed: int = 0) -> WhiteBoxDiTModel:
-    """The network with attention and dictionaries as they were before training, the control of every curve. Embeddings
-    and gates are those of the trained one: at the start of a training the gates are closed."""
+    """The network with untrained attention and dictionaries. Gates stay, as untrained ones are closed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = WhiteBoxDiTModel.from_config(dict(denoiser.config))
@@ -71,7 +70,7 @@ def untrained_copy(denoiser: WhiteBoxDiTModel, seed: int = 0) -> WhiteBoxDiTMode
 
 def coding_rate(tokens: torch.Tensor, subspaces: torch.Tensor) -> torch.Tensor:
     """
-    The rate that it takes to code a cell's tokens in subspaces, `½ Σ_h log det(I + p / (n ε²) Z U_hᵀ U_h Zᵀ)` (CRATE,
+    The coding rate of a cell's tokens in subspaces, `½ Σ_h log det(I + p / (n ε²) Z U_hᵀ U_h Zᵀ)` (CRATE,
     arXiv 2306.01129, equation 5), which MSSA is derived to lower.
 
     Args:
@@ -95,13 +94,13 @@ def subspaces_of(attn: MSSA | Contraction) -> torch.Tensor:
 
 def step_of_attention(own: torch.Tensor, tokens: torch.Tensor, step: torch.Tensor, seed: int = 0) -> dict[str, float]:
     """
-    What one attention does to the coding rate of its tokens.
+    Measures how one attention changes the coding rate of its tokens.
 
     Args:
-        own (`torch.Tensor` of shape `(heads, p, hidden)`): Its subspaces.
+        own (`torch.Tensor` of shape `(heads, p, hidden)`): Subspaces of the attention.
         tokens (`torch.Tensor` of shape `(batch, n, hidden)`): Its input.
-        step (`torch.Tensor` of shape `(batch, n, hidden)`): What is added to them.
-        seed (`int`, defaults to 0): Of the random subspaces.
+        step (`torch.Tensor` of shape `(batch, n, hidden)`): Its step, which is added to the tokens.
+        seed (`int`, defaults to 0): Seed of the random subspaces.
 
     Returns:
         `dict[str, float]`: `"own"` and `"random"`, the relative change of the coding rate in its own subspaces and in
@@ -122,10 +121,10 @@ def step_of_attention(own: torch.Tensor, tokens: torch.Tensor, step: torch.Tenso
 
 def step_of_ista(ff: ISTA | BoundedISTA, tokens: torch.Tensor, output: torch.Tensor) -> dict[str, float]:
     """
-    What one step of sparse coding does.
+    Measures one step of sparse coding.
 
     Args:
-        ff ([`ISTA`] or [`BoundedISTA`]): Whose dictionary.
+        ff ([`ISTA`] or [`BoundedISTA`]): The step.
         tokens (`torch.Tensor` of shape `(batch, n, hidden)`): Its input.
         output (`torch.Tensor` of shape `(batch, n, hidden)`): Its output.
 
@@ -149,8 +148,8 @@ def step_of_ista(ff: ISTA | BoundedISTA, tokens: torch.Tensor, output: torch.Ten
 
 def explained_by_tokens(tokens: np.ndarray, clean: np.ndarray) -> float:
     """
-    How much of the clean cells a linear map of their noisy cells' tokens says: the share of their variance, of cells
-    that the map was not fitted to. `share / (1 - share)` is a signal-to-noise ratio.
+    Fraction of the variance of clean cells that a linear map of the tokens of noisy cells explains. The map is fitted
+    to one half of the cells, and judged on the other.
 
     Args:
         tokens (`np.ndarray` of shape `(cells, values)`): All tokens of each cell.
@@ -172,22 +171,21 @@ def measure_layers(
     seed: int = 0,
 ) -> list[dict]:
     """
-    What every layer does at some timesteps, trained and untrained.
+    Measures every layer of the trained and of an untrained network at some timesteps.
 
     Args:
         denoiser ([`WhiteBoxDiTModel`]): The network.
         scheduler ([`SchedulerMixin`]): Its noise schedule.
         latents (`torch.Tensor` of shape `(cells, sample_size)`): Clean latents of held-out cells.
         class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*): Their labels.
-        timesteps (`list[int]`): At which noise is added.
-        seed (`int`, defaults to 0): Of the noise, and of the untrained network.
+        timesteps (`list[int]`): Timesteps of the noise.
+        seed (`int`, defaults to 0): Seed of the noise and of the untrained network.
 
     Returns:
-        `list[dict]`: a row for each network (`"trained"`, `"untrained"`), timestep and layer (0 is before the first
-        block), with `"explained"` (see [`explained_by_tokens`]), and, from layer 1 on, `"step"` (the size of what the
-        block adds, over that of its tokens) and what [`step_of_attention`] and [`step_of_ista`] say, where the block
-        has subspaces and a dictionary. The attention's step is what a [`DescentBlock`] adds to its tokens, gate
-        included; in the published block it is the attention's output, which a gate for each channel then turns.
+        `list[dict]`: a row for each network (`"trained"`, `"untrained"`), timestep and layer. Layer 0 is the input of
+        the first block. `"explained"` is the result of [`explained_by_tokens`]. From layer 1 on, `"step"` is the size of
+        the block's step relative to its tokens, next to the results of [`step_of_attention`] and [`step_of_ista`]. The
+        attention's step includes the gate in a [`DescentBlock`]. In the published block, channel gates act after it.
     """
     rows = []
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)

@@ -1,4 +1,4 @@
-"""The report of `explain` as one HTML page: figures from its numbers, each curve beside its control."""
+"""The report of `explain` as one HTML page: figures of its numbers, each curve next to its control."""
 
 import base64
 import io
@@ -20,14 +20,7 @@ SHOWN_PROGRAMS = 3  # on the UMAP
 
 
 def draw_figures(report: dict, cells: ad.AnnData) -> dict[str, Figure]:
-    """
-    Args:
-        report (`dict`): Of [`explain`].
-        cells (`AnnData`): Of [`explain`].
-
-    Returns:
-        `dict[str, matplotlib.figure.Figure]`: by the part of the report that they show.
-    """
+    """The figures of a report and cells of [`explain`], by the part of the report that they show."""
     return {
         "programs": _programs_figure(report, cells),
         "layers": _layers_figure(report),
@@ -40,15 +33,7 @@ def draw_figures(report: dict, cells: ad.AnnData) -> dict[str, Figure]:
 
 
 def render_page(report: dict, figures: dict[str, Figure], title: str) -> str:
-    """
-    Args:
-        report (`dict`): Of [`explain`].
-        figures (`dict`): Of [`draw_figures`].
-        title (`str`): The pipeline's name.
-
-    Returns:
-        `str`: HTML without any other file; all names in it are escaped.
-    """
+    """A self-contained HTML page of a report and its figures. All names in it are escaped."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape())
     template = environment.get_template("page.html")
     images = {name: _as_png(figure) for name, figure in figures.items()}
@@ -60,10 +45,10 @@ def write_report(folder: Path, report: dict, cells: ad.AnnData, title: str):
     Writes `explain.html`, `explain.json`, `explain.h5ad` and the folder `figures`.
 
     Args:
-        folder (`Path`): Is made if it does not exist.
-        report (`dict`): Of [`explain`].
-        cells (`AnnData`): Of [`explain`].
-        title (`str`): The pipeline's name.
+        folder (`Path`): The folder, which may exist.
+        report (`dict`): Report of [`explain`].
+        cells (`AnnData`): Cells of [`explain`].
+        title (`str`): Name of the pipeline.
     """
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     (folder / "explain.json").write_text(json.dumps(report, indent=1))
@@ -77,7 +62,7 @@ def write_report(folder: Path, report: dict, cells: ad.AnnData, title: str):
 
 
 def summarize(report: dict) -> dict[str, float]:
-    """The numbers that the page's sentences quote."""
+    """The numbers in the sentences of the page."""
     layers = [row for row in report["layers"] if row["layer"]]
     trained, untrained = ([row for row in layers if row["network"] == name] for name in ("trained", "untrained"))
     facts = {"closed_form_early": report["explained_variance"][0]["agreement"]}
@@ -106,7 +91,7 @@ def summarize(report: dict) -> dict[str, float]:
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Of what is not on the diagonal, less each column's mean: how loud a program is says little."""
+    """Correlation off the diagonal. Column means, which reflect the scale of a program, are subtracted first."""
     off = ~np.eye(len(a), dtype=bool)
     centred = []
     for matrix in (a, b):
@@ -170,7 +155,7 @@ def _layers_figure(report: dict) -> Figure:
             )
         axis.set(title=f"timestep {timestep}", xlabel="after block")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    np.atleast_1d(axes)[0].set_ylabel("share of the clean cell that\na linear map of the tokens says")
+    np.atleast_1d(axes)[0].set_ylabel("fraction of the clean cell that\na linear map of the tokens explains")
     np.atleast_1d(axes)[0].legend(frameon=False)
     return figure
 
@@ -183,7 +168,7 @@ def _steps_figure(report: dict) -> Figure:
         ("coding rate: change by attention", [("own", "own subspaces"), ("random", "random subspaces")]),
         ("attention's step and steepest descent: cosine", [("cosine", "trained")]),
         ("objective of sparse coding: change by ISTA", [("objective", "trained")]),
-        ("size of a block's step, over its tokens", [("step", "trained")]),
+        ("size of a block's step relative to its tokens", [("step", "trained")]),
     ]
     panels = [panel for panel in panels if panel[1][0][0] in rows[0]]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.75 * len(panels), 3.4), layout="constrained", squeeze=False)
@@ -218,11 +203,15 @@ def _type_stability_figure(report: dict) -> Figure:
                 axes[0].plot(timesteps, program, color=NETWORK, linewidth=0.4, alpha=0.5)
         if has_types:
             axes[1].plot(timesteps, [row["changed"] for row in own], marker="o", label=label, **style)
-    axes[0].set(title="programs before and after (thin: each)", xlabel="noise up to timestep", ylabel="correlation")
+    axes[0].set(
+        title="programs before and after (thin lines: each program)",
+        xlabel="noise up to timestep",
+        ylabel="correlation",
+    )
     axes[0].legend(frameon=False)
     if has_types:
-        axes[1].axhline(rows[0]["chance"], color="black", linestyle=":", label="cells mixed up")
-        axes[1].set(title="cells that are of another type afterwards", xlabel="noise up to timestep", ylabel="share")
+        axes[1].axhline(rows[0]["chance"], color="black", linestyle=":", label="shuffled cells")
+        axes[1].set(title="cells that change their type", xlabel="noise up to timestep", ylabel="fraction")
         axes[1].legend(frameon=False)
     return figure
 
@@ -233,11 +222,9 @@ def _explained_variance_figure(report: dict) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(13, 3.6), layout="constrained")
     axes[0].plot(timesteps, [row["network_mean"] for row in rows], "o-", color=NETWORK, label="network")
     axes[0].plot(timesteps, [row["closed_form_mean"] for row in rows], "o--", color=CONTROL, label="closed form")
-    axes[0].set(title="share of the programs' variance that is foretold", xlabel="timestep")
+    axes[0].set(title="fraction of the programs' variance that is explained", xlabel="timestep")
     axes[1].plot(timesteps, [row["agreement"] for row in rows], "o-", color=NETWORK)
-    axes[1].set(
-        title="share of the network's prediction that the closed form makes too", xlabel="timestep", ylim=(0, 1.02)
-    )
+    axes[1].set(title="agreement of the network with the closed form", xlabel="timestep", ylim=(0, 1.02))
     axes[0].legend(frameon=False)
     return figure
 
