@@ -182,8 +182,8 @@ def measure_layers(
         seed (`int`, defaults to 0): Seed of the noise and of the untrained network.
 
     Returns:
-        `list[dict]`: a row for each network (`"trained"`, `"untrained"`), timestep and layer. Layer 0 is the input of
-        the first block. `"explained"` is the result of [`explained_by_tokens`]. From layer 1 on, `"step"` is the size of
+        `list[dict]`: a row for each network (`"trained"`, `"untrained"`), timestep and layer. Layer 0 is the input
+        of the first block. `"explained"` is from [`explained_by_tokens`]. From layer 1 on, `"step"` is the size of
         the block's step relative to its tokens, next to the results of [`step_of_attention`] and [`step_of_ista`]. The
         attention's step includes the gate in a [`DescentBlock`]. In the published block, channel gates act after it.
     """
