@@ -13,10 +13,10 @@ from ..processing.normalize import to_expression, total_counts
 @dataclass
 class CellArrays:
     """
-    Arrays of the cells that are judged. Indexing with positions or a mask selects cells.
+    Arrays of the judged cells. Indexing with positions or a mask selects cells.
 
     Args:
-        matrix (`np.ndarray` of shape `(cells, genes)`): The judged genes as measured: counts, or log values.
+        matrix (`np.ndarray` of shape `(cells, genes)`): Counts or log values of the judged genes, as measured.
         expression (`np.ndarray` of shape `(cells, genes)`): The same on the log scale, see [`to_expression`].
         library_size (`np.ndarray` of shape `(cells,)`, *optional*): Total counts over all genes; none for log values.
         labels (`np.ndarray` of shape `(cells,)`, *optional*): All label keys of a cell, combined.
@@ -59,8 +59,8 @@ def combined_labels(adata: ad.AnnData, label_keys: Sequence[str], name: str = "o
 
 def needs_common_genes(generated: ad.AnnData, real: ad.AnnData) -> bool:
     """
-    Whether all cells are normalised within the generated genes: there are no others, or the counts in them are unknown
-    because the generated cells have no `obs["library_size"]`.
+    Whether all cells are normalised within the generated genes. This is so if there are no other genes, or if the
+    generated cells have no `obs["library_size"]`, so that their counts in other genes are unknown.
     """
     return generated.n_vars >= real.n_vars or "library_size" not in generated.obs
 
@@ -85,18 +85,14 @@ def real_cells(
         within_genes (`bool`, defaults to `False`): Whether the library size counts the judged genes alone.
 
     Raises:
-        ValueError: If genes, the layer or a label column are missing, or the values are not what `values` says.
+        ValueError: If genes or a label column are missing, or the values are not what `values` says.
     """
     missing = genes.difference(adata.var_names)
     if len(missing):
-        raise ValueError(
-            f"{len(missing)} generated genes are not among the genes of the real cells, e.g. {missing[0]!r}:"
-            " rename or remove them."
-        )
-    if layer is not None and layer not in adata.layers:
-        raise ValueError(f"The real cells have no layer {layer!r}, only {list(adata.layers)}.")
+        which = f"{len(missing)} generated genes are not among the genes of the real cells, e.g. {missing[0]!r}"
+        raise ValueError(f"{which}: rename or remove them.")
     adata = adata[:, genes] if within_genes else adata
-    library_size = total_counts(_checked(adata.X if layer is None else adata.layers[layer], values, "real"), values)
+    library_size = _library_size(adata.X if layer is None else adata.layers[layer], values, "real")
     judged = adata[:, genes]
     return _arrays(judged, judged.X if layer is None else judged.layers[layer], library_size, values, label_keys)
 
@@ -106,30 +102,26 @@ def generated_cells(
 ) -> CellArrays:
     """
     Arrays of generated cells. Their library size is `obs["library_size"]`, or else the sum over their genes. Cells
-    without one of the label columns have no labels. The arguments and errors are those of [`real_cells`].
+    without one of the label columns have no labels. [`real_cells`] describes the arguments and errors.
     """
-    total = total_counts(_checked(adata.X, values, "generated"), values)
+    total = _library_size(adata.X, values, "generated")
     if total is not None and not within_genes and "library_size" in adata.obs:
         sizes = adata.obs["library_size"].to_numpy(dtype=np.float64)
         if not (np.isfinite(sizes) & ((sizes > 0) | ((sizes == 0) & (total == 0)))).all():
-            raise ValueError(
-                "obs['library_size'] of generated cells is NaN, infinite, negative or zero: correct or drop it."
-            )
+            raise ValueError("obs['library_size'] of generated cells is NaN, infinite, negative or zero: correct it.")
         total = sizes
     has_labels = all(key in adata.obs for key in label_keys)
     return _arrays(adata, adata.X, total, values, label_keys if has_labels else ())
 
 
-def _checked(matrix, values: str, whose: str):
-    """The matrix. Raises a `ValueError` if there is none, or if it does not hold what `values` says."""
-    if matrix is None:
-        raise ValueError(f"The {whose} cells have no matrix in X.")
+def _library_size(matrix, values: str, whose: str) -> np.ndarray | None:
+    """Total counts `(cells,)` of a valid matrix; `None` for log values."""
     numbers = np.asarray(matrix.data if hasattr(matrix, "toarray") else matrix)
     if not np.isfinite(numbers).all() or (numbers < 0).any():
         raise ValueError(f"The {whose} cells have NaN, infinite or negative values: remove or replace them.")
     if values == "counts" and (numbers != np.rint(numbers)).any():
         raise ValueError(f"The {whose} cells have values that are not integer counts: give counts, or --values log.")
-    return matrix
+    return total_counts(matrix, values)
 
 
 def _arrays(
