@@ -19,7 +19,7 @@ class CellArrays:
         matrix (`np.ndarray` of shape `(cells, genes)`): Counts or log values of the judged genes, as measured.
         expression (`np.ndarray` of shape `(cells, genes)`): The same on the log scale, see [`to_expression`].
         library_size (`np.ndarray` of shape `(cells,)`, *optional*): Total counts over all genes; none for log values.
-        labels (`np.ndarray` of shape `(cells,)`, *optional*): All label keys of a cell, combined.
+        labels (`np.ndarray` of shape `(cells,)`, *optional*): All label keys of a cell, combined; `""` by default.
         types (`np.ndarray` of shape `(cells,)`, *optional*): The first label key alone, e.g. the cell type.
     """
 
@@ -29,6 +29,9 @@ class CellArrays:
     labels: np.ndarray | None = None
     types: np.ndarray | None = None
 
+    def __post_init__(self):
+        self.labels = np.full(len(self), "") if self.labels is None else self.labels
+
     def __len__(self) -> int:
         return len(self.matrix)
 
@@ -36,17 +39,13 @@ class CellArrays:
         arrays = (getattr(self, field.name) for field in fields(self))
         return CellArrays(*(None if array is None else array[cells] for array in arrays))
 
-    def label_or_blank(self) -> np.ndarray:
-        """The combined labels `(cells,)`; without labels, all cells have the same one."""
-        return np.full(len(self), "") if self.labels is None else self.labels
-
     def other_genes_share(self) -> np.ndarray:
         """Fraction of each cell's counts in genes that are not judged, `(cells,)`."""
         return 1 - self.matrix.sum(axis=1) / np.maximum(self.library_size, 1)
 
 
 def combined_labels(adata: ad.AnnData, label_keys: Sequence[str], name: str = "obs") -> np.ndarray:
-    """All label keys of each cell in one string, `(cells,)`. Raises a `ValueError` if a column is missing."""
+    """All label keys of a cell in one string, `(cells,)`; `""` without keys. Raises `ValueError` without a column."""
     for key in label_keys:
         if key not in adata.obs:
             raise ValueError(f"{name} has no column {key!r} in obs, only {list(adata.obs)}.")
@@ -58,10 +57,7 @@ def combined_labels(adata: ad.AnnData, label_keys: Sequence[str], name: str = "o
 
 
 def needs_common_genes(generated: ad.AnnData, real: ad.AnnData) -> bool:
-    """
-    Whether all cells are normalised within the generated genes. This is so if there are no other genes, or if the
-    generated cells have no `obs["library_size"]`, so that their counts in other genes are unknown.
-    """
+    """Whether there are no genes beyond the generated ones, or the generated counts in them are unknown."""
     return generated.n_vars >= real.n_vars or "library_size" not in generated.obs
 
 
@@ -74,7 +70,8 @@ def real_cells(
     within_genes: bool = False,
 ) -> CellArrays:
     """
-    Arrays of real cells. Their library size is the sum over all of their genes, regardless of their `obs`.
+    Arrays of real cells. Their library size is the sum over all of their genes, regardless of their `obs`. Raises a
+    `ValueError` if genes or a label column are missing, or the values are not what `values` says.
 
     Args:
         adata (`AnnData`): Real cells with all their genes.
@@ -83,9 +80,6 @@ def real_cells(
         layer (`str`, *optional*): Layer that holds the matrix; `X` by default.
         label_keys (`Sequence[str]`, defaults to `()`): Columns of `obs`, the cell type first.
         within_genes (`bool`, defaults to `False`): Whether the library size counts the judged genes alone.
-
-    Raises:
-        ValueError: If genes or a label column are missing, or the values are not what `values` says.
     """
     missing = genes.difference(adata.var_names)
     if len(missing):
@@ -129,6 +123,6 @@ def _arrays(
 ) -> CellArrays:
     """Arrays of cells over the judged genes."""
     matrix = np.asarray(matrix.toarray() if hasattr(matrix, "toarray") else matrix, dtype=np.float32)
-    labels = combined_labels(adata, label_keys) if len(label_keys) else None
+    labels = combined_labels(adata, label_keys)
     types = adata.obs[label_keys[0]].astype(str).to_numpy(dtype=str) if len(label_keys) else None
     return CellArrays(matrix, to_expression(matrix, library_size, values), library_size, labels, types)

@@ -33,8 +33,8 @@ def paired_folds(
     Folds stratified by source alone do not have this property. If both sides have equally many cells of a type, a side
     with more of them in the training folds has fewer in the test fold. A classifier then learns the wrong sign.
 
-    - If both sides have the same label counts, as in conditional samples, cells of a label are paired at random. A pair
-      shares its fold, so the label carries no information about the side.
+    - If both sides have the same label counts, as for conditional samples, cells of a label are paired at random. A
+      pair shares its fold, so the label carries no information about the side.
     - Otherwise, the other side drew its labels at random, as an unconditional generator does. Folds of the held-out
       side keep its label proportions, and folds of the other side are random.
 
@@ -134,24 +134,21 @@ def two_sample_auc(
     n_jobs: int | None = None,
 ) -> float:
     """
-    AUC of one classifier that separates other cells from real cells, averaged over five [`paired_folds`].
+    AUC of one classifier that separates other cells from real cells, averaged over five [`paired_folds`]. Raises a
+    `ValueError` if a side has fewer than 4 cells.
 
     Args:
-        real, other ([`CellArrays`]): Held-out cells, and generated or other real cells.
+        real, other ([`CellArrays`]): Held-out cells, and generated or other real cells, with labels.
         view (`Callable`): Function from [`CellArrays`] to features `(cells, features)`.
         make_classifier (`Callable`): Function from `(shape, seed, n_jobs)` to a classifier, see [`JUDGES`].
         seed (`int`, defaults to 0): Seed of the folds and of the classifier.
         n_jobs (`int`, *optional*): Threads of the forest; all cores by default.
-
-    Raises:
-        ValueError: If a side has fewer than 4 cells.
     """
     fewest = min(len(real), len(other))
     if fewest < 4:
         raise ValueError(f"Judge at least 4 cells a side: there are {len(real)} held-out cells.")
     num_folds = min(NUM_FOLDS, fewest)
-    labels = real.label_or_blank(), other.label_or_blank()
-    folds = np.concatenate(paired_folds(*labels, num_folds, np.random.default_rng(seed)))
+    folds = np.concatenate(paired_folds(real.labels, other.labels, num_folds, np.random.default_rng(seed)))
     x, y = np.vstack([view(real), view(other)]), np.repeat([0, 1], [len(real), len(other)])
     aucs = []
     # Trees grow in `n_jobs` threads. The rest is small, and more threads would only wait for each other.

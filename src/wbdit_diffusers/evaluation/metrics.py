@@ -22,6 +22,7 @@ from .cells import CellArrays
 
 MARKERS_PER_TYPE = 50
 MIN_TRAIN_CELLS = 30  # of a label
+NUM_NEIGHBORS = 5
 
 
 def wasserstein2(real: np.ndarray, generated: np.ndarray) -> float:
@@ -32,8 +33,8 @@ def wasserstein2(real: np.ndarray, generated: np.ndarray) -> float:
 
 def mmd2(real: np.ndarray, generated: np.ndarray) -> float:
     """
-    Unbiased squared maximum mean discrepancy, which may be slightly negative. The kernel is the mean of five Gaussians,
-    `exp(-d² / bandwidth)`. The bandwidths are ¼ to 4 times the median squared distance between real cells.
+    Unbiased squared maximum mean discrepancy, which may be slightly negative. The kernel is the mean of Gaussians
+    `exp(-d² / bandwidth)`. Five bandwidths are ¼ to 4 times the median squared distance between real cells.
     """
     within_real = cdist(real, real, "sqeuclidean")
     median = np.median(within_real[np.triu_indices(len(real), k=1)])
@@ -70,12 +71,12 @@ def gene_statistics(real: np.ndarray, generated: np.ndarray) -> dict[str, float]
     }
 
 
-def manifold_metrics(real: np.ndarray, generated: np.ndarray, num_neighbors: int = 5) -> dict[str, float]:
+def manifold_metrics(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
     """
-    Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797). A cell's ball reaches to its fifth
-    neighbour of its own kind. For equal distributions, density is 1 and the others are below 1.
+    Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797). The ball of a cell reaches to its
+    fifth neighbour of its own kind. For equal distributions, density is 1 and the others are below 1.
     """
-    num_neighbors = min(num_neighbors, len(real) - 1, len(generated) - 1)
+    num_neighbors = min(NUM_NEIGHBORS, len(real) - 1, len(generated) - 1)
 
     def radii(cells: np.ndarray) -> np.ndarray:
         return NearestNeighbors(n_neighbors=num_neighbors).fit(cells).kneighbors()[0][:, -1]
@@ -234,10 +235,8 @@ def compare_labels(
     return pooled, per_label
 
 
-def judged_labels(
-    train: CellArrays, real: CellArrays, generated: CellArrays, min_train_cells: int = MIN_TRAIN_CELLS
-) -> list[str]:
+def judged_labels(train: CellArrays, real: CellArrays, generated: CellArrays) -> list[str]:
     """Labels with enough cells: at least 30 training cells, and two on either side, which a variance needs."""
     names, numbers = np.unique(train.types, return_counts=True)
-    frequent = names[numbers >= min_train_cells]
+    frequent = names[numbers >= MIN_TRAIN_CELLS]
     return [str(name) for name in frequent if min((side.types == name).sum() for side in (real, generated)) >= 2]

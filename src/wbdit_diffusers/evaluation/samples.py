@@ -1,5 +1,6 @@
 """Cells to judge: samples of a pipeline, and baselines that its codec makes without the denoiser."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from .references import gaussian_latents, resampled_latents
 
 logger = logging.get_logger(__name__)
 
-BASELINES = {
+BASELINES: dict[str, Callable[..., np.ndarray]] = {
     "Gaussian per label": gaussian_latents,
     "Gaussian mixture per label": partial(gaussian_latents, gaussian_mixture=True),
     "training latents resampled": resampled_latents,
@@ -78,12 +79,13 @@ def draw_baselines(
     latents = pipe.encode_cells(train)
     known, wanted = pipe.processor.encode_labels(train), pipe.processor.encode_labels(test)
     repeated = wanted.cpu().numpy().repeat(num_samples, axis=0)  # one fit for all samples
-    samples = {}
+    samples: dict[str, list[ad.AnnData]] = {}
     for name, draw in BASELINES.items():
         rng = np.random.default_rng(seed)
         drawn = draw(latents.detach().cpu().double().numpy(), known.cpu().numpy(), repeated, rng)
         samples[name] = []
         for i in range(num_samples):
-            own, generator = torch.from_numpy(drawn[i::num_samples]).to(latents), torch.Generator().manual_seed(seed + i)
+            own = torch.from_numpy(drawn[i::num_samples]).to(latents)
+            generator = torch.Generator().manual_seed(seed + i)
             samples[name].append(pipe.decode_latents(own, class_labels=wanted, generator=generator))
     return samples
