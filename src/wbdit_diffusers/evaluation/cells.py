@@ -70,16 +70,9 @@ def real_cells(
     within_genes: bool = False,
 ) -> CellArrays:
     """
-    Arrays of real cells. Their library size is the sum over all of their genes, regardless of their `obs`. Raises a
-    `ValueError` if genes or a label column are missing, or the values are not what `values` says.
-
-    Args:
-        adata (`AnnData`): Real cells with all their genes.
-        genes (`pd.Index`): The judged genes.
-        values (`str`, defaults to `"counts"`): Content of the matrix: `"counts"` or `"log"`.
-        layer (`str`, *optional*): Layer that holds the matrix; `X` by default.
-        label_keys (`Sequence[str]`, defaults to `()`): Columns of `obs`, the cell type first.
-        within_genes (`bool`, defaults to `False`): Whether the library size counts the judged genes alone.
+    Arrays of real cells with all their genes. Their library size is the sum over these, regardless of their `obs`. With
+    `within_genes`, it is the sum over the judged `genes`. `label_keys` are columns of `obs`, the cell type first.
+    [`evaluate_cells`] describes `values` and `layer`. Raises a `ValueError` if genes or columns are missing.
     """
     missing = genes.difference(adata.var_names)
     if len(missing):
@@ -95,8 +88,8 @@ def generated_cells(
     adata: ad.AnnData, values: str = "counts", label_keys: Sequence[str] = (), within_genes: bool = False
 ) -> CellArrays:
     """
-    Arrays of generated cells. Their library size is `obs["library_size"]`, or else the sum over their genes. Cells
-    without one of the label columns have no labels. [`real_cells`] describes the arguments and errors.
+    Arrays of generated cells, as [`real_cells`]. Their library size is `obs["library_size"]`, or else the sum over
+    their genes. Cells without one of the label columns have no labels.
     """
     total = _library_size(adata.X, values, "generated")
     if total is not None and not within_genes and "library_size" in adata.obs:

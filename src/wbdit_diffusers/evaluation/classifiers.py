@@ -38,13 +38,7 @@ def paired_folds(
     - Otherwise, the other side drew its labels at random, as an unconditional generator does. Folds of the held-out
       side keep its label proportions, and folds of the other side are random.
 
-    Args:
-        real_labels, other_labels (`np.ndarray` of shape `(cells,)`): Labels of held-out cells, and of the others.
-        num_folds (`int`): Number of folds.
-        rng (`np.random.Generator`): Random numbers.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: fold of each real and of each other cell; sizes differ by at most one a side.
+    Takes labels `(cells,)`. Returns the fold of each real and of each other cell. Sizes differ by at most one a side.
     """
 
     def deal(labels: np.ndarray) -> np.ndarray:
@@ -134,15 +128,8 @@ def two_sample_auc(
     n_jobs: int | None = None,
 ) -> float:
     """
-    AUC of one classifier that separates other cells from real cells, averaged over five [`paired_folds`]. Raises a
-    `ValueError` if a side has fewer than 4 cells.
-
-    Args:
-        real, other ([`CellArrays`]): Held-out cells, and generated or other real cells, with labels.
-        view (`Callable`): Function from [`CellArrays`] to features `(cells, features)`.
-        make_classifier (`Callable`): Function from `(shape, seed, n_jobs)` to a classifier, see [`JUDGES`].
-        seed (`int`, defaults to 0): Seed of the folds and of the classifier.
-        n_jobs (`int`, *optional*): Threads of the forest; all cores by default.
+    AUC of one classifier that separates other cells from real cells, averaged over five [`paired_folds`]. The values
+    of [`JUDGES`] are pairs of `view` and `make_classifier`. `n_jobs` is the number of threads; all cores by default.
     """
     fewest = min(len(real), len(other))
     if fewest < 4:

@@ -85,12 +85,8 @@ def report_figure(
 
 def embedding(matrices: Sequence[np.ndarray], method: str = "umap") -> np.ndarray:
     """
-    A joint embedding of groups of cells `(cells, genes)` in two dimensions, `(all cells, 2)`, from their joint
-    principal components. Components of one group alone would spread that group and pull the others inward.
-
-    Args:
-        matrices (`Sequence[np.ndarray]`): Expression of each group, `(cells, genes)`.
-        method (`str`, defaults to `"umap"`): `"umap"` (needs umap-learn), `"tsne"` or `"pca"`.
+    A joint embedding of groups of cells `(cells, genes)` in two dimensions, `(all cells, 2)`: `"umap"`, `"tsne"` or
+    `"pca"`. It uses joint principal components: those of one group alone would pull the others inward.
     """
     x = np.vstack(matrices)
     pcs = PCA(min(30, *x.shape), random_state=0).fit_transform(x)
@@ -110,13 +106,9 @@ def joint_tsne(matrices: Sequence[np.ndarray]) -> np.ndarray:
 
 def plot_types(axes: Sequence[Axes], points: Sequence[np.ndarray], types: Sequence[np.ndarray], titles: Sequence[str]):
     """
-    One panel for each group of cells, coloured by type. The first group is also in grey behind the others.
-
-    Args:
-        axes (`Sequence[Axes]`): Panels to draw in, one for each group. The last one gets the legend.
-        points (`Sequence[np.ndarray]`): Points of each group, `(cells, 2)`, from one [`embedding`].
-        types (`Sequence[np.ndarray]`): Type of each cell, `(cells,)`. Type `""` has the colour of its group.
-        titles (`Sequence[str]`): Title of each panel.
+    One panel for each group of cells, coloured by type. The first group is also in grey behind the others. The last
+    panel has the legend. Takes the `points` `(cells, 2)` of an [`embedding`] and the types `(cells,)` of each group.
+    Cells of type `""` have the colour of their group.
     """
     order = list(dict.fromkeys(name for group in types for name in pd.Series(group).value_counts().index))
     colours = colormaps["tab20" if len(order) > 10 else "tab10"]
@@ -141,12 +133,7 @@ def plot_markers(
 ):
     """
     Dot plots of the first three markers of each type: colour is the mean, size the fraction of expressing cells.
-
-    Args:
-        figure (`Figure` or `SubFigure`): Figure to draw in.
-        panels (`dict`): Expression `(cells, genes)` and types `(cells,)` by title. The first defines the markers.
-        cell_types (`list[str]`): Types to show.
-        var_names (`np.ndarray` of shape `(genes,)`): Gene names.
+    `panels` are expression `(cells, genes)` and types `(cells,)` by title. The first one defines the markers.
     """
     x, labels = next(iter(panels.values()))
     markers = list(dict.fromkeys(int(gene) for name in cell_types for gene in rank_markers(x, labels, name)[:3]))

@@ -189,11 +189,7 @@ def compare_labels(
     - `de_recovery`: fraction of the first 50 markers of real cells that are among those of generated cells.
     - `w2` (NaN for different numbers of cells) and `mmd2` are those of each label.
 
-    Args:
-        train, real, generated ([`CellArrays`]): Training, held-out and generated cells, with types.
-        labels (`list[str]`): Labels to compare, see [`judged_labels`].
-        pca (`PCA`): Principal components in which distances are measured.
-        seed (`int`, defaults to 0): Seed of the classifiers.
+    `labels` are [`judged_labels`]. `pca` has the principal components in which distances are measured.
     """
     if len(labels) < 2:
         return {}, {}

@@ -19,16 +19,8 @@ def draw_matching(
     labels: np.ndarray, wanted: np.ndarray, rng: np.random.Generator, preferred: np.ndarray | None = None
 ) -> np.ndarray:
     """
-    Draws cells with given labels: preferred cells first, then others, and cells twice only if a label has too few.
-
-    Args:
-        labels (`np.ndarray` of shape `(cells,)`): Labels of the cells to draw from.
-        wanted (`np.ndarray` of shape `(wanted cells,)`): Labels to match. A label that no cell has matches all cells.
-        rng (`np.random.Generator`): Random numbers.
-        preferred (`np.ndarray`, *optional*): Positions of the preferred cells; all by default.
-
-    Returns:
-        `np.ndarray` of shape `(wanted cells,)`: positions of cells with the wanted labels, in their order.
+    Positions of cells with the wanted labels, in their order, drawn from cells with `labels` `(cells,)`. Preferred
+    positions come first, and cells are drawn twice only if a label has too few. A label of no cell matches all cells.
     """
     is_preferred = np.zeros(len(labels), dtype=bool)
     is_preferred[slice(None) if preferred is None else preferred] = True
@@ -51,8 +43,8 @@ def gaussian_latents(
     gaussian_mixture: bool = False,
 ) -> np.ndarray:
     """
-    Draws latents from one Gaussian per combination of labels. Its covariance is shrunk towards the covariance pooled
-    within labels, with the weight of 20 cells, so that it is defined for labels of few cells too.
+    Draws latents `(cells, num_features)` from one Gaussian per combination of labels. Its covariance is shrunk towards
+    the covariance pooled within labels, with the weight of 20 cells.
 
     Args:
         latents (`np.ndarray` of shape `(train cells, num_features)`): Latents of training cells.
@@ -61,25 +53,23 @@ def gaussian_latents(
             Labels of the cells to draw. A combination without training cells is drawn from all of them.
         rng (`np.random.Generator`): Random numbers.
         gaussian_mixture (`bool`, defaults to `False`):
-            Whether to draw from the Gaussian mixtures that [`GaussianMixtureDenoiser`] fits, with 1 to 32 components.
-
-    Returns:
-        `np.ndarray` of shape `(cells, num_features)`.
+            Whether to draw from the Gaussian mixtures that [`GaussianMixtureDenoiser`] fits.
     """
     latents = latents.astype(np.float64)
     codes, wanted = _combinations(class_labels, wanted_labels)
     pooled = within_labels(latents, codes)
     drawn = np.empty((len(wanted), latents.shape[1]))
     for code in np.unique(wanted):
-        own, number = latents[codes == code] if (codes == code).any() else latents, int((wanted == code).sum())
-        if gaussian_mixture:
-            shares = mixture_responsibilities(own, pooled, seed=int(rng.integers(2**31)))
-            sizes = shares.sum(axis=0)
-            counts = rng.multinomial(number, sizes / sizes.sum())
-            parts = [_draw_gaussian(own, share, pooled, count, rng) for share, count in zip(shares.T, counts)]
-            drawn[wanted == code] = rng.permutation(np.concatenate(parts))
-        else:
+        own = latents[codes == code] if (codes == code).any() else latents
+        number = int((wanted == code).sum())
+        if not gaussian_mixture:
             drawn[wanted == code] = _draw_gaussian(own, np.ones(len(own)), pooled, number, rng)
+            continue
+        shares = mixture_responsibilities(own, pooled, seed=int(rng.integers(2**31)))
+        sizes = shares.sum(axis=0)
+        counts = rng.multinomial(number, sizes / sizes.sum())
+        parts = [_draw_gaussian(own, share, pooled, count, rng) for share, count in zip(shares.T, counts)]
+        drawn[wanted == code] = rng.permutation(np.concatenate(parts))
     return drawn
 
 

@@ -63,9 +63,6 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
     Judges generators and writes report.json, report.md and report.png into a folder. Returns the report of
     [`evaluate_cells`] and the text to print. Raises an `OSError` or a `ValueError` if that is impossible.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     from .figure import report_figure
 
     folder = config.output_dir
@@ -77,12 +74,9 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
     train, test = _read_split(config, models)
     device = choose_device(config.device)
     pipes = {name: ScRNAGenerationPipeline.from_pretrained(path).to(device) for name, path in models.items()}
-    label_keys, values, layer = config.label_keys, config.values, None
-    kinds = [
-        (list(own.label_keys), own.values, own.layer) for own in (pipe.processor.config for pipe in pipes.values())
-    ]
-    if kinds:
-        label_keys, values, layer = kinds[0]
+    configs = [pipe.processor.config for pipe in pipes.values()]
+    kinds = [(list(own.label_keys), own.values, own.layer) for own in configs]
+    label_keys, values, layer = kinds[0] if kinds else (config.label_keys, config.values, None)
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"{', '.join(pipes)} have different labels or values: judge them one by one.")
     samples, test = _samples(config, paths, pipes, train, test, label_keys)
