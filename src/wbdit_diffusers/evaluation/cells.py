@@ -70,8 +70,8 @@ def real_cells(
     within_genes: bool = False,
 ) -> CellArrays:
     """
-    Arrays of real cells with all their genes. Their library size is the sum over these, regardless of their `obs`. With
-    `within_genes`, it is the sum over the judged `genes`. `label_keys` are columns of `obs`, the cell type first.
+    Arrays of real cells with all their genes. Their library size is the sum over these, regardless of their `obs`. It
+    is the sum over the judged `genes` with `within_genes`. `label_keys` are columns of `obs`, the cell type first.
     [`evaluate_cells`] describes `values` and `layer`. Raises a `ValueError` if genes or columns are missing.
     """
     missing = genes.difference(adata.var_names)

@@ -140,13 +140,14 @@ def common_genes(columns: dict[str, list[ad.AnnData]], train: ad.AnnData, test: 
     if len(set(num_samples.values())) > 1:
         raise ValueError(f"Give equally many samples of each generator; there are {num_samples}.")
     named = [(name, sample) for name, samples in columns.items() for sample in samples]
-    for name, adata in [("held-out cells", test), ("training cells", train), *named]:
+    for name, adata in [("training cells", train), ("held-out cells", test), *named]:
         repeated = adata.var_names[adata.var_names.duplicated()]
         if len(repeated):
             which = f"{name!r} has the gene {repeated[0]!r} more than once"
             raise ValueError(f"{which}: call `adata.var_names_make_unique()`.")
-        if adata.n_obs != test.n_obs and adata is not train:
-            numbers = f"{adata.n_obs} cells, and {test.n_obs} are held out"
+    for name, sample in named:
+        if sample.n_obs != test.n_obs:
+            numbers = f"{sample.n_obs} cells, and {test.n_obs} are held out"
             raise ValueError(f"A sample of {name!r} has {numbers}: generate one for each.")
     if train.n_obs < max(4, test.n_obs // 2):
         raise ValueError(f"{train.n_obs} training cells are too few for a reference of {test.n_obs} cells.")
