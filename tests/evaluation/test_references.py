@@ -38,8 +38,7 @@ def test_real_references():
     assert drawn[0] == 12 and sorted(drawn[1:]) == [1, 3, 5]
     drawn = draw_matching(labels, np.repeat("a", 5), rng, preferred)
     assert {1, 3, 5} < set(drawn) and len(set(drawn)) == 5
-    drawn = draw_matching(labels, np.repeat("b", 6), rng)
-    assert set(drawn) == {10, 11, 12, 13} and len(drawn) == 6
+    assert sorted(set(draw_matching(labels, np.repeat("b", 6), rng))) == [10, 11, 12, 13]
     assert len(draw_matching(labels, np.array(["z", "z"]), rng)) == 2  # a label of no cell
 
 

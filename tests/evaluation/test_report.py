@@ -44,9 +44,9 @@ def report(split):
     return evaluate(pipe, *split, num_samples=2, donor_key="donor", parity=True, num_inference_steps=2)
 
 
-def real_sample(split, seed=0) -> ad.AnnData:
-    train, test = split
-    return train[draw_matching(*(side.obs["cell_type"].to_numpy() for side in split), np.random.default_rng(seed))]
+def real_sample(split) -> ad.AnnData:
+    labels = (side.obs["cell_type"].to_numpy() for side in split)
+    return split[0][draw_matching(*labels, np.random.default_rng(0))]
 
 
 def test_every_column_has_its_metrics(report, split):
@@ -114,42 +114,35 @@ def test_several_generators_over_their_common_genes(split):
 
 
 def test_library_sizes_count_all_genes(split):
-    train, _ = split
-    total, genes = np.asarray(train.X.sum(axis=1)).ravel(), train.var_names[:50]
-    counts, wrong = train[:, genes].X.toarray(), train.copy()
-    wrong.obs["library_size"] = 1.0
-    real = real_cells(wrong, genes)
+    """Those of real cells are the sum of the row, regardless of obs."""
+    train, genes = split[0].copy(), split[0].var_names[:50]
+    total, counts = np.asarray(train.X.sum(axis=1)).ravel(), train[:, genes].X.toarray()
+    train.obs["library_size"] = 1.0
+    real, generated = real_cells(train, genes), train[:, genes].copy()
     np.testing.assert_array_equal(real.library_size, total)
     np.testing.assert_allclose(real.expression, np.log1p(counts / total[:, None] * 1e4), rtol=1e-5)
     np.testing.assert_allclose(real.other_genes_share(), 1 - counts.sum(1) / total, rtol=1e-5)
-    generated = train[:, genes].copy()
-    np.testing.assert_allclose(generated_cells(generated).library_size, counts.sum(1))
+    within = generated_cells(generated, within_genes=True)
+    np.testing.assert_array_equal(within.expression, real_cells(train, genes, within_genes=True).expression)
     generated.obs["library_size"] = total
     np.testing.assert_array_equal(generated_cells(generated).expression, real.expression)
+    assert needs_common_genes(train, train) and not needs_common_genes(generated, train)
 
 
 def test_without_library_sizes_only_common_genes_count(split):
-    train, test = split
-    report = evaluate_cells([real_sample(split)[:, :40].copy()], train, test)
+    report = evaluate_cells([real_sample(split)[:, :40].copy()], *split)
     assert report["within_genes"] and report["label_key"] is None and report["per_type"] == {}
     assert report["metrics"]["generated"]["other_genes_w1"][0] == pytest.approx(0, abs=1e-6)
     assert "normalised within these 40 genes" in to_markdown(report)
     assert "purity" not in report["metrics"]["generated"]
-    # With all genes, the library size is the sum of the row, regardless of obs.
-    sample = test.copy()
-    sample.obs["library_size"] = 1.0
-    assert needs_common_genes(sample, train) and not needs_common_genes(sample[:, :40], train)
-    cells = generated_cells(sample, within_genes=True)
-    np.testing.assert_array_equal(cells.expression, real_cells(test, test.var_names).expression)
 
 
-@pytest.mark.parametrize("size", [np.nan, -1.0, 0.0, np.inf])
-def test_impossible_library_sizes_are_refused(split, size):
+def test_impossible_library_sizes_are_refused(split):
     sample = real_sample(split)[:, :40].copy()
-    sample.obs["library_size"] = 1000.0
-    sample.obs.loc[sample.obs_names[3], "library_size"] = size
-    with pytest.raises(ValueError, match="'library_size'. of generated cells is NaN, infinite, negative or zero"):
-        evaluate_cells([sample], *split)
+    for size in (np.nan, -1.0, 0.0, np.inf):
+        sample.obs["library_size"] = np.append(np.full(sample.n_obs - 1, 1000.0), size)
+        with pytest.raises(ValueError, match="'library_size'. of generated cells is NaN, infinite, negative or zero"):
+            evaluate_cells([sample], *split)
 
 
 def test_log_values_of_a_layer(split):
@@ -178,10 +171,9 @@ def test_log_values_of_a_layer(split):
     ],
 )
 def test_bad_input_is_refused(split, arguments, message):
-    train, test = split
     with pytest.raises(ValueError, match=message):
-        evaluate_cells(**{"train": train, "test": test} | arguments(train, test))
-    alien = test.copy()
+        evaluate_cells(**dict(zip(("train", "test"), split)) | arguments(*split))
+    alien = split[1].copy()
     alien.obs["cell_type"] = "alien"
     with pytest.raises(ValueError, match="'generated' has the unknown type 'alien'"):
         evaluate_cells([alien], *split, label_key="cell_type")
@@ -207,7 +199,6 @@ def test_samples_and_baselines_have_the_labels_of_the_held_out_cells(split, monk
 
 
 def test_json_has_no_nan():
-    """JSON has none; a report that is read again can be shown."""
     row = json.loads(to_json({"w2": [float("nan"), 1.5], "purity": [float("nan")]}))
     assert row == {"w2": [None, 1.5], "purity": [None]}
     assert mean_and_sd(row["w2"]) == "1.500 ± 0.000" and mean_and_sd(row["purity"]) == "–"
