@@ -3,9 +3,7 @@
 import anndata as ad
 import numpy as np
 import pytest
-from sklearn.model_selection import StratifiedKFold
 
-from wbdit_diffusers.evaluation import classifiers
 from wbdit_diffusers.evaluation.cells import CellArrays, real_cells
 from wbdit_diffusers.evaluation.classifiers import JUDGES, expression_view, judge, paired_folds, two_sample_auc
 
@@ -52,21 +50,6 @@ def mean_auc(setting: str, size: int, repeats: int) -> float:
 def test_two_samples_of_one_distribution_are_not_separated(setting, size, repeats):
     """With a classifier of types alone; the standard error of these means is at most 0.005."""
     assert mean_auc(setting, size, repeats) == pytest.approx(0.5, abs=0.02)
-
-
-def test_folds_by_source_alone_would_fail(monkeypatch):
-    """The reason for paired folds: the test above would find this bias."""
-
-    def folds_by_source(real_labels, other_labels, num_folds, rng):
-        source = np.repeat([0, 1], [len(real_labels), len(other_labels)])
-        folds = np.empty(len(source), dtype=int)
-        splitter = StratifiedKFold(num_folds, shuffle=True, random_state=int(rng.integers(2**31)))
-        for i, (_, test) in enumerate(splitter.split(source, source)):
-            folds[test] = i
-        return folds[: len(real_labels)], folds[len(real_labels) :]
-
-    monkeypatch.setattr(classifiers, "paired_folds", folds_by_source)
-    assert mean_auc("matched", 60, 300) < 0.47
 
 
 def halves(pbmc: ad.AnnData, seed: int, num_genes: int = 100) -> tuple[CellArrays, CellArrays]:

@@ -90,16 +90,15 @@ def test_copies_of_training_cells_are_found():
 def test_membership_of_donors():
     """One donor of two was remembered: its cells are near, and all others are not."""
     rng = np.random.default_rng(0)
-    train_donors, test_donors = np.repeat(["a", "b"], 100), np.repeat(["c", "d"], 100)
-    near, far, farther = rng.uniform(0, 1, 100), rng.uniform(2, 3, 200), rng.uniform(4, 5, 100)
-    test = far
-    remembered, unknown = np.concatenate([near, farther]), np.concatenate([farther, farther])
-    assert metrics.donor_membership_auc(near, train_donors[:100], test, test_donors) == 1
-    assert metrics.donor_membership_auc(remembered, train_donors, test, test_donors) == 0.5
-    assert metrics.donor_membership_auc(unknown, train_donors, test, test_donors) == 0
-    # Splits by cell have the same donors on both sides.
-    test = np.concatenate([far[:100], 3 + near])
-    assert metrics.donor_membership_auc(remembered, train_donors, test, train_donors) == 0.5
+    donors = np.repeat(["a", "b"], 100)
+    near, far, farther = (rng.uniform(start, start + 1, 100) for start in (0, 2, 4))
+
+    def auc(train, test):
+        return metrics.membership_auc(*(metrics.mean_by_donor(np.concatenate(side), donors) for side in (train, test)))
+
+    assert auc((near, near), (far, far)) == 1
+    assert auc((near, farther), (far, far)) == auc((near, farther), (far, 3 + near)) == 0.5
+    assert auc((farther, farther), (far, far)) == 0
 
 
 def judge_types(train, real, generated):

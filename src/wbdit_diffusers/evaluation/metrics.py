@@ -114,18 +114,9 @@ def membership_auc(train_distances: np.ndarray, test_distances: np.ndarray) -> f
     return float(roc_auc_score(is_train, -np.concatenate([train_distances, test_distances])))
 
 
-def donor_membership_auc(
-    train_distances: np.ndarray, train_donors: np.ndarray, test_distances: np.ndarray, test_donors: np.ndarray
-) -> float:
-    """
-    [`membership_auc`] of distances averaged over each donor's training cells and over each donor's held-out cells. It
-    shows whether a donor was in the training data, or which of a donor's cells were if the split is by cell.
-    """
-
-    def means(distances: np.ndarray, donors: np.ndarray) -> np.ndarray:
-        return np.array([distances[donors == donor].mean() for donor in np.unique(donors)])
-
-    return membership_auc(means(train_distances, train_donors), means(test_distances, test_donors))
+def mean_by_donor(distances: np.ndarray, donors: np.ndarray) -> np.ndarray:
+    """Mean distance of each donor's cells, `(donors,)`. [`membership_auc`] of these shows which donors were seen."""
+    return np.array([distances[donors == donor].mean() for donor in np.unique(donors)])
 
 
 def library_size_w1(real: np.ndarray, generated: np.ndarray) -> float:

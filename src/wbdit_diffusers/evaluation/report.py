@@ -218,8 +218,9 @@ class _Evaluator:
             row["nearest_training_cell"] = metrics.nearest_training_cell_ratio(self.train_pcs, self.test_pcs, pcs)
             row["membership_auc"] = metrics.membership_auc(near_train, near_test)
             if self.donors is not None:
-                donors = self.donors[0][members], self.donors[1]
-                row["membership_auc_donor"] = metrics.donor_membership_auc(near_train, donors[0], near_test, donors[1])
+                near_train = metrics.mean_by_donor(near_train, self.donors[0][members])
+                near_test = metrics.mean_by_donor(near_test, self.donors[1])
+                row["membership_auc_donor"] = metrics.membership_auc(near_train, near_test)
         if self.parity:
             row |= metrics.paper_parity(test.expression, cells.expression)
         if cells.types is None:
