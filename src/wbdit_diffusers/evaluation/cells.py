@@ -94,7 +94,8 @@ def generated_cells(
     total = _library_size(adata.X, values, "generated")
     if total is not None and not within_genes and "library_size" in adata.obs:
         sizes = adata.obs["library_size"].to_numpy(dtype=np.float64)
-        if not (np.isfinite(sizes) & ((sizes > 0) | ((sizes == 0) & (total == 0)))).all():
+        is_valid = np.isfinite(sizes) & ((sizes > 0) | ((sizes == 0) & (total == 0)))
+        if not is_valid.all():
             raise ValueError("obs['library_size'] of generated cells is NaN, infinite, negative or zero: correct it.")
         total = sizes
     has_labels = all(key in adata.obs for key in label_keys)

@@ -172,7 +172,7 @@ def compare_labels(
     train: CellArrays, real: CellArrays, generated: CellArrays, labels: list[str], pca: PCA, seed: int = 0
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """
-    Metrics of expression that need labels: over all labels, and of each label.
+    Metrics that need labels, over all of them and of each.
 
     - `purity`: accuracy on generated cells of a classifier fitted on training cells, divided by that on real cells.
     - `f1`: macro-averaged score on real cells of a classifier fitted on generated cells.

@@ -44,16 +44,13 @@ def gaussian_latents(
 ) -> np.ndarray:
     """
     Draws latents `(cells, num_features)` from one Gaussian per combination of labels. Its covariance is shrunk towards
-    the covariance pooled within labels, with the weight of 20 cells.
+    the covariance pooled within labels, with the weight of 20 cells. `gaussian_mixture` draws from the Gaussian
+    mixtures that [`GaussianMixtureDenoiser`] fits instead. An unseen combination is drawn from all training cells.
 
     Args:
         latents (`np.ndarray` of shape `(train cells, num_features)`): Latents of training cells.
         class_labels (`np.ndarray` of shape `(train cells, num_label_keys)`): Labels of training cells.
-        wanted_labels (`np.ndarray` of shape `(cells, num_label_keys)`):
-            Labels of the cells to draw. A combination without training cells is drawn from all of them.
-        rng (`np.random.Generator`): Random numbers.
-        gaussian_mixture (`bool`, defaults to `False`):
-            Whether to draw from the Gaussian mixtures that [`GaussianMixtureDenoiser`] fits.
+        wanted_labels (`np.ndarray` of shape `(cells, num_label_keys)`): Labels of the cells to draw.
     """
     latents = latents.astype(np.float64)
     codes, wanted = _combinations(class_labels, wanted_labels)

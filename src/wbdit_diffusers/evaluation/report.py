@@ -124,9 +124,9 @@ def evaluate_cells(
 
 def excess(column: dict[str, list[float]], reference: dict[str, list[float]]) -> dict:
     """
-    How much more easily a classifier separates a column than the real reference from held-out cells, from the metrics
-    of both: `judge`, the classifier with the largest mean difference of AUC; `mean` and `sd` of its differences over
-    draws; `by_judge`, the mean difference of each classifier.
+    How much more easily a classifier separates a column than the real reference from held-out cells. `judge` is the
+    classifier with the largest mean difference of AUC. `mean` and `sd` are those of its differences over draws.
+    `by_judge` is the mean difference of each classifier.
     """
     differences = {name: np.subtract(column[f"auc_{name}"], reference[f"auc_{name}"]) for name in JUDGES}
     by_judge = {name: float(values.mean()) for name, values in differences.items()}

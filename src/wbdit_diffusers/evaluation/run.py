@@ -84,8 +84,8 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
         samples = {GENERATED: samples.popitem()[1]}
     baselines = None
     if config.baselines and len(pipes) == 1:
-        num_samples = len(next(iter(samples.values())))
-        baselines = draw_baselines(next(iter(pipes.values())), train, test, num_samples, config.seed)
+        (pipe,), num_samples = pipes.values(), len(next(iter(samples.values())))
+        baselines = draw_baselines(pipe, train, test, num_samples, config.seed)
     settings: dict[str, Any] = {"donor_key": config.donor_key, "parity": config.parity, "seed": config.seed}
     report = evaluate_cells(samples, train, test, label_keys, layer, values, baselines, **settings)
     first = {f"{name}: excess {excess_and_sd(report, name)}": samples[name][0] for name in by_excess(report)}
@@ -152,7 +152,7 @@ def _samples(
     test = test[judged]
     samples = {name: [read_cells(path) for path in given] for name, given in paths.items() if name not in pipes}
     for name, drawn in samples.items():
-        # A file with one cell for each held-out cell has cells for those that are not judged, too.
+        # Files have a cell for each held-out cell, including those that are not judged.
         samples[name] = [sample[judged] if sample.n_obs == num_held_out else sample for sample in drawn]
         for sample in drawn:
             combined_labels(sample, label_keys, repr(name))
