@@ -142,7 +142,8 @@ def plot_markers(
     for axis, (title, (matrix, names)) in zip(axes, panels.items()):
         for row, name in enumerate(cell_types):
             of_type = matrix[names == name][:, markers]
-            sizes, places = 90 * (of_type > 0).mean(axis=0), (np.arange(len(markers)), np.full(len(markers), row))
+            places = np.arange(len(markers)), np.full(len(markers), row)
+            sizes = 90 * (of_type > 0).mean(axis=0)
             dots = axis.scatter(*places, s=sizes, c=of_type.mean(axis=0), cmap="Reds", vmin=0, vmax=highest)
             dots.set(edgecolors="grey", linewidths=0.3)
         axis.set_title(f"{title}: three markers of each type")

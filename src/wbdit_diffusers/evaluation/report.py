@@ -227,9 +227,10 @@ class _Evaluator:
             return row, {}
         labels = metrics.judged_labels(self.train, test, cells)
         pooled, of_types = metrics.compare_labels(self.fitted, test, cells, labels, self.pca, seed)
-        for label, row_of_type in of_types.items() if cells.library_size is not None else ():
-            sizes = [side[side.types == label].library_size for side in (test, cells)]
-            row_of_type["library_size_w1"] = metrics.library_size_w1(*sizes)
+        if cells.library_size is not None:
+            for label, row_of_type in of_types.items():
+                sizes = [side[side.types == label].library_size for side in (test, cells)]
+                row_of_type["library_size_w1"] = metrics.library_size_w1(*sizes)
         return row | pooled, of_types
 
 
