@@ -38,18 +38,14 @@ def test_bad_generators_are_found(samples):
     after = metrics.gene_statistics(real, shuffled)
     assert after["mean_pearson"] == pytest.approx(stats["mean_pearson"], abs=1e-5)
     assert after["gene_correlation"] < 0.3 and metrics.mmd2(real, shuffled) > 0.01
-    assert (
-        metrics.mmd2(real, perfect + 0.5) > 0.01
-        and metrics.gene_statistics(real, perfect + 0.5)["zero_fraction_error"] > 0.2
-    )
+    shifted = metrics.gene_statistics(real, perfect + 0.5)
+    assert metrics.mmd2(real, perfect + 0.5) > 0.01 and shifted["zero_fraction_error"] > 0.2
 
 
 def test_known_distances():
     rng = np.random.default_rng(0)
     points = rng.normal(size=(200, 3))
     assert metrics.wasserstein2(points, points + np.array([3.0, 0, 4.0])) == pytest.approx(5)
-    with pytest.raises(ValueError, match="equally many cells"):
-        metrics.wasserstein2(points, points[:-1])
     # The cross term vanishes between two far clouds, and the term within each cloud does not.
     assert metrics.mmd2(points, points + 1000) > 0.5 > 0.01 > abs(metrics.mmd2(points, points[::-1]))
     unbiased = [metrics.mmd2(*rng.normal(size=(2, 40, 4))) for _ in range(200)]
@@ -94,16 +90,15 @@ def test_copies_of_training_cells_are_found():
 def test_membership_of_donors():
     """One donor of two was remembered: its cells are near, and all others are not."""
     rng = np.random.default_rng(0)
-    train_donors, test_donors = np.repeat(["a", "b"], 100), np.repeat(["c", "d"], 100)
-    near, far, farther = rng.uniform(0, 1, 100), rng.uniform(2, 3, 200), rng.uniform(4, 5, 100)
-    test = far
-    remembered, unknown = np.concatenate([near, farther]), np.concatenate([farther, farther])
-    assert metrics.donor_membership_auc(near, train_donors[:100], test, test_donors) == 1
-    assert metrics.donor_membership_auc(remembered, train_donors, test, test_donors) == 0.5
-    assert metrics.donor_membership_auc(unknown, train_donors, test, test_donors) == 0
-    # Splits by cell have the same donors on both sides.
-    test = np.concatenate([far[:100], 3 + near])
-    assert metrics.donor_membership_auc(remembered, train_donors, test, train_donors) == 0.5
+    donors = np.repeat(["a", "b"], 100)
+    near, far, farther = (rng.uniform(start, start + 1, 100) for start in (0, 2, 4))
+
+    def auc(train, test):
+        return metrics.membership_auc(*(metrics.mean_by_donor(np.concatenate(side), donors) for side in (train, test)))
+
+    assert auc((near, near), (far, far)) == 1
+    assert auc((near, farther), (far, far)) == auc((near, farther), (far, 3 + near)) == 0.5
+    assert auc((farther, farther), (far, far)) == 0
 
 
 def judge_types(train, real, generated):
@@ -149,11 +144,10 @@ def test_wrong_labels_and_other_label_counts():
 def test_rare_types_are_left_out():
     train, real, generated = (typed_cells(seed, cells=90) for seed in range(3))
     assert metrics.judged_labels(train, real, generated) == ["a", "b", "c"]
-    assert metrics.judged_labels(train, real, generated, min_train_cells=31) == []
+    assert metrics.judged_labels(train[:80], real, generated) == ["a", "b"]
     generated.types = np.repeat(["a", "b"], [89, 1])
     assert metrics.judged_labels(train, real, generated) == ["a"]
-    # A single type differs from nothing.
-    assert metrics.compare_labels(train, real, generated, ["a"], PCA(30).fit(train.expression)) == ({}, {})
+    assert judge_types(train, real, generated) == ({}, {})  # a single type differs from nothing
 
 
 def test_parity_metrics_reward_collapse(samples):
@@ -162,7 +156,5 @@ def test_parity_metrics_reward_collapse(samples):
     assert all(abs(value) < 0.02 for value in metrics.paper_parity(real, real).values())
     of_mean_cell = metrics.paper_parity(real, np.tile(real.mean(axis=0), (len(real), 1)))
     assert of_mean_cell["paper_kl"] < metrics.paper_parity(real, samples["generated"])["paper_kl"]
-    rare = np.hstack([real[:, :20], np.eye(150, 20)])
-    assert (
-        metrics.paper_parity(rare, rare)["paper_mmd"] == metrics.paper_parity(rare[:, :20], rare[:, :20])["paper_mmd"]
-    )
+    rare, first = np.hstack([real[:, :20], np.eye(150, 20)]), real[:, :20]
+    assert metrics.paper_parity(rare, rare)["paper_mmd"] == metrics.paper_parity(first, first)["paper_mmd"]

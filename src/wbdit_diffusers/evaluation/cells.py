@@ -13,13 +13,13 @@ from ..processing.normalize import to_expression, total_counts
 @dataclass
 class CellArrays:
     """
-    Arrays of the cells that are judged. Indexing with positions or a mask selects cells.
+    Arrays of the judged cells. Indexing with positions or a mask selects cells.
 
     Args:
-        matrix (`np.ndarray` of shape `(cells, genes)`): The judged genes as measured: counts, or log values.
+        matrix (`np.ndarray` of shape `(cells, genes)`): Counts or log values of the judged genes, as measured.
         expression (`np.ndarray` of shape `(cells, genes)`): The same on the log scale, see [`to_expression`].
         library_size (`np.ndarray` of shape `(cells,)`, *optional*): Total counts over all genes; none for log values.
-        labels (`np.ndarray` of shape `(cells,)`, *optional*): All label keys of a cell, combined.
+        labels (`np.ndarray` of shape `(cells,)`, *optional*): All label keys of a cell, combined; `""` by default.
         types (`np.ndarray` of shape `(cells,)`, *optional*): The first label key alone, e.g. the cell type.
     """
 
@@ -29,6 +29,9 @@ class CellArrays:
     labels: np.ndarray | None = None
     types: np.ndarray | None = None
 
+    def __post_init__(self):
+        self.labels = np.full(len(self), "") if self.labels is None else self.labels
+
     def __len__(self) -> int:
         return len(self.matrix)
 
@@ -36,17 +39,13 @@ class CellArrays:
         arrays = (getattr(self, field.name) for field in fields(self))
         return CellArrays(*(None if array is None else array[cells] for array in arrays))
 
-    def label_or_blank(self) -> np.ndarray:
-        """The combined labels `(cells,)`; without labels, all cells have the same one."""
-        return np.full(len(self), "") if self.labels is None else self.labels
-
     def other_genes_share(self) -> np.ndarray:
         """Fraction of each cell's counts in genes that are not judged, `(cells,)`."""
         return 1 - self.matrix.sum(axis=1) / np.maximum(self.library_size, 1)
 
 
 def combined_labels(adata: ad.AnnData, label_keys: Sequence[str], name: str = "obs") -> np.ndarray:
-    """All label keys of each cell in one string, `(cells,)`. Raises a `ValueError` if a column is missing."""
+    """All label keys of a cell in one string, `(cells,)`; `""` without keys. Raises `ValueError` without a column."""
     for key in label_keys:
         if key not in adata.obs:
             raise ValueError(f"{name} has no column {key!r} in obs, only {list(adata.obs)}.")
@@ -58,10 +57,7 @@ def combined_labels(adata: ad.AnnData, label_keys: Sequence[str], name: str = "o
 
 
 def needs_common_genes(generated: ad.AnnData, real: ad.AnnData) -> bool:
-    """
-    Whether all cells are normalised within the generated genes: there are no others, or the counts in them are unknown
-    because the generated cells have no `obs["library_size"]`.
-    """
+    """Whether there are no genes beyond the generated ones, or the generated counts in them are unknown."""
     return generated.n_vars >= real.n_vars or "library_size" not in generated.obs
 
 
@@ -74,29 +70,16 @@ def real_cells(
     within_genes: bool = False,
 ) -> CellArrays:
     """
-    Arrays of real cells. Their library size is the sum over all of their genes, regardless of their `obs`.
-
-    Args:
-        adata (`AnnData`): Real cells with all their genes.
-        genes (`pd.Index`): The judged genes.
-        values (`str`, defaults to `"counts"`): Content of the matrix: `"counts"` or `"log"`.
-        layer (`str`, *optional*): Layer that holds the matrix; `X` by default.
-        label_keys (`Sequence[str]`, defaults to `()`): Columns of `obs`, the cell type first.
-        within_genes (`bool`, defaults to `False`): Whether the library size counts the judged genes alone.
-
-    Raises:
-        ValueError: If genes, the layer or a label column are missing, or the values are not what `values` says.
+    Arrays of real cells with all their genes. Their library size is the sum over these, regardless of their `obs`. It
+    is the sum over the judged `genes` with `within_genes`. `label_keys` are columns of `obs`, the cell type first.
+    [`evaluate_cells`] describes `values` and `layer`. Raises a `ValueError` if genes or columns are missing.
     """
     missing = genes.difference(adata.var_names)
     if len(missing):
-        raise ValueError(
-            f"{len(missing)} generated genes are not among the genes of the real cells, e.g. {missing[0]!r}:"
-            " rename or remove them."
-        )
-    if layer is not None and layer not in adata.layers:
-        raise ValueError(f"The real cells have no layer {layer!r}, only {list(adata.layers)}.")
+        which = f"{len(missing)} generated genes are not among the genes of the real cells, e.g. {missing[0]!r}"
+        raise ValueError(f"{which}: rename or remove them.")
     adata = adata[:, genes] if within_genes else adata
-    library_size = total_counts(_checked(adata.X if layer is None else adata.layers[layer], values, "real"), values)
+    library_size = _library_size(adata.X if layer is None else adata.layers[layer], values, "real")
     judged = adata[:, genes]
     return _arrays(judged, judged.X if layer is None else judged.layers[layer], library_size, values, label_keys)
 
@@ -105,31 +88,28 @@ def generated_cells(
     adata: ad.AnnData, values: str = "counts", label_keys: Sequence[str] = (), within_genes: bool = False
 ) -> CellArrays:
     """
-    Arrays of generated cells. Their library size is `obs["library_size"]`, or else the sum over their genes. Cells
-    without one of the label columns have no labels. The arguments and errors are those of [`real_cells`].
+    Arrays of generated cells, as [`real_cells`]. Their library size is `obs["library_size"]`, or else the sum over
+    their genes. Cells without one of the label columns have no labels.
     """
-    total = total_counts(_checked(adata.X, values, "generated"), values)
+    total = _library_size(adata.X, values, "generated")
     if total is not None and not within_genes and "library_size" in adata.obs:
         sizes = adata.obs["library_size"].to_numpy(dtype=np.float64)
-        if not (np.isfinite(sizes) & ((sizes > 0) | ((sizes == 0) & (total == 0)))).all():
-            raise ValueError(
-                "obs['library_size'] of generated cells is NaN, infinite, negative or zero: correct or drop it."
-            )
+        is_valid = np.isfinite(sizes) & ((sizes > 0) | ((sizes == 0) & (total == 0)))
+        if not is_valid.all():
+            raise ValueError("obs['library_size'] of generated cells is NaN, infinite, negative or zero: correct it.")
         total = sizes
     has_labels = all(key in adata.obs for key in label_keys)
     return _arrays(adata, adata.X, total, values, label_keys if has_labels else ())
 
 
-def _checked(matrix, values: str, whose: str):
-    """The matrix. Raises a `ValueError` if there is none, or if it does not hold what `values` says."""
-    if matrix is None:
-        raise ValueError(f"The {whose} cells have no matrix in X.")
+def _library_size(matrix, values: str, whose: str) -> np.ndarray | None:
+    """Total counts `(cells,)` of a valid matrix; `None` for log values."""
     numbers = np.asarray(matrix.data if hasattr(matrix, "toarray") else matrix)
     if not np.isfinite(numbers).all() or (numbers < 0).any():
         raise ValueError(f"The {whose} cells have NaN, infinite or negative values: remove or replace them.")
     if values == "counts" and (numbers != np.rint(numbers)).any():
         raise ValueError(f"The {whose} cells have values that are not integer counts: give counts, or --values log.")
-    return matrix
+    return total_counts(matrix, values)
 
 
 def _arrays(
@@ -137,6 +117,6 @@ def _arrays(
 ) -> CellArrays:
     """Arrays of cells over the judged genes."""
     matrix = np.asarray(matrix.toarray() if hasattr(matrix, "toarray") else matrix, dtype=np.float32)
-    labels = combined_labels(adata, label_keys) if len(label_keys) else None
+    labels = combined_labels(adata, label_keys)
     types = adata.obs[label_keys[0]].astype(str).to_numpy(dtype=str) if len(label_keys) else None
     return CellArrays(matrix, to_expression(matrix, library_size, values), library_size, labels, types)

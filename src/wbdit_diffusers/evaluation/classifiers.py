@@ -1,7 +1,6 @@
 """Classifier two-sample tests: can a classifier separate generated cells from held-out cells?
 
 The area under the ROC curve (AUC) is 0.5 if it cannot, and 1 if it always can. Compare it with the AUC of real cells.
-A classifier trained on few cells is weak and overlooks differences.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from .cells import CellArrays
 
 
 NUM_FOLDS = 5
-MIN_CELLS = 4  # a side
 NUM_TREES = 500
 NUM_BOOSTED_GENES = 300
 NUM_COUNT_FEATURES = 3  # columns of `count_view` after those of genes
@@ -30,30 +28,21 @@ def paired_folds(
     real_labels: np.ndarray, other_labels: np.ndarray, num_folds: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Folds for separating two sets of cells. The mean AUC over folds is 0.5 on average if both sets have the same
-    distribution.
+    Folds for separating two sets of cells, such that the mean AUC over folds is 0.5 if both have one distribution.
 
     Folds stratified by source alone do not have this property. If both sides have equally many cells of a type, a side
     with more of them in the training folds has fewer in the test fold. A classifier then learns the wrong sign.
 
-    - If both sides have the same number of cells of each label, as conditional samples and references do, the cells of
-      a label are paired at random, and a pair shares its fold. The label then carries no information about the side.
+    - If both sides have the same label counts, as for conditional samples, cells of a label are paired at random. A
+      pair shares its fold, so the label carries no information about the side.
     - Otherwise, the other side drew its labels at random, as an unconditional generator does. Folds of the held-out
       side keep its label proportions, and folds of the other side are random.
-    - Without labels (give all cells the same label), both are random.
 
-    Args:
-        real_labels, other_labels (`np.ndarray` of shape `(cells,)`): Labels of held-out cells, and of the others.
-        num_folds (`int`): Number of folds.
-        rng (`np.random.Generator`): Random numbers.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: fold of each real and of each other cell; sizes differ by at most one a side.
+    Takes labels `(cells,)`. Returns the fold of each real and of each other cell. Sizes differ by at most one a side.
     """
 
     def deal(labels: np.ndarray) -> np.ndarray:
-        """Deals shuffled cells to folds label by label, without a new start at each label: remainders of small labels
-        would all go to the first fold."""
+        """Deals shuffled cells, sorted by label. A new start at each label would fill the first fold."""
         shuffled = rng.permutation(len(labels))
         order = shuffled[np.argsort(labels[shuffled], kind="stable")]
         folds = np.empty(len(labels), dtype=np.int64)
@@ -61,12 +50,8 @@ def paired_folds(
         return folds
 
     real_labels, other_labels = np.asarray(real_labels).astype(str), np.asarray(other_labels).astype(str)
-    real_folds = deal(real_labels)
-    if np.array_equal(np.sort(real_labels), np.sort(other_labels)):
-        return real_folds, deal(
-            other_labels
-        )  # the same order of labels: each fold has the label counts of the real one
-    return real_folds, deal(np.zeros(len(other_labels)))
+    is_paired = np.array_equal(np.sort(real_labels), np.sort(other_labels))
+    return deal(real_labels), deal(other_labels if is_paired else np.zeros(len(other_labels)))
 
 
 def expression_view(cells: CellArrays) -> np.ndarray:
@@ -109,29 +94,21 @@ def forest(shape: tuple[int, int], seed: int = 0, n_jobs: int | None = None) -> 
 
 def boosting(shape: tuple[int, int], seed: int = 0, n_jobs: int | None = None) -> ClassifierMixin:
     """Gradient boosting, which adds up many weak signals and uses sequencing depth and counts (lab/ruler.md)."""
-    return make_pipeline(
-        MostVariableGenes(),
-        HistGradientBoostingClassifier(
-            learning_rate=0.1,
-            max_iter=100,
-            max_leaf_nodes=8,
-            max_bins=16,
-            max_features=0.1,
-            min_samples_leaf=max(5, min(20, shape[0] // 20)),
-            early_stopping=False,
-            random_state=seed,
-        ),
+    classifier = HistGradientBoostingClassifier(
+        max_leaf_nodes=8,
+        max_bins=16,
+        max_features=0.1,
+        min_samples_leaf=max(5, min(20, shape[0] // 20)),
+        early_stopping=False,
+        random_state=seed,
     )
+    return make_pipeline(MostVariableGenes(), classifier)
 
 
 def regression(shape: tuple[int, int], seed: int = 0, n_jobs: int | None = None) -> ClassifierMixin:
     """Logistic regression on 50 principal components of standardised genes, which finds shifts of many genes."""
-    return make_pipeline(
-        StandardScaler(),
-        PCA(min(50, max(1, shape[0] // 4), shape[1]), random_state=seed),
-        StandardScaler(),
-        LogisticRegression(C=0.1, max_iter=500),
-    )
+    pca = PCA(min(50, max(1, shape[0] // 4), shape[1]), random_state=seed)
+    return make_pipeline(StandardScaler(), pca, StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
 
 
 # The features of each judge, and the function that makes its classifier for (training cells, features)
@@ -151,44 +128,27 @@ def two_sample_auc(
     n_jobs: int | None = None,
 ) -> float:
     """
-    AUC of one classifier that separates other cells from real cells, averaged over five [`paired_folds`]. The AUC of
-    all predictions together would be biased: the scales of two folds differ by which side has more of a type.
-
-    Args:
-        real, other ([`CellArrays`]): Held-out cells, and generated or other real cells.
-        view (`Callable`): Function from [`CellArrays`] to features `(cells, features)`.
-        make_classifier (`Callable`): Function from `(shape, seed, n_jobs)` to a classifier, see [`JUDGES`].
-        seed (`int`, defaults to 0): Seed of the folds and of the classifier.
-        n_jobs (`int`, *optional*): Threads of the forest; all cores by default.
-
-    Returns:
-        `float`: 0.5 on average if both have the same distribution, 1 if no cell is mistaken.
-
-    Raises:
-        ValueError: If a side has fewer than 4 cells.
+    AUC of one classifier that separates other cells from real cells, averaged over five [`paired_folds`]. The values
+    of [`JUDGES`] are pairs of `view` and `make_classifier`. `n_jobs` is the number of threads; all cores by default.
     """
     fewest = min(len(real), len(other))
-    if fewest < MIN_CELLS:
-        raise ValueError(f"Judge at least {MIN_CELLS} cells a side: there are {len(real)} held-out cells.")
+    if fewest < 4:
+        raise ValueError(f"Judge at least 4 cells a side: there are {len(real)} held-out cells.")
     num_folds = min(NUM_FOLDS, fewest)
-    labels = real.label_or_blank(), other.label_or_blank()
-    folds = np.concatenate(paired_folds(*labels, num_folds, np.random.default_rng(seed)))
+    folds = np.concatenate(paired_folds(real.labels, other.labels, num_folds, np.random.default_rng(seed)))
     x, y = np.vstack([view(real), view(other)]), np.repeat([0, 1], [len(real), len(other)])
     aucs = []
     # Trees grow in `n_jobs` threads. The rest is small, and more threads would only wait for each other.
     with threadpool_limits(1):
         for fold in range(num_folds):
-            in_training = folds != fold
-            classifier = make_classifier(x[in_training].shape, seed=seed, n_jobs=-1 if n_jobs is None else n_jobs)
-            classifier.fit(x[in_training], y[in_training])
-            scores = classifier.predict_proba(x[~in_training])[:, 1]
-            aucs.append(roc_auc_score(y[~in_training], scores))
+            train, test = folds != fold, folds == fold
+            classifier = make_classifier(x[train].shape, seed=seed, n_jobs=-1 if n_jobs is None else n_jobs)
+            scores = classifier.fit(x[train], y[train]).predict_proba(x[test])[:, 1]
+            aucs.append(roc_auc_score(y[test], scores))
+    # The AUC of all predictions together would be biased, because the scales of two folds differ.
     return float(np.mean(aucs))
 
 
 def judge(real: CellArrays, other: CellArrays, seed: int = 0, n_jobs: int | None = None) -> dict[str, float]:
     """[`two_sample_auc`] of each of [`JUDGES`]: `"forest"`, `"boosting"`, `"regression"`."""
-    return {
-        name: two_sample_auc(real, other, view, make_classifier, seed, n_jobs)
-        for name, (view, make_classifier) in JUDGES.items()
-    }
+    return {name: two_sample_auc(real, other, *JUDGES[name], seed, n_jobs) for name in JUDGES}

@@ -37,9 +37,7 @@ def report_figure(
     Args:
         real (`AnnData`): Held-out cells with all genes of the generated cells.
         generated (`AnnData` or `dict[str, AnnData]`): Generated cells, or those of several generators by title.
-        label_key (`str`, *optional*): Column of `obs` with the cell type, in all.
-        values (`str`, defaults to `"counts"`): Content of the matrices: `"counts"` or `"log"`.
-        layer (`str`, *optional*): Layer of `real` that holds its matrix; `X` by default.
+        label_key, values, layer: As in [`evaluate_cells`], with one column of labels.
     """
     samples = generated if isinstance(generated, dict) else {"generated cells": generated}
     genes = reduce(lambda common, names: common[common.isin(names)], [sample.var_names for sample in samples.values()])
@@ -58,16 +56,21 @@ def report_figure(
     axes = rows[0].subplots(rows_of_maps, min(num_panels, MAX_COLUMNS), squeeze=False).ravel()
     points = np.split(joint_tsne([x, *ys]), np.cumsum([len(x), *map(len, ys)])[:-1])
     for axis, title, cells in zip(axes, samples, points[1:]):
-        plot_sources(axis, points[0], cells, title)
+        for group, colour, name in ((points[0], REAL, "held-out"), (cells, GENERATED, "generated")):
+            label, size = f"{name} ({len(group)})", _point_size(len(x) + len(cells))
+            axis.scatter(*group.T, s=size, color=colour, label=label, linewidths=0, alpha=0.8)
+        axis.set(title=title, xticks=[], yticks=[])
+        axis.legend(markerscale=2, frameon=False)
     for axis in axes[num_panels:]:
         axis.remove()
     statistics = rows[1].subplots(1, 3 if types is None else 4)
     colours = [GENERATED] if len(ys) == 1 else [colormaps["tab10"](1 + i % 9) for i in range(len(ys))]
-    statistics[2].scatter(x.mean(axis=0), x.var(axis=0), s=5, color=REAL, alpha=0.5, linewidths=0, label="held-out")
-    for y, name, colour in zip(ys, samples, colours):
+    groups = [("held-out", x, REAL), *zip(samples, ys, colours)]
+    for name, y, colour in groups:
+        statistics[2].scatter(y.mean(axis=0), y.var(axis=0), s=5, color=colour, alpha=0.5, linewidths=0, label=name)
+    for _, y, colour in groups[1:]:
         _plot_against_real(statistics[0], "mean of each gene", x.mean(axis=0), y.mean(axis=0), colour)
         _plot_against_real(statistics[1], "zeros of each gene", (x == 0).mean(axis=0), (y == 0).mean(axis=0), colour)
-        statistics[2].scatter(y.mean(axis=0), y.var(axis=0), s=5, color=colour, alpha=0.5, linewidths=0, label=name)
     statistics[2].set(title="mean and variance of each gene", xlabel="mean", ylabel="variance")
     statistics[2].legend(markerscale=3, frameon=False)
     if types is not None:
@@ -82,15 +85,8 @@ def report_figure(
 
 def embedding(matrices: Sequence[np.ndarray], method: str = "umap") -> np.ndarray:
     """
-    A joint embedding of several groups of cells in two dimensions, computed from their joint principal components.
-    Components of one group alone would spread that group and pull the others inward.
-
-    Args:
-        matrices (`Sequence[np.ndarray]`): Expression of each group, `(cells, genes)`.
-        method (`str`, defaults to `"umap"`): `"umap"` (needs umap-learn), `"tsne"` or `"pca"`.
-
-    Returns:
-        `np.ndarray` of shape `(all cells, 2)`, in the order of the groups.
+    A joint embedding of groups of cells `(cells, genes)` in two dimensions, `(all cells, 2)`: `"umap"`, `"tsne"` or
+    `"pca"`. It uses joint principal components: those of one group alone would pull the others inward.
     """
     x = np.vstack(matrices)
     pcs = PCA(min(30, *x.shape), random_state=0).fit_transform(x)
@@ -108,26 +104,11 @@ def joint_tsne(matrices: Sequence[np.ndarray]) -> np.ndarray:
     return embedding(matrices, "tsne")
 
 
-def plot_sources(axis: Axes, real: np.ndarray, generated: np.ndarray, title: str):
-    """Generated cells over real cells in one panel: points `(cells, 2)` of an [`embedding`]."""
-    size = _point_size(len(real) + len(generated))
-    for points, colour, name in ((real, REAL, "held-out"), (generated, GENERATED, "generated")):
-        axis.scatter(*points.T, s=size, color=colour, label=f"{name} ({len(points)})", linewidths=0, alpha=0.8)
-    axis.set(title=title, xticks=[], yticks=[])
-    axis.legend(markerscale=2, frameon=False)
-
-
 def plot_types(axes: Sequence[Axes], points: Sequence[np.ndarray], types: Sequence[np.ndarray], titles: Sequence[str]):
     """
-    One panel for each group of cells, coloured by type: usually real and generated cells. Each panel after the first
-    has the first group in grey behind its own cells. The last panel has the legend.
-
-    Args:
-        axes (`Sequence[Axes]`): Panels to draw in, one for each group.
-        points (`Sequence[np.ndarray]`): Points of each group, `(cells, 2)`, from one [`embedding`].
-        types (`Sequence[np.ndarray]`):
-            Cell type of each cell, `(cells,)`. Cells of type `""` have the colour of their group instead.
-        titles (`Sequence[str]`): Title of each panel.
+    One panel for each group of cells, coloured by type. The first group is also in grey behind the others. The last
+    panel has the legend. Takes the `points` `(cells, 2)` of an [`embedding`] and the types `(cells,)` of each group.
+    Cells of type `""` have the colour of their group.
     """
     order = list(dict.fromkeys(name for group in types for name in pd.Series(group).value_counts().index))
     colours = colormaps["tab20" if len(order) > 10 else "tab10"]
@@ -136,8 +117,7 @@ def plot_types(axes: Sequence[Axes], points: Sequence[np.ndarray], types: Sequen
         if i > 0:
             axis.scatter(*points[0].T, s=size, color=BACKGROUND, linewidths=0)
         for j, name in enumerate(order):
-            source = GENERATED if i == len(points) - 1 else REAL
-            colour = colours(j % colours.N) if name else source
+            colour = colours(j % colours.N) if name else GENERATED if i == len(points) - 1 else REAL
             axis.scatter(*own[own_types == name].T, s=size, color=colour, linewidths=0, label=name)
         axis.set(title=titles[i], xticks=[], yticks=[])
     if order != [""]:
@@ -153,13 +133,7 @@ def plot_markers(
 ):
     """
     Dot plots of the first three markers of each type: colour is the mean, size the fraction of expressing cells.
-
-    Args:
-        figure (`Figure` or `SubFigure`): Figure to draw in.
-        panels (`dict`):
-            Expression `(cells, genes)` and cell types `(cells,)` by title. The first panel's cells define the markers.
-        cell_types (`list[str]`): Types to show.
-        var_names (`np.ndarray` of shape `(genes,)`): Gene names.
+    `panels` are expression `(cells, genes)` and types `(cells,)` by title. The first one defines the markers.
     """
     x, labels = next(iter(panels.values()))
     markers = list(dict.fromkeys(int(gene) for name in cell_types for gene in rank_markers(x, labels, name)[:3]))
@@ -168,17 +142,10 @@ def plot_markers(
     for axis, (title, (matrix, names)) in zip(axes, panels.items()):
         for row, name in enumerate(cell_types):
             of_type = matrix[names == name][:, markers]
-            dots = axis.scatter(
-                np.arange(len(markers)),
-                np.full(len(markers), row),
-                s=90 * (of_type > 0).mean(axis=0),
-                c=of_type.mean(axis=0),
-                cmap="Reds",
-                vmin=0,
-                vmax=highest,
-                edgecolors="grey",
-                linewidths=0.3,
-            )
+            places = np.arange(len(markers)), np.full(len(markers), row)
+            sizes = 90 * (of_type > 0).mean(axis=0)
+            dots = axis.scatter(*places, s=sizes, c=of_type.mean(axis=0), cmap="Reds", vmin=0, vmax=highest)
+            dots.set(edgecolors="grey", linewidths=0.3)
         axis.set_title(f"{title}: three markers of each type")
         axis.set_xticks(np.arange(len(markers)), var_names[markers], rotation=90, fontsize=7)
     axes[0].set_yticks(np.arange(len(cell_types)), cell_types)
@@ -187,7 +154,7 @@ def plot_markers(
 
 
 def common_types(types: Sequence[np.ndarray]) -> list[str]:
-    """The types of which each group has at least five cells, the most frequent in the first group first."""
+    """Types with at least five cells in each group, sorted by their number in the first group."""
     names, numbers = np.unique(types[0], return_counts=True)
     order = names[np.argsort(-numbers, kind="stable")]
     return [str(name) for name in order if name and min((group == name).sum() for group in types) >= MIN_CELLS]

@@ -22,22 +22,19 @@ from .cells import CellArrays
 
 MARKERS_PER_TYPE = 50
 MIN_TRAIN_CELLS = 30  # of a label
+NUM_NEIGHBORS = 5
 
 
 def wasserstein2(real: np.ndarray, generated: np.ndarray) -> float:
     """Exact 2-Wasserstein distance of two sets of equally many points, by optimal assignment."""
-    if len(real) != len(generated):
-        raise ValueError(f"W2 needs equally many cells: {len(generated)} are generated, {len(real)} are real.")
     cost = cdist(real, generated, "sqeuclidean")
     return float(np.sqrt(cost[linear_sum_assignment(cost)].mean()))
 
 
 def mmd2(real: np.ndarray, generated: np.ndarray) -> float:
     """
-    Unbiased squared maximum mean discrepancy. It may be slightly negative.
-
-    The kernel is the mean of five Gaussians, `exp(-d² / bandwidth)`. Their bandwidths are ¼, ½, 1, 2 and 4 times the
-    median squared distance between the real cells.
+    Unbiased squared maximum mean discrepancy, which may be slightly negative. The kernel is the mean of Gaussians
+    `exp(-d² / bandwidth)`. Five bandwidths are ¼ to 4 times the median squared distance between real cells.
     """
     within_real = cdist(real, real, "sqeuclidean")
     median = np.median(within_real[np.triu_indices(len(real), k=1)])
@@ -48,43 +45,38 @@ def mmd2(real: np.ndarray, generated: np.ndarray) -> float:
     def mean_off_diagonal(matrix: np.ndarray) -> float:
         return (matrix.sum() - np.trace(matrix)) / (len(matrix) * (len(matrix) - 1))
 
-    return float(
-        mean_off_diagonal(kernel(within_real))
-        + mean_off_diagonal(kernel(cdist(generated, generated, "sqeuclidean")))
-        - 2 * kernel(cdist(real, generated, "sqeuclidean")).mean()
-    )
+    within = mean_off_diagonal(kernel(within_real))
+    within += mean_off_diagonal(kernel(cdist(generated, generated, "sqeuclidean")))
+    return float(within - 2 * kernel(cdist(real, generated, "sqeuclidean")).mean())
 
 
 def gene_statistics(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
     """
-    Agreement of per-gene statistics: Pearson and Spearman correlation of means, Pearson correlation of variances,
-    ratio of total variances, mean absolute error of zero fractions. `gene_correlation` compares the correlation
-    matrices of the 200 most variable real genes.
+    Agreement of per-gene means, variances and zero fractions. `gene_correlation` compares the correlation matrices of
+    the 200 most variable real genes.
     """
     variance = real.var(axis=0)
     top = np.argsort(variance)[-200:]
     # A gene that no cell expresses has no correlation.
     top = top[(variance[top] > 0) & (generated[:, top].var(axis=0) > 0)]
     upper = np.triu_indices(len(top), k=1)
-    real_correlation = np.corrcoef(real[:, top].T)[upper]
-    generated_correlation = np.corrcoef(generated[:, top].T)[upper]
+    correlations = [np.corrcoef(x[:, top].T)[upper] for x in (real, generated)]
     return {
         "mean_pearson": float(np.corrcoef(real.mean(axis=0), generated.mean(axis=0))[0, 1]),
         "mean_spearman": float(spearmanr(real.mean(axis=0), generated.mean(axis=0)).statistic),
         "variance_pearson": float(np.corrcoef(variance, generated.var(axis=0))[0, 1]),
         "variance_ratio": float(generated.var(axis=0).sum() / variance.sum()),
         "zero_fraction_error": float(np.abs((real == 0).mean(axis=0) - (generated == 0).mean(axis=0)).mean()),
-        "gene_correlation": float(np.corrcoef(real_correlation, generated_correlation)[0, 1]),
+        "gene_correlation": float(np.corrcoef(*correlations)[0, 1]),
     }
 
 
-def manifold_metrics(real: np.ndarray, generated: np.ndarray, num_neighbors: int = 5) -> dict[str, float]:
+def manifold_metrics(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
     """
-    Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797): the fraction of generated cells
-    among real cells, and of real cells among generated cells. A cell's ball reaches to its fifth neighbour of its own
-    kind. For equal distributions, density is 1 and the others are below 1: see the real reference.
+    Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797). The ball of a cell reaches to its
+    fifth neighbour of its own kind. For equal distributions, density is 1 and the others are below 1.
     """
-    num_neighbors = min(num_neighbors, len(real) - 1, len(generated) - 1)
+    num_neighbors = min(NUM_NEIGHBORS, len(real) - 1, len(generated) - 1)
 
     def radii(cells: np.ndarray) -> np.ndarray:
         return NearestNeighbors(n_neighbors=num_neighbors).fit(cells).kneighbors()[0][:, -1]
@@ -100,42 +92,31 @@ def manifold_metrics(real: np.ndarray, generated: np.ndarray, num_neighbors: int
     }
 
 
+def nearest_distances(cells: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Distance of each cell to the nearest of the others, `(cells,)`; both arguments are `(cells, dimensions)`."""
+    return NearestNeighbors(n_neighbors=1).fit(others).kneighbors(cells)[0][:, 0]
+
+
 def nearest_training_cell_ratio(train: np.ndarray, real: np.ndarray, generated: np.ndarray) -> float:
     """
     Median distance of generated cells to their nearest training cell, divided by the same of held-out cells. A ratio
     below about 0.9 means memorised training cells; for copies it is 0.
     """
-    neighbors = NearestNeighbors(n_neighbors=1).fit(train)
-    return float(np.median(neighbors.kneighbors(generated)[0]) / np.median(neighbors.kneighbors(real)[0]))
+    return float(np.median(nearest_distances(generated, train)) / np.median(nearest_distances(real, train)))
 
 
 def membership_auc(train_distances: np.ndarray, test_distances: np.ndarray) -> float:
     """
     Membership inference: AUC that a training cell is nearer to its nearest generated cell than a held-out cell is.
-    0.5 is no memory, 1 means copies. Both arguments are [`nearest_distances`].
+    0.5 is no memory, 1 means copies. Both arguments are [`nearest_distances`] to generated cells.
     """
     is_train = np.repeat([1, 0], [len(train_distances), len(test_distances)])
     return float(roc_auc_score(is_train, -np.concatenate([train_distances, test_distances])))
 
 
-def donor_membership_auc(
-    train_distances: np.ndarray, train_donors: np.ndarray, test_distances: np.ndarray, test_donors: np.ndarray
-) -> float:
-    """
-    [`membership_auc`] of donors, with distances averaged over each donor's training cells and over each donor's
-    held-out cells. If donors were held out, it shows whether a person was in the training data. If cells were held
-    out, it shows which of a person's cells were.
-    """
-
-    def means(distances: np.ndarray, donors: np.ndarray) -> np.ndarray:
-        return np.array([distances[donors == donor].mean() for donor in np.unique(donors)])
-
-    return membership_auc(means(train_distances, train_donors), means(test_distances, test_donors))
-
-
-def nearest_distances(cells: np.ndarray, generated: np.ndarray) -> np.ndarray:
-    """Distance of each cell to the nearest generated cell, `(cells,)`; both arguments are `(cells, dimensions)`."""
-    return NearestNeighbors(n_neighbors=1).fit(generated).kneighbors(cells)[0][:, 0]
+def mean_by_donor(distances: np.ndarray, donors: np.ndarray) -> np.ndarray:
+    """Mean distance of each donor's cells, `(donors,)`. [`membership_auc`] of these shows which donors were seen."""
+    return np.array([distances[donors == donor].mean() for donor in np.unique(donors)])
 
 
 def library_size_w1(real: np.ndarray, generated: np.ndarray) -> float:
@@ -154,11 +135,8 @@ def other_genes_error(real: np.ndarray, generated: np.ndarray) -> dict[str, floa
 
 def cell_type_classifier(x: np.ndarray, labels: np.ndarray, seed: int = 0) -> ClassifierMixin:
     """Logistic regression on 50 standardised principal components, fitted on cells `x` (cells × genes)."""
-    num_components = min(50, *x.shape)
-    classifier = make_pipeline(
-        PCA(num_components, random_state=seed), StandardScaler(), LogisticRegression(C=0.1, max_iter=2000)
-    )
-    return classifier.fit(x, labels)
+    pca = PCA(min(50, *x.shape), random_state=seed)
+    return make_pipeline(pca, StandardScaler(), LogisticRegression(C=0.1, max_iter=2000)).fit(x, labels)
 
 
 def log_fold_changes(x: np.ndarray, labels: np.ndarray, label: str) -> np.ndarray:
@@ -177,9 +155,8 @@ def rank_markers(x: np.ndarray, labels: np.ndarray, label: str) -> np.ndarray:
 
 def paper_parity(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
     """
-    The metrics of arXiv 2411.06785, only for comparison with its tables: KL of softmaxed rows, Wasserstein-1 of the
-    flattened matrices, [`mmd2`] over blocks of 20 genes. They pair unrelated cells, or ignore which cell a value came
-    from, and so reward a collapsed generator.
+    The metrics of arXiv 2411.06785, only for comparison with its tables. They pair unrelated cells, or ignore which
+    cell a value came from. They therefore reward a collapsed generator.
     """
     blocks = [slice(start, start + 20) for start in range(0, real.shape[1], 20)]
     # The bandwidth, a median distance, is 0 if over half of the cells express none of the 20 genes.
@@ -195,23 +172,15 @@ def compare_labels(
     train: CellArrays, real: CellArrays, generated: CellArrays, labels: list[str], pca: PCA, seed: int = 0
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """
-    Metrics of expression that need labels.
+    Metrics that need labels, over all of them and of each.
 
-    Args:
-        train, real, generated ([`CellArrays`]):
-            Training, held-out and generated cells, with types. Where generated cells are real, none of them are among
-            the training cells.
-        labels (`list[str]`): Labels to compare, see [`judged_labels`].
-        pca (`PCA`): Principal components in which distances are measured.
-        seed (`int`, defaults to 0): Seed of the classifiers.
+    - `purity`: accuracy on generated cells of a classifier fitted on training cells, divided by that on real cells.
+    - `f1`: macro-averaged score on real cells of a classifier fitted on generated cells.
+    - `lfc_slope`: slope of generated against real log fold changes of the first 50 [`rank_markers`] of training cells.
+    - `de_recovery`: fraction of the first 50 markers of real cells that are among those of generated cells.
+    - `w2` (NaN for different numbers of cells) and `mmd2` are those of each label.
 
-    Returns:
-        `tuple`: metrics over all labels, and those of each label. `purity` is the accuracy on generated cells of a
-        classifier fitted on training cells, divided by that on held-out cells. `f1` (over all labels) is the
-        macro-averaged score on held-out cells of a classifier fitted on generated cells. `lfc_slope` is the least
-        squares slope of generated against real log fold changes of markers, the first 50 of [`rank_markers`] in the
-        training cells. `de_recovery` is the fraction of the first 50 genes of real cells that are among the first 50
-        of generated cells. `w2` (NaN for different numbers of cells) and `mmd2` are those of each label.
+    `labels` are [`judged_labels`]. `pca` has the principal components in which distances are measured.
     """
     if len(labels) < 2:
         return {}, {}
@@ -253,13 +222,8 @@ def compare_labels(
     return pooled, per_label
 
 
-def judged_labels(
-    train: CellArrays, real: CellArrays, generated: CellArrays, min_train_cells: int = MIN_TRAIN_CELLS
-) -> list[str]:
+def judged_labels(train: CellArrays, real: CellArrays, generated: CellArrays) -> list[str]:
     """Labels with enough cells: at least 30 training cells, and two on either side, which a variance needs."""
     names, numbers = np.unique(train.types, return_counts=True)
-    return [
-        str(name)
-        for name, number in zip(names, numbers)
-        if number >= min_train_cells and min((real.types == name).sum(), (generated.types == name).sum()) >= 2
-    ]
+    frequent = names[numbers >= MIN_TRAIN_CELLS]
+    return [str(name) for name in frequent if min((side.types == name).sum() for side in (real, generated)) >= 2]

@@ -8,7 +8,7 @@ from ..models.gaussian_mixture import PSEUDO_CELLS, mixture_responsibilities, wi
 def split_halves(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """
     Two halves of the training cells, stratified by label, as sorted positions. Principal components and the cell type
-    classifier are fitted on the first; the real reference is drawn from the second, which they have not seen.
+    classifier are fitted on the first half. The real reference comes from the second half, which they have not seen.
     """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     order = shuffled[np.argsort(np.asarray(labels)[shuffled], kind="stable")]
@@ -19,16 +19,8 @@ def draw_matching(
     labels: np.ndarray, wanted: np.ndarray, rng: np.random.Generator, preferred: np.ndarray | None = None
 ) -> np.ndarray:
     """
-    Draws cells with given labels: preferred cells first, then others, and cells twice only if a label has too few.
-
-    Args:
-        labels (`np.ndarray` of shape `(cells,)`): Labels of the cells to draw from.
-        wanted (`np.ndarray` of shape `(wanted cells,)`): Labels to match. A label that no cell has matches all.
-        rng (`np.random.Generator`): Random numbers.
-        preferred (`np.ndarray`, *optional*): Positions of the preferred cells; all by default.
-
-    Returns:
-        `np.ndarray` of shape `(wanted cells,)`: positions of cells with the wanted labels, in their order.
+    Positions of cells with the wanted labels, in their order, drawn from cells with `labels` `(cells,)`. Preferred
+    positions come first, and cells are drawn twice only if a label has too few. A label of no cell matches all cells.
     """
     is_preferred = np.zeros(len(labels), dtype=bool)
     is_preferred[slice(None) if preferred is None else preferred] = True
@@ -51,51 +43,37 @@ def gaussian_latents(
     gaussian_mixture: bool = False,
 ) -> np.ndarray:
     """
-    Draws from one Gaussian per combination of labels. Its covariance is shrunk towards the covariance pooled within
-    labels, with the weight of 20 cells, so that it is defined for labels of few cells too.
+    Draws latents `(cells, num_features)` from one Gaussian per combination of labels. Its covariance is shrunk towards
+    the covariance pooled within labels, with the weight of 20 cells. `gaussian_mixture` draws from the Gaussian
+    mixtures that [`GaussianMixtureDenoiser`] fits instead. An unseen combination is drawn from all training cells.
 
     Args:
         latents (`np.ndarray` of shape `(train cells, num_features)`): Latents of training cells.
-        class_labels (`np.ndarray` of shape `(train cells, num_label_keys)`): Their labels.
-        wanted_labels (`np.ndarray` of shape `(cells, num_label_keys)`):
-            Labels of the cells to draw. A combination without training cells is drawn from all of them.
-        rng (`np.random.Generator`): Random numbers.
-        gaussian_mixture (`bool`, defaults to `False`): Whether to draw as [`gaussian_mixture_latents`].
-
-    Returns:
-        `np.ndarray` of shape `(cells, num_features)`.
+        class_labels (`np.ndarray` of shape `(train cells, num_label_keys)`): Labels of training cells.
+        wanted_labels (`np.ndarray` of shape `(cells, num_label_keys)`): Labels of the cells to draw.
     """
     latents = latents.astype(np.float64)
     codes, wanted = _combinations(class_labels, wanted_labels)
     pooled = within_labels(latents, codes)
     drawn = np.empty((len(wanted), latents.shape[1]))
     for code in np.unique(wanted):
-        own, number = latents[codes == code] if (codes == code).any() else latents, int((wanted == code).sum())
-        if gaussian_mixture:
-            shares = mixture_responsibilities(own, pooled, seed=int(rng.integers(2**31)))
-            sizes = shares.sum(axis=0)
-            counts = rng.multinomial(number, sizes / sizes.sum())
-            parts = [_draw_gaussian(own, share, pooled, count, rng) for share, count in zip(shares.T, counts)]
-            drawn[wanted == code] = rng.permutation(np.concatenate(parts))
-        else:
+        own = latents[codes == code] if (codes == code).any() else latents
+        number = int((wanted == code).sum())
+        if not gaussian_mixture:
             drawn[wanted == code] = _draw_gaussian(own, np.ones(len(own)), pooled, number, rng)
+            continue
+        shares = mixture_responsibilities(own, pooled, seed=int(rng.integers(2**31)))
+        sizes = shares.sum(axis=0)
+        counts = rng.multinomial(number, sizes / sizes.sum())
+        parts = [_draw_gaussian(own, share, pooled, count, rng) for share, count in zip(shares.T, counts)]
+        drawn[wanted == code] = rng.permutation(np.concatenate(parts))
     return drawn
-
-
-def gaussian_mixture_latents(
-    latents: np.ndarray, class_labels: np.ndarray, wanted_labels: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """
-    Draws from the Gaussian mixture per combination of labels that [`GaussianMixtureDenoiser`] fits: 1 to 32 components
-    by validation likelihood, covariances shrunk as in [`gaussian_latents`], whose arguments these are.
-    """
-    return gaussian_latents(latents, class_labels, wanted_labels, rng, gaussian_mixture=True)
 
 
 def resampled_latents(
     latents: np.ndarray, class_labels: np.ndarray, wanted_labels: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Training latents with the wanted labels, as from a perfect denoiser. Arguments: see [`gaussian_latents`]."""
+    """Draws training latents with the wanted labels. [`gaussian_latents`] describes the arguments."""
     return latents[draw_matching(*_combinations(class_labels, wanted_labels), rng)]
 
 
@@ -109,11 +87,8 @@ def _combinations(class_labels: np.ndarray, wanted_labels: np.ndarray) -> tuple[
 def _draw_gaussian(
     own: np.ndarray, weights: np.ndarray, pooled: np.ndarray, number: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """
-    Draws from a Gaussian with the weighted mean of `own` and the covariance `(weights · own covariance + 20 · pooled
-    covariance) / (sum of weights + 20)`. Random sums of deviations have this covariance without forming the matrix,
-    which would be slow for latents of thousands of values.
-    """
+    """Draws from a Gaussian with the weighted mean of `own` and its covariance, shrunk towards that of `pooled`."""
+    # Random sums of deviations have this covariance. The matrix itself would be slow for thousands of latents.
     total = weights.sum()
     mean = weights @ own / total
     deviations = np.sqrt(weights)[:, None] * (own - mean)

@@ -39,23 +39,14 @@ def evaluate(
         num_samples (`int`, defaults to 3): Number of samples, and of draws of the real reference.
         seed (`int`, defaults to 0): Seed of the first sample and of the judging.
         baselines (`bool`, defaults to `True`): Whether to judge [`draw_baselines`] as well.
-        donor_key, parity: As in [`evaluate_cells`], which describes the returned `dict` and the errors.
-        call_kwargs: Further arguments of [`draw_samples`] and of the pipeline's call, e.g. `num_inference_steps`.
+        donor_key, parity: As in [`evaluate_cells`], which describes the returned `dict`.
+        call_kwargs: Further arguments of the pipeline's call, e.g. `num_inference_steps`.
     """
     samples, test = draw_samples(pipe, test, num_samples, seed, **call_kwargs)
-    config = pipe.processor.config
-    return evaluate_cells(
-        samples,
-        train,
-        test,
-        label_key=list(config.label_keys),
-        layer=config.layer,
-        values=config.values,
-        baselines=draw_baselines(pipe, train, test, num_samples, seed) if baselines else None,
-        donor_key=donor_key,
-        parity=parity,
-        seed=seed,
-    )
+    drawn = draw_baselines(pipe, train, test, num_samples, seed) if baselines else None
+    own = pipe.processor.config
+    settings: dict[str, Any] = {"layer": own.layer, "values": own.values, "donor_key": donor_key, "parity": parity}
+    return evaluate_cells(samples, train, test, list(own.label_keys), baselines=drawn, seed=seed, **settings)
 
 
 def evaluate_cells(
@@ -78,18 +69,16 @@ def evaluate_cells(
     components and the cell type classifier are fitted on one half of the training cells. The reference is drawn from
     the other half, anew for each sample.
 
-    The library size of a cell counts all of its genes: the sum of its row for real cells, `obs["library_size"]` for
-    generated cells. If a generated sample has no such column, or all genes of the real cells, all cells are normalised
-    within the judged genes.
+    The library size of a real cell is the sum of its row, and that of a generated cell is `obs["library_size"]`. If a
+    sample has no such column, or all genes of the real cells, all cells are normalised within the judged genes.
 
     Args:
         samples (`list[AnnData]` or `dict[str, list[AnnData]]`):
-            Independent samples of a generator, or of several by name, each with the number and labels of the cells in
-            `test`.
+            Independent samples of a generator, or of several by name. Each has a cell for each test cell.
         train, test (`AnnData`): Training cells of the generators and held-out cells, with all their genes.
         label_key (`str` or `Sequence[str]`, *optional*):
-            Column of `obs` with the cell type, or several, the cell type first. The reference is matched by all of
-            them: name every column that the generated cells were conditioned on.
+            Column of `obs` with the cell type, or all columns of conditions, the cell type first. The reference is
+            matched by all of them.
         layer (`str`, *optional*): Layer of `train` and `test` that holds the matrix; `X` by default.
         values (`str`, defaults to `"counts"`): Content of the matrices: `"counts"`, or `"log"` (used unchanged).
         baselines (`dict[str, list[AnnData]]`, *optional*): Further columns, with the number of samples of `samples`.
@@ -104,23 +93,19 @@ def evaluate_cells(
         metric of each column as a list over samples; `per_type`, with `num_train`, `num_test` and `metrics` of each
         cell type that has at least 30 training cells.
 
-    Raises:
-        ValueError: If columns differ in cells, genes or samples, gene names repeat, a type does not occur in the real
-            cells, or there are too few cells.
+    Raises a `ValueError` if columns differ in cells, genes or samples, or a type does not occur in the real cells.
     """
     generators = samples if isinstance(samples, dict) else {GENERATED: samples}
     columns = generators | (baselines or {})
     label_keys = [] if label_key is None else [label_key] if isinstance(label_key, str) else list(label_key)
     genes = common_genes(columns, train, test)
     within_genes = any(needs_common_genes(sample, test) for drawn in columns.values() for sample in drawn)
-    real_train, real_test = (
-        real_cells(adata, genes, values, layer, label_keys, within_genes) for adata in (train, test)
-    )
+    settings = values, layer, label_keys, within_genes
+    real_train, real_test = real_cells(train, genes, *settings), real_cells(test, genes, *settings)
     donors = None if donor_key is None else [combined_labels(adata, [donor_key]) for adata in (train, test)]
-    arrays = {
-        name: [generated_cells(sample[:, genes], values, label_keys, within_genes) for sample in drawn]
-        for name, drawn in columns.items()
-    }
+    arrays: dict[str, list[CellArrays]] = {}
+    for name, drawn in columns.items():
+        arrays[name] = [generated_cells(sample[:, genes], values, label_keys, within_genes) for sample in drawn]
     rows, per_type = _Evaluator(real_train, real_test, donors, parity, seed, n_jobs).measure_all(arrays)
     return {
         "num_train": train.n_obs,
@@ -139,14 +124,9 @@ def evaluate_cells(
 
 def excess(column: dict[str, list[float]], reference: dict[str, list[float]]) -> dict:
     """
-    How much more easily a classifier separates generated cells than real training cells from held-out cells.
-
-    Args:
-        column, reference (`dict[str, list[float]]`): Metrics of the column and of the real reference, by draw.
-
-    Returns:
-        `dict`: `judge` (the classifier with the largest mean difference of AUC), `mean` and `sd` of its differences
-        over draws, and `by_judge`, the mean difference of each classifier.
+    How much more easily a classifier separates a column than the real reference from held-out cells. `judge` is the
+    classifier with the largest mean difference of AUC. `mean` and `sd` are those of its differences over draws.
+    `by_judge` is the mean difference of each classifier.
     """
     differences = {name: np.subtract(column[f"auc_{name}"], reference[f"auc_{name}"]) for name in JUDGES}
     by_judge = {name: float(values.mean()) for name, values in differences.items()}
@@ -161,14 +141,14 @@ def common_genes(columns: dict[str, list[ad.AnnData]], train: ad.AnnData, test: 
         raise ValueError(f"Give equally many samples of each generator; there are {num_samples}.")
     named = [(name, sample) for name, samples in columns.items() for sample in samples]
     for name, adata in [("training cells", train), ("held-out cells", test), *named]:
-        if not adata.var_names.is_unique:
-            gene = adata.var_names[adata.var_names.duplicated()][0]
-            raise ValueError(f"{name!r} has the gene {gene!r} more than once: call `adata.var_names_make_unique()`.")
+        repeated = adata.var_names[adata.var_names.duplicated()]
+        if len(repeated):
+            which = f"{name!r} has the gene {repeated[0]!r} more than once"
+            raise ValueError(f"{which}: call `adata.var_names_make_unique()`.")
     for name, sample in named:
         if sample.n_obs != test.n_obs:
-            raise ValueError(
-                f"A sample of {name!r} has {sample.n_obs} cells, and {test.n_obs} are held out: generate one for each."
-            )
+            numbers = f"{sample.n_obs} cells, and {test.n_obs} are held out"
+            raise ValueError(f"A sample of {name!r} has {numbers}: generate one for each.")
     if train.n_obs < max(4, test.n_obs // 2):
         raise ValueError(f"{train.n_obs} training cells are too few for a reference of {test.n_obs} cells.")
     genes = reduce(lambda common, names: common[common.isin(names)], [sample.var_names for _, sample in named])
@@ -179,7 +159,7 @@ def common_genes(columns: dict[str, list[ad.AnnData]], train: ad.AnnData, test: 
 
 @dataclass
 class _Evaluator:
-    """Everything fitted once on the real cells, and the metrics of one column after the other."""
+    """Judges columns one after the other, with principal components that are fitted once on real cells."""
 
     train: CellArrays
     test: CellArrays
@@ -189,32 +169,28 @@ class _Evaluator:
     n_jobs: int | None
 
     def __post_init__(self):
-        fitted, self.other_half = split_halves(self.train.label_or_blank(), self.seed)
+        fitted, self.other_half = split_halves(self.train.labels, self.seed)
         self.fitted = self.train[fitted]
         self.pca = PCA(min(30, *self.fitted.expression.shape), random_state=self.seed).fit(self.fitted.expression)
         self.train_pcs, self.test_pcs = (self.pca.transform(cells.expression) for cells in (self.train, self.test))
 
-    def draw_reference(self, rng: np.random.Generator) -> np.ndarray:
-        """Positions of training cells with the labels of the held-out cells, from the half that was not fitted."""
-        return draw_matching(self.train.label_or_blank(), self.test.label_or_blank(), rng, self.other_half)
-
     def measure_all(self, columns: dict[str, list[CellArrays]]) -> tuple[dict[str, dict], dict[str, dict]]:
         """All metrics of each column and of a new reference for each draw, as lists over draws; also by type."""
+        known = [] if self.train.types is None else np.union1d(self.train.types, self.test.types)
+        for name, types in ((name, cells.types) for name, drawn in columns.items() for cells in drawn):
+            unknown = [] if types is None else np.setdiff1d(types, known)
+            if len(unknown):
+                raise ValueError(f"{name!r} has the unknown type {str(unknown[0])!r}: rename it as in the real cells.")
         all_cells: dict[str, dict] = {}
         per_type: dict[str, dict] = {}
-        for name, cells in [
-            (name, cells) for name, drawn in columns.items() for cells in drawn if cells.types is not None
-        ]:
-            unknown = np.setdiff1d(cells.types, np.union1d(self.train.types, self.test.types))
-            if len(unknown):
-                raise ValueError(f"{name!r} has cells of type {str(unknown[0])!r}, which no real cell has: rename it.")
+        labels = self.train.labels, self.test.labels
         draws = list(zip(*columns.values()))
         total = len(draws) * (len(columns) + 1)
         progress_bar = tqdm(total=total, desc="Judging", unit=" samples", disable=None)  # only at a terminal
         for i, draw in enumerate(draws):
             rng = np.random.default_rng([self.seed, i])
-            reference = self.train[self.draw_reference(rng)]
-            members = self.draw_reference(rng)
+            reference = self.train[draw_matching(*labels, rng, self.other_half)]
+            members = draw_matching(*labels, rng, self.other_half)
             for name, cells in zip([*columns, REFERENCE], [*draw, reference]):
                 row, rows_of_types = self.measure(cells, None if name == REFERENCE else members, self.seed + i)
                 _append(all_cells.setdefault(name, {}), row)
@@ -227,46 +203,35 @@ class _Evaluator:
         return all_cells, per_type
 
     def measure(self, cells: CellArrays, members: np.ndarray | None, seed: int) -> tuple[dict, dict[str, dict]]:
-        """
-        All metrics of one column, over all cells and by cell type. `members` are positions of training cells for
-        membership inference; the reference, which consists of training cells, has none.
-        """
-        pcs = self.pca.transform(cells.expression)
-        row = {
-            **{f"auc_{name}": value for name, value in judge(self.test, cells, seed, self.n_jobs).items()},
-            "w2": metrics.wasserstein2(self.test_pcs, pcs),
-            "mmd2": metrics.mmd2(self.test_pcs, pcs),
-            **metrics.gene_statistics(self.test.expression, cells.expression),
-            **metrics.manifold_metrics(self.test_pcs, pcs),
-        }
+        """All metrics, and those by type. `members` are training cells to find; the reference consists of some."""
+        pcs, test = self.pca.transform(cells.expression), self.test
+        row = {f"auc_{name}": value for name, value in judge(test, cells, seed, self.n_jobs).items()}
+        row |= {"w2": metrics.wasserstein2(self.test_pcs, pcs), "mmd2": metrics.mmd2(self.test_pcs, pcs)}
+        row |= metrics.gene_statistics(test.expression, cells.expression)
+        row |= metrics.manifold_metrics(self.test_pcs, pcs)
         if cells.library_size is not None:
-            row["library_size_w1"] = metrics.library_size_w1(self.test.library_size, cells.library_size)
-            row |= metrics.other_genes_error(self.test.other_genes_share(), cells.other_genes_share())
+            row["library_size_w1"] = metrics.library_size_w1(test.library_size, cells.library_size)
+            row |= metrics.other_genes_error(test.other_genes_share(), cells.other_genes_share())
         if members is not None:
-            row |= self._memory(pcs, members)
+            near_train = metrics.nearest_distances(self.train_pcs[members], pcs)
+            near_test = metrics.nearest_distances(self.test_pcs, pcs)
+            row["nearest_training_cell"] = metrics.nearest_training_cell_ratio(self.train_pcs, self.test_pcs, pcs)
+            row["membership_auc"] = metrics.membership_auc(near_train, near_test)
+            if self.donors is not None:
+                near_train = metrics.mean_by_donor(near_train, self.donors[0][members])
+                near_test = metrics.mean_by_donor(near_test, self.donors[1])
+                row["membership_auc_donor"] = metrics.membership_auc(near_train, near_test)
         if self.parity:
-            row |= metrics.paper_parity(self.test.expression, cells.expression)
+            row |= metrics.paper_parity(test.expression, cells.expression)
         if cells.types is None:
             return row, {}
-        labels = metrics.judged_labels(self.train, self.test, cells)
-        pooled, of_types = metrics.compare_labels(self.fitted, self.test, cells, labels, self.pca, seed)
+        labels = metrics.judged_labels(self.train, test, cells)
+        pooled, of_types = metrics.compare_labels(self.fitted, test, cells, labels, self.pca, seed)
         if cells.library_size is not None:
             for label, row_of_type in of_types.items():
-                sides = [side[side.types == label].library_size for side in (self.test, cells)]
-                row_of_type["library_size_w1"] = metrics.library_size_w1(*sides)
+                sizes = [side[side.types == label].library_size for side in (test, cells)]
+                row_of_type["library_size_w1"] = metrics.library_size_w1(*sizes)
         return row | pooled, of_types
-
-    def _memory(self, pcs: np.ndarray, members: np.ndarray) -> dict[str, float]:
-        """Metrics of memorisation."""
-        of_train, of_test = (metrics.nearest_distances(x, pcs) for x in (self.train_pcs[members], self.test_pcs))
-        row = {
-            "nearest_training_cell": metrics.nearest_training_cell_ratio(self.train_pcs, self.test_pcs, pcs),
-            "membership_auc": metrics.membership_auc(of_train, of_test),
-        }
-        if self.donors is not None:
-            donors = self.donors[0][members], self.donors[1]
-            row["membership_auc_donor"] = metrics.donor_membership_auc(of_train, donors[0], of_test, donors[1])
-        return row
 
 
 def _append(lists: dict[str, list], row: dict[str, float]):

@@ -60,21 +60,9 @@ class EvaluateConfig:
 
 def run(config: EvaluateConfig) -> tuple[dict, str]:
     """
-    Judges generators and writes report.json, report.md and report.png into a folder.
-
-    Args:
-        config ([`EvaluateConfig`]): Generators, cells and settings.
-
-    Returns:
-        `tuple[dict, str]`: the report of [`evaluate_cells`], and the text to print.
-
-    Raises:
-        OSError: If a file is missing, or the folder can't be written.
-        ValueError: If the cells can't be judged.
+    Judges generators and writes report.json, report.md and report.png into a folder. Returns the report of
+    [`evaluate_cells`] and the text to print. Raises an `OSError` or a `ValueError` if that is impossible.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     from .figure import report_figure
 
     folder = config.output_dir
@@ -86,31 +74,20 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
     train, test = _read_split(config, models)
     device = choose_device(config.device)
     pipes = {name: ScRNAGenerationPipeline.from_pretrained(path).to(device) for name, path in models.items()}
-    label_keys, values, layer = config.label_keys, config.values, None
-    for i, own in enumerate(pipe.processor.config for pipe in pipes.values()):
-        if i > 0 and (list(own.label_keys), own.values, own.layer) != (label_keys, values, layer):
-            raise ValueError(f"{', '.join(pipes)} have different labels or values: judge them one by one.")
-        label_keys, values, layer = list(own.label_keys), own.values, own.layer
-
+    configs = [pipe.processor.config for pipe in pipes.values()]
+    kinds = [(list(own.label_keys), own.values, own.layer) for own in configs]
+    label_keys, values, layer = kinds[0] if kinds else (config.label_keys, config.values, None)
+    if any(kind != kinds[0] for kind in kinds):
+        raise ValueError(f"{', '.join(pipes)} have different labels or values: judge them one by one.")
     samples, test = _samples(config, paths, pipes, train, test, label_keys)
     if len(samples) == 1:
         samples = {GENERATED: samples.popitem()[1]}
     baselines = None
     if config.baselines and len(pipes) == 1:
-        num_samples = len(next(iter(samples.values())))
-        baselines = draw_baselines(next(iter(pipes.values())), train, test, num_samples, config.seed)
-    report = evaluate_cells(
-        samples,
-        train,
-        test,
-        label_key=label_keys,
-        layer=layer,
-        values=values,
-        baselines=baselines,
-        donor_key=config.donor_key,
-        parity=config.parity,
-        seed=config.seed,
-    )
+        (pipe,), num_samples = pipes.values(), len(next(iter(samples.values())))
+        baselines = draw_baselines(pipe, train, test, num_samples, config.seed)
+    settings: dict[str, Any] = {"donor_key": config.donor_key, "parity": config.parity, "seed": config.seed}
+    report = evaluate_cells(samples, train, test, label_keys, layer, values, baselines, **settings)
     first = {f"{name}: excess {excess_and_sd(report, name)}": samples[name][0] for name in by_excess(report)}
     figure = report_figure(test, first, report["label_key"], values, layer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,11 +127,10 @@ def _read_split(config: EvaluateConfig, models: dict[str, str]) -> tuple[ad.AnnD
     shared = test.obs_names[test.obs_names.isin(train.obs_names)][:20]
     comparable = train.obs_names.is_unique and test.obs_names.is_unique and train.var_names.equals(test.var_names)
     # Names such as "0" occur in unrelated files: the values must agree too.
-    if len(shared) and comparable and all(abs(train[name].X - test[name].X).sum() == 0 for name in shared):
+    if len(shared) and comparable and abs(train[shared].X - test[shared].X).sum() == 0:
         raise ValueError(f"--train and --test both have the cell {shared[0]!r}: remove it from one of them.")
-    for name, split in splits.items():
-        if set(split.train) != set(train.obs_names):
-            raise ValueError(f"{name!r} was trained on other cells than --train: give --dataset.")
+    if any(set(split.train) != set(train.obs_names) for split in splits.values()):
+        raise ValueError(f"{', '.join(splits)} was trained on other cells than --train: give --dataset.")
     return train, test
 
 
@@ -176,18 +152,15 @@ def _samples(
     test = test[judged]
     samples = {name: [read_cells(path) for path in given] for name, given in paths.items() if name not in pipes}
     for name, drawn in samples.items():
-        # A file with one cell for each held-out cell has cells for those that are not judged, too.
+        # Files have a cell for each held-out cell, including those that are not judged.
         samples[name] = [sample[judged] if sample.n_obs == num_held_out else sample for sample in drawn]
         for sample in drawn:
             combined_labels(sample, label_keys, repr(name))
     num_samples = max((len(drawn) for drawn in samples.values()), default=config.num_samples)
     if samples:
         common_genes(samples, train, test)
+    call = {"guidance_scale": config.guidance_scale, "num_inference_steps": config.num_inference_steps}
     for name, pipe in pipes.items():
         pipe.set_progress_bar_config(desc=f"Generating {name}", unit=" steps", disable=None)  # only at a terminal
-        call: dict[str, Any] = {
-            "guidance_scale": config.guidance_scale,
-            "num_inference_steps": config.num_inference_steps,
-        }
         samples[name], _ = draw_samples(pipe, test, num_samples, config.seed, **call)
     return {name: samples[name] for name in paths}, test

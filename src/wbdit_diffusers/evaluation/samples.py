@@ -1,5 +1,7 @@
 """Cells to judge: samples of a pipeline, and baselines that its codec makes without the denoiser."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import anndata as ad
@@ -7,49 +9,48 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 
-from .references import gaussian_latents, gaussian_mixture_latents, resampled_latents
+from .references import gaussian_latents, resampled_latents
 
 
 logger = logging.get_logger(__name__)
 
-BASELINES = {
+BASELINES: dict[str, Callable[..., np.ndarray]] = {
     "Gaussian per label": gaussian_latents,
-    "Gaussian mixture per label": gaussian_mixture_latents,
+    "Gaussian mixture per label": partial(gaussian_latents, gaussian_mixture=True),
     "training latents resampled": resampled_latents,
 }
 MAX_CELLS = 5000  # the time of the optimal assignment grows with the third power of their number
 
 
-def cells_to_judge(known: np.ndarray, max_cells: int = MAX_CELLS) -> np.ndarray:
-    """Sorted positions of the held-out cells to judge: at most `max_cells` that are `known` to the training labels."""
+def cells_to_judge(known: np.ndarray) -> np.ndarray:
+    """Sorted positions of the held-out cells to judge: at most 5,000 that are `known` to the training labels."""
     if not known.any():
         raise ValueError("No held-out cell has labels that training knows: give cells of the kind in training.")
     if not known.all():
         logger.warning(f"{(~known).sum()} held-out cells are left out: their labels do not occur in training.")
     positions = np.flatnonzero(known)
-    if len(positions) <= max_cells:
+    if len(positions) <= MAX_CELLS:
         return positions
-    return positions[np.sort(np.random.default_rng(0).choice(len(positions), max_cells, replace=False))]
+    return positions[np.sort(np.random.default_rng(0).choice(len(positions), MAX_CELLS, replace=False))]
 
 
 def draw_samples(
-    pipe: Any, test: ad.AnnData, num_samples: int = 3, seed: int = 0, max_cells: int = MAX_CELLS, **call_kwargs
+    pipe: Any, test: ad.AnnData, num_samples: int = 3, seed: int = 0, **call_kwargs
 ) -> tuple[list[ad.AnnData], ad.AnnData]:
     """
     Generates one cell for each held-out cell, with its labels.
 
     Args:
         pipe ([`ScRNAGenerationPipeline`]): The pipeline to judge.
-        test (`AnnData`): Held-out cells. Cells with a label that the pipeline does not know are left out.
+        test (`AnnData`): Held-out cells. Cells with unknown labels are left out, and cells beyond 5,000.
         num_samples (`int`, defaults to 3): Number of samples.
         seed (`int`, defaults to 0): Seed of the first sample; each further sample adds 1.
-        max_cells (`int`, defaults to 5000): Maximum number of held-out cells.
         call_kwargs: Further arguments of the pipeline's call.
 
     Returns:
         `tuple[list[AnnData], AnnData]`: the samples and the corresponding held-out cells.
     """
-    test = test[cells_to_judge(pipe.processor.knows_labels(test), max_cells)]
+    test = test[cells_to_judge(pipe.processor.knows_labels(test))]
     labels = {key: test.obs[key].astype(str).tolist() for key in pipe.processor.label_keys}
     samples = []
     for i in range(num_samples):
@@ -62,36 +63,29 @@ def draw_baselines(
     pipe: Any, train: ad.AnnData, test: ad.AnnData, num_samples: int = 3, seed: int = 0
 ) -> dict[str, list[ad.AnnData]]:
     """
-    Decodes latents that need no denoiser, to compare the denoiser with.
+    Decodes latents that need no denoiser. A denoiser has to beat the two Gaussian baselines. A perfect denoiser would
+    equal `"training latents resampled"`.
 
     Args:
         pipe ([`ScRNAGenerationPipeline`]): The pipeline whose codec decodes.
-        train (`AnnData`): Its training cells, whose latents are fitted or resampled.
-        test (`AnnData`): Held-out cells of [`draw_samples`], whose labels the baselines get.
+        train (`AnnData`): Its training cells.
+        test (`AnnData`): Held-out cells of [`draw_samples`]. The baselines have their labels.
         num_samples (`int`, defaults to 3): Number of samples of each baseline.
         seed (`int`, defaults to 0): Seed of the first sample; each further sample adds 1.
 
     Returns:
-        `dict[str, list[AnnData]]`: samples by the names of `BASELINES`. A denoiser has to beat the Gaussians, and a
-        perfect one would equal `"training latents resampled"`.
+        `dict[str, list[AnnData]]`: samples by the names of `BASELINES`.
     """
     latents = pipe.encode_cells(train)
     known, wanted = pipe.processor.encode_labels(train), pipe.processor.encode_labels(test)
-    samples = {}
+    repeated = wanted.cpu().numpy().repeat(num_samples, axis=0)  # one fit for all samples
+    samples: dict[str, list[ad.AnnData]] = {}
     for name, draw in BASELINES.items():
-        # One fit for all samples
-        drawn = draw(
-            latents.detach().cpu().double().numpy(),
-            known.cpu().numpy(),
-            wanted.cpu().numpy().repeat(num_samples, axis=0),
-            np.random.default_rng(seed),
-        )
-        samples[name] = [
-            pipe.decode_latents(
-                torch.from_numpy(drawn[i::num_samples]).to(latents),
-                class_labels=wanted,
-                generator=torch.Generator().manual_seed(seed + i),
-            )
-            for i in range(num_samples)
-        ]
+        rng = np.random.default_rng(seed)
+        drawn = draw(latents.detach().cpu().double().numpy(), known.cpu().numpy(), repeated, rng)
+        samples[name] = []
+        for i in range(num_samples):
+            own = torch.from_numpy(drawn[i::num_samples]).to(latents)
+            generator = torch.Generator().manual_seed(seed + i)
+            samples[name].append(pipe.decode_latents(own, class_labels=wanted, generator=generator))
     return samples

@@ -43,12 +43,7 @@ PER_TYPE = ("purity", "lfc_slope", "de_recovery", "w2", "mmd2", "library_size_w1
 
 
 def to_markdown(report: dict) -> str:
-    """
-    A report as Markdown: the headline, a table of all metrics, and for one generator a table of cell types.
-
-    Args:
-        report (`dict`): Result of [`evaluate_cells`].
-    """
+    """A report of [`evaluate_cells`] as Markdown. For one generator, it has a table of cell types."""
     parts = [headline(report), describe_samples(report), metric_table(report)]
     if report["per_type"] and GENERATED in report["generators"]:
         parts.append(_table_of_types(report))
@@ -71,39 +66,35 @@ def headline(report: dict) -> str:
 def describe_samples(report: dict) -> str:
     """A paragraph that explains the numbers of a table."""
     number, num_test, num_genes = report["num_samples"], report["num_test"], report["num_genes"]
-    within = (
-        f" All cells are normalised within these {num_genes} genes: the real cells have no others, or the counts of"
-        " generated cells in others are unknown."
+    samples = f"Mean ± standard deviation of {number} samples" if number > 1 else "One sample"
+    text = (
+        f"{samples} of {num_test} cells and {num_genes} genes. The real reference consists of training cells with the"
+        f" same labels, judged in the same way. With {num_test} cells a side, classifiers overlook small differences:"
+        " an excess near 0 does not prove that cells are like real ones."
     )
-    return (
-        f"{f'Mean ± standard deviation of {number} samples' if number > 1 else 'One sample'} of {num_test} cells and"
-        f" {num_genes} genes. The real reference consists of training cells with the same labels, judged in the same"
-        f" way. With {num_test} cells a side, classifiers overlook small differences: an excess near 0 does not prove"
-        f" that cells are like real ones.{within if report['within_genes'] else ''}"
-    )
+    if report["within_genes"]:
+        text += f" All cells are normalised within these {num_genes} genes: the real cells have no others, or the"
+        text += " counts of generated cells in others are unknown."
+    return text
 
 
 def metric_table(report: dict, metrics: Sequence[str] = tuple(TITLES)) -> str:
     """
-    Excess and metrics as a Markdown table. Its columns are the generators, ordered by excess, the real reference and
-    the baselines, and for one generator its difference from the reference.
-
-    Args:
-        report (`dict`): Result of [`evaluate_cells`].
-        metrics (`Sequence[str]`, defaults to all): Keys of `TITLES` to show.
+    Excess and metrics as a Markdown table. Its columns are the generators, the best first, the real reference and the
+    baselines. One generator also has its difference from the reference. `metrics` are the keys of `TITLES` to show.
     """
     generators, columns = by_excess(report), report["metrics"]
     names = [*generators, REFERENCE, *(name for name in columns if name not in (*generators, REFERENCE))]
     rows = [["metric", *(name.replace("|", "\\|") for name in names)]]
     rows.append([f"**{EXCESS}**", *("–" if name == REFERENCE else excess_and_sd(report, name) for name in names)])
+    shown = [metric for metric in metrics if any(metric in columns[name] for name in generators)]
+    rows += [[TITLES[metric], *(mean_and_sd(columns[name].get(metric)) for name in names)] for metric in shown]
     if len(generators) == 1:
-        rows = [[*rows[0], "generated minus reference"], [*rows[1], "–"]]
-    for metric in metrics:
-        if any(metric in columns[name] for name in generators):
-            rows.append([TITLES[metric], *(mean_and_sd(columns[name].get(metric)) for name in names)])
-            if len(generators) == 1:
-                ours, real = (np.array(columns[name].get(metric, np.nan), dtype=float) for name in names[:2])
-                rows[-1].append(mean_and_sd(ours - real))
+        differences = ["generated minus reference", "–"]
+        for metric in shown:
+            ours, real = (np.array(columns[name].get(metric, np.nan), dtype=float) for name in names[:2])
+            differences.append(mean_and_sd(ours - real))
+        rows = [[*row, difference] for row, difference in zip(rows, differences)]
     return _table(rows)
 
 
@@ -127,15 +118,8 @@ def mean_and_sd(values: Sequence[float | None] | None) -> str:
 
 def to_json(report: Any, indent: int | None = 1) -> str:
     """A report as JSON. NaN, which JSON does not have, becomes `null`. Without `indent`, it is one line."""
-
-    def without_nan(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: without_nan(one) for key, one in value.items()}
-        if isinstance(value, list):
-            return [without_nan(one) for one in value]
-        return None if isinstance(value, float) and not np.isfinite(value) else value
-
-    return json.dumps(without_nan(report), indent=indent, allow_nan=False)
+    without_nan = json.loads(json.dumps(report), parse_constant=lambda name: None)
+    return json.dumps(without_nan, indent=indent, allow_nan=False)
 
 
 def by_excess(report: dict) -> list[str]:
