@@ -111,7 +111,7 @@ def quick_test(pipe: ScRNAGenerationPipeline, real: ad.AnnData, model: str, seed
         known, held_out = (real[real.obs_names.isin(names)] for names in (split.train, split.test))
         if known.n_obs >= held_out.n_obs >= MIN_CELLS_JUDGED:
             rest, test, origin = known, held_out, "Training did not see the held-out cells."
-    (drawn,), test = draw_samples(pipe, test, 1, seed, MAX_CELLS_JUDGED, **call_kwargs)
+    (drawn,), test = draw_samples(pipe, _sample(test, MAX_CELLS_JUDGED), 1, seed, **call_kwargs)
     labels = combined_labels(rest, label_keys), combined_labels(test, label_keys)
     rest = rest[draw_matching(*labels, np.random.default_rng(seed))]
     genes, within_genes = drawn.var_names[drawn.var_names.isin(real.var_names)], needs_common_genes(drawn, real)
@@ -136,6 +136,6 @@ def _types(pipe: ScRNAGenerationPipeline, cells: ad.AnnData) -> np.ndarray:
     return cells.obs[key].astype(str).to_numpy(dtype=str)
 
 
-def _sample(cells: ad.AnnData) -> ad.AnnData:
+def _sample(cells: ad.AnnData, max_cells: int = MAX_CELLS_SHOWN) -> ad.AnnData:
     """A random sample of the cells, in their order."""
-    return cells[np.sort(np.random.default_rng(0).permutation(cells.n_obs)[:MAX_CELLS_SHOWN])]
+    return cells[np.sort(np.random.default_rng(0).permutation(cells.n_obs)[:max_cells])]

@@ -59,7 +59,7 @@ class AnnDataSource:
 
     def __init__(self, cells: ad.AnnData, layer: str | None = None, name: str = "adata"):
         self.cells = cells
-        matrix = _find_matrix(cells.X if layer is None else None, cells.layers, layer, name)
+        matrix = find_matrix(cells.X if layer is None else None, cells.layers, layer, name)
         if sparse.issparse(matrix):
             _check_indices(matrix, name)  # slicing crashes on wrong ones
             matrix = matrix.tocsr()
@@ -145,7 +145,7 @@ class BackedSource(AnnDataSource, AbstractContextManager):
             obs, self.var = ad.io.read_elem(self.file["obs"]), ad.io.read_elem(self.file["var"])
         except Exception as error:
             raise ValueError(f"{path} cannot be read as an .h5ad or .zarr file: {one_line(error)}") from error
-        self.element = _find_matrix(self.file.get("X"), self.file.get("layers", {}), layer, str(path))
+        self.element = find_matrix(self.file.get("X"), self.file.get("layers", {}), layer, str(path))
         kind = self.element.attrs.get("encoding-type")
         if kind is None or not isinstance(obs, pd.DataFrame):
             fix = "write it again with `anndata.read_h5ad(path).write_h5ad(path)`"
@@ -267,7 +267,7 @@ def place_genes(matrix: sparse.csr_matrix, places: np.ndarray, num_genes: int) -
     return placed
 
 
-def _find_matrix(x, layers, layer: str | None, name: str):
+def find_matrix(x, layers, layer: str | None, name: str):
     """`X`, or the layer. Raises a `ValueError` if it is missing."""
     matrix = x if layer is None else layers.get(layer)
     if matrix is None:

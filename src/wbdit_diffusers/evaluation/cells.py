@@ -7,6 +7,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from ..data.cells import find_matrix
 from ..processing.normalize import to_expression, total_counts
 
 
@@ -79,7 +80,7 @@ def real_cells(
         which = f"{len(missing)} generated genes are not among the genes of the real cells, e.g. {missing[0]!r}"
         raise ValueError(f"{which}: rename or remove them.")
     adata = adata[:, genes] if within_genes else adata
-    library_size = _library_size(adata.X if layer is None else adata.layers[layer], values, "real")
+    library_size = _library_size(find_matrix(adata.X, adata.layers, layer, "The real cells"), values, "real")
     judged = adata[:, genes]
     return _arrays(judged, judged.X if layer is None else judged.layers[layer], library_size, values, label_keys)
 
@@ -91,7 +92,7 @@ def generated_cells(
     Arrays of generated cells, as [`real_cells`]. Their library size is `obs["library_size"]`, or else the sum over
     their genes. Cells without one of the label columns have no labels.
     """
-    total = _library_size(adata.X, values, "generated")
+    total = _library_size(find_matrix(adata.X, {}, None, "The generated file"), values, "generated")
     if total is not None and not within_genes and "library_size" in adata.obs:
         sizes = adata.obs["library_size"].to_numpy(dtype=np.float64)
         is_valid = np.isfinite(sizes) & ((sizes > 0) | ((sizes == 0) & (total == 0)))
