@@ -3,11 +3,11 @@
     python benchmarks/speed.py --dataset ../shared/data/pbmc3k.h5ad --output lab/results/speed_cpu.json
     python benchmarks/speed.py --dataset ../shared/data/pbmc3k.h5ad --device cuda --batch_size 16 256 1024 --output ...
     python benchmarks/speed.py --table lab/results/speed_cpu.json
-    python benchmarks/speed.py --against ../old-checkout
+    python benchmarks/speed.py --against ../old-checkout --output lab/results/speed_cpu.json
 
 `--against` compares this checkout with another one in CPU seconds: import, a training step, and 5,000 cells of the
-pipeline in the package. Fresh processes take turns, and the ratio of their medians is printed. Without it, `--parts`
-chooses what to measure (all by default):
+pipeline in the package. Fresh processes take turns, and medians are compared. Without it, `--parts` chooses what to
+measure (all by default):
 
 - `network`: training steps and forward passes at the paper's shape. `reference` is benchmarks/reference.py in eager
   float32, as the authors run it. The variants take turns, and medians are compared. FLOP are those of the matrix
@@ -304,9 +304,9 @@ def number_printed_by(code: str, *arguments: object, environment: dict[str, str]
     return float(finished.stdout.split()[-1])
 
 
-def compare_checkouts(other: Path, repeats: int) -> str:
-    """A table of CPU seconds of this and another checkout, each on one thread."""
-    rows = []
+def compare_checkouts(other: Path, repeats: int) -> dict:
+    """CPU seconds of this and another checkout, each on one thread."""
+    rows = {}
     for name, code in AGAINST.items():
         seconds: dict[Path, list[float]] = {other: [], Path(__file__).parents[1]: []}
         for _ in range(repeats):
@@ -314,9 +314,8 @@ def compare_checkouts(other: Path, repeats: int) -> str:
                 paths = {"PYTHONPATH": str((checkout / "src").resolve()), "OMP_NUM_THREADS": "1"}
                 values.append(number_printed_by(code, environment=os.environ | paths))
         theirs, ours = (statistics.median(values) for values in seconds.values())
-        rows.append([name, f"{theirs:.4g}", f"{ours:.4g}", f"{ours / theirs:.3f}"])
-        print(" | ".join(rows[-1]), flush=True)
-    return markdown(["CPU seconds", str(other), "this checkout", "ratio"], rows)
+        rows[name] = {"other checkout": theirs, "this checkout": ours, "ratio": ours / theirs}
+    return rows
 
 
 def time_start(program: Path, repeats: int) -> dict:
@@ -381,10 +380,7 @@ def main():
     if args.table is not None:
         print(table(json.loads(args.table.read_text())))
         return
-    if args.against is not None:
-        print(compare_checkouts(args.against, args.repeats))
-        return
-    if args.output is None or (args.dataset is None and args.parts != ["network"]):
+    if args.output is None or (args.dataset is None and args.parts != ["network"] and args.against is None):
         parser.error("--output is required, and --dataset for other parts than `network`.")
 
     results = read_results(args.output, {"parts": {}})
@@ -396,6 +392,9 @@ def main():
         write_results(args.output, results)
         print(table({**results, "parts": {part: rows}}), flush=True)
 
+    if args.against is not None:
+        keep("against another checkout, CPU seconds", compare_checkouts(args.against, args.repeats))
+        return
     if "network" in args.parts:
         for batch_size in args.batch_size:
             keep(f"network, batch {batch_size}", time_network(args.device, batch_size, args.repeats))
