@@ -70,7 +70,7 @@ NOTING = """
     import os
     from pathlib import Path
 
-    from wbdit_diffusers.data import Latents
+    from wbdit_diffusers.data.latents import Latents
     from wbdit_diffusers.training.__main__ import main
 
     get_batch = Latents.batch

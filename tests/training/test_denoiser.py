@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from tiny import column, read_log, tiny_config, weights
 
 from wbdit_diffusers import GaussianMixtureDenoiser, ScRNAProcessor, WhiteBoxDiTModel
-from wbdit_diffusers.data import CellDataset, Latents, encode_cells
+from wbdit_diffusers.data import CellDataset, encode_cells
+from wbdit_diffusers.data.latents import Latents
 from wbdit_diffusers.sampling import training_scheduler
 from wbdit_diffusers.training import train
 from wbdit_diffusers.training.codec import fit_expression_codec

@@ -29,19 +29,8 @@ MAY_CHANGE |= {"push_to_hub", "hub_model_id", "data_name", "data_license", "data
 MAY_CHANGE |= {"num_inference_steps", "scheduler"}
 
 
-# ==================== The run ====================
-
-
 def find_run(config: TrainingConfig) -> tuple[bool, Path | None]:
-    """
-    Finds the run to resume. Nothing is written.
-
-    Returns:
-        `tuple[bool, Path | None]`: whether a run is resumed, and its checkpoint if it has one.
-
-    Raises:
-        ValueError: If the folder holds another run, the checkpoint is not in it, or a flag differs.
-    """
+    """Returns whether a run is resumed, and its checkpoint if it has one. Writes nothing."""
     folder, resume_from = config.output_dir, config.resume_from_checkpoint
     checkpoints, has_run = find_checkpoints(folder), (folder / RUN_NAME).is_file()
     checkpoint = checkpoints[-1] if checkpoints else None
@@ -118,25 +107,14 @@ def _discard(paths: list[Path]):
         remove(partial_path(path))
 
 
-# ==================== Checkpoints ====================
-
-
 @dataclass
 class Progress:
-    """
-    How far stage two is.
+    """The progress of stage two."""
 
-    Args:
-        step (`int`): Optimizer steps taken.
-        num_seen (`int`): Cells that all processes together have seen.
-        seconds (`float`): Seconds taken, stage one included.
-        losses (`list[float]`): Losses since the last line of the log, averaged over processes.
-    """
-
-    step: int = 0
-    num_seen: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
+    step: int = 0  # of the optimizer
+    num_seen: int = 0  # cells that all processes together have seen
+    seconds: float = 0.0  # stage one included
+    losses: list[float] = field(default_factory=list)  # since the last line of the log, averaged over processes
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -148,12 +126,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(
     accelerator: Accelerator, ema: EMAModel, progress: Progress, folder: Path, total_limit: int | None
 ):
-    """
-    Saves model, optimizer, averaged weights and progress, and removes the oldest checkpoints beyond the limit.
-
-    Raises:
-        OSError: If the checkpoint can't be written. Older checkpoints are kept.
-    """
+    """Saves model, optimizer, averaged weights and progress, and removes the oldest checkpoints beyond the limit."""
 
     def write(path: Path):
         accelerator.save_state(str(path))
@@ -171,12 +144,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path) -> Progress:
-    """
-    Loads what [`save_checkpoint`] saved, and returns the progress.
-
-    Raises:
-        ValueError: If a file is missing, damaged or of another network.
-    """
+    """Loads what [`save_checkpoint`] saved, and returns the progress."""
     try:
         accelerator.load_state(str(checkpoint))
         averaged = load_file(checkpoint / "ema.safetensors")

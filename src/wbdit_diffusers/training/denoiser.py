@@ -57,10 +57,8 @@ def diffusion_loss(
     latents = batch["latents"]  # (batch, num_features)
     noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
     # Timestep 0 is left out, as in the paper.
-    num_train_timesteps = noise_scheduler.config.num_train_timesteps
-    timesteps = torch.randint(
-        1, num_train_timesteps, (len(latents),), generator=generator, device=latents.device
-    )  # (batch,)
+    end = noise_scheduler.config.num_train_timesteps
+    timesteps = torch.randint(1, end, (len(latents),), generator=generator, device=latents.device)  # (batch,)
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     class_labels = batch["class_labels"] if batch["class_labels"].shape[1] else None
     prediction = model(noisy_latents, timesteps, class_labels=class_labels, return_dict=False)[0]
@@ -95,17 +93,10 @@ def learning_rate(config: TrainingConfig, max_train_steps: int, step: int, secon
 
 
 def batch_sizes(config: TrainingConfig, num_cells: int, num_processes: int) -> tuple[int, int]:
-    """
-    The number of cells in a batch of one process, and in an optimizer step.
-
-    Raises:
-        ValueError: If an epoch has fewer batches than an optimizer step takes, or there are more processes than cells.
-    """
+    """The number of cells in a batch of one process, and in an optimizer step."""
     assert config.train_batch_size is not None  # set by the config
     batch_size = min(config.train_batch_size, max(1, num_cells // num_processes))
     num_batches = num_cells // batch_size // num_processes
-    if num_batches == 0:
-        raise ValueError(f"{num_cells} training cells are too few for {num_processes} processes. Start fewer.")
     if config.gradient_accumulation_steps > num_batches:
         raise ValueError(
             f"--gradient_accumulation_steps {config.gradient_accumulation_steps}: an epoch has only {num_batches}"
@@ -152,16 +143,10 @@ class DenoiserTraining:
             condition_sizes=train_cells.condition_sizes,
             condition_dropout=config.condition_dropout,
         )
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
-        self.ema = EMAModel(
-            model.parameters(),
-            decay=config.ema_decay if config.use_ema else 0.0,  # with decay 0 the average is the model itself
-            use_ema_warmup=True,
-            power=2 / 3,
-            foreach=True,
-        )
+        decay = config.weight_decay
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=decay, fused=True)
+        ema_decay = config.ema_decay if config.use_ema else 0.0  # with decay 0 the average is the model itself
+        self.ema = EMAModel(model.parameters(), decay=ema_decay, use_ema_warmup=True, power=2 / 3, foreach=True)
         self.ema.to(accelerator.device)
         if config.compile:
             model.compile_repeated_blocks(fullgraph=True)
@@ -200,13 +185,7 @@ class DenoiserTraining:
         write_whole(self.log_path, write)
 
     def run(self):
-        """
-        Trains until the last step, or until the time is over.
-
-        Raises:
-            ValueError: If the loss or a weight is not finite.
-            TrainingInterrupted: If a signal came, after a checkpoint was saved.
-        """
+        """Trains until the last step, until the time is over, or until a signal, for which it saves a checkpoint."""
         config, progress = self.config, self.progress
         if self.max_train_steps < config.max_train_steps and config.max_train_minutes is None:
             logger.info(
@@ -280,7 +259,6 @@ class DenoiserTraining:
     def seed_batch(self, number: int) -> torch.Generator:
         """
         Seeds PyTorch's global generator, which draws the label dropout, and returns one for noise and timesteps.
-
         The seed follows from the step, batch and process indices, so that a resumed run is exact.
         """
         accelerator, config = self.accelerator, self.config
