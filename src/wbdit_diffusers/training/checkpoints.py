@@ -37,10 +37,7 @@ def find_run(config: TrainingConfig) -> tuple[bool, Path | None]:
     if resume_from not in (None, "latest"):
         checkpoint = folder / Path(resume_from).name
         if checkpoint not in checkpoints or checkpoint.resolve() != Path(resume_from).resolve():
-            raise ValueError(
-                f"--resume_from_checkpoint {resume_from} is no checkpoint of {folder}. Give a checkpoint-N folder in"
-                " it, or 'latest'."
-            )
+            raise ValueError(f"--resume_from_checkpoint {resume_from} is no checkpoint of {folder}. Use 'latest'.")
     if resume_from is not None and has_run:
         _check_config(json.loads((folder / RUN_NAME).read_text()), config)
         return True, checkpoint
@@ -48,10 +45,8 @@ def find_run(config: TrainingConfig) -> tuple[bool, Path | None]:
     if files and not has_run:
         raise ValueError(f"--output_dir {folder} holds {files[0]}, but no {RUN_NAME} of a training: use another one.")
     if files and not config.overwrite_output_dir:
-        raise ValueError(
-            f"--output_dir {folder} holds a run. Continue it with --resume_from_checkpoint latest, replace it with"
-            " --overwrite_output_dir, or use another folder."
-        )
+        how = "Continue it with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
+        raise ValueError(f"--output_dir {folder} holds a run. {how}.")
     return False, None
 
 
@@ -60,9 +55,7 @@ def _check_config(old: dict, config: TrainingConfig):
     for name, value in config_without_places(config).items():
         may_change = name in MAY_CHANGE or (name == "max_train_steps" and value >= old.get(name, value))
         if value != old.get(name) and not may_change:
-            raise ValueError(
-                f"--{name} {value}: the run to continue has {old.get(name)}. Use the same value, or another folder."
-            )
+            raise ValueError(f"--{name} {value}: the run to continue has {old.get(name)}. Use the same value.")
 
 
 @contextmanager
@@ -151,8 +144,6 @@ def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path) -
         progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
         ema.shadow_params = [averaged[str(i)].to(accelerator.device) for i in range(len(ema.shadow_params))]
     except Exception as error:  # of PyTorch, safetensors and json
-        raise ValueError(
-            f"--resume_from_checkpoint {checkpoint} is damaged ({one_line(error)}). Use another checkpoint."
-        ) from error
+        raise ValueError(f"{checkpoint} is damaged ({one_line(error)}). Use another checkpoint.") from error
     ema.optimization_step = progress.step
     return progress

@@ -159,17 +159,12 @@ def fit_programs(
         if step % steps_between_validations == 0 or stop:
             validation_loss = _validation_loss(config, cells, codec, validation_cells)
             if not math.isfinite(validation_loss):
-                raise ValueError(
-                    f"Gene programs: the validation loss is {validation_loss} after {step} steps. Lower"
-                    " --codec_learning_rate."
-                )
+                raise ValueError(f"Gene programs: validation loss {validation_loss}. Lower --codec_learning_rate.")
             stop = stopping.should_stop(validation_loss, step) or stop
             progress_bar.set_postfix(loss=round(loss.item(), 2), validation_loss=round(validation_loss, 2))
     progress_bar.close()
-    logger.info(
-        f"Gene programs: validation loss {stopping.best_loss:.2f} nats per cell ({num_programs} programs,"
-        f" {stopping.best_step} steps)."
-    )
+    found = f"validation loss {stopping.best_loss:.2f} nats per cell"
+    logger.info(f"Gene programs: {found} ({num_programs} programs, {stopping.best_step} steps).")
     return codec, stopping.best_loss - zero_point
 
 
@@ -228,12 +223,9 @@ def refit_decoder(
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
         batch = torch.randint(len(cells), (2 * config.codec_batch_size,), generator=generator)
         values, library_size = cells.cells(batch.numpy())
-        loss = codec.decoder_loss(
-            programs[batch].to(codec.device),
-            values.to(codec.device),
-            library_size.to(codec.device),
-            None if cells.class_labels is None else cells.class_labels[batch],
-        ).mean()
+        class_labels = None if cells.class_labels is None else cells.class_labels[batch]
+        some, values, library_size = (one.to(codec.device) for one in (programs[batch], values, library_size))
+        loss = codec.decoder_loss(some, values, library_size, class_labels).mean()
         loss = loss + prior_loss(config, codec, len(cells))
         optimizer.zero_grad()
         loss.backward()

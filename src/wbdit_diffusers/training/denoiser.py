@@ -98,10 +98,8 @@ def batch_sizes(config: TrainingConfig, num_cells: int, num_processes: int) -> t
     batch_size = min(config.train_batch_size, max(1, num_cells // num_processes))
     num_batches = num_cells // batch_size // num_processes
     if config.gradient_accumulation_steps > num_batches:
-        raise ValueError(
-            f"--gradient_accumulation_steps {config.gradient_accumulation_steps}: an epoch has only {num_batches}"
-            f" batches of {batch_size} cells. Use at most {num_batches}."
-        )
+        flag = f"--gradient_accumulation_steps {config.gradient_accumulation_steps}"
+        raise ValueError(f"{flag}: an epoch has only {num_batches} batches of {batch_size} cells. Use fewer.")
     return batch_size, batch_size * config.gradient_accumulation_steps * num_processes
 
 
@@ -188,10 +186,8 @@ class DenoiserTraining:
         """Trains until the last step, until the time is over, or until a signal, for which it saves a checkpoint."""
         config, progress = self.config, self.progress
         if self.max_train_steps < config.max_train_steps and config.max_train_minutes is None:
-            logger.info(
-                f"{config.max_train_epochs:,} passes over the training cells end after {self.max_train_steps:,} steps,"
-                f" before --max_train_steps {config.max_train_steps}. Raise --max_train_epochs to train longer."
-            )
+            end = f"end after {self.max_train_steps:,} steps, before --max_train_steps {config.max_train_steps}"
+            logger.info(f"{config.max_train_epochs:,} passes over the training cells {end}. Raise --max_train_epochs.")
         self.progress_bar = tqdm(
             # A time limit leaves the number of steps unknown.
             total=self.max_train_steps if config.max_train_minutes is None else None,
@@ -282,10 +278,8 @@ class DenoiserTraining:
         """Averages the losses over processes, and raises a `ValueError` if one, or a weight, is not finite."""
         losses = self.accelerator.reduce(torch.stack(self.losses), "mean")
         if not all(value.isfinite().all() for value in (losses, *self.ema.shadow_params)):
-            raise ValueError(
-                f"The denoiser's loss is {losses[-1].item():.3g} at step {self.progress.step}, or its weights are not"
-                " finite. Lower --learning_rate. Earlier checkpoints are kept."
-            )
+            loss = f"The denoiser's loss is {losses[-1].item():.3g} at step {self.progress.step}"
+            raise ValueError(f"{loss}, or its weights are not finite. Lower --learning_rate.")
         self.losses = list(losses)
 
     @torch.no_grad()
@@ -293,11 +287,8 @@ class DenoiserTraining:
         """The loss of the averaged weights on held-out cells, always at the same noise and timesteps."""
         self.ema.copy_to(self.validation_model.parameters())
         generator = torch.Generator(self.accelerator.device).manual_seed(0)
-        losses = [
-            diffusion_loss(self.validation_model, self.noise_scheduler, self.validation_batch, generator)
-            for _ in range(VALIDATION_DRAWS)
-        ]
-        return torch.stack(losses).mean().item()
+        inputs = self.validation_model, self.noise_scheduler, self.validation_batch, generator
+        return torch.stack([diffusion_loss(*inputs) for _ in range(VALIDATION_DRAWS)]).mean().item()
 
     def _write_log(self):
         row = {

@@ -37,19 +37,15 @@ def prepare_gaussian_mixture(
         known, combinations = np.zeros((1, 0), dtype=np.int64), np.zeros(len(latents), dtype=np.int64)
     max_components = min(MAX_SIZE // (latents.values.shape[1] ** 2 * len(known)), MAX_COMPONENTS)
     if max_components == 0:
-        logger.warning(
-            f"--mixture_share {config.mixture_share}: a Gaussian mixture of {len(known):,} combinations of labels is"
-            " slower than the network, which learns from the cells alone."
-        )
+        reason = f"a Gaussian mixture of {len(known):,} combinations of labels is too slow"
+        logger.warning(f"--mixture_share {config.mixture_share}: {reason}. The network learns from the cells alone.")
         return None
     with sync_errors(accelerator):
         if accelerator.is_main_process and not path.is_dir():
             mixture = fit_gaussian_mixture(latents, known, combinations.ravel(), max_components, config.seed)
             write_whole(path, mixture.save_pretrained)
-            logger.info(
-                f"Gaussian mixture: {mixture.config.num_components} components. Its share of the training target falls"
-                f" to {config.mixture_share:.0%} (--mixture_share)."
-            )
+            share = f"Its share of the training target falls to {config.mixture_share:.0%} (--mixture_share)."
+            logger.info(f"Gaussian mixture: {mixture.config.num_components} components. {share}")
     return (mixture or GaussianMixtureDenoiser.from_pretrained(path)).to(accelerator.device)
 
 
