@@ -107,9 +107,10 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
                 training.resume(checkpoint)
             if accelerator.is_main_process:
                 training.start_log()
+        num_parameters = f"{training.validation_model.num_parameters():,}"
         logger.info(
-            f"{len(latents)} training cells, {test_cells.n_obs} held-out cells, {codec.num_features} features per"
-            f" cell; {training.validation_model.num_parameters():,} parameters, {training.cells_per_step} cells per step."
+            f"{len(latents)} training cells, {test_cells.n_obs} held-out cells; {codec.num_features} features per"
+            f" cell, {num_parameters} parameters; {training.cells_per_step} cells per step."
         )
         training.run()
 
@@ -148,7 +149,7 @@ def _make_accelerator(config: TrainingConfig) -> Accelerator:
 def _fit_processor(config: TrainingConfig, cells: ad.AnnData | CellSource) -> ScRNAProcessor:
     """Chooses genes and learns labels and library sizes."""
     num_genes = min(config.num_genes or math.inf, len(cells.var_names))
-    if config.codec == "expression" and len(cells.obs) > max_cells_in_memory(int(num_genes)):
+    if config.codec == "expression" and len(cells.obs) > max_cells_in_memory(int(max(num_genes, 1))):
         size = f"{len(cells.obs):,} training cells do not fit in memory"
         raise ValueError(f"--codec expression: {size}. Prepare a sample of them, or use --codec program.")
     return ScRNAProcessor(
