@@ -57,7 +57,7 @@ def test_a_resumed_run_gives_the_same_weights_and_log(trained, pbmc, tmp_path):
         shutil.rmtree(folder / name)
     train(pbmc, tiny_config(folder, resume_from_checkpoint=str(folder / "checkpoint-12"), **STEPS))
     assert_same_weights(folder, trained)
-    # The line of step 16 averages the losses since step 8, of which half are from before the checkpoint.
+    # The line of step 16 averages the losses since step 8. Half of them are from before the checkpoint.
     assert rows_without_time(folder) == rows_without_time(trained)
     assert (folder / "split.json").read_bytes() == (trained / "split.json").read_bytes()
     assert [path.name for path in find_checkpoints(folder)] == ["checkpoint-12", "checkpoint-24"]

@@ -130,7 +130,7 @@ def test_programs_are_read_along_axes_that_change_no_cell(dataset, tmp_path):
 
 
 def test_a_few_cells_program_is_theirs(dataset):
-    """A program that one cell in ten has points to these, whatever its genes and the sign of the fit."""
+    """A program that one cell in ten has points to these, regardless of its genes and the sign of the fit."""
     torch.manual_seed(0)
     few = (torch.arange(len(dataset)) % 10 == 0).float() + 0.1 * torch.randn(len(dataset))
     codec = ProgramCodec(100, 2, hidden_size=4)
@@ -200,7 +200,7 @@ def test_stage_one_ends_at_its_deadline(decoder_steps, dataset, tmp_path, never_
 
 
 def test_the_decoder_s_learning_rate_falls_with_its_time(dataset, tmp_path, monkeypatch, caplog):
-    """Along the cosine to its end, so that few steps end as well as many."""
+    """Along the cosine to its end, for any number of steps."""
     rates, step = [], torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
     config = tiny_config(tmp_path, decoder_steps=10_000_000)

@@ -17,7 +17,7 @@ from wbdit_diffusers.training import TrainingConfig, train
 # A few cell types have fewer held-out cells than there are folds.
 pytestmark = pytest.mark.filterwarnings("ignore:The least populated class in y")
 
-# Measured, over seeds of the cells: 0.986-0.988, 0.884-0.903 and 0.62-0.66. Real training cells, as many of each type,
+# Measured, over seeds of the cells: 0.986-0.988, 0.884-0.903 and 0.62-0.66. Real training cells, with the same label counts,
 # reach 0.988, 0.90 and 0.48. Without a trained denoiser: 0.98, -0.1-0.1 and 0.96; see the last test.
 MEAN_FLOOR = 0.97
 TYPE_FLOOR = 0.8
@@ -51,7 +51,7 @@ class Judge:
         return (np.stack(means) - expression.mean(axis=0)).ravel()
 
     def auc(self, generated: np.ndarray) -> float:
-        """Of a forest that tells generated from held-out cells, with folds by source and label."""
+        """The AUC of a forest that separates generated from held-out cells, with folds by source and label."""
         x, y = np.vstack([self.real, generated]), np.repeat([0, 1], len(self.real))
         strata = [f"{source} {label}" for source, label in zip(y, np.tile(self.labels, 2))]
         folds = list(StratifiedKFold(5, shuffle=True, random_state=0).split(x, strata))

@@ -146,7 +146,7 @@ def test_values_that_are_no_counts_have_a_likelihood_of_their_own(pbmc, tmp_path
 
 
 def test_log_normalised_counts_are_modelled_as_counts(pbmc, tmp_path):
-    """Values come back on the scale of the file, with the counts beside them, also through a file."""
+    """Values come back on the scale of the file, and the counts are in a layer, also through a file."""
     log_values = pbmc.copy()
     sc.pp.normalize_total(log_values, target_sum=1e4)
     sc.pp.log1p(log_values)
@@ -209,7 +209,7 @@ def test_the_same_cells_held_out_with_another_seed(pbmc, tmp_path):
 
 
 def test_nothing_of_the_held_out_cells_is_in_the_model(pbmc, tmp_path):
-    """What was learned is the same, bit for bit, if each held-out cell has other counts."""
+    """The weights are the same, bit for bit, if each held-out cell has other counts."""
     steps = {"label_keys": ["cell_type"], "max_train_steps": 3, "validation_steps": 1}
     train(pbmc, tiny_config(tmp_path / "plain", **steps))
     split = CellSplit.load(tmp_path / "plain")

@@ -20,7 +20,7 @@ from .processes import sync_errors
 
 
 RUN_NAME, LATENTS_NAME, STAGE_ONE_NAME = "run.json", "latents.npy", "stage_one"
-# What a training writes besides checkpoints. run.json is the last to be removed: it says that the rest may be.
+# All outputs of a training but its checkpoints. run.json is removed last, because it permits to remove the others.
 FILES = ["README.md", "model_index.json", CellSplit.FILE_NAME, TRAINING_NAME, "training_log.csv", LATENTS_NAME]
 FILES += [STAGE_ONE_NAME, "codec", "denoiser", "processor", "scheduler", "logs/wbdit_diffusers", RUN_NAME]
 # Fields that change neither the cells nor the steps of a run

@@ -130,8 +130,8 @@ def fit_programs(
     Fits encoder and decoder together, until the loss of validation cells ends the fit.
 
     The validation cells are *training* cells; held-out cells are never seen. The weights are the last ones, not those
-    of the best loss: programs that follow their cells slightly more closely give better cells once the decoder is
-    fitted to them (lab/experiments.md). Returns the codec and its best validation loss in nats per cell. For log
+    of the best loss. Programs that follow their cells more closely give better cells once the decoder is fitted to
+    them (lab/experiments.md). Returns the codec and its best validation loss in nats per cell. For log
     values, the loss counts from the start of the fit.
     """
     generator = torch.Generator().manual_seed(config.seed)

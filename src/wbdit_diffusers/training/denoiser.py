@@ -44,15 +44,9 @@ def diffusion_loss(
     """
     Mean squared error of the prediction, at one random timestep for each cell.
 
-    Args:
-        model (`torch.nn.Module`): Denoiser.
-        noise_scheduler ([`DDPMScheduler`]): Forward process. Its `prediction_type` is that of the denoiser.
-        batch (`dict`): `latents` `(batch, num_features)` and `class_labels` `(batch, num_label_keys)`.
-        generator (`torch.Generator`): Generator of noise and timesteps.
-        gaussian_mixture ([`GaussianMixtureDenoiser`], *optional*):
-            Teacher, whose prediction is a `share` of the target (distillation, arXiv 1907.04829). It is the mean over
-            all clean cells that fit a noisy one, and so has less variance than the noise of a single cell.
-        share (`float`, defaults to 0.0): Share of the Gaussian mixture, from 0 to 1.
+    A batch has `latents` `(batch, num_features)` and `class_labels` `(batch, num_label_keys)`. The prediction of the
+    Gaussian mixture is a `share` of the target, from 0 to 1 (distillation, arXiv 1907.04829). It is the mean over all
+    clean cells that fit a noisy one, so it has less variance than the noise of a single cell.
     """
     latents = batch["latents"]  # (batch, num_features)
     noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
@@ -107,13 +101,8 @@ class DenoiserTraining:
     """
     The training loop and its state.
 
-    Args:
-        config ([`TrainingConfig`]): Configuration.
-        accelerator (`Accelerator`): Devices and processes.
-        train_cells ([`Latents`]): Training cells.
-        test_cells ([`Latents`]): Held-out cells, for the validation loss.
-        start_time (`float`): Time of `time.monotonic()` at which the training began, stage one included.
-        gaussian_mixture ([`GaussianMixtureDenoiser`], *optional*): Teacher of the network.
+    The held-out cells `test_cells` are for the validation loss. The training began at `start_time`, a time of
+    `time.monotonic()`, with stage one. The network learns from `gaussian_mixture` first.
     """
 
     def __init__(
