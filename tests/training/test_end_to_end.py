@@ -17,7 +17,7 @@ from wbdit_diffusers.training import TrainingConfig, train
 # A few cell types have fewer held-out cells than there are folds.
 pytestmark = pytest.mark.filterwarnings("ignore:The least populated class in y")
 
-# Measured, over seeds of the cells: 0.986-0.988, 0.884-0.903 and 0.62-0.66. Real training cells, with the same label counts,
+# Measured, over seeds of the cells: 0.986-0.988, 0.884-0.903 and 0.62-0.66. Real training cells of the same types
 # reach 0.988, 0.90 and 0.48. Without a trained denoiser: 0.98, -0.1-0.1 and 0.96; see the last test.
 MEAN_FLOOR = 0.97
 TYPE_FLOOR = 0.8

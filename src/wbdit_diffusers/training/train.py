@@ -124,6 +124,9 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
             )
             if accelerator.is_main_process:
                 _save(pipeline, config, training, num_test_cells=len(split.test) or test_cells.n_obs)
+    # If DDP owns the process group last, its destructor can wait forever, with the GIL, for a thread that needs the GIL.
+    del training
+    accelerator.free_memory()
     accelerator.end_training()
     return pipeline
 
