@@ -124,7 +124,7 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
             )
             if accelerator.is_main_process:
                 _save(pipeline, config, training, num_test_cells=len(split.test) or test_cells.n_obs)
-    # If DDP owns the process group last, its destructor can wait forever, with the GIL, for a thread that needs the GIL.
+    # If DDP frees the process group, its destructor holds the GIL and can wait forever for a thread that needs it.
     del training
     accelerator.free_memory()
     accelerator.end_training()
