@@ -57,17 +57,10 @@ def test_a_resumed_run_gives_the_same_weights_and_log(trained, pbmc, tmp_path):
         shutil.rmtree(folder / name)
     train(pbmc, tiny_config(folder, resume_from_checkpoint=str(folder / "checkpoint-12"), **STEPS))
     assert_same_weights(folder, trained)
-    # The line of step 16 averages the losses since step 8, of which half are from before the checkpoint.
+    # The line of step 16 averages the losses since step 8. Half of them are from before the checkpoint.
     assert rows_without_time(folder) == rows_without_time(trained)
     assert (folder / "split.json").read_bytes() == (trained / "split.json").read_bytes()
     assert [path.name for path in find_checkpoints(folder)] == ["checkpoint-12", "checkpoint-24"]
-
-
-def test_a_finished_run_is_resumed_to_itself(trained, pbmc, tmp_path):
-    folder = shutil.copytree(trained, tmp_path / "again")
-    train(pbmc, tiny_config(folder, resume_from_checkpoint="latest", **STEPS))
-    assert_same_weights(folder, trained)
-    assert read_log(folder) == read_log(trained)
 
 
 def test_resuming_with_accumulated_gradients(pbmc, tmp_path):
@@ -113,7 +106,6 @@ def test_the_split_of_the_run_is_used(pbmc, tmp_path):
 
 CHANGES = [
     ({"seed": 1}, "--seed 1: the run to continue has 0"),
-    ({"block_type": "dit"}, "--block_type dit: the run to continue has white_box"),
     ({"label_keys": ["phase"]}, r"--label_keys \['phase'\]: the run to continue has \['cell_type'\]"),
     ({"codec": "program"}, "--num_programs 8: the run to continue has None"),
     ({"max_train_steps": 3}, "--max_train_steps 3: the run to continue has 4"),
@@ -135,12 +127,6 @@ def test_outputs_and_duration_may_change(run, pbmc):
     assert [int(row["step"]) for row in read_log(run)] == [2, 4, 6]
     assert json.loads((run / "run.json").read_text())["max_train_steps"] == 6
     assert [path.name for path in find_checkpoints(run)] == ["checkpoint-4", "checkpoint-6"]
-
-
-def test_no_path_is_in_run_json(pbmc, pbmc_path, tmp_path):
-    train(None, tiny_config(tmp_path / "out", dataset=pbmc_path, **{**FEW, "max_train_steps": 1}))
-    text = (tmp_path / "out" / "run.json").read_text()
-    assert str(tmp_path) not in text and str(pbmc_path) not in text
 
 
 @pytest.mark.parametrize("spoiled", [False, True])
@@ -212,8 +198,7 @@ def test_an_incomplete_checkpoint_is_no_checkpoint(run, begun, pbmc):
     assert not list(run.glob(".*.partial"))
 
 
-DAMAGES = [("model.safetensors", None), ("optimizer.bin", b"\xff" * 1000), ("ema.safetensors", b"")]
-DAMAGES += [("progress.json", b"{")]
+DAMAGES = [("model.safetensors", None), ("optimizer.bin", b"\xff" * 1000), ("progress.json", b"{")]
 
 
 @pytest.mark.parametrize("name, damage", DAMAGES)
@@ -230,7 +215,7 @@ def test_a_damaged_checkpoint_is_refused(name, damage, run, pbmc):
 def test_a_folder_that_is_no_checkpoint_of_the_run_is_refused(name, run, pbmc):
     (run / "elsewhere" / "checkpoint-2").mkdir(parents=True)
     before = content(run)
-    with pytest.raises(ValueError, match="is no checkpoint of .*Give a checkpoint-N folder in it, or 'latest'"):
+    with pytest.raises(ValueError, match="is no checkpoint of .*Use 'latest'"):
         resume(pbmc, run, resume_from_checkpoint=str(run / name))
     assert content(run) == before
 

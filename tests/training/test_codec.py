@@ -85,20 +85,6 @@ def test_the_search_ends_at_max_programs(searched):
     assert list(losses) == [1, 2] and codec.config.num_programs == 2
 
 
-def test_a_given_number_of_programs_is_not_searched(searched):
-    codec, losses = searched(num_programs=5)
-    assert list(losses) == [5] and codec.config.num_programs == 5
-    assert codec.config.num_genes == 100 and codec.encoder[0].out_features == 32
-
-
-def test_latents_of_the_fitted_cells_are_standardised(searched, dataset):
-    codec, _ = searched(num_programs=8)
-    latents = encode_cells(dataset, codec)
-    assert latents.shape == (len(dataset), 9)
-    torch.testing.assert_close(latents.mean(0), torch.zeros(9), atol=1e-3, rtol=0)
-    torch.testing.assert_close(latents.std(0), torch.ones(9), atol=1e-3, rtol=0)
-
-
 def test_the_expression_codec_standardises_each_gene(dataset, tmp_path):
     codec = fit_expression_codec(tiny_config(tmp_path, codec="expression"), dataset)
     latents = codec.encode(*dataset.cells(slice(None)))
@@ -108,12 +94,6 @@ def test_the_expression_codec_standardises_each_gene(dataset, tmp_path):
     codec = fit_expression_codec(plain, dataset)
     assert isinstance(codec, ExpressionCodec) and codec.num_features == 100
     assert codec.latents_mean.eq(0).all() and codec.latents_std.eq(1).all()
-
-
-def test_the_same_seed_gives_the_same_codec(searched):
-    first, again, other = (searched(seed=seed, num_programs=4)[0].state_dict() for seed in (0, 0, 1))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["heads.log_rates.weight"], other["heads.log_rates.weight"])
 
 
 def test_refitting_makes_the_final_programs_say_more_of_their_cells(dataset, tmp_path):
@@ -150,7 +130,7 @@ def test_programs_are_read_along_axes_that_change_no_cell(dataset, tmp_path):
 
 
 def test_a_few_cells_program_is_theirs(dataset):
-    """A program that one cell in ten has points to these, whatever its genes and the sign of the fit."""
+    """A program that one cell in ten has points to these, regardless of its genes and the sign of the fit."""
     torch.manual_seed(0)
     few = (torch.arange(len(dataset)) % 10 == 0).float() + 0.1 * torch.randn(len(dataset))
     codec = ProgramCodec(100, 2, hidden_size=4)
@@ -161,17 +141,6 @@ def test_a_few_cells_program_is_theirs(dataset):
         activities = (programs - programs.mean(0)) / programs.std(0) @ codec.program_axes.T
         correlation = np.corrcoef(activities.T, few)[-1, :2]
         assert correlation[np.abs(correlation).argmax()] > 0.9
-
-
-def test_seeds_agree_on_the_programs(dataset, tmp_path):
-    """Up to their axes. From random weights a fifth of one seed's programs is not in those of another one."""
-    codes = []
-    for seed in (0, 1):
-        codec, _ = fit_programs(tiny_config(tmp_path, seed=seed), dataset, 4, CPU, deadline=np.inf)
-        codes.append(encode_cells(dataset, codec)[:, :4].double())
-    one, other = (values - values.mean(0) for values in codes)
-    residual = one - other @ torch.linalg.lstsq(other, one).solution
-    assert residual.square().sum() < 0.02 * one.square().sum()
 
 
 def test_independent_programs_are_found(dataset):
@@ -191,14 +160,6 @@ def test_few_cells_and_flat_programs_keep_their_axes(dataset):
     find_program_axes(codec, torch.randn(15, 8))
     find_program_axes(codec, torch.randn(len(dataset), 8) * torch.arange(8))  # the first is always 0
     assert torch.equal(codec.program_axes, torch.eye(8))
-
-
-def test_the_fit_follows_the_cells(searched, dataset):
-    """Programs tell cells apart: with them the counts are likelier than with every cell's programs at the mean."""
-    codec, _ = searched(num_programs=8, codec_max_steps=200, decoder_steps=100)
-    programs = (encode_cells(dataset, codec) * codec.latents_std + codec.latents_mean)[:, :-1]
-    fitted = negative_log_likelihood(dataset, codec, programs)
-    assert fitted < 0.95 * negative_log_likelihood(dataset, codec, programs.mean(0).expand_as(programs))
 
 
 def test_labels_get_effects_in_the_second_fit_and_a_prior_holds_them(dataset, tmp_path):
@@ -239,7 +200,7 @@ def test_stage_one_ends_at_its_deadline(decoder_steps, dataset, tmp_path, never_
 
 
 def test_the_decoder_s_learning_rate_falls_with_its_time(dataset, tmp_path, monkeypatch, caplog):
-    """Along the cosine to its end, so that few steps end as well as many."""
+    """Along the cosine to its end, for any number of steps."""
     rates, step = [], torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
     config = tiny_config(tmp_path, decoder_steps=10_000_000)
@@ -252,12 +213,6 @@ def test_the_decoder_s_learning_rate_falls_with_its_time(dataset, tmp_path, monk
     rates.clear()
     refit_decoder(tiny_config(tmp_path, decoder_steps=4), dataset, codec, programs)
     np.testing.assert_allclose(rates, 3e-3 * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2)
-
-
-def test_a_deadline_in_the_past_leaves_one_step(dataset, tmp_path, caplog, never_enough):
-    with caplog.at_level("INFO", logger="wbdit_diffusers"):
-        fit_programs(tiny_config(tmp_path, codec_max_steps=ENDLESS), dataset, 8, CPU, deadline=time.monotonic() - 1)
-    assert "8 programs, 1 steps" in caplog.text
 
 
 def steps_taken(capsys) -> int:
@@ -273,15 +228,6 @@ def test_patience_ends_a_fit_that_does_not_improve(dataset, tmp_path, capsys, ne
     fit_programs(config, dataset, 4, CPU, deadline=time.monotonic() + 200)
     # The first of 630 training cells' losses, one every 63 steps, is the best, and two later ones are within patience.
     assert steps_taken(capsys) == 4 * 63
-
-
-def test_tolerance_ends_a_fit_that_gets_worse(pbmc, tmp_path, capsys, never_enough, monkeypatch):
-    """A fit to so few cells overfits soon."""
-    monkeypatch.setattr(module, "STOP_TOLERANCES", {"nb_mixture": 0.01})
-    processor = ScRNAProcessor(num_genes=100).fit(pbmc[:60])
-    config = tiny_config(tmp_path, codec_learning_rate=1e-2, codec_max_steps=ENDLESS)
-    fit_programs(config, CellDataset(pbmc[:60], processor), 8, CPU, deadline=time.monotonic() + 200)
-    assert steps_taken(capsys) % 10 == 0  # a validation ended it, not the clock
 
 
 def test_cells_are_fitted_once_and_loaded_afterwards(dataset, tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from tiny import column, read_log, tiny_config, weights
 
 from wbdit_diffusers import GaussianMixtureDenoiser, ScRNAProcessor, WhiteBoxDiTModel
-from wbdit_diffusers.data import CellDataset, Latents, encode_cells
+from wbdit_diffusers.data import CellDataset, encode_cells
+from wbdit_diffusers.data.latents import Latents
 from wbdit_diffusers.sampling import training_scheduler
 from wbdit_diffusers.training import train
 from wbdit_diffusers.training.codec import fit_expression_codec
@@ -70,11 +71,6 @@ def test_learning_rate_decays_by_steps_or_by_minutes(step, seconds, expected, tm
         assert learning_rate(config, 1000, step, 1e9) == pytest.approx(expected)
 
 
-def test_learning_rate_without_decay_is_flat(tmp_path):
-    config = tiny_config(tmp_path, learning_rate=1e-3, lr_decay_fraction=0, max_train_steps=10)
-    assert learning_rate(config, 10, 10, 0.0) == 1e-3
-
-
 # ==================== The network ====================
 
 
@@ -87,12 +83,6 @@ def test_each_program_is_a_token_unless_there_are_many(num_programs, expected, p
 
 
 # ==================== The log ====================
-
-
-def test_the_learning_rate_of_a_training_warms_up_and_ends_low(trained):
-    rates = column(trained, "learning_rate")
-    assert rates[0] == rates[3] == 2e-3  # step 16 of 24: before the last 30%
-    assert 0 < rates[-1] < rates[-2] < 2e-3
 
 
 def test_losses_are_logged_and_fall(trained):
@@ -144,21 +134,14 @@ def test_accumulated_gradients_are_those_of_one_larger_batch(pbmc, tmp_path, mon
     assert large["proj_out.weight"].abs().max() > 1e-3  # it starts at zero
 
 
-@pytest.mark.parametrize("changes", [{"validation_steps": 2}, {"checkpointing_steps": 2, "validation_steps": 10}])
-def test_a_diverged_denoiser_is_refused_and_not_saved(changes, pbmc, tmp_path, monkeypatch):
+def test_a_diverged_denoiser_is_refused_and_not_saved(pbmc, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "wbdit_diffusers.training.denoiser.diffusion_loss", lambda *_: torch.tensor(np.nan).requires_grad_()
     )
-    config = tiny_config(tmp_path, codec="expression", max_train_steps=10, **changes)
+    config = tiny_config(tmp_path, codec="expression", max_train_steps=10, checkpointing_steps=2)
     with pytest.raises(ValueError, match="denoiser's loss is nan at step 2.*Lower --learning_rate"):
         train(pbmc, config)
     assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "model_index.json").exists()
-
-
-def test_more_batches_in_a_step_than_in_an_epoch_are_refused(pbmc, tmp_path):
-    config = tiny_config(tmp_path, codec="expression", gradient_accumulation_steps=9)
-    with pytest.raises(ValueError, match="--gradient_accumulation_steps 9: an epoch has only 8 batches of 64 cells"):
-        train(pbmc, config)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -265,9 +248,3 @@ def test_the_validation_batch_is_a_random_sample(pbmc, tmp_path, monkeypatch):
     held_out, of_all = test_cells.obs["cell_type"].iloc[first], test_cells.obs["cell_type"]
     common = of_all.value_counts()[lambda numbers: numbers >= 20].index
     assert set(common) <= set(held_out) and of_all.iloc[:40].nunique() < held_out.nunique()
-
-
-def test_few_held_out_cells_are_all_in_the_validation_batch(pbmc, tmp_path):
-    training, everything = prepare(pbmc, tiny_config(tmp_path, codec="expression"))
-    assert torch.equal(training.validation_batch["latents"], everything)
-    assert training.validation_loss() == training.validation_loss()  # always the same noise

@@ -8,7 +8,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-from wbdit_diffusers import ProgramCodec, ScRNAGenerationPipeline, WhiteBoxDiTModel
+from wbdit_diffusers import ScRNAGenerationPipeline, WhiteBoxDiTModel
 from wbdit_diffusers.data import CellSplit
 from wbdit_diffusers.processing.normalize import log_normalize
 from wbdit_diffusers.training import TrainingConfig, train
@@ -17,7 +17,7 @@ from wbdit_diffusers.training import TrainingConfig, train
 # A few cell types have fewer held-out cells than there are folds.
 pytestmark = pytest.mark.filterwarnings("ignore:The least populated class in y")
 
-# Measured, over seeds of the cells: 0.986-0.988, 0.884-0.903 and 0.62-0.66. Real training cells, as many of each type,
+# Measured, over seeds of the cells: 0.986-0.988, 0.884-0.903 and 0.62-0.66. Real training cells of the same types
 # reach 0.988, 0.90 and 0.48. Without a trained denoiser: 0.98, -0.1-0.1 and 0.96; see the last test.
 MEAN_FLOOR = 0.97
 TYPE_FLOOR = 0.8
@@ -51,7 +51,7 @@ class Judge:
         return (np.stack(means) - expression.mean(axis=0)).ravel()
 
     def auc(self, generated: np.ndarray) -> float:
-        """Of a forest that tells generated from held-out cells, with folds by source and label."""
+        """The AUC of a forest that separates generated from held-out cells, with folds by source and label."""
         x, y = np.vstack([self.real, generated]), np.repeat([0, 1], len(self.real))
         strata = [f"{source} {label}" for source, label in zip(y, np.tile(self.labels, 2))]
         folds = list(StratifiedKFold(5, shuffle=True, random_state=0).split(x, strata))
@@ -79,23 +79,6 @@ def trained(pbmc, tmp_path_factory) -> tuple[ScRNAGenerationPipeline, Judge]:
     return pipe, Judge(held_out, pipe.processor.var_names.tolist())
 
 
-def with_untrained(pipe: ScRNAGenerationPipeline, component: str) -> ScRNAGenerationPipeline:
-    """The same pipeline, but one of its networks has learned nothing."""
-    torch.manual_seed(0)
-    components = dict(pipe.components)
-    if component == "denoiser":
-        components["denoiser"] = WhiteBoxDiTModel.from_config(pipe.denoiser.config).eval()
-    else:
-        codec = ProgramCodec.from_config(pipe.codec.config).eval()
-        codec.latents_mean.copy_(pipe.codec.latents_mean)
-        codec.latents_std.copy_(pipe.codec.latents_std)
-        codec.log_library_size_range.copy_(pipe.codec.log_library_size_range)
-        components["codec"] = codec
-    broken = ScRNAGenerationPipeline(**components, num_inference_steps=pipe.config.num_inference_steps)
-    broken.set_progress_bar_config(disable=True)
-    return broken
-
-
 def test_generated_cells_resemble_held_out_ones(trained):
     pipe, judge = trained
     scores = judge(pipe)
@@ -104,17 +87,12 @@ def test_generated_cells_resemble_held_out_ones(trained):
     assert scores["auc"] <= AUC_CEILING, scores
 
 
-@pytest.mark.parametrize(
-    "component, failing",
-    # The decoder's bias alone knows the genes' means; cell types are the denoiser's work.
-    [("denoiser", ["types", "auc"]), ("codec", ["means", "types", "auc"])],
-)
-def test_an_untrained_network_fails_the_floors(component, failing, trained):
+def test_an_untrained_denoiser_fails_the_floors(trained):
+    """The decoder's bias alone knows the genes' means. Cell types are the work of the denoiser."""
     pipe, judge = trained
-    scores = judge(with_untrained(pipe, component))
-    passes = {
-        "means": scores["means"] >= MEAN_FLOOR,
-        "types": scores["types"] >= TYPE_FLOOR,
-        "auc": scores["auc"] <= AUC_CEILING,
-    }
-    assert not any(passes[name] for name in failing), scores
+    torch.manual_seed(0)
+    denoiser = WhiteBoxDiTModel.from_config(pipe.denoiser.config).eval()
+    untrained = ScRNAGenerationPipeline(**{**pipe.components, "denoiser": denoiser}, num_inference_steps=20)
+    untrained.set_progress_bar_config(disable=True)
+    scores = judge(untrained)
+    assert scores["types"] < TYPE_FLOOR and scores["auc"] > AUC_CEILING, scores

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from tiny import tiny_config
 
-from wbdit_diffusers.data import Latents
+from wbdit_diffusers.data.latents import Latents
 from wbdit_diffusers.training import gaussian_mixture as module
 from wbdit_diffusers.training import train
 from wbdit_diffusers.training.gaussian_mixture import (

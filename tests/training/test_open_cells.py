@@ -66,19 +66,6 @@ def test_a_large_file_gives_the_cells_of_memory(suffix, layer, kind, pbmc, tmp_p
             np.testing.assert_equal(value, expected)
 
 
-def test_a_training_opens_its_file_once(pbmc_path, tmp_path, monkeypatch):
-    opened, init = [], h5py.File.__init__
-
-    def counted(self, name, *args, **kwargs):
-        opened.append(str(name))
-        init(self, name, *args, **kwargs)
-
-    monkeypatch.setattr(h5py.File, "__init__", counted)
-    with open_cells(pbmc_path, config_of(tmp_path)) as (train_cells, _, _):
-        ScRNAProcessor(label_keys=["cell_type"], num_genes=100).fit(train_cells).select(train_cells)
-    assert opened.count(str(pbmc_path)) == 1  # other calls are of h5py itself, with handles
-
-
 def test_held_out_cells_are_at_most_as_many_as_a_loss_needs(pbmc, pbmc_path, tmp_path, monkeypatch):
     monkeypatch.setattr("wbdit_diffusers.training.cells.MAX_TEST_CELLS", 50)
     for limit in (1000, 100):

@@ -28,20 +28,10 @@ def open_cells(
     source: str | Path | ad.AnnData | None, config: TrainingConfig
 ) -> Iterator[tuple[CellSource, ad.AnnData, CellSplit]]:
     """
-    Opens the cells of a training for as long as the `with` block runs.
+    Opens the cells of a training for as long as the `with` block runs, and leaves out empty cells.
 
-    Args:
-        source (`str`, `Path` or `AnnData`, *optional*): The cells, their file, or a prepared folder, which may be on
-            the Hub. Default: `config.dataset`.
-        config ([`TrainingConfig`]): Layer, label keys, and how to split the cells.
-
-    Yields:
-        `tuple`: the training cells, in memory or, of a large file, on disk; at most 10,000 held-out cells in memory;
-        and the split. Empty cells are left out.
-
-    Raises:
-        ValueError: If a label or layer is missing, the file can't be read, or there are too few cells.
-        OSError: If there is no such file.
+    Yields the training cells (in memory, or on disk if they are many), at most 10,000 held-out cells in memory, and
+    the split. A prepared folder may be on the Hub.
     """
     given: list[Any] = [one for one in (source, config.dataset) if one is not None]
     if len(given) != 1:
@@ -69,7 +59,7 @@ def open_cells(
 
 
 def _open(source: str | Path | ad.AnnData, layer: str | None):
-    """A source of all cells, to be used by `with`; a file of many cells stays on disk."""
+    """A source of all cells for a `with` block. A file of many cells stays on disk."""
     if isinstance(source, ad.AnnData):
         return nullcontext(AnnDataSource(source, layer))
     if Path(source).suffix not in (".h5ad", ".zarr"):
@@ -86,7 +76,7 @@ def _open(source: str | Path | ad.AnnData, layer: str | None):
 
 
 def _open_prepared(folder: str | Path, config: TrainingConfig) -> tuple[PreparedCells, ad.AnnData, CellSplit]:
-    """The same of a folder that `wbdit prepare` wrote and split."""
+    """The cells and the split of a folder that `wbdit prepare` wrote."""
     train = PreparedCells(folder)
     values = train.metadata["values"]
     if values != config.values:
@@ -105,11 +95,9 @@ def _open_prepared(folder: str | Path, config: TrainingConfig) -> tuple[Prepared
 
 def _resumed_split(config: TrainingConfig) -> CellSplit | None:
     """The split of --split or of the run to resume."""
-    if config.split is not None:
-        return CellSplit.load(config.split)
-    if config.resume_from_checkpoint is not None and (config.output_dir / CellSplit.FILE_NAME).is_file():
-        return CellSplit.load(config.output_dir)
-    return None
+    is_resumed = config.resume_from_checkpoint is not None and (config.output_dir / CellSplit.FILE_NAME).is_file()
+    path = config.split or (config.output_dir if is_resumed else None)
+    return None if path is None else CellSplit.load(path)
 
 
 def _check_number(num_cells: int):

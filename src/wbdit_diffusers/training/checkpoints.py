@@ -20,7 +20,7 @@ from .processes import sync_errors
 
 
 RUN_NAME, LATENTS_NAME, STAGE_ONE_NAME = "run.json", "latents.npy", "stage_one"
-# What a training writes besides checkpoints. run.json is the last to be removed: it says that the rest may be.
+# All outputs of a training but its checkpoints. run.json is removed last, because it permits to remove the others.
 FILES = ["README.md", "model_index.json", CellSplit.FILE_NAME, TRAINING_NAME, "training_log.csv", LATENTS_NAME]
 FILES += [STAGE_ONE_NAME, "codec", "denoiser", "processor", "scheduler", "logs/wbdit_diffusers", RUN_NAME]
 # Fields that change neither the cells nor the steps of a run
@@ -29,29 +29,15 @@ MAY_CHANGE |= {"push_to_hub", "hub_model_id", "data_name", "data_license", "data
 MAY_CHANGE |= {"num_inference_steps", "scheduler"}
 
 
-# ==================== The run ====================
-
-
 def find_run(config: TrainingConfig) -> tuple[bool, Path | None]:
-    """
-    Finds the run to resume. Nothing is written.
-
-    Returns:
-        `tuple[bool, Path | None]`: whether a run is resumed, and its checkpoint if it has one.
-
-    Raises:
-        ValueError: If the folder holds another run, the checkpoint is not in it, or a flag differs.
-    """
+    """Returns whether a run is resumed, and its checkpoint if it has one. Writes nothing."""
     folder, resume_from = config.output_dir, config.resume_from_checkpoint
     checkpoints, has_run = find_checkpoints(folder), (folder / RUN_NAME).is_file()
     checkpoint = checkpoints[-1] if checkpoints else None
     if resume_from not in (None, "latest"):
         checkpoint = folder / Path(resume_from).name
         if checkpoint not in checkpoints or checkpoint.resolve() != Path(resume_from).resolve():
-            raise ValueError(
-                f"--resume_from_checkpoint {resume_from} is no checkpoint of {folder}. Give a checkpoint-N folder in"
-                " it, or 'latest'."
-            )
+            raise ValueError(f"--resume_from_checkpoint {resume_from} is no checkpoint of {folder}. Use 'latest'.")
     if resume_from is not None and has_run:
         _check_config(json.loads((folder / RUN_NAME).read_text()), config)
         return True, checkpoint
@@ -59,10 +45,8 @@ def find_run(config: TrainingConfig) -> tuple[bool, Path | None]:
     if files and not has_run:
         raise ValueError(f"--output_dir {folder} holds {files[0]}, but no {RUN_NAME} of a training: use another one.")
     if files and not config.overwrite_output_dir:
-        raise ValueError(
-            f"--output_dir {folder} holds a run. Continue it with --resume_from_checkpoint latest, replace it with"
-            " --overwrite_output_dir, or use another folder."
-        )
+        how = "Continue it with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
+        raise ValueError(f"--output_dir {folder} holds a run. {how}.")
     return False, None
 
 
@@ -71,9 +55,7 @@ def _check_config(old: dict, config: TrainingConfig):
     for name, value in config_without_places(config).items():
         may_change = name in MAY_CHANGE or (name == "max_train_steps" and value >= old.get(name, value))
         if value != old.get(name) and not may_change:
-            raise ValueError(
-                f"--{name} {value}: the run to continue has {old.get(name)}. Use the same value, or another folder."
-            )
+            raise ValueError(f"--{name} {value}: the run to continue has {old.get(name)}. Use the same value.")
 
 
 @contextmanager
@@ -118,25 +100,14 @@ def _discard(paths: list[Path]):
         remove(partial_path(path))
 
 
-# ==================== Checkpoints ====================
-
-
 @dataclass
 class Progress:
-    """
-    How far stage two is.
+    """The progress of stage two."""
 
-    Args:
-        step (`int`): Optimizer steps taken.
-        num_seen (`int`): Cells that all processes together have seen.
-        seconds (`float`): Seconds taken, stage one included.
-        losses (`list[float]`): Losses since the last line of the log, averaged over processes.
-    """
-
-    step: int = 0
-    num_seen: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
+    step: int = 0  # of the optimizer
+    num_seen: int = 0  # cells that all processes together have seen
+    seconds: float = 0.0  # stage one included
+    losses: list[float] = field(default_factory=list)  # since the last line of the log, averaged over processes
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -148,12 +119,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(
     accelerator: Accelerator, ema: EMAModel, progress: Progress, folder: Path, total_limit: int | None
 ):
-    """
-    Saves model, optimizer, averaged weights and progress, and removes the oldest checkpoints beyond the limit.
-
-    Raises:
-        OSError: If the checkpoint can't be written. Older checkpoints are kept.
-    """
+    """Saves model, optimizer, averaged weights and progress, and removes the oldest checkpoints beyond the limit."""
 
     def write(path: Path):
         accelerator.save_state(str(path))
@@ -171,20 +137,13 @@ def save_checkpoint(
 
 
 def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path) -> Progress:
-    """
-    Loads what [`save_checkpoint`] saved, and returns the progress.
-
-    Raises:
-        ValueError: If a file is missing, damaged or of another network.
-    """
+    """Loads what [`save_checkpoint`] saved, and returns the progress."""
     try:
         accelerator.load_state(str(checkpoint))
         averaged = load_file(checkpoint / "ema.safetensors")
         progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
         ema.shadow_params = [averaged[str(i)].to(accelerator.device) for i in range(len(ema.shadow_params))]
     except Exception as error:  # of PyTorch, safetensors and json
-        raise ValueError(
-            f"--resume_from_checkpoint {checkpoint} is damaged ({one_line(error)}). Use another checkpoint."
-        ) from error
+        raise ValueError(f"{checkpoint} is damaged ({one_line(error)}). Use another checkpoint.") from error
     ema.optimization_step = progress.step
     return progress

@@ -47,22 +47,7 @@ SKEWED = 0.75  # skewness of the activities above which a program belongs to a f
 def prepare_codec(
     config: TrainingConfig, accelerator: Accelerator, cells: CellDataset, folder: Path, deadline: float = math.inf
 ) -> ProgramCodec | ExpressionCodec:
-    """
-    Fits the codec in the main process, which saves it for the others and for resumed runs.
-
-    Args:
-        config ([`TrainingConfig`]): Configuration.
-        accelerator (`Accelerator`): Processes.
-        cells ([`CellDataset`]): Training cells.
-        folder (`Path`): Folder for the fitted codec.
-        deadline (`float`, defaults to never): Time of `time.monotonic()` at which the fit ends at the latest.
-
-    Returns:
-        [`ProgramCodec`] or [`ExpressionCodec`]: on the CPU. Latents of the training cells are standardised.
-
-    Raises:
-        ValueError: If the loss or a weight is not finite.
-    """
+    """Fits the codec in the main process, which saves it in `folder` for the others and for resumed runs."""
     path, codec = folder / "codec", None
     with sync_errors(accelerator):
         if accelerator.is_main_process and not path.is_dir():
@@ -78,12 +63,8 @@ def prepare_codec(
 
 def fit_expression_codec(config: TrainingConfig, cells: CellDataset) -> ExpressionCodec:
     """Measures the mean and standard deviation of each gene."""
-    codec = ExpressionCodec(
-        num_genes=cells.matrix.shape[1],
-        values=config.values,
-        standardize=config.standardize,
-        model_library_size=config.model_library_size,
-    )
+    num_genes = cells.matrix.shape[1]
+    codec = ExpressionCodec(num_genes, config.values, config.standardize, config.model_library_size)
     codec.fit_statistics(cells.matrix, cells.library_size)
     return codec.eval()
 
@@ -92,17 +73,11 @@ def fit_program_codec(
     config: TrainingConfig, cells: CellDataset, device: torch.device, deadline: float = math.inf
 ) -> ProgramCodec:
     """
-    Fits gene programs.
+    Fits gene programs, standardises the latents, and finds axes along which the programs can be read.
 
-    If their number is not given, it is doubled while that lowers the validation loss enough. Each program is one more
-    dimension for the denoiser to learn, and a smaller gain is not worth it. Then the decoder is fitted once more, the
-    latents are standardised, and the programs get axes along which they can be read.
-
-    Args:
-        config ([`TrainingConfig`]): Configuration.
-        cells ([`CellDataset`]): Training cells.
-        device (`torch.device`): Device of the fit.
-        deadline (`float`, defaults to never): Time of `time.monotonic()` at which the fit ends at the latest.
+    A number of programs that is not given is doubled while that lowers the validation loss enough. Each program is one
+    more dimension for the denoiser to learn, and a smaller gain is not worth it. The fit ends at `deadline` at the
+    latest, a time of `time.monotonic()`.
     """
     num_genes = cells.matrix.shape[1]
     search_deadline = deadline
@@ -149,32 +124,15 @@ class EarlyStopping:
 
 
 def fit_programs(
-    config: TrainingConfig,
-    cells: CellDataset,
-    num_programs: int,
-    device: torch.device,
-    deadline: float = math.inf,
+    config: TrainingConfig, cells: CellDataset, num_programs: int, device: torch.device, deadline: float = math.inf
 ) -> tuple[ProgramCodec, float]:
     """
     Fits encoder and decoder together, until the loss of validation cells ends the fit.
 
     The validation cells are *training* cells; held-out cells are never seen. The weights are the last ones, not those
-    of the best loss: programs that follow their cells slightly more closely give better cells once the decoder is
-    fitted to them (lab/experiments.md).
-
-    Args:
-        config ([`TrainingConfig`]): Configuration.
-        cells ([`CellDataset`]): Training cells.
-        num_programs (`int`): Number of programs.
-        device (`torch.device`): Device of the fit.
-        deadline (`float`, defaults to never): Time of `time.monotonic()` at which the fit ends at the latest.
-
-    Returns:
-        `tuple[ProgramCodec, float]`: the codec, and its best validation loss in nats per cell. For log values the loss
-        counts from the start of the fit.
-
-    Raises:
-        ValueError: If the loss is not finite.
+    of the best loss. Programs that follow their cells more closely give better cells once the decoder is fitted to
+    them (lab/experiments.md). Returns the codec and its best validation loss in nats per cell. For log
+    values, the loss counts from the start of the fit.
     """
     generator = torch.Generator().manual_seed(config.seed)
     shuffled = torch.randperm(len(cells), generator=generator).numpy()
@@ -201,17 +159,12 @@ def fit_programs(
         if step % steps_between_validations == 0 or stop:
             validation_loss = _validation_loss(config, cells, codec, validation_cells)
             if not math.isfinite(validation_loss):
-                raise ValueError(
-                    f"Gene programs: the validation loss is {validation_loss} after {step} steps. Lower"
-                    " --codec_learning_rate."
-                )
+                raise ValueError(f"Gene programs: validation loss {validation_loss}. Lower --codec_learning_rate.")
             stop = stopping.should_stop(validation_loss, step) or stop
             progress_bar.set_postfix(loss=round(loss.item(), 2), validation_loss=round(validation_loss, 2))
     progress_bar.close()
-    logger.info(
-        f"Gene programs: validation loss {stopping.best_loss:.2f} nats per cell ({num_programs} programs,"
-        f" {stopping.best_step} steps)."
-    )
+    found = f"validation loss {stopping.best_loss:.2f} nats per cell"
+    logger.info(f"Gene programs: {found} ({num_programs} programs, {stopping.best_step} steps).")
     return codec, stopping.best_loss - zero_point
 
 
@@ -246,29 +199,15 @@ def _validation_loss(config: TrainingConfig, cells: CellDataset, codec: ProgramC
 
 
 def refit_decoder(
-    config: TrainingConfig,
-    cells: CellDataset,
-    codec: ProgramCodec,
-    programs: torch.Tensor,
-    deadline: float = math.inf,
+    config: TrainingConfig, cells: CellDataset, codec: ProgramCodec, programs: torch.Tensor, deadline: float = math.inf
 ):
     """
     Fits the decoder once more, to all training cells and their final programs.
 
     The denoiser imitates these programs, without the posterior noise under which the decoder was first trained. So
     all variation that is not in the programs must be in the decoder's noise. Labels get their effects here: with them
-    in the first fit, the programs would not distinguish cell types.
-
-    Args:
-        config ([`TrainingConfig`]): Configuration.
-        cells ([`CellDataset`]): Training cells.
-        codec ([`ProgramCodec`]): Codec, whose heads and label effects are changed.
-        programs (`torch.Tensor` of shape `(cells, num_programs)`): Programs of the training cells.
-        deadline (`float`, defaults to never):
-            Time of `time.monotonic()` at which the fit ends at the latest. The learning rate falls to zero by then.
-
-    Raises:
-        ValueError: If a weight is not finite.
+    in the first fit, the programs would not distinguish cell types. The learning rate falls to zero by the last step,
+    or by `deadline`. `programs` has the shape `(cells, num_programs)`.
     """
     generator = torch.Generator().manual_seed(config.seed)
     parameters = [*codec.heads.parameters(), *codec.label_effects.parameters()]
@@ -284,12 +223,9 @@ def refit_decoder(
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
         batch = torch.randint(len(cells), (2 * config.codec_batch_size,), generator=generator)
         values, library_size = cells.cells(batch.numpy())
-        loss = codec.decoder_loss(
-            programs[batch].to(codec.device),
-            values.to(codec.device),
-            library_size.to(codec.device),
-            None if cells.class_labels is None else cells.class_labels[batch],
-        ).mean()
+        class_labels = None if cells.class_labels is None else cells.class_labels[batch]
+        some, values, library_size = (one.to(codec.device) for one in (programs[batch], values, library_size))
+        loss = codec.decoder_loss(some, values, library_size, class_labels).mean()
         loss = loss + prior_loss(config, codec, len(cells))
         optimizer.zero_grad()
         loss.backward()
@@ -309,14 +245,9 @@ def find_program_axes(codec: ProgramCodec, programs: torch.Tensor):
     Finds independent components of the programs. Decoded cells are the same along any axes. Along these, a response
     such as that to interferon is one program instead of several (lab/experiments.md). The latents keep their axes.
 
-    The components are uncorrelated, and sorted by the variance that they explain. A program is positive in the few
-    cells that have it, or if its activities are not skewed, where it raises few genes by much.
-
-    Args:
-        codec ([`ProgramCodec`]): Fitted codec with standardised latents. Gets its `program_axes`.
-        programs (`torch.Tensor` of shape `(cells, num_programs)`):
-            Standardised programs of the training cells. They keep their axes if there are fewer than two cells for
-            each program, or if a program is the same in all cells.
+    The components are uncorrelated and sorted by the variance that they explain. A program is positive in the few
+    cells that have it. If its activities are not skewed, it is positive where it raises few genes by much. The
+    standardised programs `(cells, num_programs)` keep their axes if cells are few or a program is constant.
     """
     is_flat = torch.linalg.matrix_rank(programs - programs.mean(0)) < programs.shape[1]
     if len(programs) < 2 * programs.shape[1] or is_flat:

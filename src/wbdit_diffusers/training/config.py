@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from ..files import one_line
@@ -134,7 +127,7 @@ class DenoiserConfig:
     """Dimension of a head. The width of the network is the number of heads times this."""
     mixture_share: Fraction = 0.3
     """Share of the Gaussian mixture in the training target at the end. With gene programs the network first learns the
-    closed-form prediction of a Gaussian mixture, then more and more from the cells. 0 for no mixture."""
+    closed-form prediction of a Gaussian mixture, then more and more from the cells. 0 for the cells alone."""
     condition_dropout: Share = 0.1
     """Fraction of the cells that are trained without labels, as guidance requires."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
@@ -274,13 +267,7 @@ def command_of(config: TrainingConfig) -> str:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """
-    Reads a YAML file of fields, or a config in this package: `"paper"`, or the name of a public dataset.
-
-    Raises:
-        FileNotFoundError: If there is no such file and no such name.
-        ValueError: If the file does not hold fields and values.
-    """
+    """Reads a YAML file of fields, or a config in this package: `"paper"`, or the name of a public dataset."""
     from ..data.public import RECIPES
 
     shipped = {Path(str(file)).stem: file for file in SHIPPED_CONFIGS.iterdir()}

@@ -44,23 +44,15 @@ def diffusion_loss(
     """
     Mean squared error of the prediction, at one random timestep for each cell.
 
-    Args:
-        model (`torch.nn.Module`): Denoiser.
-        noise_scheduler ([`DDPMScheduler`]): Forward process. Its `prediction_type` is that of the denoiser.
-        batch (`dict`): `latents` `(batch, num_features)` and `class_labels` `(batch, num_label_keys)`.
-        generator (`torch.Generator`): Generator of noise and timesteps.
-        gaussian_mixture ([`GaussianMixtureDenoiser`], *optional*):
-            Teacher, whose prediction is a `share` of the target (distillation, arXiv 1907.04829). It is the mean over
-            all clean cells that fit a noisy one, and so has less variance than the noise of a single cell.
-        share (`float`, defaults to 0.0): Share of the Gaussian mixture, from 0 to 1.
+    A batch has `latents` `(batch, num_features)` and `class_labels` `(batch, num_label_keys)`. The prediction of the
+    Gaussian mixture is a `share` of the target, from 0 to 1 (distillation, arXiv 1907.04829). It is the mean over all
+    clean cells that fit a noisy one, so it has less variance than the noise of a single cell.
     """
     latents = batch["latents"]  # (batch, num_features)
     noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
     # Timestep 0 is left out, as in the paper.
-    num_train_timesteps = noise_scheduler.config.num_train_timesteps
-    timesteps = torch.randint(
-        1, num_train_timesteps, (len(latents),), generator=generator, device=latents.device
-    )  # (batch,)
+    end = noise_scheduler.config.num_train_timesteps
+    timesteps = torch.randint(1, end, (len(latents),), generator=generator, device=latents.device)  # (batch,)
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     class_labels = batch["class_labels"] if batch["class_labels"].shape[1] else None
     prediction = model(noisy_latents, timesteps, class_labels=class_labels, return_dict=False)[0]
@@ -95,22 +87,13 @@ def learning_rate(config: TrainingConfig, max_train_steps: int, step: int, secon
 
 
 def batch_sizes(config: TrainingConfig, num_cells: int, num_processes: int) -> tuple[int, int]:
-    """
-    The number of cells in a batch of one process, and in an optimizer step.
-
-    Raises:
-        ValueError: If an epoch has fewer batches than an optimizer step takes, or there are more processes than cells.
-    """
+    """The number of cells in a batch of one process, and in an optimizer step."""
     assert config.train_batch_size is not None  # set by the config
     batch_size = min(config.train_batch_size, max(1, num_cells // num_processes))
     num_batches = num_cells // batch_size // num_processes
-    if num_batches == 0:
-        raise ValueError(f"{num_cells} training cells are too few for {num_processes} processes. Start fewer.")
     if config.gradient_accumulation_steps > num_batches:
-        raise ValueError(
-            f"--gradient_accumulation_steps {config.gradient_accumulation_steps}: an epoch has only {num_batches}"
-            f" batches of {batch_size} cells. Use at most {num_batches}."
-        )
+        flag = f"--gradient_accumulation_steps {config.gradient_accumulation_steps}"
+        raise ValueError(f"{flag}: an epoch has only {num_batches} batches of {batch_size} cells. Use fewer.")
     return batch_size, batch_size * config.gradient_accumulation_steps * num_processes
 
 
@@ -118,13 +101,8 @@ class DenoiserTraining:
     """
     The training loop and its state.
 
-    Args:
-        config ([`TrainingConfig`]): Configuration.
-        accelerator (`Accelerator`): Devices and processes.
-        train_cells ([`Latents`]): Training cells.
-        test_cells ([`Latents`]): Held-out cells, for the validation loss.
-        start_time (`float`): Time of `time.monotonic()` at which the training began, stage one included.
-        gaussian_mixture ([`GaussianMixtureDenoiser`], *optional*): Teacher of the network.
+    The held-out cells `test_cells` are for the validation loss. The training began at `start_time`, a time of
+    `time.monotonic()`, with stage one. The network learns from `gaussian_mixture` first.
     """
 
     def __init__(
@@ -152,16 +130,10 @@ class DenoiserTraining:
             condition_sizes=train_cells.condition_sizes,
             condition_dropout=config.condition_dropout,
         )
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
-        self.ema = EMAModel(
-            model.parameters(),
-            decay=config.ema_decay if config.use_ema else 0.0,  # with decay 0 the average is the model itself
-            use_ema_warmup=True,
-            power=2 / 3,
-            foreach=True,
-        )
+        decay = config.weight_decay
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=decay, fused=True)
+        ema_decay = config.ema_decay if config.use_ema else 0.0  # with decay 0 the average is the model itself
+        self.ema = EMAModel(model.parameters(), decay=ema_decay, use_ema_warmup=True, power=2 / 3, foreach=True)
         self.ema.to(accelerator.device)
         if config.compile:
             model.compile_repeated_blocks(fullgraph=True)
@@ -200,19 +172,11 @@ class DenoiserTraining:
         write_whole(self.log_path, write)
 
     def run(self):
-        """
-        Trains until the last step, or until the time is over.
-
-        Raises:
-            ValueError: If the loss or a weight is not finite.
-            TrainingInterrupted: If a signal came, after a checkpoint was saved.
-        """
+        """Trains until the last step, until the time is over, or until a signal, for which it saves a checkpoint."""
         config, progress = self.config, self.progress
         if self.max_train_steps < config.max_train_steps and config.max_train_minutes is None:
-            logger.info(
-                f"{config.max_train_epochs:,} passes over the training cells end after {self.max_train_steps:,} steps,"
-                f" before --max_train_steps {config.max_train_steps}. Raise --max_train_epochs to train longer."
-            )
+            end = f"end after {self.max_train_steps:,} steps, before --max_train_steps {config.max_train_steps}"
+            logger.info(f"{config.max_train_epochs:,} passes over the training cells {end}. Raise --max_train_epochs.")
         self.progress_bar = tqdm(
             # A time limit leaves the number of steps unknown.
             total=self.max_train_steps if config.max_train_minutes is None else None,
@@ -280,7 +244,6 @@ class DenoiserTraining:
     def seed_batch(self, number: int) -> torch.Generator:
         """
         Seeds PyTorch's global generator, which draws the label dropout, and returns one for noise and timesteps.
-
         The seed follows from the step, batch and process indices, so that a resumed run is exact.
         """
         accelerator, config = self.accelerator, self.config
@@ -304,10 +267,8 @@ class DenoiserTraining:
         """Averages the losses over processes, and raises a `ValueError` if one, or a weight, is not finite."""
         losses = self.accelerator.reduce(torch.stack(self.losses), "mean")
         if not all(value.isfinite().all() for value in (losses, *self.ema.shadow_params)):
-            raise ValueError(
-                f"The denoiser's loss is {losses[-1].item():.3g} at step {self.progress.step}, or its weights are not"
-                " finite. Lower --learning_rate. Earlier checkpoints are kept."
-            )
+            loss = f"The denoiser's loss is {losses[-1].item():.3g} at step {self.progress.step}"
+            raise ValueError(f"{loss}, or its weights are not finite. Lower --learning_rate.")
         self.losses = list(losses)
 
     @torch.no_grad()
@@ -315,11 +276,8 @@ class DenoiserTraining:
         """The loss of the averaged weights on held-out cells, always at the same noise and timesteps."""
         self.ema.copy_to(self.validation_model.parameters())
         generator = torch.Generator(self.accelerator.device).manual_seed(0)
-        losses = [
-            diffusion_loss(self.validation_model, self.noise_scheduler, self.validation_batch, generator)
-            for _ in range(VALIDATION_DRAWS)
-        ]
-        return torch.stack(losses).mean().item()
+        inputs = self.validation_model, self.noise_scheduler, self.validation_batch, generator
+        return torch.stack([diffusion_loss(*inputs) for _ in range(VALIDATION_DRAWS)]).mean().item()
 
     def _write_log(self):
         row = {

@@ -17,25 +17,17 @@ from .processes import sync_errors
 
 logger = get_logger(__name__)
 
-MAX_CELLS = 20_000  # to which the mixture is fitted
-MAX_SIZE = 2**19  # components x features², beyond which the mixture is slower than the network
+MAX_CELLS = 20_000  # of the fit
+MAX_SIZE = 2**19  # components x features², beyond which the closed form is slower than the network
 
 
 def prepare_gaussian_mixture(
     config: TrainingConfig, accelerator: Accelerator, latents: Latents, folder: Path
 ) -> GaussianMixtureDenoiser | None:
     """
-    Fits the mixture in the main process, which saves it for the others and for resumed runs.
+    Fits the Gaussian mixture in the main process, which saves it in `folder` for the others and for resumed runs.
 
-    Args:
-        config ([`TrainingConfig`]): Configuration.
-        accelerator (`Accelerator`): Processes.
-        latents ([`Latents`]): Training cells.
-        folder (`Path`): Folder for the mixture.
-
-    Returns:
-        [`GaussianMixtureDenoiser`], or `None` if `mixture_share` is 0, the latents are expression, or there are too
-        many combinations of labels.
+    Returns `None` if `mixture_share` is 0, the latents are expression, or there are too many combinations of labels.
     """
     if config.codec != "program" or config.mixture_share == 0:
         return None
@@ -45,19 +37,15 @@ def prepare_gaussian_mixture(
         known, combinations = np.zeros((1, 0), dtype=np.int64), np.zeros(len(latents), dtype=np.int64)
     max_components = min(MAX_SIZE // (latents.values.shape[1] ** 2 * len(known)), MAX_COMPONENTS)
     if max_components == 0:
-        logger.warning(
-            f"--mixture_share {config.mixture_share}: a Gaussian mixture of {len(known):,} combinations of labels is"
-            " slower than the network, which learns from the cells alone."
-        )
+        reason = f"a Gaussian mixture of {len(known):,} combinations of labels is too slow"
+        logger.warning(f"--mixture_share {config.mixture_share}: {reason}. The network learns from the cells alone.")
         return None
     with sync_errors(accelerator):
         if accelerator.is_main_process and not path.is_dir():
             mixture = fit_gaussian_mixture(latents, known, combinations.ravel(), max_components, config.seed)
             write_whole(path, mixture.save_pretrained)
-            logger.info(
-                f"Gaussian mixture: {mixture.config.num_components} components. Its share of the training target falls"
-                f" to {config.mixture_share:.0%} (--mixture_share)."
-            )
+            share = f"Its share of the training target falls to {config.mixture_share:.0%} (--mixture_share)."
+            logger.info(f"Gaussian mixture: {mixture.config.num_components} components. {share}")
     return (mixture or GaussianMixtureDenoiser.from_pretrained(path)).to(accelerator.device)
 
 
@@ -65,15 +53,10 @@ def fit_gaussian_mixture(
     latents: Latents, known: np.ndarray, combinations: np.ndarray, max_components: int, seed: int
 ) -> GaussianMixtureDenoiser:
     """
-    Fits a mixture to at most 20,000 cells. Every combination of labels has the same number of cells, if it has enough:
-    otherwise a rare one would have no component.
+    Fits a Gaussian mixture to at most 20,000 cells, with `max_components` for each combination of labels.
 
-    Args:
-        latents ([`Latents`]): Training cells.
-        known (`np.ndarray` of shape `(num_combinations, num_label_keys)`): Combinations of labels.
-        combinations (`np.ndarray` of shape `(cells,)`): Index of each cell's combination.
-        max_components (`int`): Maximum number of components of a combination.
-        seed (`int`): Seed of the choice of cells and of the fit.
+    Each combination gives the same number of cells, if it has enough. Otherwise a rare one would have no component.
+    `known` are the combinations, `(num_combinations, num_label_keys)`; `combinations` is the index of each cell's.
     """
     order = np.random.default_rng(seed).permutation(len(latents))
     by_label = order[np.argsort(combinations[order], kind="stable")]
@@ -97,5 +80,5 @@ def fit_gaussian_mixture(
 
 
 def share_of_mixture(config: TrainingConfig, progress: float) -> float:
-    """The share of the mixture in the training target, for a progress from 0 to 1. It falls from 1."""
+    """The share of the Gaussian mixture in the training target, which falls from 1, for a progress from 0 to 1."""
     return 1 - (1 - config.mixture_share) * progress

@@ -58,18 +58,9 @@ class StopSignal:
 stop_signal = StopSignal()
 
 
-def is_first_process() -> bool:
-    """Whether this process prints messages. Works before Accelerate is set up."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @contextmanager
 def sync_errors(accelerator: Accelerator) -> Iterator[None]:
-    """
-    Ends all processes with an error if one of them fails. Otherwise the others would wait for it forever.
-
-    The processes meet at the end of the block, and must not wait for each other inside.
-    """
+    """Ends all processes with an error if one fails. Inside the block, processes must not wait for each other."""
     error = None
     try:
         yield
@@ -78,9 +69,8 @@ def sync_errors(accelerator: Accelerator) -> Iterator[None]:
     messages = gather_object([None if error is None else one_line(error)])
     if error is not None:
         raise error
-    for message in messages:
-        if message is not None:
-            raise ValueError(message)
+    if any(messages):
+        raise ValueError(next(message for message in messages if message))
 
 
 def limit_threads():

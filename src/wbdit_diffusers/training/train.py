@@ -107,10 +107,10 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
                 training.resume(checkpoint)
             if accelerator.is_main_process:
                 training.start_log()
+        num_parameters = f"{training.validation_model.num_parameters():,}"
         logger.info(
             f"{len(latents)} training cells, {test_cells.n_obs} held-out cells; {codec.num_features} features per"
-            f" cell, {training.validation_model.num_parameters():,} parameters; {training.cells_per_step} cells per"
-            " step."
+            f" cell, {num_parameters} parameters; {training.cells_per_step} cells per step."
         )
         training.run()
 
@@ -124,6 +124,9 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
             )
             if accelerator.is_main_process:
                 _save(pipeline, config, training, num_test_cells=len(split.test) or test_cells.n_obs)
+    # If DDP frees the process group, its destructor holds the GIL and can wait forever for a thread that needs it.
+    del training
+    accelerator.free_memory()
     accelerator.end_training()
     return pipeline
 
@@ -139,10 +142,8 @@ def _make_accelerator(config: TrainingConfig) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
     if accelerator.distributed_type in SHARDED:
-        raise ValueError(
-            f"The launcher asks for {accelerator.distributed_type.value}, which shards the network. It is small:"
-            " launch with training/accelerate/multi_gpu.yaml."
-        )
+        name = accelerator.distributed_type.value
+        raise ValueError(f"{name} would shard a small network: launch with training/accelerate/multi_gpu.yaml.")
     if config.report_to is not None and not accelerator.log_with:
         raise ValueError(f"--report_to {config.report_to}: this tracker is not installed. Install it.")
     return accelerator
@@ -151,11 +152,9 @@ def _make_accelerator(config: TrainingConfig) -> Accelerator:
 def _fit_processor(config: TrainingConfig, cells: ad.AnnData | CellSource) -> ScRNAProcessor:
     """Chooses genes and learns labels and library sizes."""
     num_genes = min(config.num_genes or math.inf, len(cells.var_names))
-    if config.codec == "expression" and len(cells.obs) > max_cells_in_memory(int(num_genes)):
-        raise ValueError(
-            f"--codec expression: {len(cells.obs):,} training cells do not fit in memory. Prepare a sample of them, or"
-            " use --codec program."
-        )
+    if config.codec == "expression" and len(cells.obs) > max_cells_in_memory(int(max(num_genes, 1))):
+        size = f"{len(cells.obs):,} training cells do not fit in memory"
+        raise ValueError(f"--codec expression: {size}. Prepare a sample of them, or use --codec program.")
     return ScRNAProcessor(
         values=config.values,
         recover_counts=config.codec != "expression",
@@ -207,15 +206,14 @@ def _save(pipeline: ScRNAGenerationPipeline, config: TrainingConfig, training: D
     folder = config.output_dir
     remove(folder / "model_index.json")  # written last: without it the folder is not loaded
     pipeline.save_pretrained(folder)
+    share = "none" if training.gaussian_mixture is None else f"1 to {config.mixture_share:g}"
     facts: dict[str, Any] = {
         "training cells": len(training.train_cells),
         "held-out cells": num_test_cells,
         "steps": training.progress.step,
         "cells per step": training.cells_per_step,
         "learning rate": config.learning_rate,
-        "share of the Gaussian mixture in the target": (
-            "none" if training.gaussian_mixture is None else f"1 to {config.mixture_share:g}"
-        ),
+        "share of the Gaussian mixture in the target": share,
         "EMA decay": config.ema_decay if config.use_ema else "none",
         "mixed precision": training.accelerator.mixed_precision,
         "seed": config.seed,
