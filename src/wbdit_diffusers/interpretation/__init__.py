@@ -1,4 +1,4 @@
-"""What a trained pipeline has learned: programs, layers, decisions and interventions."""
+"""Measurements of a trained pipeline: programs, layers, denoising and interventions."""
 
 from ..pipelines.programs import program_table
 from .explain import explain

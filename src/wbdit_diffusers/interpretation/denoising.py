@@ -1,4 +1,4 @@
-"""What the denoiser does to a cell: how well it predicts programs, when the type is fixed, which programs interact."""
+"""Measurements of denoising: explained variance of programs, stability of the type, influence between programs."""
 
 import numpy as np
 import torch

@@ -43,7 +43,7 @@ def training_scheduler(prediction_type: str) -> DDPMScheduler:
     The noise schedule of arXiv 2411.06785: 1,000 steps, β linear from 1e-4 to 0.02.
 
     Samples are never clipped, since expression is not an image in [-1, 1]. Spacing "trailing" makes the first step of
-    any solver start at pure noise, whatever the number of steps.
+    any solver start at pure noise, regardless of the number of steps.
 
     Args:
         prediction_type (`str`): The quantity that the denoiser predicts: `"epsilon"`, `"v_prediction"` or `"sample"`.
