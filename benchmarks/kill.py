@@ -11,6 +11,7 @@ undisturbed training, bit for bit, and after each kill the folder must load or b
 import argparse
 import csv
 import json
+import math
 import multiprocessing
 import os
 import socket
@@ -29,9 +30,8 @@ from wbdit_diffusers.data import load_pbmc
 
 FLAGS = "--label_keys cell_type --num_genes 100 --num_layers 1 --num_attention_heads 2 --attention_head_dim 8"
 FLAGS += " --train_batch_size 32 --lr_warmup_steps 2 --mixed_precision no --num_programs 8 --codec_hidden_size 32"
-FLAGS += " --codec_max_steps 60 --decoder_steps 30 --max_train_steps 300 --checkpointing_steps 2"
+FLAGS += " --codec_max_steps 60 --decoder_steps 30 --checkpointing_steps 2"
 FLAGS += " --checkpoints_total_limit 1 --validation_steps 7"
-NUM_ROWS = 43  # of the log
 COMPONENTS = ("codec", "denoiser", "processor")
 TIMEOUT = 600.0  # seconds
 
@@ -86,7 +86,7 @@ def kill(processes: list[BaseProcess]):
         process.join()
 
 
-def wait_for(moment: str, folder: Path, processes: list[BaseProcess], rng: np.random.Generator):
+def wait_for(moment: str, folder: Path, processes: list[BaseProcess], rng: np.random.Generator, num_rows: int):
     """Waits until a training has taken some steps, and then writes a checkpoint or the pipeline, or until it ends."""
     log, start_time = folder / "training_log.csv", time.time()
 
@@ -99,7 +99,7 @@ def wait_for(moment: str, folder: Path, processes: list[BaseProcess], rng: np.ra
     if moment == "save":
         wait(lambda: any(folder.glob(".checkpoint-*.partial")))
     elif moment == "pipeline":
-        wait(lambda: len(read_log(folder)) == NUM_ROWS and not (folder / "model_index.json").is_file())
+        wait(lambda: len(read_log(folder)) == num_rows and not (folder / "model_index.json").is_file())
     time.sleep(rng.uniform(0, 0.02))
 
 
@@ -127,27 +127,29 @@ def same_weights(folder: Path, other: Path) -> dict[str, bool]:
     return {key: (folder / name).read_bytes() == (other / name).read_bytes() for key, name in names.items()}
 
 
-def measure(work_dir: Path, num_processes: int, moments: list[str], seed: int = 0) -> dict:
+def measure(work_dir: Path, num_processes: int, moments: list[str], seed: int = 0, max_train_steps: int = 300) -> dict:
     """
     Args:
         work_dir (`Path`): Empty folder.
         num_processes (`int`): Number of processes.
         moments (`list[str]`): "steps", "save" or "pipeline" for each kill.
         seed (`int`, defaults to 0): Seed of the delays.
+        max_train_steps (`int`, defaults to 300): Length of the training, about 70 steps for each kill.
 
     Returns:
         `dict`: the kills, and whether weights and log are those of the undisturbed training.
     """
     rng = np.random.default_rng(seed)
     load_pbmc().write_h5ad(work_dir / "cells.h5ad")
-    flags = ["--dataset", str(work_dir / "cells.h5ad"), *FLAGS.split()]
+    flags = ["--dataset", str(work_dir / "cells.h5ad"), *FLAGS.split(), "--max_train_steps", str(max_train_steps)]
+    num_rows = math.ceil(max_train_steps / 7)  # of the log: every 7 steps, and the last one
     whole, killed, log = work_dir / "whole", work_dir / "killed", work_dir / "log.txt"
     finish(start(num_processes, [*flags, "--output_dir", str(whole)], log), log)
     flags += ["--output_dir", str(killed), "--resume_from_checkpoint", "latest"]
     kills = []
     for moment in moments:
         processes = start(num_processes, flags, log)
-        wait_for(moment, killed, processes, rng)
+        wait_for(moment, killed, processes, rng, num_rows)
         was_alive = all(process.is_alive() for process in processes)
         kill(processes)
         left = sorted(path.name for path in killed.glob("*checkpoint-*"))
@@ -169,13 +171,12 @@ def main():
     parser.add_argument("--kills", type=int, default=10, help="Number of kills in stage two, and in saves.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the delays.")
     args = parser.parse_args()
-    saves = ["save"] * (args.kills - 2) + ["pipeline"] * min(args.kills, 2)
-    moments = [moment for pair in zip(["steps"] * args.kills, saves) for moment in pair]
+    moments = ["steps", "save"] * (args.kills - 2) + ["steps"] * min(args.kills, 2) + ["pipeline"] * min(args.kills, 2)
     command = f"python benchmarks/kill.py --kills {args.kills} --seed {args.seed}"
     runs = []
     for num_processes in (1, 2):
         with tempfile.TemporaryDirectory() as work_dir:
-            runs.append(measure(Path(work_dir), num_processes, moments, args.seed))
+            runs.append(measure(Path(work_dir), num_processes, moments, args.seed, 2500))
     print(json.dumps({"command": command, "runs": runs}, indent=1))
 
 

@@ -110,12 +110,7 @@ class ExpressionCodec(SafetensorsModel, ConfigMixin):
 
         Returns:
             [`PointMass`]: expression, clamped at zero.
-
-        Raises:
-            ValueError: If a library size is given for log values.
         """
-        if library_size is not None and self.config.values == "log":
-            raise ValueError("`library_size` was given, but the cells are log values, which have none.")
         features = latents.float() * self.latents_std + self.latents_mean
         if self.models_library_size:
             generated = features[:, -1].clamp(*self.log_library_size_range.tolist()).exp()

@@ -316,12 +316,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
 
         Returns:
             [`CellDistribution`]: distribution of the counts or log values of the modelled genes.
-
-        Raises:
-            ValueError: If a library size is given for log values.
         """
-        if library_size is not None and not self.is_counts:
-            raise ValueError("`library_size` was given, but the cells are log values, which have none.")
         latents = latents.float() * self.latents_std + self.latents_mean
         if library_size is None and self.is_counts:
             library_size = latents[:, -1].clamp(*self.log_library_size_range.tolist()).exp()

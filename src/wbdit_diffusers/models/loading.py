@@ -2,7 +2,6 @@
 
 import reprlib
 from functools import wraps
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +57,3 @@ def check_finite(model: torch.nn.Module, where: Path):
         wrong = tensor.isnan() if name in MAY_BE_INFINITE else ~tensor.isfinite()
         if wrong.any():
             raise OSError(f"{where} is damaged: {name} holds {int(wrong.sum())} NaN or infinite values.")
-
-
-def check_integer(name: str, value: Any, smallest: int = 1, largest: int = 10**7) -> int:
-    """Raises a `ValueError` unless the value is a whole number within the bounds."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not smallest <= int(value) <= largest:
-        raise ValueError(f"`{name}` is a whole number from {smallest:,} to {largest:,}, not {reprlib.repr(value)}.")
-    return int(value)
-
-
-def check_number(name: str, value: Any, smallest: float, largest: float) -> float:
-    """Raises a `ValueError` unless the value is a number within the bounds."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not smallest <= float(value) <= largest:
-        raise ValueError(f"`{name}` is a number from {smallest:g} to {largest:g}, not {reprlib.repr(value)}.")
-    return float(value)

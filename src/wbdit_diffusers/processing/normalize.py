@@ -23,8 +23,6 @@ def log_normalize(counts, library_size):
     Returns:
         The same kind of matrix: CSR or array in float32, or a tensor through which gradients flow.
     """
-    if len(library_size) != counts.shape[0]:
-        raise ValueError(f"{len(library_size)} library sizes for {counts.shape[0]} cells: give one per cell.")
     if torch.is_tensor(counts):
         return torch.log1p(counts * (TARGET_SUM / torch.as_tensor(library_size, device=counts.device))[:, None])
     # A cell without counts keeps its zeros.
@@ -52,8 +50,6 @@ def to_expression(matrix, library_size, values: str):
     check_values_name(values)
     if values == "log":
         return matrix
-    if library_size is None:
-        raise ValueError("Counts are normalised by the library sizes of their cells: give `library_size`.")
     return log_normalize(matrix, library_size)
 
 
