@@ -6,8 +6,9 @@ import torch
 from conftest import make_expression_codec, make_program_codec
 
 from wbdit_diffusers import ScRNAProcessor
-from wbdit_diffusers.data import AnnDataSource, CellDataset, CellOrder, encode_cells, encode_source
+from wbdit_diffusers.data import AnnDataSource, CellDataset, encode_cells
 from wbdit_diffusers.data import latents as module
+from wbdit_diffusers.data.latents import CellOrder, encode_source
 
 
 CODECS = {"program": make_program_codec, "expression": make_expression_codec}

@@ -5,6 +5,7 @@ from typing import Any
 
 import anndata as ad
 import h5py
+from scipy import sparse
 
 from ..data.read import read_cells
 from ..files import one_line
@@ -16,13 +17,17 @@ MAX_UNPACKED_BYTES = 2 * 2**30  # a compressed file may hold a thousand times it
 def read_upload(path: str | Path) -> ad.AnnData:
     """
     Reads an uploaded .h5ad file, or an .h5 file of 10x Genomics. Raises a `ValueError` if it can't be read, is too
-    large once unpacked, or refers to other files of this machine. The message does not name the folder of the file.
+    large once unpacked, or has links. The message does not name the folder of the file.
     """
     path = Path(path)
     try:
         with h5py.File(path) as file:
             _check_contents(file)
-        return read_cells(path)
+        cells = read_cells(path)
+        for matrix in (cells.X, *cells.layers.values()):
+            if sparse.issparse(matrix):
+                matrix.check_format()  # slicing a damaged matrix can end the process
+        return cells
     except (ValueError, OSError, RuntimeError, KeyError) as error:  # h5py raises all of them on damaged files
         reason = one_line(error).replace(f"{path.parent}/", "")
         raise ValueError(reason if path.name in reason else f"{path.name} can't be read: {reason}") from error
@@ -36,15 +41,16 @@ def label_columns(cells: ad.AnnData) -> list[str]:
 
 
 def _check_contents(file: h5py.File):
-    """Raises a `ValueError` if the file refers to other files, or unpacks to more than the limit."""
+    """Raises a `ValueError` if the file has links, or unpacks to more than the limit."""
     links: dict[str, Any] = {}
+    items: dict[str, Any] = {}
     file.visititems_links(links.__setitem__)
-    items = {name: file[name] for name, link in links.items() if isinstance(link, h5py.HardLink)}
+    file.visititems(items.__setitem__)  # each item under one of its names
     arrays = {name: item for name, item in items.items() if isinstance(item, h5py.Dataset)}
-    outside = [name for name, link in links.items() if isinstance(link, h5py.ExternalLink)]
-    outside += [name for name, array in arrays.items() if array.external or array.is_virtual]
-    if outside:
-        raise ValueError(f"{outside[0]} is stored in another file. Write the cells again with AnnData's `write_h5ad`.")
+    linked = [name for name, link in links.items() if name not in items or not isinstance(link, h5py.HardLink)]
+    linked += [name for name, array in arrays.items() if array.external or array.is_virtual]
+    if linked:
+        raise ValueError(f"{linked[0]} is a link. Write the cells again with AnnData's `write_h5ad`.")
     unpacked = sum((array.size or 0) * array.dtype.itemsize for array in arrays.values())
     if unpacked > MAX_UNPACKED_BYTES:
         raise ValueError(f"it holds {unpacked / 2**30:.1f} GB once unpacked. Upload fewer cells.")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..files import write_whole
-from .cells import MAX_CELLS_IN_MEMORY, CellSource, as_source
+from .cells import MAX_CELLS_IN_MEMORY, CellSource, as_source, choose_groups
 
 
 if TYPE_CHECKING:  # processing/ imports data/
@@ -108,13 +108,6 @@ def sample_cells(cells: ad.AnnData | CellSource, processor: ScRNAProcessor, seed
         return CellDataset(cells, processor)
     group_sizes = as_source(cells, processor.config.layer).group_sizes
     return CellDataset(cells, processor, groups=choose_groups(group_sizes, max_cells, seed))
-
-
-def choose_groups(group_sizes: np.ndarray, num_cells: int, seed: int) -> list[int]:
-    """Chooses random groups, in order, that together hold `num_cells` cells or slightly more."""
-    groups = np.random.default_rng(seed).permutation(len(group_sizes))
-    enough = int(np.searchsorted(np.cumsum(np.asarray(group_sizes)[groups]), num_cells)) + 1
-    return np.sort(groups[:enough]).tolist()
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import sparse
 
 from ..files import one_line
-from .latents import choose_groups
+from .cells import choose_groups
 
 
 FORMAT_VERSION = 2
