@@ -216,7 +216,7 @@ def prepare(files: PrepareFiles, config: Any) -> Result:
     from .data.prepare import prepare
 
     metadata = prepare(files.files, files.output, config)
-    sizes = {split: sum(parts.values()) for split, parts in metadata["splits"].items()}
+    sizes = {split: sum(map(sum, files.values())) for split, files in metadata["splits"].items()}
     result = {"output": str(files.output), "num_genes": metadata["num_genes"], "num_cells": sizes}
     text = ", ".join(f"{number} {split}" for split, number in sizes.items())
     text = f"{sum(sizes.values())} cells ({text}) × {metadata['num_genes']} genes in {files.output}."

@@ -128,8 +128,8 @@ def test_the_jacobian_is_the_derivative_of_the_expected_programs(program_pipe, p
     "spoil, message",
     [
         ("codec", "no gene programs: it was trained with ExpressionCodec"),
-        ("mixture", "no network to look into: its denoiser is a GaussianMixtureDenoiser"),
-        ("cells", "5 held-out cells have labels that training knows: 20 are needed"),
+        ("mixture", "no network to explain: its denoiser is a GaussianMixtureDenoiser"),
+        ("cells", "5 held-out cells have labels that the model knows: at least 20 are needed"),
     ],
 )
 def test_what_cannot_be_explained_is_refused(spoil, message, program_pipe, pipe, pbmc):
