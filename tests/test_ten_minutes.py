@@ -33,7 +33,7 @@ def test_the_page_leads_to_a_pipeline_on_the_hub(hub, hub_environment, tmp_path)
     commands = [line for kind, code in blocks if kind == "bash" for line in code.replace("\\\n", "").splitlines()]
     assert len(commands) <= 10 and "hf auth login" in commands  # here HF_TOKEN
     for whole, smaller in SMALLER.items():
-        assert sum(whole in command for command in commands) == 1, f"the page has no {whole} any more: mend this test"
+        assert sum(whole in command for command in commands) == 1, f"the page has no {whole} any more: fix this test"
         commands = [command.replace(whole, smaller) for command in commands]
 
     def run(*arguments: str, given: str = ""):

@@ -1,12 +1,8 @@
-"""Tells Diffusers that it can save and load our classes.
+"""Registers our classes with Diffusers.
 
-`DiffusionPipeline.save_pretrained` and `from_pretrained` look a component's class up in two tables. A class that is in
-neither can be saved only under its full module path, which would freeze our file layout, is dropped from the folder
-when it is no `ModelMixin` (the processor), and can't be loaded from a Hub id at all. With these entries
-`model_index.json` records `["wbdit_diffusers", "WhiteBoxDiTModel"]`, found again in whatever module it lives.
-
-Diffusers imports `wbdit_diffusers` by that name when it loads such a file, so everything listed here must be an
-attribute of the package.
+Diffusers looks up the class of a component in two tables. Without an entry, a class is saved under its module path, a
+processor is not saved at all, and a Hub id can't be loaded. With the entry, `model_index.json` holds
+`["wbdit_diffusers", "WhiteBoxDiTModel"]`, so each class must be an attribute of the package.
 """
 
 from diffusers.pipelines import pipeline_loading_utils

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and errors in one line: the only place that writes beside and renames."""
+"""Writes files whole or not at all, and puts errors in one line."""
 
 import shutil
 from collections.abc import Callable
