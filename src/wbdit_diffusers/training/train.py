@@ -87,7 +87,7 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
             test_dataset = CellDataset(test_cells, processor)
         with sync_errors(accelerator):
             if accelerator.is_main_process:
-                _create_repo(config)  # fails before the work if nothing can be uploaded
+                repo_id = _create_repo(config)  # fails before the work if nothing can be uploaded
                 stack.enter_context(start_run(config, split, is_resumed, checkpoint))
 
         minutes = config.max_train_minutes
@@ -123,7 +123,7 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
                 num_inference_steps=config.num_inference_steps,
             )
             if accelerator.is_main_process:
-                _save(pipeline, config, training, num_test_cells=len(split.test) or test_cells.n_obs)
+                _save(pipeline, config, training, repo_id, num_test_cells=len(split.test) or test_cells.n_obs)
     # If DDP frees the process group, its destructor holds the GIL and can wait forever for a thread that needs it.
     del training
     accelerator.free_memory()
@@ -201,10 +201,15 @@ def _create_repo(config: TrainingConfig) -> str:
         raise OSError(f"--push_to_hub: {repo_id} can't be written ({one_line(error)}).") from error
 
 
-def _save(pipeline: ScRNAGenerationPipeline, config: TrainingConfig, training: DenoiserTraining, num_test_cells: int):
+def _save(
+    pipeline: ScRNAGenerationPipeline,
+    config: TrainingConfig,
+    training: DenoiserTraining,
+    repo_id: str,
+    num_test_cells: int,
+):
     """Writes the pipeline and its model card, and uploads them if asked to."""
     folder = config.output_dir
-    remove(folder / "model_index.json")  # written last: without it the folder is not loaded
     pipeline.save_pretrained(folder)
     share = "none" if training.gaussian_mixture is None else f"1 to {config.mixture_share:g}"
     facts: dict[str, Any] = {
@@ -226,7 +231,6 @@ def _save(pipeline: ScRNAGenerationPipeline, config: TrainingConfig, training: D
         logger.warning(f"WARNING: {shortage} ({flag}). Generated cells will be poor.")
     record = config_without_places(config)
     write_training(folder, record, command_of(config), facts["training cells"], facts)
-    repo_id = _create_repo(config)
     write_model_card(pipeline, folder, repo_id)
     remove(folder / LATENTS_NAME)
     logger.info(f"Saved the pipeline to {folder}.")
