@@ -155,9 +155,9 @@ def tables(results: dict) -> str:
 
 def draw_cells(axis: Axes, title: str, groups: dict[str, ad.AnnData]):
     """A joint t-SNE."""
-    from wbdit_diffusers.evaluation.figure import joint_tsne
+    from wbdit_diffusers.evaluation.figure import embedding
 
-    points = joint_tsne([cells.X.toarray() for cells in groups.values()])
+    points = embedding([cells.X.toarray() for cells in groups.values()], "tsne")
     sources = np.repeat(list(groups), [cells.n_obs for cells in groups.values()])
     for source in reversed(groups):
         of_source = sources == source

@@ -54,7 +54,7 @@ def report_figure(
     rows = figure.subfigures(len(heights), 1, height_ratios=heights)
 
     axes = rows[0].subplots(rows_of_maps, min(num_panels, MAX_COLUMNS), squeeze=False).ravel()
-    points = np.split(joint_tsne([x, *ys]), np.cumsum([len(x), *map(len, ys)])[:-1])
+    points = np.split(embedding([x, *ys], "tsne"), np.cumsum([len(x), *map(len, ys)])[:-1])
     for axis, title, cells in zip(axes, samples, points[1:]):
         for group, colour, name in ((points[0], REAL, "held-out"), (cells, GENERATED, "generated")):
             label, size = f"{name} ({len(group)})", _point_size(len(x) + len(cells))
@@ -97,11 +97,6 @@ def embedding(matrices: Sequence[np.ndarray], method: str = "umap") -> np.ndarra
     from umap import UMAP  # slow to import
 
     return UMAP(n_neighbors=min(15, len(x) - 1), random_state=0, n_jobs=1).fit_transform(pcs)
-
-
-def joint_tsne(matrices: Sequence[np.ndarray]) -> np.ndarray:
-    """[`embedding`] by t-SNE."""
-    return embedding(matrices, "tsne")
 
 
 def plot_types(axes: Sequence[Axes], points: Sequence[np.ndarray], types: Sequence[np.ndarray], titles: Sequence[str]):

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from ..evaluation.figure import plot_types
 from ..version import __version__
 
 
@@ -117,13 +118,7 @@ def _programs_figure(report: dict, cells: ad.AnnData) -> Figure:
     points = cells.obsm["X_umap"]
     size = float(np.clip(9000 / len(points), 2, 14))
     if key is not None:
-        types = cells.obs[key].astype(str).value_counts().index[:MAX_TYPES]
-        colours = plt.get_cmap("tab20" if len(types) > 10 else "tab10")
-        for i, name in enumerate(types):
-            own = (cells.obs[key].astype(str) == name).to_numpy()
-            axes[0].scatter(*points[own].T, s=size, color=colours(i % colours.N), label=name, linewidths=0)
-        axes[0].legend(fontsize=7, markerscale=2, frameon=False, loc="center right", bbox_to_anchor=(-0.1, 0.5))
-        axes[0].set_title(f"held-out cells by {key}")
+        plot_types(axes[:1], [points], [cells.obs[key].astype(str).to_numpy()], [f"held-out cells by {key}"])
     for i, axis in enumerate(axes[key is not None :]):
         values = cells.obsm["X_programs"][:, i]
         limit = np.quantile(np.abs(values), 0.98)
