@@ -18,7 +18,7 @@ from wbdit_diffusers.interpretation.denoising import (
     measure_program_jacobian,
     measure_type_stability,
 )
-from wbdit_diffusers.sampling import make_scheduler, training_scheduler
+from wbdit_diffusers.sampling import make_scheduler, signal_and_noise, training_scheduler
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_the_jacobian_is_the_derivative_of_the_expected_programs(program_pipe, p
     codec = program_pipe.codec
     matrix = measure_program_jacobian(gaussian_mixture, program_pipe.scheduler, codec, latents, None, 300)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    a, s = gaussian_mixture.signal_and_noise(300, 40)
+    a, s = signal_and_noise(program_pipe.scheduler, 300, latents)
     step = torch.zeros(codec.num_features)
     step[:6] = 0.01 * torch.linalg.inv(codec.program_axes)[:, 2]  # program 2, the others left as they are
     expected = []

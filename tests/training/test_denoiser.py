@@ -11,7 +11,7 @@ from tiny import column, read_log, tiny_config, weights
 from wbdit_diffusers import GaussianMixtureDenoiser, ScRNAProcessor, WhiteBoxDiTModel
 from wbdit_diffusers.data import CellDataset, encode_cells
 from wbdit_diffusers.data.latents import Latents
-from wbdit_diffusers.sampling import training_scheduler
+from wbdit_diffusers.sampling import signal_and_noise, training_scheduler
 from wbdit_diffusers.training import train
 from wbdit_diffusers.training.codec import fit_expression_codec
 from wbdit_diffusers.training.denoiser import DenoiserTraining, diffusion_loss, learning_rate
@@ -170,7 +170,7 @@ def test_the_mixture_s_share_of_the_target(prediction_type):
     batch = {"latents": latents, "class_labels": labels}
 
     def closed_form(noisy_latents, timesteps, class_labels, return_dict):
-        a, s = mixture.signal_and_noise(timesteps, len(noisy_latents))
+        a, s = signal_and_noise(scheduler, timesteps, noisy_latents)
         velocity = mixture(noisy_latents, timesteps, class_labels).sample
         answers = {"epsilon": s * noisy_latents + a * velocity, "v_prediction": velocity}
         return (answers.get(prediction_type, a * noisy_latents - s * velocity),)

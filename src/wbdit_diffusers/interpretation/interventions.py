@@ -6,7 +6,7 @@ import torch
 from ..models.codec_programs import ProgramCodec
 from ..models.gaussian_mixture import MAX_COMPONENTS, GaussianMixtureDenoiser
 from ..pipelines import ScRNAGenerationPipeline
-from ..sampling import Conditions
+from ..sampling import Conditions, signal_and_noise
 
 
 class LinearGuide:
@@ -34,7 +34,7 @@ class LinearGuide:
     ) -> torch.Tensor:
         """The moved estimate, `(cells, num_features)`."""
         labels, direction = conditions.class_labels, self.direction
-        _, s = self.gaussian_mixture.signal_and_noise(timestep, len(noisy))
+        _, s = signal_and_noise(self.gaussian_mixture, timestep, noisy)
         unconditional, conditional = (
             one(noisy, timestep, labels, return_dict=False)[0] for one in (self.gaussian_mixture, self.conditioned)
         )

@@ -10,6 +10,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
+from ..sampling.schedulers import signal_and_noise
 from .loading import SafetensorsModel
 
 
@@ -130,7 +131,7 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predicts the velocity of noisy latents; see [`WhiteBoxDiTModel.forward`] for the arguments."""
         class_labels = labels_of_cells(class_labels, label_index)
-        a, s = self.signal_and_noise(timestep, len(hidden_states))  # (batch, 1) each
+        a, s = signal_and_noise(self, timestep, hidden_states)  # (batch or 1, 1) each
         projected, total, responsibilities = self._responsibilities(hidden_states.float(), a, s, class_labels)
         means, directions, variances = self._fitted()
         shrunk = (1 - variances) / total * projected  # (batch, components, sample_size)
@@ -156,7 +157,7 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
             timestep (`torch.Tensor` or `int`): Diffusion timestep.
             class_labels (`torch.LongTensor` of shape `(batch, num_label_keys)`, *optional*): Labels of the cells.
         """
-        a, s = self.signal_and_noise(timestep, len(hidden_states))
+        a, s = signal_and_noise(self, timestep, hidden_states)
         projected, total, responsibilities = self._responsibilities(hidden_states.float(), a, s, class_labels)
         means, directions, variances = self._fitted()
         shrunk = a[..., None] * variances / total * projected
@@ -196,12 +197,6 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
         noise = torch.randn(len(component), self.config.sample_size, generator=generator)
         scaled = self.variances[component].sqrt() * noise
         return self.means[component] + torch.einsum("bd,bed->be", scaled, self.directions[component])
-
-    def signal_and_noise(self, timestep: torch.Tensor | float | int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`sqrt(ᾱ_t)` and `sqrt(1 - ᾱ_t)`, `(batch, 1)` each."""
-        timestep = torch.as_tensor(timestep, device=self.means.device).reshape(-1).long()
-        alphas_cumprod = self.alphas_cumprod[timestep].float().expand(batch)[:, None]
-        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def _fitted(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Means, directions and variances in float32: half precision would lose differences of likelihoods."""

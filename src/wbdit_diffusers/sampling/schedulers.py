@@ -1,5 +1,7 @@
 """The noise schedule of training, solvers of the reverse process, and conversions between what networks predict."""
 
+from typing import Any
+
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -52,22 +54,22 @@ def training_scheduler(prediction_type: str) -> DDPMScheduler:
 
 
 def signal_and_noise(
-    scheduler: SchedulerMixin, timestep: torch.Tensor | float | int, latents: torch.Tensor
+    schedule: Any, timestep: torch.Tensor | float | int, latents: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The scales `a = sqrt(ᾱ_t)` and `s = sqrt(1 - ᾱ_t)` of `noisy = a · clean + s · noise`, for timesteps `(cells,)` or
-    one for all cells: `(cells or 1, 1)` each, in float32.
+    one for all cells: `(cells or 1, 1)` each, in float32. `schedule` is a scheduler, or a denoiser that stores `ᾱ`.
 
     Raises:
         ValueError: If the scheduler has no `alphas_cumprod`, as flow matching has none.
     """
-    if not hasattr(scheduler, "alphas_cumprod"):
+    if not hasattr(schedule, "alphas_cumprod"):
         raise ValueError(
-            f"{type(scheduler).__name__} has no `alphas_cumprod`, so clean latents can't be estimated: use"
+            f"{type(schedule).__name__} has no `alphas_cumprod`, so clean latents can't be estimated: use"
             f" {', '.join(kind.__name__ for kind in SCHEDULERS.values())}."
         )
     timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1).long()
-    alphas_cumprod = scheduler.alphas_cumprod.to(latents.device)[timestep].float()[:, None]
+    alphas_cumprod = schedule.alphas_cumprod.to(latents.device)[timestep].float()[:, None]
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
 

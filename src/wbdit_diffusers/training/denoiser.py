@@ -18,7 +18,7 @@ from ..data.latents import CellOrder, Latents
 from ..files import write_whole
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
-from ..sampling.schedulers import training_scheduler
+from ..sampling.schedulers import signal_and_noise, training_scheduler
 from .checkpoints import Progress, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .gaussian_mixture import share_of_mixture
@@ -59,7 +59,7 @@ def diffusion_loss(
     if gaussian_mixture is not None:
         with torch.no_grad():
             velocity = gaussian_mixture(noisy_latents, timesteps, class_labels, return_dict=False)[0]
-        a, s = gaussian_mixture.signal_and_noise(timesteps, len(latents))  # (batch, 1) each
+        a, s = signal_and_noise(noise_scheduler, timesteps, latents)  # (batch, 1) each
         latents = torch.lerp(latents, a * noisy_latents - s * velocity, share)
         noise = torch.lerp(noise, s * noisy_latents + a * velocity, share)
     target = {
