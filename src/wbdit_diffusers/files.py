@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def write_whole(path: Path, write: Callable[..., Any]):
         write (`Callable`): Writes to the path that it is given.
 
     Raises:
-        OSError: If `path` can't be written. Nothing is left of it, and what was there stays.
+        OSError: If `path` can't be written. Nothing has its name, and what was there stays.
     """
     partial = partial_path(path)
     remove(partial)  # of a run that was killed
@@ -26,7 +27,8 @@ def write_whole(path: Path, write: Callable[..., Any]):
         write(partial)
         partial.replace(path)
     except BaseException as error:
-        remove(partial)
+        with suppress(OSError):  # zarr's threads may still write there
+            remove(partial)
         if type(error).__name__ == "SafetensorError" or type(error) is RuntimeError:  # a full disk
             raise OSError(f"{path} could not be written: {one_line(error)}") from error
         raise

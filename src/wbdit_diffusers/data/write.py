@@ -36,7 +36,7 @@ def write_cells(path: str | Path, batches: Iterable[ad.AnnData]) -> tuple[int, i
 
     Raises:
         ValueError: If there are no cells.
-        OSError: If the path exists, or can't be written. Nothing is left of it.
+        OSError: If the path exists, or can't be written. Nothing has its name then.
     """
     path, batches = check_output(path), iter(batches)
     first = next(batches, None)  # the request is checked here, before a file is touched
