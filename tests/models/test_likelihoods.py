@@ -17,7 +17,7 @@ def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
 def parameters() -> dict[str, torch.Tensor]:
     """20 cells × 29 genes and the bin of all others: from nearly Poisson to mostly zero, with various outliers."""
     return {
-        "log_proportions": torch.log(uniform(20, 30, seed=1) ** 4 / 20),
+        "log_rates": torch.log(uniform(20, 30, seed=1) ** 4 / 20),
         "log_theta": torch.linspace(-2, 5, 30).double() + uniform(20, 30, seed=2),
         "outlier_logits": torch.linspace(1, -5, 30).double() + uniform(30, seed=3),
         "outlier_log_ratio": 3
@@ -132,7 +132,7 @@ def test_heads_hold_the_other_genes_and_stay_within_limits():
     heads["log_rates"][:, -1] = np.log(7.0)  # all other genes together: seven tenths of the library
     heads["log_theta"] = torch.tensor([[-100.0, 0, 100, 0], [0, 0, 0, 0]])
     heads["outlier_log_theta"] = torch.tensor([-100.0, 0, 100, 0])
-    distribution = Mixture.from_heads(heads, torch.tensor([10.0, 1000.0]))
+    distribution = Mixture(**heads, library_size=torch.tensor([10.0, 1000.0]))
     assert distribution.num_values == 4
     torch.testing.assert_close(distribution.mean(), torch.tensor([[1.0], [100.0]]).expand(2, 3))
     assert torch.isfinite(distribution.log_prob(torch.tensor([[0.0, 1, 9], [3, 0, 800]]))).all()

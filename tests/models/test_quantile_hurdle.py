@@ -35,7 +35,7 @@ def measured(values) -> dict[str, torch.Tensor]:
 def as_measured(measured: dict[str, torch.Tensor], num_cells: int, **changes: torch.Tensor):
     """Cells in which each gene is distributed as over all training cells."""
     heads = {name: measured[name].expand(num_cells, -1) for name in Hurdle.HEADS}
-    return Hurdle.from_heads({**measured, **heads, **changes})
+    return Hurdle(**{**measured, **heads, **changes})
 
 
 def test_genes_start_as_they_are_in_the_training_cells(values, measured):
@@ -99,7 +99,7 @@ def test_mean_is_that_of_the_draws(distribution):
 def test_gradients_reach_all_that_is_fitted(values, measured):
     parameters = {name: measured[name].clone().requires_grad_() for name in ("scores", "zero_logits", "log_std")}
     heads = {name: parameters[name].expand(50, -1) for name in Hurdle.HEADS}
-    Hurdle.from_heads({**measured, **heads, "log_std": parameters["log_std"]}).log_prob(
+    Hurdle(**{**measured, **heads, "log_std": parameters["log_std"]}).log_prob(
         torch.from_numpy(values[:50])
     ).sum().backward()
     assert all(torch.isfinite(value.grad).all() and value.grad.abs().max() > 0 for value in parameters.values())

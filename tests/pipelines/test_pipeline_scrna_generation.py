@@ -431,4 +431,4 @@ def test_a_call_enters_few_functions(pipe):
     finally:
         sys.setprofile(None)
     assert "ScRNAGenerationPipeline.__call__" in {name for _, name in entered}
-    assert len(entered) <= 62, sorted(entered)
+    assert len(entered) <= 45, sorted(entered)

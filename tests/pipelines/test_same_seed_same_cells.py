@@ -41,14 +41,15 @@ def test_batch_sizes_64_and_2500_give_the_same_5000_cells(pipe):
 @pytest.mark.parametrize("codec", ["expression", "program"])
 def test_a_stream_gives_the_cells_of_a_call(pbmc, codec):
     pipe = make_pipeline(pbmc, codec=codec, label_keys=["cell_type"])
-    batches = list(pipe.stream(num_cells=150, batch_size=60, generator=seeded()))
+    arguments = {"num_cells": 150, "guides": [lambda clean, noisy, timestep, conditions: 0.9 * clean]}
+    batches = list(pipe.stream(**arguments, batch_size=60, generator=seeded()))
     assert [batch.n_obs for batch in batches] == [60, 60, 30]
     assert all(
         batch.obs["cell_type"].cat.categories.tolist() == batches[0].obs["cell_type"].cat.categories.tolist()
         for batch in batches
     )
     together = ad.concat(batches)
-    cells = pipe(num_cells=150, generator=seeded()).cells
+    cells = pipe(**arguments, generator=seeded()).cells
     assert together.obs_names.equals(cells.obs_names)
     assert (together.obs["cell_type"].astype(str) == cells.obs["cell_type"].astype(str)).all()
     assert (together.X != cells.X).nnz == 0

@@ -36,29 +36,15 @@ class ExpressionCodec(SafetensorsModel, ConfigMixin):
         super().__init__()
         if values not in ("counts", "log"):
             raise ValueError(f"`values` must be 'counts' or 'log', not {values!r}.")
+        self.models_library_size = values == "counts" and model_library_size
+        self.num_features = num_genes + self.models_library_size
         self.register_buffer("latents_mean", torch.zeros(self.num_features))
         self.register_buffer("latents_std", torch.ones(self.num_features))
         self.register_buffer("log_library_size_range", torch.tensor([0.0, math.inf]))
 
-    @property
-    def num_features(self) -> int:
-        """Number of latents per cell: the genes, and the log library size if it is modelled."""
-        return self.config.num_genes + self.models_library_size
-
-    @property
-    def models_library_size(self) -> bool:
-        """Whether the latents include the library size."""
-        return self.config.values == "counts" and self.config.model_library_size
-
     @torch.no_grad()
     def fit_statistics(self, matrix: sparse.csr_matrix, library_size: np.ndarray):
-        """
-        Measures means, standard deviations and the range of library sizes of the training cells.
-
-        Args:
-            matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts, or log values.
-            library_size (`np.ndarray` of shape `(cells,)`): Total counts. Not used for log values.
-        """
+        """Measures means, standard deviations and the range of library sizes of the training cells."""
         if self.models_library_size:
             log_library_size = torch.from_numpy(np.log(library_size)).float()
             self.log_library_size_range.copy_(torch.stack([log_library_size.min(), log_library_size.max()]))
@@ -81,13 +67,8 @@ class ExpressionCodec(SafetensorsModel, ConfigMixin):
     @apply_forward_hook
     def encode(self, matrix: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
         """
-        Args:
-            matrix (`torch.Tensor` of shape `(cells, genes)`): Counts, or log values.
-            library_size (`torch.Tensor` of shape `(cells,)`): Total counts. Not used for log values.
-
-        Returns:
-            `torch.Tensor` of shape `(cells, num_features)`: standardised expression, and log library size if it is
-            modelled.
+        Latents `(cells, num_features)` of counts or log values `(cells, genes)` with total counts `(cells,)`:
+        standardised expression, and the log library size if it is modelled.
         """
         features = to_expression(matrix, library_size, self.config.values)
         if self.models_library_size:
@@ -101,16 +82,7 @@ class ExpressionCodec(SafetensorsModel, ConfigMixin):
         library_size: torch.Tensor | None = None,
         class_labels: torch.Tensor | None = None,
     ) -> CellDistribution:
-        """
-        Args:
-            latents (`torch.Tensor` of shape `(cells, num_features)`): Standardised expression and log library size.
-            library_size (`torch.Tensor` of shape `(cells,)`, *optional*):
-                Total counts. Default: those in `latents`, clamped to the range of the training cells.
-            class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*): Not used.
-
-        Returns:
-            [`PointMass`]: expression, clamped at zero.
-        """
+        """A [`PointMass`] at the expression, clamped at zero; see [`ProgramCodec.decode`]. Labels have no effect."""
         features = latents.float() * self.latents_std + self.latents_mean
         if self.models_library_size:
             generated = features[:, -1].clamp(*self.log_library_size_range.tolist()).exp()

@@ -57,6 +57,8 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         super().__init__()
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"`likelihood` must be one of {', '.join(LIKELIHOODS)}, not {likelihood!r}.")
+        self.is_counts = self.models_library_size = LIKELIHOODS[likelihood].is_counts
+        self.num_features = num_programs + self.is_counts  # for counts, the log library size is one more latent
         num_bins = num_genes + self.is_counts
         self.encoder = nn.Sequential(nn.Linear(num_bins, hidden_size), nn.SiLU())
         self.to_mean = nn.Linear(hidden_size, num_programs)
@@ -88,32 +90,13 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         # Axes of the named programs in the space of the standardised ones, which keep the axes of the fit
         self.register_buffer("program_axes", torch.eye(num_programs))
 
-    @property
-    def num_features(self) -> int:
-        """Number of latents per cell: the programs, and for counts the log library size."""
-        return self.config.num_programs + self.is_counts
-
-    @property
-    def is_counts(self) -> bool:
-        """Whether cells are counts. Otherwise they are log values."""
-        return LIKELIHOODS[self.config.likelihood].is_counts
-
-    @property
-    def models_library_size(self) -> bool:
-        """Whether latents hold the library size, as those of counts do."""
-        return self.is_counts
-
     # ==================== Fitting ====================
 
     @torch.no_grad()
     def fit_statistics(self, matrix: sparse.csr_matrix, library_size: np.ndarray):
         """
-        Initialises the decoder with the likelihood's `initial_values`, and stores the range of library sizes or the
-        distinct log values.
-
-        Args:
-            matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts or log values of the training cells.
-            library_size (`np.ndarray` of shape `(cells,)`): Total counts over all genes. Not used for log values.
+        Initialises the decoder with the likelihood's `initial_values` of the training cells `(cells, genes)`, and
+        stores the range of their library sizes `(cells,)` or the distinct log values.
         """
         values = LIKELIHOODS[self.config.likelihood].initial_values(matrix, library_size)
         if self.is_counts:
@@ -139,12 +122,8 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
     def start_programs(self, matrix: sparse.csr_matrix, library_size: np.ndarray, precision: float):
         """
         Initialises the encoder with the principal components of the log expression, and the decoder with one step of
-        Fisher scoring. A fit from random weights is slower, and its programs differ between seeds.
-
-        Args:
-            matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts or log values of the training cells.
-            library_size (`np.ndarray` of shape `(cells,)`): Total counts over all genes.
-            precision (`float`): Precision of the prior on the weights.
+        Fisher scoring under a prior with this precision. A fit from random weights is slower, and its programs differ
+        between seeds.
         """
         from sklearn.decomposition import PCA  # slow to import
 
@@ -188,13 +167,8 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
 
     def forward(self, matrix: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Args:
-            matrix (`torch.Tensor` of shape `(cells, genes)`): Counts or log values.
-            library_size (`torch.Tensor` of shape `(cells,)`): Total counts over all genes. Not used for log values.
-
-        Returns:
-            `tuple`: negative log-likelihood given programs drawn from the posterior, and divergence of the posterior
-            from the standard normal distribution, both `(cells,)` in nats.
+        The two terms of the loss of cells `(cells, genes)`, `(cells,)` each in nats: negative log-likelihood given
+        programs drawn from the posterior, and divergence of the posterior from the standard normal distribution.
         """
         mean, log_variance = self.posterior(matrix, library_size)
         programs = mean + torch.randn_like(mean) * (log_variance / 2).exp()
@@ -266,13 +240,8 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
     @apply_forward_hook
     def encode(self, matrix: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
         """
-        Args:
-            matrix (`torch.Tensor` of shape `(cells, genes)`): Counts or log values.
-            library_size (`torch.Tensor` of shape `(cells,)`): Total counts over all genes. Not used for log values.
-
-        Returns:
-            `torch.Tensor` of shape `(cells, num_features)`: posterior means of the programs and, for counts, log
-            library sizes, standardised.
+        Latents `(cells, num_features)` of cells `(cells, genes)` with total counts `(cells,)`: posterior means of the
+        programs and, for counts, log library sizes, standardised.
         """
         latents = self.posterior(matrix, library_size)[0]
         if self.is_counts:
@@ -297,7 +266,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         parameters |= dict(self.gene_parameters) | {name: getattr(self, name) for name in likelihood.TABLES}
         if not self.is_counts:
             parameters["levels"] = self.levels
-        return likelihood.from_heads(parameters, library_size)
+        return likelihood(**{name: value.float() for name, value in parameters.items()}, library_size=library_size)
 
     @apply_forward_hook
     def decode(

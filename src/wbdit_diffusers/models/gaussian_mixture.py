@@ -70,19 +70,10 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
         seed: int = 0,
     ) -> "GaussianMixtureDenoiser":
         """
-        Fits full covariances. The number of components of each combination of labels maximises the likelihood of
-        validation cells. Covariances are shrunk towards the one pooled within labels with a weight of 20 cells.
-
-        Args:
-            latents (`torch.Tensor` of shape `(cells, sample_size)`): Latents of the training cells.
-            class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`): Labels of the training cells.
-            condition_sizes (`tuple[int]`): Number of categories of each label key.
-            noise_scheduler ([`DDPMScheduler`]): Noise schedule, with `prediction_type="v_prediction"`.
-            max_components (`int`, defaults to 32): Maximum number of components per combination of labels.
-            seed (`int`, defaults to 0): Seed of the fit.
-
-        Raises:
-            ValueError: If the scheduler does not predict the velocity.
+        Fits full covariances to latents `(cells, sample_size)` with labels `(cells, num_label_keys)`. The number of
+        components of each combination of labels, at most `max_components`, maximises the likelihood of validation
+        cells. Covariances are shrunk towards the one pooled within labels with a weight of 20 cells. Raises a
+        `ValueError` unless the scheduler has `prediction_type="v_prediction"`.
         """
         if noise_scheduler.config.prediction_type != "v_prediction":
             raise ValueError("The closed form predicts the velocity: use prediction_type='v_prediction'.")
@@ -130,7 +121,8 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
         label_index: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predicts the velocity of noisy latents; see [`WhiteBoxDiTModel.forward`] for the arguments."""
-        class_labels = labels_of_cells(class_labels, label_index)
+        if class_labels is not None and label_index is not None:
+            class_labels = class_labels.reshape(len(class_labels), -1)[label_index]
         a, s = signal_and_noise(self, timestep, hidden_states)  # (batch or 1, 1) each
         projected, total, responsibilities = self._responsibilities(hidden_states.float(), a, s, class_labels)
         means, directions, variances = self._fitted()
@@ -148,14 +140,8 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Covariance of the clean cell given the noisy cell, within and between components, times a vector:
-        `(batch, sample_size)`.
-
-        Args:
-            vector (`torch.Tensor` of shape `(sample_size,)`): Direction in latent space.
-            hidden_states (`torch.Tensor` of shape `(batch, sample_size)`): Noisy latents.
-            timestep (`torch.Tensor` or `int`): Diffusion timestep.
-            class_labels (`torch.LongTensor` of shape `(batch, num_label_keys)`, *optional*): Labels of the cells.
+        Covariance of the clean cell given the noisy cell, within and between components, times a vector
+        `(sample_size,)`: `(batch, sample_size)`.
         """
         a, s = signal_and_noise(self, timestep, hidden_states)
         projected, total, responsibilities = self._responsibilities(hidden_states.float(), a, s, class_labels)
@@ -169,13 +155,7 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
         return (responsibilities[..., None] * (within + between)).sum(1)
 
     def conditioned(self, direction: torch.Tensor, value: float) -> "GaussianMixtureDenoiser":
-        """
-        The distribution of cells with `direction · latents = value`, which is again a Gaussian mixture.
-
-        Args:
-            direction (`torch.Tensor` of shape `(sample_size,)`): Direction in latent space.
-            value (`float`): Value along the direction.
-        """
+        """The distribution of cells with `direction · latents = value`, which is again a Gaussian mixture."""
         d = direction.double().cpu().numpy()
         u, variances = self.directions.double().cpu().numpy(), self.variances.double().cpu().numpy()
         covariances = (u * variances[:, None, :]) @ u.transpose(0, 2, 1)  # (components, sample_size, sample_size)
@@ -224,13 +204,6 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
         return projected, total, log_joint.softmax(-1)
 
 
-def labels_of_cells(class_labels: torch.Tensor | None, label_index: torch.Tensor | None) -> torch.Tensor | None:
-    """Labels `(cells, num_label_keys)` from combinations and an index; see [`WhiteBoxDiTModel.forward`]."""
-    if class_labels is None or label_index is None:
-        return class_labels
-    return class_labels.reshape(len(class_labels), -1)[label_index]
-
-
 def within_labels(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Deviations `(cells, values)` from the mean of the cells with the same combination of labels."""
     within = values.copy()
@@ -257,17 +230,9 @@ def mixture_responsibilities(
     own: np.ndarray, pooled: np.ndarray, seed: int, max_components: int = MAX_COMPONENTS
 ) -> np.ndarray:
     """
-    Fits a mixture whose number of components maximises the likelihood of validation cells, trying larger numbers until
-    they no longer help.
-
-    Args:
-        own (`np.ndarray` of shape `(cells, sample_size)`): Latents of the cells of one combination of labels.
-        pooled (`np.ndarray` of shape `(all cells, sample_size)`): Deviations of all cells from their label's mean.
-        seed (`int`): Seed of the fit.
-        max_components (`int`, defaults to 32): Maximum number of components.
-
-    Returns:
-        `np.ndarray` of shape `(cells, components)`: probability that a cell belongs to each component.
+    Fits a mixture to the latents of one combination of labels, trying larger numbers of components until the
+    likelihood of validation cells no longer grows. `pooled` are deviations of all cells from their label's mean.
+    Returns the probability that a cell belongs to each component, `(cells, components)`.
     """
     from scipy.stats import multivariate_normal
     from sklearn.exceptions import ConvergenceWarning

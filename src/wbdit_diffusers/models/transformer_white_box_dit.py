@@ -345,7 +345,7 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
         }
         if block_type not in make_block:
             raise ValueError(f"`block_type` must be one of {', '.join(make_block)}, not {block_type!r}.")
-        num_patches = math.ceil(sample_size / patch_size)
+        self.num_tokens = num_patches = math.ceil(sample_size / patch_size)
         per_token = block_type == "descent"
         self.proj_in = TokenLinear(num_patches, patch_size, dim) if per_token else nn.Linear(patch_size, dim)
         self.register_buffer("pos_embed", self._position_embedding(num_patches, dim))
@@ -359,11 +359,6 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
         self.proj_out = TokenLinear(num_patches, dim, patch_size) if per_token else nn.Linear(dim, patch_size)
         self.gradient_checkpointing = False
         self._init_weights()
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens of a cell."""
-        return self.pos_embed.shape[1]
 
     @staticmethod
     def _position_embedding(num_patches: int, dim: int) -> torch.Tensor:
@@ -440,9 +435,9 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
             raise ValueError("`class_labels` were given to an unconditional model (condition_sizes=()).")
 
         # 1. Tokens: patches of consecutive values
-        patch_size, num_patches = self.config.patch_size, self.pos_embed.shape[1]
-        hidden_states = F.pad(hidden_states, (0, num_patches * patch_size - sample_size))
-        hidden_states = hidden_states.unflatten(1, (num_patches, patch_size))  # (batch, patches, patch_size)
+        patch_size = self.config.patch_size
+        hidden_states = F.pad(hidden_states, (0, self.num_tokens * patch_size - sample_size))
+        hidden_states = hidden_states.unflatten(1, (self.num_tokens, patch_size))  # (batch, patches, patch_size)
         hidden_states = self.proj_in(hidden_states)  # (batch, patches, hidden)
         hidden_states = hidden_states + self.pos_embed.to(hidden_states.dtype)
 
@@ -472,17 +467,8 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
     @classmethod
     def from_original_checkpoint(cls, path: str | Path, num_attention_heads: int = 8) -> "WhiteBoxDiTModel":
         """
-        Converts a checkpoint of the authors' code, White-Box or DiT, of any depth and width.
-
-        Args:
-            path (`str` or `Path`): A `state_dict` saved by `torch.save`; read with `weights_only=True`.
-            num_attention_heads (`int`, defaults to 8): Number of heads, which the file does not state.
-
-        Returns:
-            [`WhiteBoxDiTModel`]: unconditional, in float32 and eval mode.
-
-        Raises:
-            ValueError: If the file is not a checkpoint of one of the authors' two networks.
+        Converts a checkpoint of the authors' code, White-Box or DiT, of any depth and width: a `state_dict`, read with
+        `weights_only=True`. Raises a `ValueError` if the file is not one.
         """
         config, state_dict = convert_original_checkpoint(path, num_attention_heads)
         model = cls(**config)

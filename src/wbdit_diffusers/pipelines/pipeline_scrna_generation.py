@@ -16,10 +16,9 @@ from ..processing.processor import ScRNAProcessor
 from ..sampling.denoise import denoise
 from ..sampling.guidance import Conditions, Guide, predict
 from ..sampling.noise import CellNoise
-from .conditions import count_cells, encode_library_size, merge_conditions, take
+from .conditions import encode_request, take
 from .pipeline_output import ScRNAPipelineOutput
-from .pipeline_utils import ScRNAPipeline, check_decoded, new_generator
-from .provenance import provenance_of
+from .pipeline_utils import ScRNAPipeline
 
 
 OUTPUT_TYPES = ("anndata", "np", "pt", "latent")
@@ -113,7 +112,7 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         guidance_scale: float = 1.0,
         num_inference_steps: int | None = None,
         batch_size: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | list[torch.Generator] | CellNoise | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "anndata",
         return_dict: bool = True,
@@ -170,19 +169,15 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
         self.check_inputs(num_inference_steps, batch_size, latents, output_type, callback_on_step_end_tensor_inputs)
-        conditions = merge_conditions(self.processor, cell_types, conditions)
-        lists = {**conditions, "library_size": library_size, "generator": generator, "latents": latents}
-        num_cells = count_cells(num_cells, lists)
-        class_labels = self.processor.encode_conditions(conditions, num_cells)  # (cells, num_label_keys), -1: any
-        library_sizes = None
-        if library_size is not None:
-            library_sizes = encode_library_size(self.processor, library_size, num_cells)  # (cells,)
+        lists = {"generator": generator, "latents": latents}
+        num_cells, class_labels, library_sizes = encode_request(
+            self.processor, num_cells, cell_types, conditions, library_size, **lists
+        )
 
         # 2. Random numbers belong to cells, batches only bound the memory
-        generator = generator or new_generator()
-        provenance = provenance_of(self, num_inference_steps, guidance_scale, generator)
-        noise, device = CellNoise(generator), self._execution_device
-        first_number = 0 if isinstance(generator, list) else first_cell
+        noise = generator if isinstance(generator, CellNoise) else CellNoise(generator)
+        provenance = self._provenance(num_inference_steps, guidance_scale, noise)
+        first_number, device = 0 if noise.one_per_cell else first_cell, self._execution_device
         batch_size = batch_size or self.default_batch_size
         starts, outputs = range(0, num_cells, batch_size), []
         self._guidance_scale = guidance_scale
@@ -190,7 +185,7 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         with self.progress_bar(total=len(starts) * num_inference_steps) as progress_bar:
 
             def predict_batch(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-                return predict(self.denoiser, self.scheduler, noisy, t, batch_conditions, self.guidance_scale, guides)
+                return predict(self.denoiser, self.scheduler, noisy, t, batch_conditions, self._guidance_scale, guides)
 
             def on_step_end(i: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
                 progress_bar.update()
@@ -226,7 +221,7 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
                     outputs.append(cells)
                 else:
                     decoded = self.codec.decode(denoised.to(self.codec.device), class_labels=labels)
-                    outputs.append(check_decoded(decoded.expression()))
+                    outputs.append(decoded.expression())
 
         self.maybe_free_model_hooks()
         if output_type == "anndata":
@@ -238,7 +233,7 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
 
     def stream(
         self,
-        num_cells: int = 1,
+        num_cells: int | None = None,
         batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         first_cell: int = 0,
@@ -246,42 +241,20 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
     ) -> Iterator[ad.AnnData]:
         """
         Makes the cells of a call batch by batch, so that the memory does not grow with `num_cells`:
-        `write_cells("cells.h5ad", pipe.stream(num_cells=1_000_000))`.
-
-        Args:
-            num_cells (`int`, defaults to 1): Number of cells.
-            batch_size (`int`, *optional*): Number of cells in a batch.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): As in a call.
-            first_cell (`int`, defaults to 0): As in a call.
-            call_kwargs: Further arguments of a call.
-
-        Yields:
-            `AnnData`: the next cells. All batches have the same categories.
-
-        Raises:
-            ValueError: At once, if the request can't be met.
+        `write_cells("cells.h5ad", pipe.stream(num_cells=1_000_000))`. Takes the arguments of a call. Yields an
+        `AnnData` for each batch, all with the same categories. Raises a `ValueError` at once if the request can't be
+        met.
         """
         batch_size = batch_size or self.default_batch_size
-        cell_types = call_kwargs.pop("cell_types", None)
-        conditions = merge_conditions(self.processor, cell_types, call_kwargs.get("conditions"))
-        call_kwargs["conditions"] = conditions
-        count_cells(num_cells, {**call_kwargs, **conditions, "generator": generator})
-        self.processor.encode_conditions(take(conditions, slice(1)), 1)
-        generator = generator or new_generator()
-        state = None if isinstance(generator, list) else generator.get_state()
+        names = ("cell_types", "conditions", "library_size", "latents")
+        per_cell = {name: call_kwargs.pop(name, None) for name in names}
+        num_cells, _, _ = encode_request(self.processor, num_cells, **per_cell, generator=generator)
+        noise = generator if isinstance(generator, list) else CellNoise(generator)
 
         def batches() -> Iterator[ad.AnnData]:
             for start in range(0, num_cells, batch_size):
                 rows = slice(start, min(start + batch_size, num_cells))
-                if isinstance(generator, list):
-                    own = generator[rows]
-                else:
-                    own = torch.Generator(generator.device).set_state(state)
-                yield self(
-                    num_cells=rows.stop - rows.start,
-                    generator=own,
-                    first_cell=first_cell + start,
-                    **take(call_kwargs, rows),
-                ).cells
+                own = {"num_cells": rows.stop - rows.start, "generator": take(noise, rows)} | take(per_cell, rows)
+                yield self(**own, first_cell=first_cell + start, **call_kwargs).cells
 
         return batches()

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from scipy import sparse
@@ -15,8 +16,8 @@ from ..hub.remote_code import without_remote_code
 from ..models.codec_programs import ProgramCodec
 from ..pretrained import locate
 from ..sampling.noise import CELLS_PER_BLOCK, CellNoise, NoiseBatch
+from ..version import __version__
 from .programs import add_programs
-from .provenance import public_name
 
 
 TOKENS_PER_BATCH = 32_768  # of the default batch size
@@ -141,16 +142,8 @@ class ScRNAPipeline(DiffusionPipeline):
     @torch.no_grad()
     def encode_cells(self, adata: ad.AnnData) -> torch.Tensor:
         """
-        Encodes real cells.
-
-        Args:
-            adata (`AnnData`): Cells. Genes are aligned by name, and labels are not needed.
-
-        Returns:
-            `torch.Tensor` of shape `(cells, num_features)`: latents, on the CPU.
-
-        Raises:
-            ValueError: If no gene is in common, or the cells are not of the kind that the pipeline was trained on.
+        Encodes real cells to latents `(cells, num_features)` on the CPU. Genes are aligned by name, and labels are not
+        needed. Raises a `ValueError` if no gene is in common, or the values are not of the kind of the training cells.
         """
         return encode_cells(CellDataset(adata, self.processor, with_labels=False), self.codec)
 
@@ -189,7 +182,7 @@ class ScRNAPipeline(DiffusionPipeline):
         for name, (tensor, shape) in shapes.items():
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, expected {shape}.")
-        noise = CellNoise(generator or new_generator())
+        noise = CellNoise(generator)
         batches = []
         for start in range(0, len(latents), MAX_CELLS_PER_BATCH):
             rows = slice(start, min(start + MAX_CELLS_PER_BATCH, len(latents)))
@@ -198,6 +191,21 @@ class ScRNAPipeline(DiffusionPipeline):
             labels, sizes = (None if values is None else values[rows] for values in (class_labels, library_size))
             batches.append(self._draw_cells(latents[rows], labels, sizes, batch, uniform, first_cell=start))
         return ad.concat(batches, merge="same")
+
+    def _provenance(self, num_inference_steps: int, guidance_scale: float, noise: CellNoise) -> dict[str, Any]:
+        """The contents of `uns["wbdit"]`: everything needed to make the cells again, as an .h5ad file can hold it."""
+        provenance = {
+            "model_id": public_name(self.config.get("_name_or_path")),
+            "scheduler": type(self.scheduler).__name__,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "version": __version__,
+            "X": "counts" if self.processor.config.values == "counts" else "log expression",
+        }
+        if noise.initial_seeds:
+            seeds = np.array(noise.initial_seeds, dtype=np.uint64)
+            provenance["seed"] = seeds if noise.one_per_cell else noise.initial_seeds[0]
+        return provenance
 
     def _draw_cells(
         self,
@@ -222,7 +230,6 @@ class ScRNAPipeline(DiffusionPipeline):
             matrices.append(sparse.csr_matrix(values[:, :num_genes].numpy()))
             # Where the bin of other genes is drawn, the library size is the sum of the drawn counts.
             sizes.append(values.sum(1) if values.shape[1] > num_genes else distribution.library_size)
-            check_decoded(values, sizes[-1])
         matrix = sparse.vstack(matrices, format="csr")
         all_sizes = torch.cat(sizes) if processor.is_counts else None
         cells = processor.to_anndata(matrix, class_labels, all_sizes, first_cell=first_cell)
@@ -231,17 +238,7 @@ class ScRNAPipeline(DiffusionPipeline):
         return cells
 
 
-def new_generator() -> torch.Generator:
-    """A generator seeded from the global one, so that its seed can be recorded."""
-    return torch.Generator().manual_seed(int(torch.randint(2**31, (1,))))
-
-
-def check_decoded(values: torch.Tensor, library_size: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns decoded cells. Raises a `ValueError` if they, or their library sizes, are not finite."""
-    for tensor in (values, library_size):
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise ValueError(
-                "Decoded cells hold NaN or infinite values: lower `guidance_scale` or `library_size`, take another"
-                " scheduler or number of steps, or train the model again."
-            )
-    return values
+def public_name(name_or_path: str | Path | None) -> str:
+    """A Hub id as it is, and the last part of a local path: the rest of a path stays private."""
+    name = str(name_or_path or "")
+    return Path(name).name if Path(name).is_dir() or Path(name).is_absolute() else name

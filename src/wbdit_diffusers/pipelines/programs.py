@@ -13,19 +13,9 @@ NUM_NAMING_GENES = 3
 
 def program_table(codec: ProgramCodec, var_names: pd.Index, num_genes: int = 10) -> pd.DataFrame:
     """
-    What each program does, in one row.
-
-    Genes are ranked by [`~ProgramCodec.weighted_loadings`]: a large loading of a gene that hardly any cell expresses
-    says little.
-
-    Args:
-        codec ([`ProgramCodec`]): The fitted codec.
-        var_names (`pd.Index`): The modelled genes in the order of its columns, as in `pipe.processor.var_names`.
-        num_genes (`int`, defaults to 10): How many genes to list.
-
-    Returns:
-        `pd.DataFrame`: `name` (the genes that it raises most), `explained` (its share of what all programs explain of
-        the log rates, genes weighted as above), `up` and `down` (the genes that it raises and lowers most).
+    Describes each program of a codec in a row: `name` (the genes that it raises most), `explained` (its share of what
+    all programs explain of the log rates), `up` and `down` (the `num_genes` that it raises and lowers most). Genes are
+    ranked by [`~ProgramCodec.weighted_loadings`]. `var_names` are `pipe.processor.var_names`.
     """
     weighted = codec.weighted_loadings.cpu().numpy()  # (genes, programs)
     order = np.argsort(-weighted, axis=0, kind="stable")
@@ -44,14 +34,9 @@ def program_table(codec: ProgramCodec, var_names: pd.Index, num_genes: int = 10)
 
 def add_programs(cells: ad.AnnData, codec: ProgramCodec, latents: torch.Tensor):
     """
-    Writes the programs into an AnnData.
-
-    Args:
-        cells (`AnnData`): Cells with the codec's genes in its order. Gets `varm["programs"]` (see
-            [`~ProgramCodec.loadings`]), `obsm["X_programs"]` (see [`~ProgramCodec.activities`]) and `uns["programs"]`
-            (`name` and `explained` of each, see [`program_table`]).
-        codec ([`ProgramCodec`]): The codec.
-        latents (`torch.Tensor` of shape `(cells, num_features)`): The cells' latents.
+    Writes the programs of cells with latents `(cells, num_features)` into their AnnData: `varm["programs"]`
+    ([`~ProgramCodec.loadings`]), `obsm["X_programs"]` ([`~ProgramCodec.activities`]) and `uns["programs"]` (`name` and
+    `explained` of each, see [`program_table`]).
     """
     table = program_table(codec, cells.var_names)
     cells.varm["programs"] = codec.loadings.cpu().numpy()

@@ -11,7 +11,6 @@ import reprlib
 
 import numpy as np
 import pandas as pd
-import torch
 
 from ..data.cells import label_column
 
@@ -45,28 +44,3 @@ def encode(labels: str | list[str] | np.ndarray, label_key: str, categories: lis
             f" {', '.join(names[:NUM_NAMED])}{more}.{hint}"
         )
     return codes.astype(np.int64)
-
-
-def complete(
-    class_labels: torch.Tensor, uniform: torch.Tensor, combinations: torch.Tensor, frequencies: torch.Tensor
-) -> torch.Tensor:
-    """
-    Draws the labels that were not asked for, at the frequencies of training cells that have the given labels.
-
-    `class_labels` `(cells, num_label_keys)` are -1 where no label was asked for, `uniform` `(cells,)` are random
-    numbers in [0, 1). Training cells have `combinations` `(num_combinations, num_label_keys)` of labels, with
-    `frequencies` `(num_combinations,)`. Returns labels `(cells, num_label_keys)`.
-    """
-    completed = class_labels.clone()
-    if class_labels.shape[1] == 0:
-        return completed
-    for pattern in class_labels.unique(dim=0):
-        cells = (class_labels == pattern).all(dim=1)
-        free = pattern < 0
-        agree = (combinations[:, ~free] == pattern[~free]).all(dim=1)
-        # If no training cell has the given labels together, all training cells count.
-        weights = frequencies.double() * (agree if agree.any() else torch.ones_like(agree))
-        cumulative = weights.cumsum(0) / weights.sum()
-        drawn = torch.searchsorted(cumulative, uniform[cells].double(), right=True).clamp(max=len(weights) - 1)
-        completed[cells] = torch.where(free, combinations[drawn], pattern)
-    return completed

@@ -35,31 +35,10 @@ def log_normalize(counts, library_size):
 
 
 def to_expression(matrix, library_size, values: str):
-    """
-    Values on the log scale, on which cells are modelled and judged.
-
-    Args:
-        matrix (`scipy.sparse.csr_matrix`, `np.ndarray` or `torch.Tensor` of shape `(cells, genes)`):
-            Counts or log values.
-        library_size (`np.ndarray` or `torch.Tensor` of shape `(cells,)`): Total counts; ignored for log values.
-        values (`str`): `"counts"`, which are normalised by [`log_normalize`], or `"log"`, which stay as they are.
-
-    Returns:
-        The same kind of matrix as `matrix`.
-    """
-    check_values_name(values)
-    if values == "log":
-        return matrix
-    return log_normalize(matrix, library_size)
+    """Values on the log scale, on which cells are modelled and judged: counts by [`log_normalize`], or log values."""
+    return matrix if values == "log" else log_normalize(matrix, library_size)
 
 
 def total_counts(matrix, values: str) -> np.ndarray | None:
     """Library size of each cell `(cells,)`, float64, over all genes of a matrix; `None` for log values."""
-    check_values_name(values)
     return np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel() if values == "counts" else None
-
-
-def check_values_name(values: str):
-    """Raises a `ValueError` unless `values` is a kind of values."""
-    if values not in VALUES:
-        raise ValueError(f"`values` is 'counts' or 'log', not {values!r}.")

@@ -20,7 +20,7 @@ from ..data.cells import CellSource, as_source, choose_groups, iter_groups, plac
 from ..files import one_line
 from . import labels, library_size
 from .genes import align_genes, check_names, choose_genes
-from .normalize import check_values_name, to_expression
+from .normalize import VALUES, to_expression
 from .recover import LogScale, find_log_scale, recover_counts
 
 
@@ -65,49 +65,29 @@ class ScRNAProcessor(ConfigMixin):
         categories: list[list[str]] | None = None,
         log_scale: dict | None = None,
     ):
-        check_values_name(values)
+        if values not in VALUES:
+            raise ValueError(f"`values` is 'counts' or 'log', not {values!r}.")
         if isinstance(label_keys, str):
             raise ValueError(f"`label_keys` is a list of obs keys: write [{label_keys!r}].")
-        # Quantiles of the log library size for each combination of labels: (num_combinations, 101)
-        self.library_size_quantiles: torch.Tensor | None = None
-        self.label_combinations: torch.Tensor | None = None  # (num_combinations, num_label_keys)
-        self.label_frequencies: torch.Tensor | None = None  # (num_combinations,)
-
-    @property
-    def var_names(self) -> pd.Index:
-        """Modelled genes, in the order of the codec's columns."""
-        self._check_fitted()
-        return pd.Index(self.config.var_names)
-
-    @property
-    def label_keys(self) -> list[str]:
-        return list(self.config.label_keys)
+        self.label_keys = list(label_keys)
+        self.var_names = pd.Index(var_names or [])  # modelled genes, in the order of the codec's columns
+        # Whether cells are counts, given or recovered, and so have a library size
+        self.is_counts = values == "counts" or log_scale is not None
+        # Of the combinations of labels that training cells have, and quantiles of their log library sizes
+        self.label_combinations = torch.zeros(0, len(label_keys), dtype=torch.long)  # (combinations, num_label_keys)
+        self.label_frequencies = torch.zeros(0)  # (combinations,)
+        self.library_size_quantiles = torch.zeros(0, len(library_size.QUANTILES))  # (combinations, 101)
 
     @property
     def condition_sizes(self) -> tuple[int, ...]:
         """Number of categories of each label key: the denoiser's `condition_sizes`."""
-        self._check_fitted()
         return tuple(len(names) for names in self.config.categories)
-
-    @property
-    def is_counts(self) -> bool:
-        """Whether cells are counts, given or recovered, and so have a library size."""
-        return self.config.values == "counts" or self.config.log_scale is not None
-
-    def _check_fitted(self):
-        if self.config.var_names is None:
-            raise ValueError("This ScRNAProcessor is not fitted: call `processor.fit(adata)` with the training cells.")
 
     def fit(self, cells: ad.AnnData | CellSource) -> "ScRNAProcessor":
         """
         Chooses the genes, and stores the labels and library sizes of the training cells. Cells are read once, in
-        groups; at most about 100,000 of them are kept in memory to choose the genes.
-
-        Args:
-            cells (`AnnData` or [`CellSource`]): Training cells; an AnnData may be CSR, CSC, dense or backed.
-
-        Raises:
-            ValueError: If a value can't be modelled, a cell is empty, or a label or the name of a gene is missing.
+        groups; at most about 100,000 of them are kept in memory to choose the genes. Raises a `ValueError` if a value
+        can't be modelled, a cell is empty, or a label or the name of a gene is missing.
         """
         source, config = as_source(cells, self.config.layer), self.config
         check_names(source)
@@ -125,7 +105,8 @@ class ScRNAProcessor(ConfigMixin):
             if group in sample:
                 expression.append(to_expression(matrix, group_totals, config.values))
         genes = choose_genes(expression, config.num_genes, min(config.min_cells, num_cells), cells_per_gene)
-        self.register_to_config(var_names=source.var_names[genes].tolist(), categories=categories)
+        self.var_names = pd.Index(source.var_names[genes].tolist())
+        self.register_to_config(var_names=self.var_names.tolist(), categories=categories)
 
         codes = self.encode_labels(source).numpy()
         combinations, inverse, numbers = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
@@ -141,15 +122,9 @@ class ScRNAProcessor(ConfigMixin):
         self, cells: ad.AnnData | CellSource, groups: Iterable[int] | None = None
     ) -> tuple[sparse.csr_matrix, np.ndarray]:
         """
-        Selects the modelled genes of cells by name. Raises a `ValueError` as [`~ScRNAProcessor.fit`] does.
-
-        Args:
-            cells (`AnnData` or [`CellSource`]): Cells; their genes may be more, fewer, and in another order.
-            groups (`Iterable[int]`, *optional*): Groups of the source to read. Default: all.
-
-        Returns:
-            `tuple`: counts, or log values if none were recovered, as CSR of shape `(cells, modelled genes)`; and
-            library sizes `(cells,)` over all genes of `cells`. Missing genes are zero, with a warning.
+        Selects the modelled genes of cells by name, in all groups of the source or some. Returns counts, or log values
+        if none were recovered, as CSR `(cells, modelled genes)`, and library sizes `(cells,)` over all genes of
+        `cells`. Missing genes are zero, with a warning. Raises a `ValueError` as [`~ScRNAProcessor.fit`] does.
         """
         source = as_source(cells, self.config.layer)
         check_names(source)
@@ -199,6 +174,7 @@ class ScRNAProcessor(ConfigMixin):
     def _find_log_scale(self, matrix: sparse.csr_matrix):
         """Finds the scale of log values from the first group of cells."""
         scale = find_log_scale(matrix)
+        self.is_counts = scale is not None
         self.register_to_config(log_scale=asdict(scale) if scale else None)
         message = "No counts could be recovered from the log values: the values themselves are modelled."
         if scale:
@@ -208,27 +184,35 @@ class ScRNAProcessor(ConfigMixin):
 
     def encode_conditions(self, conditions: dict[str, str | list[str]], num_cells: int) -> torch.Tensor:
         """
-        Encodes the labels that a caller asks for. Raises a `ValueError` if the model does not know a key or a label.
-
-        Args:
-            conditions (`dict`): One label for all cells, or one for each cell, by label key.
-            num_cells (`int`): Number of cells.
-
-        Returns:
-            `torch.LongTensor` of shape `(num_cells, num_label_keys)`: codes, -1 where no label was asked for.
+        Codes `(num_cells, num_label_keys)` of the labels that a caller asks for, one for all cells or one for each, by
+        label key; -1 where no label is asked for. Raises a `ValueError` if the model does not know a key or a label.
         """
-        class_labels = torch.full((num_cells, len(self.label_keys)), -1, dtype=torch.long)
+        num_rows = num_cells if any(map(np.ndim, conditions.values())) else 1
+        class_labels = torch.full((num_rows, len(self.label_keys)), -1, dtype=torch.long)
         for key, names in conditions.items():
             if key not in self.label_keys:
                 known = f"the label keys {self.label_keys}" if self.label_keys else "no label keys"
                 raise ValueError(f"{key!r} is not a condition of this model, which has {known}.")
             column = self.label_keys.index(key)
             class_labels[:, column] = torch.from_numpy(labels.encode(names, key, self.config.categories[column]))
-        return class_labels
+        return class_labels.expand(num_cells, -1)
 
     def complete_labels(self, class_labels: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """Draws the labels that are -1; see [`labels.complete`]."""
-        return labels.complete(class_labels, uniform, self.label_combinations, self.label_frequencies)
+        """
+        Draws the labels that are -1, because they were not asked for, at the frequencies of training cells that have
+        the given labels. `uniform` `(cells,)` are random numbers in [0, 1). Returns labels `(cells, num_label_keys)`.
+        """
+        completed = class_labels.clone()
+        for pattern in class_labels.unique(dim=0) if self.label_keys else []:
+            cells = (class_labels == pattern).all(dim=1)
+            free = pattern < 0
+            agree = (self.label_combinations[:, ~free] == pattern[~free]).all(dim=1)
+            # If no training cell has the given labels together, all training cells count.
+            weights = self.label_frequencies.double() * (agree if agree.any() else torch.ones_like(agree))
+            cumulative = weights.cumsum(0) / weights.sum()
+            drawn = torch.searchsorted(cumulative, uniform[cells].double(), right=True).clamp(max=len(weights) - 1)
+            completed[cells] = torch.where(free, self.label_combinations[drawn], pattern)
+        return completed
 
     def sample_library_size(self, class_labels: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """Draws library sizes from training cells with the same labels; see [`library_size.draw`]."""
@@ -244,18 +228,8 @@ class ScRNAProcessor(ConfigMixin):
         first_cell: int = 0,
     ) -> ad.AnnData:
         """
-        Puts names to a matrix of modelled genes.
-
-        Args:
-            matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`):
-                Counts, or log values if no counts were recovered. Recovered counts become log values in `X`, and stay
-                in `layers["counts"]`.
-            class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*): Codes of the labels.
-            library_size (`torch.Tensor` of shape `(cells,)`, *optional*): Total counts over all genes.
-            first_cell (`int`, defaults to 0): Number of the first cell: cells are named `cell_0`, `cell_1`, ….
-
-        Returns:
-            `AnnData`: with a column of `obs` for each label key, and `obs["library_size"]` if it is given.
+        Puts names to counts or log values of the modelled genes, `(cells, genes)`. The cells are named by number, from
+        `first_cell` on. Recovered counts become log values in `X`, and stay in `layers["counts"]`.
         """
         layers = {}
         if self.config.log_scale is not None and library_size is not None:
@@ -274,16 +248,13 @@ class ScRNAProcessor(ConfigMixin):
             cells.obs["library_size"] = library_size.cpu().numpy()
         return cells
 
-    def statistics(self) -> dict[str, torch.Tensor]:
-        """The fitted tables, as they are saved: library-size quantiles, combinations of labels and their fractions."""
-        self._check_fitted()
-        return {name: getattr(self, name).contiguous() for name in STATISTICS}
-
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):
         """Writes `config.json` and the tables, under the only names that Diffusers downloads from the Hub."""
-        self._check_fitted()
+        if self.config.var_names is None:
+            raise ValueError("This ScRNAProcessor is not fitted: call `processor.fit(adata)` with the training cells.")
         self.save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-        save_file(self.statistics(), Path(save_directory) / SAFETENSORS_WEIGHTS_NAME)
+        tables = {name: getattr(self, name).contiguous() for name in STATISTICS}
+        save_file(tables, Path(save_directory) / SAFETENSORS_WEIGHTS_NAME)
 
     @classmethod
     def from_pretrained(

@@ -18,13 +18,21 @@ class CellNoise:
     (see [`NoiseBatch`]). With a list of generators, one for each cell, each cell is the first of its block.
 
     Args:
-        generator (`torch.Generator` or `list[torch.Generator]`): One for all cells, or one for each.
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+            One for all cells, or one for each. Default: one that PyTorch's own generator seeds.
     """
 
-    def __init__(self, generator: torch.Generator | list[torch.Generator]):
+    def __init__(self, generator: torch.Generator | list[torch.Generator] | None = None):
+        if generator is None:
+            generator = torch.Generator().manual_seed(int(torch.randint(2**31, (1,))))
         self.one_per_cell = isinstance(generator, list)
         generators = generator if isinstance(generator, list) else [generator]
         self.device = generators[0].device
+        # The seeds that give the same cells again: none if a generator was used before
+        self.initial_seeds = [one.initial_seed() for one in generators]
+        fresh = [torch.Generator(self.device).manual_seed(seed) for seed in self.initial_seeds]
+        if any(not torch.equal(one.get_state(), new.get_state()) for one, new in zip(generators, fresh)):
+            self.initial_seeds = []
         self.seeds = [int(torch.randint(2**62, (1,), generator=one, device=self.device)) for one in generators]
 
     def batch(self, start: int, stop: int) -> "NoiseBatch":

@@ -13,10 +13,7 @@ class CellDistribution(Protocol):
     """Independent distributions of the genes in each cell, named as in `torch.distributions`."""
 
     library_size: torch.Tensor | None  # (cells,), expected total counts over all genes; `None` for log values
-
-    @property
-    def num_values(self) -> int:
-        """Number of values per draw: the genes, and one bin for all other genes if the likelihood has it."""
+    num_values: int  # per draw: the genes, and one bin for all other genes if the likelihood has it
 
     def mean(self) -> torch.Tensor:
         """Expected values, `(cells, genes)`, in the unit of the training data."""

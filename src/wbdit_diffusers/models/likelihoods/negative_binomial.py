@@ -19,7 +19,7 @@ class NegativeBinomialMixture:
     The columns are the genes, followed by one bin for all other genes, so that a draw has a library size of its own.
 
     Args:
-        log_proportions (`torch.Tensor` of shape `(cells, genes + 1)`): Log fraction of the library in each bin.
+        log_rates (`torch.Tensor` of shape `(cells, genes + 1)`): Their softmax is the share of each bin.
         log_theta (`torch.Tensor` of shape `(cells, genes + 1)`): Log inverse dispersion θ.
         outlier_logits (`torch.Tensor` of shape `(genes + 1,)`): Log odds of the second component, π.
         outlier_log_ratio (`torch.Tensor` of shape `(genes + 1,)`): Log ratio of the two means, r.
@@ -35,38 +35,27 @@ class NegativeBinomialMixture:
 
     def __init__(
         self,
-        log_proportions: torch.Tensor,
+        log_rates: torch.Tensor,
         log_theta: torch.Tensor,
         outlier_logits: torch.Tensor,
         outlier_log_ratio: torch.Tensor,
         outlier_log_theta: torch.Tensor,
         library_size: torch.Tensor,
     ):
-        self.log_proportions = log_proportions
+        self.log_proportions = F.log_softmax(log_rates, dim=1)
+        self.num_values = log_rates.shape[1]  # per draw: the genes, and the bin of all other genes
         self.log_theta = log_theta.clamp(-4, 8)  # beyond, a distribution is all zeros, or Poisson
         self.outlier_logits = outlier_logits
         self.outlier_log_ratio = outlier_log_ratio.clamp(-4, 4)
         self.outlier_log_theta = outlier_log_theta.clamp(-4, 4)
-        self.library_size = library_size.to(log_proportions.device)
-
-    @classmethod
-    def from_heads(cls, heads: dict[str, torch.Tensor], library_size: torch.Tensor) -> "NegativeBinomialMixture":
-        """Builds it from a decoder's `HEADS`, `(cells, genes + 1)` each, and `GENE_PARAMETERS`, `(genes + 1,)`."""
-        values = {name: value.float() for name, value in heads.items()}
-        return cls(F.log_softmax(values.pop("log_rates"), dim=1), **values, library_size=library_size)
+        self.library_size = library_size.to(log_rates.device)
 
     @classmethod
     def initial_values(cls, counts: sparse.csr_matrix, library_size: np.ndarray) -> dict[str, torch.Tensor]:
         """
-        Starting point of the fit: mean rates of the training cells, and θ from the variance of each gene. θ is raised
-        a little, because outliers contribute to the variance.
-
-        Args:
-            counts (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts of the training cells.
-            library_size (`np.ndarray` of shape `(cells,)`): Total counts of the training cells.
-
-        Returns:
-            `dict[str, torch.Tensor]`: bias of each head and value of each gene parameter, `(genes + 1,)`.
+        Starting point of the fit: bias of each head and value of each gene parameter, `(genes + 1,)`. Rates are the
+        means of the training cells. θ follows from the variance of each gene, and is raised a little, because
+        outliers contribute to the variance.
         """
         genes = np.asarray(counts.sum(axis=0), dtype=np.float64).ravel()
         totals = np.append(genes, library_size.sum() - genes.sum()) + 0.5
@@ -98,17 +87,8 @@ class NegativeBinomialMixture:
         precision: float,
     ) -> dict[str, torch.Tensor]:
         """
-        One step of Fisher scoring for each weight, starting from identical cells.
-
-        Args:
-            counts (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Counts of the training cells.
-            library_size (`np.ndarray` of shape `(cells,)`): Total counts of the training cells.
-            programs (`np.ndarray` of shape `(cells, num_programs)`): Centred programs of the training cells.
-            biases (`dict[str, torch.Tensor]`): Biases of the heads, `(genes + 1,)` each; see `initial_values`.
-            precision (`float`): Precision of the prior on the weights.
-
-        Returns:
-            `dict[str, torch.Tensor]`: weights of the heads that start away from zero, `(genes + 1, num_programs)`.
+        One step of Fisher scoring for each weight, starting from identical cells at the `initial_values`. `programs`
+        `(cells, num_programs)` are centred. Returns the weights `(genes + 1, num_programs)` that are not zero.
         """
         share = torch.softmax(biases["log_rates"].double(), dim=0).cpu().numpy()
         theta = biases["log_theta"].double().exp().cpu().numpy()
@@ -122,11 +102,6 @@ class NegativeBinomialMixture:
             score += ((values - rates) * weights).T @ programs[cells]
             information = information + (rates * weights).T @ programs[cells] ** 2
         return {"log_rates": torch.from_numpy(score / information)}
-
-    @property
-    def num_values(self) -> int:
-        """Number of counts per draw: the genes, and the bin of all other genes."""
-        return self.log_proportions.shape[1]
 
     def mean(self) -> torch.Tensor:
         """Expected counts of the genes, `(cells, genes)`."""
@@ -174,18 +149,9 @@ class NegativeBinomialMixture:
 
     def icdf(self, uniform: torch.Tensor) -> torch.Tensor:
         """
-        Draws counts by inverting the distribution function, with one random number per count. A Poisson sampler uses
-        more random numbers at higher rates, so cells drawn together would depend on each other.
-
-        Args:
-            uniform (`torch.DoubleTensor` of shape `(cells, genes)` or `(cells, genes + 1)`):
-                Random numbers in [0, 1), with or without one for the bin of all other genes.
-
-        Returns:
-            `torch.FloatTensor` of the same shape: integer values, on the CPU.
-
-        Raises:
-            ValueError: If a rate is NaN or infinite.
+        Draws counts by inverting the distribution function, with one random number per count, `(cells, genes)` or
+        `(cells, genes + 1)` in double precision. A Poisson sampler uses more random numbers at higher rates, so cells
+        drawn together would depend on each other. Raises a `ValueError` if a rate is NaN or infinite.
         """
         num_columns = uniform.shape[1]
         rates = (self.log_proportions.exp() * self.library_size[:, None])[:, :num_columns]

@@ -20,11 +20,7 @@ class PointMass:
         self.log_values = log_values
         self.library_size = library_size
         self.is_counts = is_counts
-
-    @property
-    def num_values(self) -> int:
-        """Number of values per draw: the genes."""
-        return self.log_values.shape[1]
+        self.num_values = log_values.shape[1]  # per draw: the genes
 
     def mean(self) -> torch.Tensor:
         """Counts before rounding, or log values: `(cells, genes)`. Raises `ValueError` without a library size."""
@@ -43,6 +39,8 @@ class PointMass:
         raise ValueError("ExpressionCodec has no likelihood, because its cells have no noise. Use ProgramCodec.")
 
     def icdf(self, uniform: torch.Tensor) -> torch.Tensor:
-        """The mean, on the CPU; counts are rounded. The random numbers `(cells, genes)` are not used."""
+        """The mean, on the CPU; counts are rounded. Raises a `ValueError` if it is not finite."""
         values = self.mean().float().cpu()
+        if not torch.isfinite(values).all():
+            raise ValueError("Decoded cells hold NaN or infinite values: lower `guidance_scale` or `library_size`.")
         return values.round() if self.is_counts else values

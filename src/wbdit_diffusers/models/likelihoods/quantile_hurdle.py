@@ -40,8 +40,6 @@ class QuantileHurdle:
     TABLES = {"quantiles": len(SCORES)}  # measured, not fitted: number of values per gene
     is_counts = False
 
-    library_size = None
-
     def __init__(
         self,
         scores: torch.Tensor,
@@ -49,31 +47,21 @@ class QuantileHurdle:
         log_std: torch.Tensor,
         quantiles: torch.Tensor,
         levels: torch.Tensor | None = None,
+        library_size: None = None,
     ):
         self.scores = scores
         self.zero_logits = zero_logits
         self.log_std = log_std.clamp(-5, 2)
         self.quantiles = quantiles
         self.levels = levels if levels is not None and len(levels) else None
-
-    @classmethod
-    def from_heads(cls, heads: dict[str, torch.Tensor], library_size: torch.Tensor | None = None) -> "QuantileHurdle":
-        """Builds it from a decoder's `HEADS`, `(cells, genes)` each, `GENE_PARAMETERS` and `TABLES`."""
-        return cls(**{name: value.float() for name, value in heads.items()})
+        self.library_size, self.num_values = None, scores.shape[1]
 
     @classmethod
     def initial_values(cls, matrix: sparse.csr_matrix, library_size: np.ndarray | None = None) -> dict:
         """
-        Measures the quantiles of each gene and the distinct values. The fit starts at the distribution of each gene
-        over all training cells. Quantiles of rarely expressed genes are blended with those of a normal distribution.
-
-        Args:
-            matrix (`scipy.sparse.csr_matrix` of shape `(cells, genes)`): Values of the training cells.
-            library_size (`np.ndarray`, *optional*): Not used.
-
-        Returns:
-            `dict[str, torch.Tensor]`: bias of each head and value of each gene parameter, `(genes,)`; `quantiles`; and
-            `levels`, which is empty if most values are unique.
+        Starting point of the fit, the distribution of each gene over all training cells: biases, gene parameters,
+        `quantiles`, and `levels`, which is empty if most values are unique. Quantiles of rarely expressed genes are
+        blended with those of a normal distribution.
         """
         columns = matrix.tocsc()
         num_cells, num_genes = columns.shape
@@ -104,13 +92,7 @@ class QuantileHurdle:
         biases: dict[str, torch.Tensor],
         precision: float,
     ) -> dict[str, torch.Tensor]:
-        """
-        One step of Fisher scoring for each weight, starting from identical cells; see
-        [`NegativeBinomialMixture.initial_slopes`].
-
-        Returns:
-            `dict[str, torch.Tensor]`: weights of the heads, `(genes, num_programs)` each.
-        """
+        """One step of Fisher scoring, as [`NegativeBinomialMixture.initial_slopes`]."""
         is_zero = torch.sigmoid(biases["zero_logits"].double()).cpu().numpy()
         observed = (matrix != 0).astype(np.float64)
         zero_slopes = -(observed.T @ programs)
@@ -123,11 +105,6 @@ class QuantileHurdle:
         scores.data = (scores.data - mean[scores.indices]) / np.sqrt(variance[scores.indices].clip(min=1e-6))
         slopes = (scores.T @ programs) / (observed.T @ np.square(programs) + precision)
         return {"zero_logits": torch.from_numpy(zero_slopes), "scores": torch.from_numpy(slopes)}
-
-    @property
-    def num_values(self) -> int:
-        """Number of values per draw: the genes."""
-        return self.scores.shape[1]
 
     def mean(self) -> torch.Tensor:
         """Expected values including zeros, not rounded: `(cells, genes)`."""
@@ -167,16 +144,8 @@ class QuantileHurdle:
 
     def icdf(self, uniform: torch.Tensor) -> torch.Tensor:
         """
-        Draws values by inverting the distribution function, with one random number per value.
-
-        Args:
-            uniform (`torch.DoubleTensor` of shape `(cells, genes)`): Random numbers in [0, 1).
-
-        Returns:
-            `torch.FloatTensor` of the same shape, on the CPU.
-
-        Raises:
-            ValueError: If a score is NaN or infinite.
+        Draws values by inverting the distribution function, with one random number in [0, 1) per value, `(cells,
+        genes)` in double precision. Raises a `ValueError` if a score is NaN or infinite.
         """
         if not (torch.isfinite(self.zero_logits).all() and torch.isfinite(self.scores).all()):
             raise ValueError("The codec's scores are NaN or infinite. Check its weights and the latents.")
