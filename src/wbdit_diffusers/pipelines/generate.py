@@ -70,22 +70,12 @@ class GenerateConfig:
 
 def generate(config: GenerateConfig) -> tuple[int, int]:
     """
-    Generates cells and writes them to a file; see [`write_cells`] for its formats.
+    Generates cells and writes them to a file; see [`write_cells`] for its formats. Returns the numbers of cells and
+    genes.
 
     The cells are those of `pipe(num_cells, generator=torch.Generator().manual_seed(seed))`, for any number of
     processes. The same call continues a run that was interrupted or killed. Every process of an `accelerate launch`
     makes its share of the parts, and the first one joins them.
-
-    Args:
-        config ([`GenerateConfig`]): Model, cells and output.
-
-    Returns:
-        `tuple[int, int]`: number of cells and of genes.
-
-    Raises:
-        ValueError: If the model can't make these cells.
-        OSError: If the model can't be loaded, the output can't be written, or a process fails.
-        KeyboardInterrupt: On Ctrl-C. The message says how many cells are kept.
     """
     if os.environ.get(LAUNCHED):  # this process ends when the one that launched it has gone
         threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()

@@ -156,7 +156,7 @@ class ScRNAPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
     ) -> ad.AnnData:
         """
-        Draws cells for given latents, as a call does at its end.
+        Draws cells for given latents, as a call does at its end. The result has no `uns["wbdit"]`.
 
         Args:
             latents (`torch.Tensor` of shape `(cells, num_features)`): Denoised or encoded cells.
@@ -165,9 +165,6 @@ class ScRNAPipeline(DiffusionPipeline):
             library_size (`torch.Tensor` of shape `(cells,)`, *optional*):
                 Expected total counts, instead of those in `latents`.
             generator (`torch.Generator`, *optional*): Makes the draw reproducible.
-
-        Returns:
-            `AnnData`: like the result of a call, without `uns["wbdit"]`, since the origin of the latents is unknown.
 
         Raises:
             ValueError: If the shapes don't fit, or `library_size` is given to a model of log values.

@@ -11,17 +11,8 @@ VALUES = ("counts", "log")
 
 def log_normalize(counts, library_size):
     """
-    `log1p(counts / library_size * 10,000)`.
-
-    The caller gives the library size, as the modelled genes are only a part of it.
-
-    Args:
-        counts (`scipy.sparse.csr_matrix`, `np.ndarray` or `torch.Tensor` of shape `(cells, genes)`): Counts.
-        library_size (`np.ndarray` or `torch.Tensor` of shape `(cells,)`):
-            Total counts of each cell over all its genes, including those not in `counts`.
-
-    Returns:
-        The same kind of matrix: CSR or array in float32, or a tensor through which gradients flow.
+    `log1p(counts / library_size * 10,000)` of a CSR matrix, an array or a tensor `(cells, genes)`, of the same kind.
+    The library size `(cells,)` is the total over all genes of a cell, including those not in `counts`.
     """
     if torch.is_tensor(counts):
         return torch.log1p(counts * (TARGET_SUM / torch.as_tensor(library_size, device=counts.device))[:, None])

@@ -30,11 +30,8 @@ def denoise(
         timesteps (`Iterable[torch.Tensor]`): All of `scheduler.timesteps`, or the last ones.
         on_step_end (`Callable`, *optional*): `on_step_end(step, timestep, latents)` returns the next latents.
 
-    Returns:
-        `torch.Tensor` of shape `(cells, num_features)`: denoised latents.
-
     Raises:
-        ValueError: If a latent is NaN or infinite.
+        ValueError: If a denoised latent is NaN or infinite.
     """
     accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_kwargs = {"generator": noise.generators} if accepts_generator else {}

@@ -19,23 +19,11 @@ MULTISTEP = ("dpmsolver++", "unipc")
 
 def make_scheduler(name: str, config: dict) -> SchedulerMixin:
     """
-    A solver by name, with the noise schedule of another scheduler.
+    A solver by its name in `SCHEDULERS`, with the noise schedule of another scheduler, as `pipe.scheduler.config`.
 
     DPM-Solver++ and UniPC take equal steps in the log of the noise (`use_exponential_sigmas`). Equal steps in time
     leave few for the end, where cells of one type get their spread (lab/experiments.md).
-
-    Args:
-        name (`str`): A key of `SCHEDULERS`.
-        config (`dict`): The `config` of a scheduler, such as `pipe.scheduler.config`.
-
-    Returns:
-        `SchedulerMixin`: the solver.
-
-    Raises:
-        ValueError: If there is no such solver.
     """
-    if name not in SCHEDULERS:
-        raise ValueError(f"There is no scheduler {name!r}: choose one of {', '.join(SCHEDULERS)}.")
     options = {"use_exponential_sigmas": True} if name in MULTISTEP else {}
     return SCHEDULERS[name].from_config(config, **options)
 
@@ -46,9 +34,6 @@ def training_scheduler(prediction_type: str) -> DDPMScheduler:
 
     Samples are never clipped, since expression is not an image in [-1, 1]. Spacing "trailing" makes the first step of
     any solver start at pure noise, regardless of the number of steps.
-
-    Args:
-        prediction_type (`str`): The quantity that the denoiser predicts: `"epsilon"`, `"v_prediction"` or `"sample"`.
     """
     return DDPMScheduler(prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing")
 
@@ -59,15 +44,9 @@ def signal_and_noise(
     """
     The scales `a = sqrt(ᾱ_t)` and `s = sqrt(1 - ᾱ_t)` of `noisy = a · clean + s · noise`, for timesteps `(cells,)` or
     one for all cells: `(cells or 1, 1)` each, in float32. `schedule` is a scheduler, or a denoiser that stores `ᾱ`.
-
-    Raises:
-        ValueError: If the scheduler has no `alphas_cumprod`, as flow matching has none.
     """
     if not hasattr(schedule, "alphas_cumprod"):
-        raise ValueError(
-            f"{type(schedule).__name__} has no `alphas_cumprod`, so clean latents can't be estimated: use"
-            f" {', '.join(kind.__name__ for kind in SCHEDULERS.values())}."
-        )
+        raise ValueError(f"{type(schedule).__name__} has no `alphas_cumprod`, which guides need: use DDPMScheduler.")
     timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1).long()
     alphas_cumprod = schedule.alphas_cumprod.to(latents.device)[timestep].float()[:, None]
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
