@@ -169,10 +169,9 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
         self.check_inputs(num_inference_steps, batch_size, latents, output_type, callback_on_step_end_tensor_inputs)
+        request = {"cell_types": cell_types, "conditions": conditions, "library_size": library_size}
         lists = {"generator": generator, "latents": latents}
-        num_cells, class_labels, library_sizes = encode_request(
-            self.processor, num_cells, cell_types, conditions, library_size, **lists
-        )
+        num_cells, class_labels, library_sizes = encode_request(self.processor, num_cells, **request, **lists)
 
         # 2. Random numbers belong to cells, batches only bound the memory
         noise = generator if isinstance(generator, CellNoise) else CellNoise(generator)
@@ -189,10 +188,9 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
 
             def on_step_end(i: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
                 progress_bar.update()
-                if callback_on_step_end is None:
-                    return latents
-                callback_kwargs = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
-                return callback_on_step_end(self, i, t, callback_kwargs).get("latents", latents)
+                tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
+                changed = {} if callback_on_step_end is None else callback_on_step_end(self, i, t, tensors)
+                return changed.get("latents", latents)
 
             for start in starts:
                 # 3. Labels that were not asked for are drawn
@@ -215,13 +213,12 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
                 if output_type == "latent":
                     outputs.append(denoised)
                 elif output_type == "anndata":
-                    sizes = None if library_sizes is None else library_sizes[rows]
+                    sizes = take(library_sizes, rows)
                     cells = self._draw_cells(denoised, labels, sizes, batch_noise, uniform[:, 1], first_cell + start)
                     cells.uns["wbdit"] = provenance
                     outputs.append(cells)
                 else:
-                    decoded = self.codec.decode(denoised.to(self.codec.device), class_labels=labels)
-                    outputs.append(decoded.expression())
+                    outputs.append(self.codec.decode(denoised.to(self.codec.device), None, labels).expression())
 
         self.maybe_free_model_hooks()
         if output_type == "anndata":
