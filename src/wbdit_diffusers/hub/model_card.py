@@ -27,21 +27,9 @@ BLOCKS = {
 
 
 def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFacts | None = None) -> ModelCard:
-    """
-    Renders the model card of a pipeline.
-
-    Args:
-        pipeline ([`ScRNAGenerationPipeline`]): The pipeline.
-        repo_id (`str`): Hub id or folder in the card's example.
-        facts ([`CardFacts`], *optional*): Further facts about the model.
-
-    Returns:
-        [`huggingface_hub.ModelCard`]: the card.
-    """
+    """The model card of a pipeline, with an example that loads `repo_id`: a Hub id or a folder."""
     facts = facts or CardFacts()
-    processor = pipeline.processor.config
-    first = processor.categories[0][:1] if processor.categories else []
-    report, name = facts.report, repo_id.split("/")[-1]
+    processor, report, name = pipeline.processor.config, facts.report, repo_id.split("/")[-1]
     return ModelCard.from_template(
         ModelCardData(
             library_name=LIBRARY,
@@ -53,7 +41,7 @@ def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFact
         title=as_text(name),
         repo_id=as_code(repo_id),
         version=__version__,
-        cell_types=f", cell_types={as_code(first[0])}" if first else "",
+        cell_types=f", cell_types={as_code(processor.categories[0][0])}" if processor.categories else "",
         with_code=facts.with_code,
         variant=facts.variant,
         figure=facts.figure,
@@ -72,12 +60,8 @@ def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFact
 
 def write_model_card(pipeline: DiffusionPipeline, folder: str | Path, repo_id: str | None = None):
     """
-    Writes the model card into the folder of a pipeline as README.md.
-
-    Args:
-        pipeline ([`ScRNAGenerationPipeline`]): The pipeline.
-        folder (`str` or `Path`): Folder of the pipeline; see [`read_facts`] for the files that are read.
-        repo_id (`str`, *optional*): Hub id in the card's example. Default: the folder's name.
+    Writes the model card of a pipeline into its folder as README.md, with the folder's training.json and report.json.
+    The card's example loads `repo_id`, by default the folder's name.
     """
     folder = Path(folder)
     facts = read_facts(folder, len(pipeline.processor.var_names))
