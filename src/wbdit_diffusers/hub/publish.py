@@ -26,7 +26,7 @@ def publish(
     pipeline: DiffusionPipeline,
     folder: str | Path,
     repo_id: str,
-    private: bool | None = None,
+    private: bool = False,
     variant: str | None = None,
     with_code: bool = False,
     dry_run: str | Path | None = None,
@@ -44,7 +44,7 @@ def publish(
         pipeline ([`ScRNAGenerationPipeline`]): The pipeline.
         folder (`str` or `Path`): Output folder of the training. Its training.json and report.json go on the card.
         repo_id (`str`): Hub id such as `"me/wbdit-pbmc"`. The repository is created if it does not exist.
-        private (`bool`, *optional*): Whether a new repository is private.
+        private (`bool`, defaults to `False`): Whether a new repository is private, whatever your settings are.
         variant (`str`, *optional*): `"bf16"` to add the denoiser in bfloat16.
         with_code (`bool`, defaults to `False`): Whether to add the modules for `trust_remote_code=True`.
         dry_run (`str` or `Path`, *optional*): New folder to write instead of uploading.
@@ -73,7 +73,7 @@ def publish(
         _write(pipeline, target, repo_id, facts, files)
         return str(target)
     try:
-        address = create_repo(repo_id, private=private, token=token, exist_ok=True)
+        address = create_repo(repo_id, private=private or None, token=token, exist_ok=True)
         with tempfile.TemporaryDirectory() as temporary:
             staged = Path(temporary) / "repository"
             _write(pipeline, staged, address.repo_id, facts, files)
