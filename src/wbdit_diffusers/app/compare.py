@@ -37,11 +37,8 @@ class Group:
 def make_groups(
     pipe: ScRNAGenerationPipeline, cells: ad.AnnData, real: ad.AnnData | None
 ) -> tuple[list[Group], np.ndarray]:
-    """
-    Up to 1,000 real cells, if given, and up to 1,000 generated cells, with the names of their common genes. Raises a
-    `ValueError` if the real cells are not of the kind that the pipeline was trained on.
-    """
-    values, layer = pipe.processor.config.values, pipe.processor.config.layer
+    """Up to 1,000 real cells, if given, and up to 1,000 generated cells, with the names of their common genes."""
+    values, layer, type_key = pipe.processor.config.values, pipe.processor.config.layer, pipe.processor.label_keys[:1]
     genes, within_genes, groups, cells = cells.var_names, False, [], _sample(cells)
     if real is not None:
         real = _sample(real)
@@ -49,9 +46,9 @@ def make_groups(
         activities = pipe.codec.activities(latents).detach().numpy() if "X_programs" in cells.obsm else None
         genes, within_genes = genes[genes.isin(real.var_names)], needs_common_genes(cells, real)
         expression = real_cells(real, genes, values, layer, within_genes=within_genes).expression
-        groups.append(Group("real", expression, _types(pipe, real), activities))
+        groups.append(Group("real", expression, combined_labels(real, type_key, "The file"), activities))
     expression = generated_cells(cells[:, genes], values, within_genes=within_genes).expression
-    groups.append(Group("generated", expression, _types(pipe, cells), cells.obsm.get("X_programs")))
+    groups.append(Group("generated", expression, combined_labels(cells, type_key), cells.obsm.get("X_programs")))
     return groups, genes.to_numpy()
 
 
@@ -100,11 +97,11 @@ def program_figure(groups: list[Group], names: np.ndarray) -> Figure | None:
 
 def quick_test(pipe: ScRNAGenerationPipeline, real: ad.AnnData, model: str, seed: int, **call_kwargs) -> str:
     """
-    Reports how well one classifier separates generated cells, and other real cells, from held-out cells. These are the
-    cells that the split.json of `model` holds out, or without one that names the real cells, a random half of them.
+    How well a classifier separates generated cells, and other real cells, from held-out cells: those that the
+    split.json of `model` names, or else a random half of the real cells.
     """
     config, label_keys = pipe.processor.config, pipe.processor.label_keys
-    rest, test = (real[rows] for rows in split_halves(combined_labels(real, label_keys, "The file")))
+    rest, test = (real[rows] for rows in split_halves(combined_labels(real, label_keys)))
     origin = "A random half is held out here. Training may have seen these cells."
     with contextlib.suppress(FileNotFoundError):  # such as that of a pipeline on the Hub
         split = CellSplit.load(model)
@@ -126,14 +123,6 @@ def quick_test(pipe: ScRNAGenerationPipeline, real: ad.AnnData, model: str, seed
         f" better; 0.5 is chance. {origin}\n\nThis is a quick test with one classifier and one sample. `wbdit"
         " evaluate` uses three of each and reports their spread."
     )
-
-
-def _types(pipe: ScRNAGenerationPipeline, cells: ad.AnnData) -> np.ndarray:
-    """The cell type of each cell, `""` without a complete column of types."""
-    key = next(iter(pipe.processor.label_keys), None)
-    if key not in cells.obs or cells.obs[key].isna().any():
-        return np.full(cells.n_obs, "")
-    return cells.obs[key].astype(str).to_numpy(dtype=str)
 
 
 def _sample(cells: ad.AnnData, max_cells: int = MAX_CELLS_SHOWN) -> ad.AnnData:

@@ -52,12 +52,8 @@ def _generate_tab(model: str) -> tuple[gr.Dropdown, gr.Radio, gr.File]:
     line, types, num_steps, fitting = handlers.describe(model)
     with gr.Row():
         with gr.Column(scale=2, min_width=330):
-            pipeline = gr.Dropdown(
-                [(Path(model).name, model)],
-                label="Pipeline",
-                info="A folder that a training wrote, or a Hub id.",
-                allow_custom_value=True,
-            )
+            info = "A folder that a training wrote, or a Hub id."
+            pipeline = gr.Dropdown([(Path(model).name, model)], label="Pipeline", info=info, allow_custom_value=True)
             facts = gr.Markdown(line, elem_classes="facts")
             info = "Equally many cells of each. Default: as frequent as in training."
             cell_types = gr.Dropdown(types, label="Cell types", info=info, multiselect=True)
@@ -130,17 +126,10 @@ def launch(
     Serves the page. Nothing is sent elsewhere, and nothing is loaded from elsewhere.
 
     Args:
-        model (`str` or `Path`, *optional*):
-            Pipeline to start with: a folder, a Hub id, or by default the one in this package.
+        model (`str` or `Path`, *optional*): Pipeline to start with. Default: the one in this package.
         host (`str`, defaults to `"127.0.0.1"`): Address to listen on.
         port (`int`, *optional*): Port to listen on. Default: the first free one from 7860.
-        wait (`bool`, defaults to `True`): Whether to wait until the page is closed.
-
-    Returns:
-        `gradio.Blocks`: the page, which `close()` ends.
-
-    Raises:
-        OSError: If `model` can't be loaded, or the port is taken.
+        wait (`bool`, defaults to `True`): Whether to wait until the page is closed, which `close()` of the page does.
     """
     # Files of visitors are looked for every hour, and removed after four.
     with gr.Blocks(title="wbdit", analytics_enabled=False, delete_cache=(3600, 4 * 3600)) as page:
