@@ -15,37 +15,25 @@ STATED = ("data_name", "data_license", "data_source", "num_cells", "command", "t
 
 @dataclass(frozen=True)
 class CardFacts:
-    """
-    Facts about a model that its configuration doesn't hold. The card says "not stated" for those that are `None`.
-
-    Args:
-        data_name, data_license, data_source (`str`, *optional*): Name, license and origin of the training data.
-        num_cells (`int`, *optional*): Number of training cells.
-        command (`str`, *optional*): Command that trained the model.
-        training (`dict[str, Any]`, *optional*): Rows of the training table.
-        report (`dict`, *optional*): Report of `wbdit evaluate`.
-        figure (`str`, *optional*): File name of the report's figure.
-        variant (`str`, *optional*): Name of additional weights, such as `"bf16"`.
-        with_code (`bool`, defaults to `False`): Whether the repository has modules for `trust_remote_code=True`.
-    """
+    """Facts about a model that its configuration doesn't hold. The card says "not stated" for those that are `None`."""
 
     data_name: str | None = None
     data_license: str | None = None
-    data_source: str | None = None
-    num_cells: int | None = None
-    command: str | None = None
-    training: dict[str, Any] | None = None
-    report: dict[str, Any] | None = None
-    figure: str | None = None
-    variant: str | None = None
-    with_code: bool = False
+    data_source: str | None = None  # accession or address
+    num_cells: int | None = None  # of the training
+    command: str | None = None  # that trained the model
+    training: dict[str, Any] | None = None  # rows of the table of the training
+    report: dict[str, Any] | None = None  # of `wbdit evaluate`
+    figure: str | None = None  # name of the report's file
+    variant: str | None = None  # of additional weights, such as "bf16"
+    with_code: bool = False  # for `trust_remote_code=True`
 
 
 def read_facts(folder: Path, num_genes: int, report: Path | None = None, **given) -> CardFacts:
     """The facts in a pipeline's folder and in `report`, replaced by those `given` that are not `None`."""
     training, path = folder / TRAINING_NAME, report_path(folder, report)
     record = json.loads(training.read_text()) if training.is_file() else {}
-    facts = {name: record.get(name) for name in STATED}
+    facts: dict[str, Any] = {name: record.get(name) for name in STATED}
     facts |= {name: value for name, value in given.items() if value is not None}
     if report is not None or path.is_file():
         facts["report"] = read_report(path, num_genes)
