@@ -1,6 +1,7 @@
 """The layout of the page, and its server. `handlers.py` has the functions behind its controls."""
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -129,7 +130,7 @@ def launch(
         model (`str` or `Path`, *optional*): Pipeline to start with. Default: the one in this package.
         host (`str`, defaults to `"127.0.0.1"`): Address to listen on.
         port (`int`, *optional*): Port to listen on. Default: the first free one from 7860.
-        wait (`bool`, defaults to `True`): Whether to wait until the page is closed, which `close()` of the page does.
+        wait (`bool`, defaults to `True`): Whether to wait for Ctrl+C. Otherwise the page's `close()` ends it.
     """
     # Files of visitors are looked for every hour, and removed after four.
     with gr.Blocks(title="wbdit", analytics_enabled=False, delete_cache=(3600, 4 * 3600)) as page:
@@ -143,19 +144,10 @@ def launch(
                 gr.Markdown(ABOUT)
         page.unload(handlers.stop_training)
     page.queue(default_concurrency_limit=1, max_size=20)
-    _, url, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-        ssr_mode=False,
-        share=False,
-        footer_links=[],
-        show_error=True,
-        max_file_size=MAX_MEGABYTES * 2**20,
-        theme=THEME,
-        css=CSS,
-    )
+    look: dict[str, Any] = {"theme": THEME, "css": CSS, "footer_links": []}
+    safety: dict[str, Any] = {"share": False, "ssr_mode": False, "max_file_size": MAX_MEGABYTES * 2**20}
+    server: dict[str, Any] = {"server_name": host, "server_port": port, "prevent_thread_lock": True, "quiet": True}
+    _, url, _ = page.launch(show_error=True, **server, **safety, **look)
     print(f"Open {url} in a browser. Ctrl+C closes the page.", flush=True)
     if wait:
         page.block_thread()

@@ -15,7 +15,7 @@ STATED = ("data_name", "data_license", "data_source", "num_cells", "command", "t
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Facts about a model that its configuration doesn't hold. The card says "not stated" for those that are `None`."""
+    """Facts about a model that its configuration doesn't hold. The card calls those that are `None` "not stated"."""
 
     data_name: str | None = None
     data_license: str | None = None
