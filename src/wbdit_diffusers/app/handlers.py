@@ -143,11 +143,11 @@ def generate(
         yield summary, gr.update(value=str(path), interactive=True), None, None, None, ""
 
         progress(0.2, desc="Drawing the map")
-        groups, genes = make_groups(pipe, cells, real)
+        groups, activities, genes = make_groups(pipe, cells, real)
         yield skip, skip, map_figure(groups, method), skip, skip, skip
         progress(0.5, desc="Drawing markers and programs")
-        program_names = cells.uns["programs"]["name"] if "programs" in cells.uns else []
-        yield skip, skip, skip, marker_figure(groups, genes), program_figure(groups, program_names), skip
+        programs = program_figure(groups, activities, cells.uns["programs"]["name"]) if activities else None
+        yield skip, skip, skip, marker_figure(groups, genes), programs, skip
         progress(0.7, desc="Comparing with real cells")
         verdict = quick_test(pipe, real, model, seed, **call) if real is not None else "Choose real cells on the left."
         yield skip, skip, skip, skip, skip, verdict
