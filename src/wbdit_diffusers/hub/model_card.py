@@ -18,7 +18,6 @@ TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
 LIBRARY = "wbdit-diffusers"  # name on the Hub, see docs/hub.md
 TAGS = ["diffusers", "single-cell", "scRNA-seq", "biology", "anndata", "white-box-transformer"]
 NOT_STATED = "not stated"
-MAX_LABELS = 100  # in a table
 BLOCKS = {
     "descent": "White-Box DiT with descent steps (contraction, ISTA)",
     "white_box": "White-Box DiT, as published (MSSA, ISTA)",
@@ -48,7 +47,7 @@ def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFact
         data=_data(facts),
         num_genes=len(processor.var_names),
         genes=", ".join(as_text(gene) for gene in processor.var_names[:3]) + ", …",
-        contents=_contents(pipeline),
+        contents=_contents(pipeline.processor),
         labels=_labels(pipeline.processor, facts.num_cells),
         network=_network(pipeline),
         training=[(as_text(name), as_text(value)) for name, value in (facts.training or {}).items()],
@@ -92,9 +91,7 @@ def _labels(processor: Any, num_cells: int | None) -> list[dict[str, Any]]:
             (as_text(name), NOT_STATED if num_cells is None else f"{round(share * num_cells):,}", f"{share:.1%}")
             for name, share in zip(names, shares)
         ]
-        others = max(0, len(rows) - MAX_LABELS)
-        name = f"`obs[{as_code(key)}]`"
-        keys.append({"name": name, "title": as_text(key), "rows": rows[:MAX_LABELS], "num_others": others})
+        keys.append({"name": f"`obs[{as_code(key)}]`", "title": as_text(key), "rows": rows})
     return keys
 
 
@@ -124,9 +121,8 @@ def _network(pipeline: DiffusionPipeline) -> list[tuple[str, Any]]:
     ]
 
 
-def _contents(pipeline: Any) -> str:
+def _contents(processor: Any) -> str:
     """Contents of the AnnData that a pipeline makes."""
-    processor = pipeline.processor
     if processor.config.values == "counts":
         return 'integer counts in `X` and `obs["library_size"]`'
     if processor.is_counts:

@@ -40,7 +40,7 @@ def publish(
         pipeline ([`ScRNAGenerationPipeline`]): The pipeline.
         folder (`str` or `Path`): Output folder of the training. Its training.json and report.json go on the card.
         repo_id (`str`): Hub id such as `"me/wbdit-pbmc"`. The repository is created if it does not exist.
-        private (`bool`, defaults to `False`): Whether a new repository is private, whatever your settings are.
+        private (`bool`, defaults to `False`): Whether a new repository is private. Otherwise your Hub settings decide.
         dry_run (`str` or `Path`, *optional*): New folder to write instead of uploading.
         report (`str` or `Path`, *optional*): Report of `wbdit evaluate`, if it is not in `folder`.
         token (`str`, *optional*): Hub token. Default: the one of this machine's login.
