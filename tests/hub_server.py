@@ -112,15 +112,10 @@ class HubRequestHandler(BaseHTTPRequestHandler):
             errors = card_errors(json.loads(content)["content"])
             self.reply({"errors": [{"message": error} for error in errors], "warnings": []}, 400 if errors else 200)
         elif re.fullmatch(r"/api/models/.+/preupload/main", self.path):
-            files = [
-                {
-                    "path": file["path"],
-                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
-                    "shouldIgnore": False,
-                    "oid": None,
-                }
-                for file in json.loads(content)["files"]
-            ]
+            files = []
+            for path in (file["path"] for file in json.loads(content)["files"]):
+                mode = "lfs" if path.endswith(".safetensors") else "regular"
+                files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": None})
             self.reply({"files": files})
         elif self.path.endswith(".git/info/lfs/objects/batch"):
             objects = [
@@ -141,14 +136,8 @@ class HubRequestHandler(BaseHTTPRequestHandler):
                     del self.server.repos[repo_id][entry["value"]["path"]]
             commit = hashlib.sha1(content + self.server.commits[repo_id].encode()).hexdigest()
             self.server.commits[repo_id] = commit
-            self.reply(
-                {
-                    "success": True,
-                    "commitOid": commit,
-                    "commitUrl": f"{self.server.endpoint}/{repo_id}/commit/{commit}",
-                    "hookOutput": "",
-                }
-            )
+            url = f"{self.server.endpoint}/{repo_id}/commit/{commit}"
+            self.reply({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
         else:
             self.not_found("UnknownEndpoint")
 
@@ -168,17 +157,9 @@ class HubRequestHandler(BaseHTTPRequestHandler):
                         for name, data in files.items()
                     ]
                 )
-            self.reply(
-                {
-                    "_id": repo_id,
-                    "id": repo_id,
-                    "modelId": repo_id,
-                    "sha": self.server.commits[repo_id],
-                    "private": False,
-                    "tags": [],
-                    "siblings": [{"rfilename": name} for name in files],
-                }
-            )
+            info = {"_id": repo_id, "id": repo_id, "modelId": repo_id, "sha": self.server.commits[repo_id]}
+            siblings = [{"rfilename": name} for name in files]
+            self.reply({**info, "private": False, "tags": [], "siblings": siblings})
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             repo_id, name = match[1], match[2]
             if repo_id not in self.server.repos:

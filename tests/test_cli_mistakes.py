@@ -63,7 +63,6 @@ MISTAKES = [
     ("generate", "required: model"),
     ("generate MODEL", "--output is required"),
     (f"{GENERATE} --num-cells 5", "--num-cells is unknown: did you mean --num_cells"),
-    (f"{GENERATE} --num_cells ten", "--num_cells ten: Input should be a valid integer"),
     (f"{GENERATE} --num_cells 0", "--num_cells 0: Input should be greater than"),
     (f"{GENERATE} --seed -1", "--seed -1: Input should be greater than or equal to 0"),
     (f"{GENERATE} --guidance_scale nan", "--guidance_scale nan: Input should be a finite number"),
@@ -106,7 +105,6 @@ MISTAKES = [
     (f"{GENERATE} --output FILES/text.h5ad/a.h5ad", "text.h5ad"),
     ("prepare FILES/pbmc.h5ad --output FILES/full", "full"),
     (f"{TRAIN} FILES/pbmc.h5ad --output_dir FILES/model", "model"),
-    ("push MODEL --repo_id me/x --dry_run FILES/full", "full"),
 ]
 
 

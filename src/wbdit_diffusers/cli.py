@@ -30,7 +30,6 @@ def generate(config: Any) -> Result:
 
         wbdit generate pbmc68k_reduced --num_cells 5000 --output cells.h5ad
         wbdit generate wbdit-cells --cell_types "B cell" --conditions condition=STIM --output b.h5ad
-        wbdit generate wbdit-cells --num_cells 1e6 --num_processes 4 --output cells.zarr
     """
     from .pipelines.generate import generate
 
@@ -64,9 +63,7 @@ def train(config: Any) -> Result:
 def evaluate(config: Any) -> Result:
     """Compare generated cells with held-out cells, for one generator or several.
 
-    A generator is a model, or .h5ad files of generated cells. The folder of a model records
-    which cells of --dataset were held out. Without a model, give --train and --test. A name
-    given several times has several samples.
+    The folder of a model records which cells of --dataset were held out.
 
         wbdit evaluate wbdit-cells --dataset cells.h5ad --output_dir report
         wbdit evaluate ours=wbdit-cells scvi=scvi-1.h5ad scvi=scvi-2.h5ad --dataset cells.h5ad
@@ -173,8 +170,7 @@ class PushConfig:
 def push(config: PushConfig) -> Result:
     """Publish a model on the Hugging Face Hub, with a model card.
 
-    The card says what the model was trained on, how, and how good it is. Cell names,
-    checkpoints and logs are not uploaded.
+    Cell names, checkpoints and logs are not uploaded.
 
         wbdit push wbdit-pbmc --repo_id me/wbdit-pbmc --report report --data_name "PBMC 3k" --data_license "CC BY 4.0"
         wbdit push wbdit-pbmc --repo_id me/wbdit-pbmc --dry_run repository
@@ -183,10 +179,9 @@ def push(config: PushConfig) -> Result:
     from .pipelines import ScRNAGenerationPipeline
     from .pretrained import locate
 
-    folder = locate(config.model)
-    settings = {key: value for key, value in vars(config).items() if key not in ("model", "private")}
-    pipe = ScRNAGenerationPipeline.from_pretrained(folder)
-    where = publish(pipe, folder, private=config.private or None, **settings)
+    settings = vars(config).copy()
+    folder = locate(settings.pop("model"))
+    where = publish(ScRNAGenerationPipeline.from_pretrained(folder), folder, **settings)
     text = f"Written to {where}; nothing was uploaded." if config.dry_run else f"Published: {where}"
     return {"address": where}, text
 
@@ -206,8 +201,7 @@ class PrepareFiles:
 def prepare(files: PrepareFiles, config: Any) -> Result:
     """Turn AnnData files of any size into one shuffled dataset of parquet files.
 
-    `wbdit train --dataset FOLDER` trains on it, and `datasets.load_dataset` reads it. No file
-    is loaded into memory as a whole.
+    `wbdit train --dataset FOLDER` trains on it, and `datasets.load_dataset` reads it.
 
         wbdit prepare atlas/*.h5ad --label_keys cell_type --file_key sample --output atlas-prepared
     """

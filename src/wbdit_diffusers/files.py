@@ -12,14 +12,8 @@ MAX_ERROR_LENGTH = 500  # characters of another library's error
 
 def write_whole(path: Path, write: Callable[..., Any]):
     """
-    Writes a file or folder under a temporary name and renames it once it is complete.
-
-    Args:
-        path (`Path`): The file or folder. A file that exists is replaced, a folder that exists is not.
-        write (`Callable`): Writes to the path that it is given.
-
-    Raises:
-        OSError: If `path` can't be written. Nothing has its name, and what was there stays.
+    Lets `write` write a file or folder under a temporary name, and renames it once it is complete. A file that exists
+    is replaced, a folder is not. Raises an `OSError` if `path` can't be written. What was there stays.
     """
     partial = partial_path(path)
     remove(partial)  # of a run that was killed
@@ -52,6 +46,5 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     else:
-        text = " ".join(str(error).split())
-    text = text or type(error).__name__
+        text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= MAX_ERROR_LENGTH else f"{text[:MAX_ERROR_LENGTH]}…"

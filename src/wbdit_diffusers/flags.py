@@ -20,7 +20,6 @@ class FlagParser(argparse.ArgumentParser):
     """A parser that raises a `ValueError` for a mistake, and suggests the flag that was probably meant."""
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
-        """The values of the flags that were given."""
         values, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].partition("=")[0]
@@ -39,14 +38,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def add_flags(parser: argparse.ArgumentParser, config_class: Any, positional: Sequence[str], common: Sequence[str]):
     """
-    Adds one flag for each field of a pydantic dataclass. Types and ranges are checked by [`make_config`], so that
-    Python, YAML and the command line refuse the same values.
-
-    Args:
-        parser (`argparse.ArgumentParser`): Gets the flags. Required ones come first, also in its usage.
-        config_class (`type`): A pydantic dataclass with `pydantic_config`. Fields of a base class form a group.
-        positional (`Sequence[str]`): Required fields that are given without a flag.
-        common (`Sequence[str]`): Fields that come next in the help, outside of the groups.
+    Adds one flag for each field of a pydantic dataclass: required ones, then `common` ones, then those of each base
+    class in a group. Required `positional` ones have no dashes. [`make_config`] checks types and ranges.
     """
     owners = {name: owner for owner in reversed(config_class.__mro__) for name in inspect.get_annotations(owner)}
     fields = {name: owners[name].__pydantic_fields__[name] for name in config_class.__pydantic_fields__}
@@ -69,12 +62,13 @@ def make_config(config_class: type[Config], values: dict[str, Any], positional: 
         return config_class(**values)
     except ValidationError as error:
         problem = error.errors()[0]
-        name = str(problem["loc"][0]) if problem["loc"] else ""
-        flag = name if name in positional else f"--{name}"
-        if problem["type"] == "missing":
-            raise ValueError(f"{flag} is required.") from error
         message = problem["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{flag} {problem['input']}: {message}." if name else message) from error
+        if problem["loc"]:
+            name = str(problem["loc"][0])
+            flag = name if name in positional else f"--{name}"
+            is_missing = problem["type"] == "missing"
+            message = f"{flag} is required." if is_missing else f"{flag} {problem['input']}: {message}."
+        raise ValueError(message) from error
 
 
 def _describe(field: Any) -> dict[str, Any]:

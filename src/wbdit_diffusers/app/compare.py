@@ -1,15 +1,13 @@
 """Generated cells compared with real cells: their figures, and a quick two-sample test."""
 
 import contextlib
-from dataclasses import dataclass
-from typing import Any
 
 import anndata as ad
 import numpy as np
 from matplotlib.figure import Figure
 
 from ..data.split import CellSplit
-from ..evaluation.cells import combined_labels, generated_cells, needs_common_genes, real_cells
+from ..evaluation.cells import CellArrays, combined_labels, generated_cells, needs_common_genes, real_cells
 from ..evaluation.classifiers import JUDGES, two_sample_auc
 from ..evaluation.figure import MAX_DOT_PLOT_TYPES, common_types, embedding, plot_markers, plot_types
 from ..evaluation.references import draw_matching, split_halves
@@ -24,74 +22,62 @@ MIN_CELLS_JUDGED = 10
 MAX_PROGRAMS = 16
 
 
-@dataclass
-class Group:
-    """Real or generated cells in the figures."""
-
-    name: str
-    expression: np.ndarray  # (cells, genes), on the log scale
-    types: np.ndarray  # (cells,), "" without types
-    activities: Any  # (cells, programs), or None without gene programs
-
-
 def make_groups(
     pipe: ScRNAGenerationPipeline, cells: ad.AnnData, real: ad.AnnData | None
-) -> tuple[list[Group], np.ndarray]:
-    """
-    Up to 1,000 real cells, if given, and up to 1,000 generated cells, with the names of their common genes. Raises a
-    `ValueError` if the real cells are not of the kind that the pipeline was trained on.
-    """
-    values, layer = pipe.processor.config.values, pipe.processor.config.layer
-    genes, within_genes, groups, cells = cells.var_names, False, [], _sample(cells)
+) -> tuple[dict[str, CellArrays], dict[str, np.ndarray], np.ndarray]:
+    """Up to 1,000 real and 1,000 generated cells, the activities of their programs, and their common genes."""
+    config, type_key = pipe.processor.config, pipe.processor.label_keys[:1]
+    cells, groups, activities = _sample(cells), {}, {}
+    genes, within_genes = cells.var_names, False
     if real is not None:
         real = _sample(real)
         latents = pipe.encode_cells(real)
-        activities = pipe.codec.activities(latents).detach().numpy() if "X_programs" in cells.obsm else None
+        if "X_programs" in cells.obsm:
+            activities["real"] = pipe.codec.activities(latents).detach().numpy()
         genes, within_genes = genes[genes.isin(real.var_names)], needs_common_genes(cells, real)
-        expression = real_cells(real, genes, values, layer, within_genes=within_genes).expression
-        groups.append(Group("real", expression, _types(pipe, real), activities))
-    expression = generated_cells(cells[:, genes], values, within_genes=within_genes).expression
-    groups.append(Group("generated", expression, _types(pipe, cells), cells.obsm.get("X_programs")))
-    return groups, genes.to_numpy()
+        groups["real"] = real_cells(real, genes, config.values, config.layer, type_key, within_genes)
+    groups["generated"] = generated_cells(cells[:, genes], config.values, type_key, within_genes)
+    if "X_programs" in cells.obsm:
+        activities["generated"] = cells.obsm["X_programs"]
+    return groups, activities, genes.to_numpy()
 
 
-def map_figure(groups: list[Group], method: str) -> Figure:
+def map_figure(groups: dict[str, CellArrays], method: str) -> Figure:
     """A joint embedding with one panel for each group. Generated cells lie over real cells in grey."""
-    matrices = [group.expression for group in groups]
+    matrices = [group.expression for group in groups.values()]
     if sum(map(len, matrices)) < 10:  # t-SNE and UMAP would fail
         method = "pca"
     points = np.split(embedding(matrices, method), [len(matrices[0])])[: len(groups)]
     figure = Figure(figsize=(4.3 * len(groups) + 1.9, 4.5), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, len(groups), squeeze=False, sharex=True, sharey=True)[0]
-    titles = [f"{len(own):,} {group.name} cells" for own, group in zip(points, groups)]
-    plot_types(axes, points, [group.types for group in groups], titles)
+    titles = [f"{len(group):,} {name} cells" for name, group in groups.items()]
+    plot_types(axes, points, [group.labels for group in groups.values()], titles)
     return figure
 
 
-def marker_figure(groups: list[Group], genes: np.ndarray) -> Figure | None:
+def marker_figure(groups: dict[str, CellArrays], genes: np.ndarray) -> Figure | None:
     """Dot plot of the markers of each type, which are chosen in the first group; `None` for fewer than two types."""
-    types = common_types([group.types for group in groups])[:MAX_DOT_PLOT_TYPES]
+    types = common_types([group.labels for group in groups.values()])[:MAX_DOT_PLOT_TYPES]
     if len(types) < 2:
         return None
     size = (3.5 + 0.57 * len(types) * len(groups), 1.9 + 0.36 * len(types))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    plot_markers(figure, {f"{group.name} cells": (group.expression, group.types) for group in groups}, types, genes)
+    panels = {f"{name} cells": (group.expression, group.labels) for name, group in groups.items()}
+    plot_markers(figure, panels, types, genes)
     return figure
 
 
-def program_figure(groups: list[Group], names: np.ndarray) -> Figure | None:
-    """Mean activity of the first 16 gene programs in each type; `None` if the pipeline has no programs."""
-    if any(group.activities is None for group in groups):
-        return None
-    names, types = names[:MAX_PROGRAMS], common_types([group.types for group in groups])
-    figure = Figure(figsize=(4.4 + 0.34 * max(len(types), 3) * len(groups), 1.8 + 0.3 * len(names)), dpi=DPI)
-    figure.set_layout_engine("constrained")
+def program_figure(groups: dict[str, CellArrays], activities: dict[str, np.ndarray], names: np.ndarray) -> Figure:
+    """Mean activity of the first 16 gene programs in each type."""
+    names, types = names[:MAX_PROGRAMS], common_types([group.labels for group in groups.values()])
+    size = (4.4 + 0.34 * max(len(types), 3) * len(groups), 1.8 + 0.3 * len(names))
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
-    for axis, group in zip(axes, groups):
-        masks = [group.types == name for name in types] or [slice(None)]
-        means = np.stack([group.activities[mask, : len(names)].mean(axis=0) for mask in masks], axis=1)
+    for axis, (name, group) in zip(axes, groups.items()):
+        masks = [group.labels == one for one in types] or [slice(None)]
+        means = np.stack([activities[name][mask, : len(names)].mean(axis=0) for mask in masks], axis=1)
         image = axis.imshow(means, cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
-        axis.set_title(f"{group.name} cells")
+        axis.set_title(f"{name} cells")
         axis.set_xticks(np.arange(len(masks)), types or ["all cells"], rotation=60, ha="right", rotation_mode="anchor")
         axis.set_yticks(np.arange(len(names)), names)
     figure.colorbar(image, ax=axes, label="mean activity (sd of training cells)", shrink=0.7, extend="both")
@@ -100,11 +86,11 @@ def program_figure(groups: list[Group], names: np.ndarray) -> Figure | None:
 
 def quick_test(pipe: ScRNAGenerationPipeline, real: ad.AnnData, model: str, seed: int, **call_kwargs) -> str:
     """
-    Reports how well one classifier separates generated cells, and other real cells, from held-out cells. These are the
-    cells that the split.json of `model` holds out, or without one that names the real cells, a random half of them.
+    How well a classifier separates generated cells, and other real cells, from held-out cells: those that the
+    split.json of `model` names, or else a random half of the real cells.
     """
     config, label_keys = pipe.processor.config, pipe.processor.label_keys
-    rest, test = (real[rows] for rows in split_halves(combined_labels(real, label_keys, "The file")))
+    rest, test = (real[rows] for rows in split_halves(combined_labels(real, label_keys)))
     origin = "A random half is held out here. Training may have seen these cells."
     with contextlib.suppress(FileNotFoundError):  # such as that of a pipeline on the Hub
         split = CellSplit.load(model)
@@ -126,14 +112,6 @@ def quick_test(pipe: ScRNAGenerationPipeline, real: ad.AnnData, model: str, seed
         f" better; 0.5 is chance. {origin}\n\nThis is a quick test with one classifier and one sample. `wbdit"
         " evaluate` uses three of each and reports their spread."
     )
-
-
-def _types(pipe: ScRNAGenerationPipeline, cells: ad.AnnData) -> np.ndarray:
-    """The cell type of each cell, `""` without a complete column of types."""
-    key = next(iter(pipe.processor.label_keys), None)
-    if key not in cells.obs or cells.obs[key].isna().any():
-        return np.full(cells.n_obs, "")
-    return cells.obs[key].astype(str).to_numpy(dtype=str)
 
 
 def _sample(cells: ad.AnnData, max_cells: int = MAX_CELLS_SHOWN) -> ad.AnnData:

@@ -50,8 +50,6 @@ def errors_on_page() -> Iterator[None]:
 @functools.lru_cache(maxsize=4)
 def load_pipeline(model: str) -> ScRNAGenerationPipeline:
     """The pipeline of a folder, of a Hub id, or by its name in the package."""
-    if not model:
-        raise ValueError("Choose a pipeline first: a folder that `wbdit train` wrote, or a Hub id.")
     pipe = ScRNAGenerationPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -92,14 +90,11 @@ def choose_training_file(path: str | None):
     return choose_file(path), gr.update(choices=[*columns, NO_TYPES], value=columns[0] if columns else "")
 
 
-def _read_training_cells(path: str) -> ad.AnnData:
-    """Raises a `ValueError` if there are more cells than the page trains on."""
-    cells = read(path)
-    if cells.n_obs > MAX_TRAINING_CELLS:
-        raise ValueError(
-            f"The file has {cells.n_obs:,} cells, and this page trains on at most {MAX_TRAINING_CELLS:,}. Upload a"
-            " sample of them, or use `wbdit train`."
-        )
+def _read_training_cells(path: str | None) -> ad.AnnData:
+    """Raises a `ValueError` if there are no cells, or more than the page trains on."""
+    cells = None if path is None else read(path)
+    if cells is None or cells.n_obs > MAX_TRAINING_CELLS:
+        raise ValueError(f"Upload the counts of at most {MAX_TRAINING_CELLS:,} cells. `wbdit train` takes more.")
     return cells
 
 
@@ -120,11 +115,9 @@ def generate(
 ):
     """Yields the summary, the file, three figures and the verdict, each as soon as it is ready."""
     with errors_on_page(), tempfile.TemporaryDirectory() as folder:
-        if not num_cells:
-            raise ValueError("Give the number of cells.")
-        if source == FILE and not upload:
-            raise ValueError("Upload the file to compare with.")
         model, seed, skip, start_time = (model or "").strip(), seed or 0, gr.skip(), time.monotonic()
+        if not model or not num_cells or (source == FILE and not upload):
+            raise ValueError("Choose a pipeline and the number of cells, and upload the file to compare with.")
         pipe = load_pipeline(model)
         real = None if source == NOTHING else pbmc() if source == PBMC else read(upload)
         steps, num_batches = itertools.count(1), -(-num_cells // BATCH_SIZE)
@@ -150,11 +143,11 @@ def generate(
         yield summary, gr.update(value=str(path), interactive=True), None, None, None, ""
 
         progress(0.2, desc="Drawing the map")
-        groups, genes = make_groups(pipe, cells, real)
+        groups, activities, genes = make_groups(pipe, cells, real)
         yield skip, skip, map_figure(groups, method), skip, skip, skip
         progress(0.5, desc="Drawing markers and programs")
-        program_names = cells.uns["programs"]["name"] if "programs" in cells.uns else []
-        yield skip, skip, skip, marker_figure(groups, genes), program_figure(groups, program_names), skip
+        programs = program_figure(groups, activities, cells.uns["programs"]["name"]) if activities else None
+        yield skip, skip, skip, marker_figure(groups, genes), programs, skip
         progress(0.7, desc="Comparing with real cells")
         verdict = quick_test(pipe, real, model, seed, **call) if real is not None else "Choose real cells on the left."
         yield skip, skip, skip, skip, skip, verdict
@@ -166,11 +159,9 @@ def generate(
 def train(path: str | None, label_key: str, minutes: float, request: gr.Request):
     """Yields status, loss curve and archive. At the end, the pipeline and the file are chosen for comparison."""
     with errors_on_page():
-        if path is None:
-            raise ValueError("Upload the training cells first: an .h5ad file with integer counts.")
         _read_training_cells(path)
         session, skip, num_points = str(request.session_hash), gr.skip(), 0
-        run = running[session] = TrainingRun(path, label_key, minutes)
+        run = running[session] = TrainingRun(str(path), label_key, minutes)
         try:
             while run.process.poll() is None:
                 log = run.log()

@@ -1,6 +1,7 @@
 """The layout of the page, and its server. `handlers.py` has the functions behind its controls."""
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -52,12 +53,8 @@ def _generate_tab(model: str) -> tuple[gr.Dropdown, gr.Radio, gr.File]:
     line, types, num_steps, fitting = handlers.describe(model)
     with gr.Row():
         with gr.Column(scale=2, min_width=330):
-            pipeline = gr.Dropdown(
-                [(Path(model).name, model)],
-                label="Pipeline",
-                info="A folder that a training wrote, or a Hub id.",
-                allow_custom_value=True,
-            )
+            info = "A folder that a training wrote, or a Hub id."
+            pipeline = gr.Dropdown([(Path(model).name, model)], label="Pipeline", info=info, allow_custom_value=True)
             facts = gr.Markdown(line, elem_classes="facts")
             info = "Equally many cells of each. Default: as frequent as in training."
             cell_types = gr.Dropdown(types, label="Cell types", info=info, multiselect=True)
@@ -130,17 +127,10 @@ def launch(
     Serves the page. Nothing is sent elsewhere, and nothing is loaded from elsewhere.
 
     Args:
-        model (`str` or `Path`, *optional*):
-            Pipeline to start with: a folder, a Hub id, or by default the one in this package.
+        model (`str` or `Path`, *optional*): Pipeline to start with. Default: the one in this package.
         host (`str`, defaults to `"127.0.0.1"`): Address to listen on.
         port (`int`, *optional*): Port to listen on. Default: the first free one from 7860.
-        wait (`bool`, defaults to `True`): Whether to wait until the page is closed.
-
-    Returns:
-        `gradio.Blocks`: the page, which `close()` ends.
-
-    Raises:
-        OSError: If `model` can't be loaded, or the port is taken.
+        wait (`bool`, defaults to `True`): Whether to wait for Ctrl+C. Otherwise the page's `close()` ends it.
     """
     # Files of visitors are looked for every hour, and removed after four.
     with gr.Blocks(title="wbdit", analytics_enabled=False, delete_cache=(3600, 4 * 3600)) as page:
@@ -154,19 +144,10 @@ def launch(
                 gr.Markdown(ABOUT)
         page.unload(handlers.stop_training)
     page.queue(default_concurrency_limit=1, max_size=20)
-    _, url, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-        ssr_mode=False,
-        share=False,
-        footer_links=[],
-        show_error=True,
-        max_file_size=MAX_MEGABYTES * 2**20,
-        theme=THEME,
-        css=CSS,
-    )
+    look: dict[str, Any] = {"theme": THEME, "css": CSS, "footer_links": []}
+    safety: dict[str, Any] = {"share": False, "ssr_mode": False, "max_file_size": MAX_MEGABYTES * 2**20}
+    server: dict[str, Any] = {"server_name": host, "server_port": port, "prevent_thread_lock": True, "quiet": True}
+    _, url, _ = page.launch(show_error=True, **server, **safety, **look)
     print(f"Open {url} in a browser. Ctrl+C closes the page.", flush=True)
     if wait:
         page.block_thread()

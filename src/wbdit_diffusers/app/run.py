@@ -1,10 +1,10 @@
 """A training that the page starts: `wbdit train` in a process of its own."""
 
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -21,17 +21,16 @@ class TrainingRun:
     """Starts `wbdit train` on a file, with a column of cell types (or `""`) and a maximum number of minutes."""
 
     def __init__(self, dataset: str, label_key: str, minutes: float):
-        self.parent, self.start_time = Path(tempfile.mkdtemp(dir=WORKSPACE.name)), time.monotonic()
-        self.folder, self.messages = self.parent / "my-cells", self.parent / "messages.txt"
+        self.folder, self.start_time = Path(tempfile.mkdtemp(dir=WORKSPACE.name), "my-cells"), time.monotonic()
+        self.messages, config = self.folder.with_suffix(".txt"), self.folder.with_suffix(".yaml")
         fields = {
-            "dataset": str(dataset),
+            "dataset": dataset,
             "label_keys": [label_key] if label_key else [],
             "max_train_minutes": minutes,
             "output_dir": str(self.folder),
             "validation_steps": 25,  # a point of the curve every few seconds
             "checkpointing_steps": 1_000_000,  # nobody resumes these runs
         }
-        config = self.parent / "train.yaml"
         config.write_text(yaml.safe_dump(fields))
         command = [sys.executable, "-m", "wbdit_diffusers.cli", "train", "--config", str(config)]
         with self.messages.open("w") as file:
@@ -56,10 +55,7 @@ class TrainingRun:
         if self.process.returncode != 0:
             *_, message = ["The training failed.", *self.messages.read_text().splitlines()]
             raise ValueError(message.removeprefix("wbdit train: "))
-        path = self.folder.with_suffix(".zip")
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for file in self.folder.rglob("*"):
-                name = file.relative_to(self.parent)
-                if name.parts[1] not in (CellSplit.FILE_NAME, STAGE_ONE_NAME):
-                    archive.write(file, name)
-        return path
+        public = self.folder.parent / "public"
+        names = shutil.ignore_patterns(CellSplit.FILE_NAME, STAGE_ONE_NAME)
+        shutil.copytree(self.folder, public / self.folder.name, ignore=names)
+        return Path(shutil.make_archive(str(self.folder), "zip", public))

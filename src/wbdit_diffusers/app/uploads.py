@@ -15,10 +15,7 @@ MAX_UNPACKED_BYTES = 2 * 2**30  # a compressed file may hold a thousand times it
 
 
 def read_upload(path: str | Path) -> ad.AnnData:
-    """
-    Reads an uploaded .h5ad file, or an .h5 file of 10x Genomics. Raises a `ValueError` if it can't be read, is too
-    large once unpacked, or has links. The message does not name the folder of the file.
-    """
+    """The cells of an .h5ad file or a 10x .h5 file. Raises a `ValueError` that does not name the file's folder."""
     path = Path(path)
     try:
         with h5py.File(path) as file:

@@ -1,11 +1,10 @@
 """Facts on a model card that a pipeline's configuration doesn't hold: data, training and quality."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.split import CellSplit
 from .quality import read_report
 
 
@@ -16,59 +15,30 @@ STATED = ("data_name", "data_license", "data_source", "num_cells", "command", "t
 
 @dataclass(frozen=True)
 class CardFacts:
-    """
-    Facts about a model that its configuration doesn't hold. The card says "not stated" for those that are `None`.
-
-    Args:
-        data_name (`str`, *optional*): Name of the training data.
-        data_license (`str`, *optional*): License of the training data.
-        data_source (`str`, *optional*): Accession or address of the training data.
-        num_cells (`int`, *optional*): Number of training cells.
-        command (`str`, *optional*): Command that trained the model.
-        training (`dict[str, Any]`, *optional*): Rows of the training table.
-        report (`dict`, *optional*): Report of `wbdit evaluate`.
-        figure (`str`, *optional*): File name of the report's figure.
-        variant (`str`, *optional*): Name of additional weights, such as `"bf16"`.
-        with_code (`bool`, defaults to `False`): Whether the repository has modules for `trust_remote_code=True`.
-    """
+    """Facts about a model that its configuration doesn't hold. The card calls those that are `None` "not stated"."""
 
     data_name: str | None = None
     data_license: str | None = None
-    data_source: str | None = None
-    num_cells: int | None = None
-    command: str | None = None
-    training: dict[str, Any] | None = None
-    report: dict[str, Any] | None = None
-    figure: str | None = None
-    variant: str | None = None
-    with_code: bool = False
+    data_source: str | None = None  # accession or address
+    num_cells: int | None = None  # of the training
+    command: str | None = None  # that trained the model
+    training: dict[str, Any] | None = None  # rows of the table of the training
+    report: dict[str, Any] | None = None  # of `wbdit evaluate`
+    figure: str | None = None  # name of the report's file
+    variant: str | None = None  # of additional weights, such as "bf16"
+    with_code: bool = False  # for `trust_remote_code=True`
 
 
 def read_facts(folder: Path, num_genes: int, report: Path | None = None, **given) -> CardFacts:
-    """
-    Reads `training.json`, `split.json`, `report.json` and `report.png` from a pipeline's folder, if they exist.
-
-    Args:
-        folder (`Path`): Folder of the pipeline.
-        num_genes (`int`): Number of genes of the pipeline, which the report must have too.
-        report (`Path`, *optional*): The report or its folder, if it is not in `folder`.
-        given: Facts that replace those in the folder, unless they are `None`.
-
-    Raises:
-        OSError: If there is no `report`.
-        ValueError: If a file is damaged or belongs to another model.
-    """
-    facts = CardFacts()
-    if (folder / TRAINING_NAME).is_file():
-        facts = _read_training(folder / TRAINING_NAME)
-    elif (folder / CellSplit.FILE_NAME).is_file():
-        facts = CardFacts(num_cells=len(CellSplit.load(folder).train))
-    facts = replace(facts, **{name: value for name, value in given.items() if value is not None})
-    path = report_path(folder, report)
+    """The facts in a pipeline's folder and in `report`, replaced by those `given` that are not `None`."""
+    training, path = folder / TRAINING_NAME, report_path(folder, report)
+    record = json.loads(training.read_text()) if training.is_file() else {}
+    facts: dict[str, Any] = {name: record.get(name) for name in STATED}
+    facts |= {name: value for name, value in given.items() if value is not None}
     if report is not None or path.is_file():
-        figure = FIGURE_NAME if path.with_name(FIGURE_NAME).is_file() else None
-        facts = replace(facts, report=read_report(path, num_genes), figure=figure)
-    return facts
+        facts["report"] = read_report(path, num_genes)
+        facts["figure"] = FIGURE_NAME if path.with_name(FIGURE_NAME).is_file() else None
+    return CardFacts(**facts)
 
 
 def report_path(folder: Path, report: Path | None) -> Path:
@@ -82,12 +52,3 @@ def write_training(folder: Path, config: dict[str, Any], command: str, num_cells
     data = {name: config.get(name) for name in STATED[:3]}
     record = {"command": command, "num_cells": num_cells, "training": table, "config": config, **data}
     (folder / TRAINING_NAME).write_text(json.dumps(record, indent=1, default=str))
-
-
-def _read_training(path: Path) -> CardFacts:
-    """The facts in a training.json."""
-    try:
-        record = json.loads(path.read_text())
-        return CardFacts(**{name: record[name] for name in STATED})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged. Remove it to publish a card without training details.") from error

@@ -18,7 +18,6 @@ TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
 LIBRARY = "wbdit-diffusers"  # name on the Hub, see docs/hub.md
 TAGS = ["diffusers", "single-cell", "scRNA-seq", "biology", "anndata", "white-box-transformer"]
 NOT_STATED = "not stated"
-MAX_LABELS = 100  # in a table
 BLOCKS = {
     "descent": "White-Box DiT with descent steps (contraction, ISTA)",
     "white_box": "White-Box DiT, as published (MSSA, ISTA)",
@@ -27,21 +26,9 @@ BLOCKS = {
 
 
 def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFacts | None = None) -> ModelCard:
-    """
-    Renders the model card of a pipeline.
-
-    Args:
-        pipeline ([`ScRNAGenerationPipeline`]): The pipeline.
-        repo_id (`str`): Hub id or folder in the card's example.
-        facts ([`CardFacts`], *optional*): Further facts about the model.
-
-    Returns:
-        [`huggingface_hub.ModelCard`]: the card.
-    """
+    """The model card of a pipeline, with an example that loads `repo_id`: a Hub id or a folder."""
     facts = facts or CardFacts()
-    processor = pipeline.processor.config
-    first = processor.categories[0][:1] if processor.categories else []
-    report, name = facts.report, repo_id.split("/")[-1]
+    processor, report, name = pipeline.processor.config, facts.report, repo_id.split("/")[-1]
     return ModelCard.from_template(
         ModelCardData(
             library_name=LIBRARY,
@@ -53,14 +40,14 @@ def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFact
         title=as_text(name),
         repo_id=as_code(repo_id),
         version=__version__,
-        cell_types=f", cell_types={as_code(first[0])}" if first else "",
+        cell_types=f", cell_types={as_code(processor.categories[0][0])}" if processor.categories else "",
         with_code=facts.with_code,
         variant=facts.variant,
         figure=facts.figure,
         data=_data(facts),
         num_genes=len(processor.var_names),
         genes=", ".join(as_text(gene) for gene in processor.var_names[:3]) + ", …",
-        contents=_contents(pipeline),
+        contents=_contents(pipeline.processor),
         labels=_labels(pipeline.processor, facts.num_cells),
         network=_network(pipeline),
         training=[(as_text(name), as_text(value)) for name, value in (facts.training or {}).items()],
@@ -72,12 +59,8 @@ def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFact
 
 def write_model_card(pipeline: DiffusionPipeline, folder: str | Path, repo_id: str | None = None):
     """
-    Writes the model card into the folder of a pipeline as README.md.
-
-    Args:
-        pipeline ([`ScRNAGenerationPipeline`]): The pipeline.
-        folder (`str` or `Path`): Folder of the pipeline; see [`read_facts`] for the files that are read.
-        repo_id (`str`, *optional*): Hub id in the card's example. Default: the folder's name.
+    Writes the model card of a pipeline into its folder as README.md, with the folder's training.json and report.json.
+    The card's example loads `repo_id`, by default the folder's name.
     """
     folder = Path(folder)
     facts = read_facts(folder, len(pipeline.processor.var_names))
@@ -108,9 +91,7 @@ def _labels(processor: Any, num_cells: int | None) -> list[dict[str, Any]]:
             (as_text(name), NOT_STATED if num_cells is None else f"{round(share * num_cells):,}", f"{share:.1%}")
             for name, share in zip(names, shares)
         ]
-        others = max(0, len(rows) - MAX_LABELS)
-        name = f"`obs[{as_code(key)}]`"
-        keys.append({"name": name, "title": as_text(key), "rows": rows[:MAX_LABELS], "num_others": others})
+        keys.append({"name": f"`obs[{as_code(key)}]`", "title": as_text(key), "rows": rows})
     return keys
 
 
@@ -140,9 +121,8 @@ def _network(pipeline: DiffusionPipeline) -> list[tuple[str, Any]]:
     ]
 
 
-def _contents(pipeline: Any) -> str:
+def _contents(processor: Any) -> str:
     """Contents of the AnnData that a pipeline makes."""
-    processor = pipeline.processor
     if processor.config.values == "counts":
         return 'integer counts in `X` and `obs["library_size"]`'
     if processor.is_counts:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import create_repo, upload_folder
-from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..files import one_line
@@ -27,15 +26,11 @@ def publish(
     pipeline: DiffusionPipeline,
     folder: str | Path,
     repo_id: str,
-    private: bool | None = None,
-    variant: str | None = None,
-    with_code: bool = False,
+    private: bool = False,
     dry_run: str | Path | None = None,
-    data_name: str | None = None,
-    data_license: str | None = None,
-    data_source: str | None = None,
     report: str | Path | None = None,
     token: str | None = None,
+    **facts: Any,
 ) -> str:
     """
     Uploads a pipeline with a model card that describes its data, training and quality. Checkpoints, logs and names of
@@ -43,18 +38,14 @@ def publish(
 
     Args:
         pipeline ([`ScRNAGenerationPipeline`]): The pipeline.
-        folder (`str` or `Path`): Output folder of the training; see [`read_facts`].
+        folder (`str` or `Path`): Output folder of the training. Its training.json and report.json go on the card.
         repo_id (`str`): Hub id such as `"me/wbdit-pbmc"`. The repository is created if it does not exist.
-        private (`bool`, *optional*): Whether a new repository is private.
-        variant (`str`, *optional*): `"bf16"` to add the denoiser in bfloat16.
-        with_code (`bool`, defaults to `False`):
-            Whether to add the modules with which Diffusers loads the pipeline by `trust_remote_code=True`.
+        private (`bool`, defaults to `False`): Whether a new repository is private. Otherwise your Hub settings decide.
         dry_run (`str` or `Path`, *optional*): New folder to write instead of uploading.
-        data_name (`str`, *optional*): Name of the training data.
-        data_license (`str`, *optional*): License of the training data.
-        data_source (`str`, *optional*): Accession or address of the training data.
         report (`str` or `Path`, *optional*): Report of `wbdit evaluate`, if it is not in `folder`.
         token (`str`, *optional*): Hub token. Default: the one of this machine's login.
+        facts: `data_name`, `data_license` and `data_source` of the training data. `variant="bf16"` adds the denoiser
+            in bfloat16. `with_code=True` adds the modules for `trust_remote_code=True`.
 
     Returns:
         `str`: address of the repository, or the folder of a dry run.
@@ -65,30 +56,22 @@ def publish(
     """
     folder, report = Path(folder), None if report is None else Path(report)
     validate_repo_id(repo_id)
-    if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"--variant must be one of {', '.join(VARIANTS)}, not {variant!r}.")
-    given: dict[str, Any] = {"data_name": data_name, "data_license": data_license, "data_source": data_source}
-    given |= {"variant": variant, "with_code": with_code}
-    facts = read_facts(folder, len(pipeline.processor.var_names), report=report, **given)
-    files = {folder / TRAINING_NAME: TRAINING_NAME}
-    if facts.report is not None:
-        path = report_path(folder, report)
-        files |= {path: REPORT_NAME, path.with_name(FIGURE_NAME): FIGURE_NAME}
+    card = read_facts(folder, len(pipeline.processor.var_names), report, **facts)
+    path = report_path(folder, report)
+    files = {folder / TRAINING_NAME: TRAINING_NAME, path: REPORT_NAME, path.with_name(FIGURE_NAME): FIGURE_NAME}
     if dry_run is not None:
         target = Path(dry_run)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if target.exists():
             raise ValueError(f"--dry_run {target} exists: give a new folder.")
-        _write(pipeline, target, repo_id, facts, files)
+        _write(pipeline, target, repo_id, card, files)
         return str(target)
     try:
-        address = create_repo(repo_id, private=private, token=token, exist_ok=True)
+        address = create_repo(repo_id, private=private or None, token=token, exist_ok=True)
         with tempfile.TemporaryDirectory() as temporary:
             staged = Path(temporary) / "repository"
-            _write(pipeline, staged, address.repo_id, facts, files)
+            _write(pipeline, staged, address.repo_id, card, files)
             settings = {"commit_message": "Upload of wbdit_diffusers", "delete_patterns": OURS, "token": token}
             upload_folder(repo_id=address.repo_id, folder_path=staged, **settings)
-    except LocalTokenNotFoundError as error:
-        raise OSError("You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN.") from error
     except Exception as error:  # of the Hub, or of the HTTP library that huggingface_hub uses
         raise OSError(f"{repo_id} was not uploaded: {one_line(error)}") from error
     return str(address)

@@ -15,16 +15,7 @@ METRICS = "auc_forest auc_boosting auc_regression membership_auc membership_auc_
 
 
 def read_report(path: Path, num_genes: int) -> dict[str, Any]:
-    """
-    Reads the report.json of a model with `num_genes` genes from a file, or from the folder that has it.
-
-    Raises:
-        OSError: If there is none.
-        ValueError: If the file is not the report of one model, or that of another model.
-    """
-    path = path / "report.json" if path.is_dir() else path
-    if not path.is_file():
-        raise OSError(f"There is no report {path}: give the output_dir of `wbdit evaluate`.")
+    """The report.json of a model with `num_genes` genes. Raises a `ValueError` if it is not one of this model."""
     try:
         report = json.loads(path.read_text())
         report["metrics"]["generated"], report["excess"]["generated"], report["num_samples"]
