@@ -9,12 +9,7 @@ from ..processing.processor import ScRNAProcessor
 
 
 def encode_request(
-    processor: ScRNAProcessor,
-    num_cells: int | None,
-    cell_types: str | list[str] | None,
-    conditions: dict[str, Any] | None,
-    library_size: Any,
-    **lists: Any,
+    processor: ScRNAProcessor, num_cells: int | None, cell_types: Any, conditions: Any, library_size: Any, **lists: Any
 ) -> tuple[int, torch.Tensor, torch.Tensor | None]:
     """
     Returns the number of cells, their label codes `(cells, num_label_keys)`, -1 where no label is asked for, and their
