@@ -104,7 +104,9 @@ def test_membership_of_donors():
 def judge_types(train, real, generated):
     """Metrics over all labels that can be judged."""
     labels = metrics.judged_labels(train, real, generated)
-    return metrics.compare_labels(train, real, generated, labels, PCA(30, random_state=0).fit(train.expression))
+    pca = PCA(30, random_state=0).fit(train.expression)
+    pcs = [pca.transform(cells.expression) for cells in (real, generated)]
+    return metrics.compare_labels(train, real, generated, pcs, labels)
 
 
 def typed_cells(seed, cells=300, genes=80, strength=3.0):
