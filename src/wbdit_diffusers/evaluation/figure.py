@@ -61,10 +61,9 @@ def report_figure(
         axis.remove()
     statistics = rows[1].subplots(1, 3 if types is None else 4)
     colours = [GENERATED] if len(ys) == 1 else [colormaps["tab10"](1 + i % 9) for i in range(len(ys))]
-    groups = [("held-out", x, REAL), *zip(samples, ys, colours)]
-    for name, y, colour in groups:
+    for name, y, colour in [("held-out", x, REAL), *zip(samples, ys, colours)]:
         statistics[2].scatter(y.mean(axis=0), y.var(axis=0), s=5, color=colour, alpha=0.5, linewidths=0, label=name)
-    for _, y, colour in groups[1:]:
+    for y, colour in zip(ys, colours):
         _plot_against_real(statistics[0], "mean of each gene", x.mean(axis=0), y.mean(axis=0), colour)
         _plot_against_real(statistics[1], "zeros of each gene", (x == 0).mean(axis=0), (y == 0).mean(axis=0), colour)
     statistics[2].set(title="mean and variance of each gene", xlabel="mean", ylabel="variance")

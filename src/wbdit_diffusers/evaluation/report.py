@@ -138,8 +138,9 @@ def common_genes(columns: dict[str, list[ad.AnnData]], train: ad.AnnData, test: 
             raise ValueError(f"{name!r} has a gene more than once: call `adata.var_names_make_unique()`.")
     for name, sample in named:
         if sample.n_obs != test.n_obs:
-            numbers = f"{sample.n_obs} cells, and {test.n_obs} are held out"
-            raise ValueError(f"A sample of {name!r} has {numbers}: generate one for each.")
+            raise ValueError(
+                f"{name!r} has {sample.n_obs} cells, and {test.n_obs} are held out: generate one for each."
+            )
     if min(train.n_obs, test.n_obs) < 4 or train.n_obs < test.n_obs // 2:
         raise ValueError(f"{train.n_obs} training and {test.n_obs} held-out cells are too few to judge with.")
     genes = reduce(lambda common, names: common[common.isin(names)], [sample.var_names for _, sample in named])

@@ -1,5 +1,6 @@
 """`wbdit evaluate`: models and files of cells judged on held-out cells, as a report, a table and a figure."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -66,7 +67,9 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
     from .figure import report_figure
 
     folder = config.output_dir
-    folder.mkdir(parents=True, exist_ok=True)  # so that it fails before the long part
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OSError(f"{existing} is not a folder that can be written to: give another --output_dir.")
     paths = _paths_by_name(config.generators)
     models = {name: given[0] for name, given in paths.items() if (Path(given[0]) / "model_index.json").is_file()}
     train, test = _read_split(config, models)
@@ -89,6 +92,7 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
     )
     first = {f"{name}: excess {excess_and_sd(report, name)}": samples[name][0] for name in by_excess(report)}
     figure = report_figure(test, first, report["label_key"], values, layer)
+    folder.mkdir(parents=True, exist_ok=True)
     table = to_markdown(report)
     write_whole(folder / "report.json", lambda path: path.write_text(to_json(report)))
     write_whole(folder / "report.md", lambda path: path.write_text(table))
