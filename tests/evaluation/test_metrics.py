@@ -38,8 +38,7 @@ def test_bad_generators_are_found(samples):
     after = metrics.gene_statistics(real, shuffled)
     assert after["mean_pearson"] == pytest.approx(stats["mean_pearson"], abs=1e-5)
     assert after["gene_correlation"] < 0.3 and metrics.mmd2(real, shuffled) > 0.01
-    shifted = metrics.gene_statistics(real, perfect + 0.5)
-    assert metrics.mmd2(real, perfect + 0.5) > 0.01 and shifted["zero_fraction_error"] > 0.2
+    assert metrics.gene_statistics(real, perfect + 0.5)["zero_fraction_error"] > 0.2
 
 
 def test_known_distances():
@@ -104,7 +103,9 @@ def test_membership_of_donors():
 def judge_types(train, real, generated):
     """Metrics over all labels that can be judged."""
     labels = metrics.judged_labels(train, real, generated)
-    return metrics.compare_labels(train, real, generated, labels, PCA(30, random_state=0).fit(train.expression))
+    pca = PCA(30, random_state=0).fit(train.expression)
+    pcs = [pca.transform(cells.expression) for cells in (real, generated)]
+    return metrics.compare_labels(train, real, generated, pcs, labels)
 
 
 def typed_cells(seed, cells=300, genes=80, strength=3.0):

@@ -20,11 +20,11 @@ def latents():
     clusters = rng.normal(0, 0.3, (400, 3)) + 3 * signs[:, None] * np.array([1, 0, 0])
     narrow = np.array([0, 5, 0]) + rng.normal(0, 0.5, (200, 3))
     few = np.array([0, 0, 8]) + rng.normal(0, 0.5, (3, 3))
-    return np.vstack([clusters, narrow, few]), np.repeat([0, 1, 2], [400, 200, 3])[:, None]
+    return np.vstack([clusters, narrow, few]), np.repeat([0, 1, 2], [400, 200, 3])
 
 
 def wanted(label: int, number: int = 2000) -> np.ndarray:
-    return np.full((number, 1), label)
+    return np.full(number, label)
 
 
 def test_real_references():
@@ -45,12 +45,12 @@ def test_real_references():
 @pytest.mark.parametrize("draw", DRAWS)
 def test_baselines_have_the_moments_of_their_label(latents, draw):
     x, labels = latents
-    both = np.vstack([wanted(1), wanted(0)])
+    both = np.concatenate([wanted(1), wanted(0)])
     drawn = draw(x, labels, both, np.random.default_rng(0))
     assert drawn.shape == (4000, 3)
-    pooled = np.concatenate([x[labels[:, 0] == label] - x[labels[:, 0] == label].mean(axis=0) for label in range(3)])
+    pooled = np.concatenate([x[labels == label] - x[labels == label].mean(axis=0) for label in range(3)])
     for label, part in ((1, drawn[:2000]), (0, drawn[2000:])):
-        own = x[labels[:, 0] == label]
+        own = x[labels == label]
         np.testing.assert_allclose(part.mean(axis=0), own.mean(axis=0), atol=0.25)
         variance = own.var(axis=0)
         if draw is not resampled_latents:  # shrunk with the weight of 20 cells
@@ -63,7 +63,7 @@ def test_clusters_and_a_label_of_three_cells(latents):
     x, labels = latents
     gaps = []
     for draw in (gaussian_mixture_latents, gaussian_latents):
-        drawn = draw(x, labels, np.vstack([wanted(0), wanted(2)]), np.random.default_rng(0))
+        drawn = draw(x, labels, np.concatenate([wanted(0), wanted(2)]), np.random.default_rng(0))
         gaps.append(np.mean(np.abs(drawn[:2000, 0]) < 1.5))
         assert np.linalg.matrix_rank(np.cov(drawn[2000:].T)) == 3
         np.testing.assert_allclose(drawn[2000:].mean(axis=0), x[-3:].mean(axis=0), atol=0.2)
@@ -73,7 +73,7 @@ def test_clusters_and_a_label_of_three_cells(latents):
 @pytest.mark.parametrize("draw", DRAWS)
 def test_unseen_labels_and_no_labels_take_all_cells(latents, draw):
     x, labels = latents
-    for known, asked in ((labels, wanted(7)), (np.zeros((len(x), 0)), np.zeros((2000, 0)))):
+    for known, asked in ((labels, wanted(7)), (np.zeros(len(x)), np.zeros(2000))):
         drawn = draw(x, known, asked, np.random.default_rng(0))
         np.testing.assert_allclose(drawn.mean(axis=0), x.mean(axis=0), atol=0.25)
     resampled = resampled_latents(x, labels, wanted(1, 50), np.random.default_rng(0))

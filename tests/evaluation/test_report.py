@@ -58,10 +58,8 @@ def test_every_column_has_its_metrics(report, split):
     assert all(entry["num_train"] >= 30 for entry in report["per_type"].values())
     assert list(report["excess"]) == ["generated", *BASELINES]
     for name, entry in report["excess"].items():
-        for judge in JUDGES:
-            ours, real = (report["metrics"][column][f"auc_{judge}"] for column in (name, "real reference"))
-            assert entry["by_judge"][judge] == pytest.approx(np.mean(ours) - np.mean(real))
-        assert entry["mean"] == max(entry["by_judge"].values()) == entry["by_judge"][entry["judge"]]
+        ours, real = (np.mean(columns[column][f"auc_{entry['judge']}"]) for column in (name, "real reference"))
+        assert entry["mean"] == max(entry["by_judge"].values()) == pytest.approx(ours - real)
     assert report["excess"]["generated"]["mean"] > 0.2  # random weights
 
 
@@ -92,18 +90,15 @@ def test_markdown(report):
 
 
 def test_several_generators_over_their_common_genes(split):
-    """Each is judged as if it were alone, and the best is first."""
     train, test = (side[:, :100] for side in split)
     real = real_sample(split)[:, :120].copy()
     shuffled = real[:, 10:].copy()
     shuffled.X = np.random.default_rng(0).permuted(shuffled.X.toarray(), axis=0)
-    generators = {"shuffled": [shuffled[:, :90]], "real": [real[:, :100]]}
+    generators = {"shuffled": [shuffled[:, :90]], "real": 2 * [real[:, :100]]}
     report = evaluate_cells(generators, train, test, label_key="cell_type")
     assert report["generators"] == list(report["excess"]) == ["shuffled", "real"]
-    assert report["num_genes"] == 90 and report["within_genes"]
+    assert report["num_genes"] == 90 and report["num_samples"] == 1 and report["within_genes"]
     assert report["excess"]["shuffled"]["mean"] > report["excess"]["real"]["mean"] + 0.1
-    alone = evaluate_cells([shuffled[:, :90]], train, test, label_key="cell_type")
-    assert report["metrics"]["shuffled"]["w2"] == alone["metrics"]["generated"]["w2"]
     assert all({"shuffled", "real"} <= set(entry["metrics"]) for entry in report["per_type"].values())
     text = to_markdown(report)
     assert "| metric | real | shuffled | real reference |" in text and "separates cells of real from 142" in text
@@ -133,14 +128,6 @@ def test_without_library_sizes_only_common_genes_count(split):
     assert "purity" not in report["metrics"]["generated"]
 
 
-def test_impossible_library_sizes_are_refused(split):
-    sample = real_sample(split)[:, :40].copy()
-    for size in (np.nan, -1.0, 0.0, np.inf):
-        sample.obs["library_size"] = np.append(np.full(sample.n_obs - 1, 1000.0), size)
-        with pytest.raises(ValueError, match="'library_size'. of generated cells is NaN, infinite, negative or zero"):
-            evaluate_cells([sample], *split)
-
-
 def test_log_values_of_a_layer(split):
     train, test = (side[:, :30].copy() for side in split)
     for side in (train, test):
@@ -156,11 +143,12 @@ def test_log_values_of_a_layer(split):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (lambda train, test: {"samples": [test[:, [0, 0]]]}, "has the gene .* more than once"),
+        (lambda train, test: {"samples": [test[:, [0, 0]]]}, "has a gene more than once"),
         (lambda train, test: {"samples": {"a": [test[:, :5]], "b": [test[:, 5:]]}}, "a, b have no gene in common"),
-        (lambda train, test: {"samples": [test], "baselines": {"b": [test, test]}}, "equally many samples"),
+        (lambda train, test: {"samples": [test[:, :5]], "train": train[:, 5:]}, "5 generated genes are not among"),
         (lambda train, test: {"samples": [test], "values": "tpm"}, "`values` is 'counts' or 'log', not 'tpm'"),
-        (lambda train, test: {"samples": [test], "train": train[:20]}, "20 training cells are too few"),
+        (lambda train, test: {"samples": [test], "train": train[:20]}, "20 training and 142 held-out cells"),
+        (lambda train, test: {"samples": [test[:3]], "test": test[:3]}, "3 held-out cells are too few"),
     ],
 )
 def test_bad_input_is_refused(split, arguments, message):
@@ -170,6 +158,10 @@ def test_bad_input_is_refused(split, arguments, message):
     alien.obs["cell_type"] = "alien"
     with pytest.raises(ValueError, match="'generated' has the unknown type 'alien'"):
         evaluate_cells([alien], *split, label_key="cell_type")
+    alien = alien[:, :40].copy()
+    alien.obs["library_size"] = np.nan
+    with pytest.raises(ValueError, match="Some library sizes of the generated cells are NaN, infinite or negative"):
+        evaluate_cells([alien], *split)
 
 
 def test_samples_and_baselines_have_the_labels_of_the_held_out_cells(split, monkeypatch):

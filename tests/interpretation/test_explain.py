@@ -9,16 +9,18 @@ import pytest
 import torch
 from conftest import make_pipeline
 
-from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.cli import main
 from wbdit_diffusers.data import CellSplit
 from wbdit_diffusers.interpretation import explain, fit_gaussian_mixture
 from wbdit_diffusers.interpretation.denoising import (
+    JACOBIAN_TIMESTEP,
+    add_noise,
     measure_explained_variance,
     measure_program_jacobian,
     measure_type_stability,
 )
-from wbdit_diffusers.sampling import make_scheduler, signal_and_noise, training_scheduler
+from wbdit_diffusers.interpretation.interventions import with_denoiser
+from wbdit_diffusers.sampling import make_scheduler, to_clean, training_scheduler
 
 
 @pytest.fixture(scope="module")
@@ -86,42 +88,32 @@ def test_a_model_without_labels_is_explained(pbmc):
     assert report["types"] == [] and "changed" not in report["type_stability"][0] and cells.n_obs == 60
 
 
-def test_the_closed_form_agrees_with_itself(pbmc):
+def test_the_closed_form_agrees_with_itself_and_much_noise_changes_all_cells(pbmc):
     pipe = make_pipeline(pbmc, codec="program")
     gaussian_mixture, latents = fit_gaussian_mixture(pipe, pbmc), pipe.encode_cells(pbmc)
-    rows = measure_explained_variance(
-        gaussian_mixture, gaussian_mixture, pipe.scheduler, pipe.codec, latents, None, [100, 500]
-    )
-    assert [row["agreement"] for row in rows] == [1, 1]
-    assert rows[0]["network"] == rows[0]["closed_form"]
-
-
-def test_little_noise_changes_few_cells_and_much_of_it_all(pbmc):
-    pipe = make_pipeline(pbmc, codec="program")
-    gaussian_mixture, latents = fit_gaussian_mixture(pipe, pbmc), pipe.encode_cells(pbmc)
+    denoisers = {"network": gaussian_mixture, "closed_form": gaussian_mixture}
+    rows = measure_explained_variance(denoisers, pipe, latents, None)
+    assert all(row["agreement"] == 1 and row["network"] == row["closed_form"] for row in rows)
     types = pbmc.obs["cell_type"].astype(str).to_numpy()
-    rows = measure_type_stability(
-        gaussian_mixture, gaussian_mixture, pipe.scheduler, pipe.codec, (latents, types), latents[:200]
-    )
-    first, last = rows[0], rows[-1]
+    first, *_, last = measure_type_stability(denoisers, pipe, latents[:200], latents, types)
     assert first["changed"] < 0.5 * first["chance"] and last["changed"] > 0.7 * last["chance"]
     assert first["correlation_mean"] > 0.8 and abs(last["correlation_mean"]) < 0.3
 
 
 def test_the_jacobian_is_the_derivative_of_the_expected_programs(program_pipe, pbmc):
     gaussian_mixture = fit_gaussian_mixture(program_pipe, pbmc)
-    latents = program_pipe.encode_cells(pbmc)[:40]
+    latents, scheduler = program_pipe.encode_cells(pbmc)[:40], program_pipe.scheduler
     codec = program_pipe.codec
-    matrix = measure_program_jacobian(gaussian_mixture, program_pipe.scheduler, codec, latents, None, 300)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    a, s = signal_and_noise(program_pipe.scheduler, 300, latents)
+    matrix = measure_program_jacobian({"closed_form": gaussian_mixture}, program_pipe, latents, None)["closed_form"]
     step = torch.zeros(codec.num_features)
     step[:6] = 0.01 * torch.linalg.inv(codec.program_axes)[:, 2]  # program 2, the others left as they are
     expected = []
     for sign in (1, -1):
-        x = a * latents + s * noise + sign * step
-        expected.append(codec.activities(a * x - s * gaussian_mixture(x, 300, return_dict=False)[0]))
-    torch.testing.assert_close(matrix[:, 2], ((expected[0] - expected[1]) / 0.02).mean(0), atol=2e-3, rtol=0.02)
+        x = add_noise(latents, JACOBIAN_TIMESTEP, scheduler, seed=0) + sign * step
+        output = gaussian_mixture(x, JACOBIAN_TIMESTEP, return_dict=False)[0]
+        expected.append(codec.activities(to_clean(output, x, JACOBIAN_TIMESTEP, scheduler)))
+    difference = ((expected[0] - expected[1]) / 0.02).mean(0)
+    torch.testing.assert_close(torch.tensor(matrix)[:, 2], difference, atol=2e-3, rtol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +127,7 @@ def test_the_jacobian_is_the_derivative_of_the_expected_programs(program_pipe, p
 def test_what_cannot_be_explained_is_refused(spoil, message, program_pipe, pipe, pbmc):
     chosen = pipe if spoil == "codec" else program_pipe
     if spoil == "mixture":
-        gaussian_mixture = fit_gaussian_mixture(program_pipe, pbmc)
-        chosen = ScRNAGenerationPipeline(**{**program_pipe.components, "denoiser": gaussian_mixture})
+        chosen = with_denoiser(program_pipe, fit_gaussian_mixture(program_pipe, pbmc))
     with pytest.raises(ValueError, match=message):
         explain(chosen, pbmc[:500], pbmc[500:505] if spoil == "cells" else pbmc[500:])
 

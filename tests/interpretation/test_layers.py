@@ -7,6 +7,7 @@ from conftest import randomize
 
 from wbdit_diffusers import WhiteBoxDiTModel
 from wbdit_diffusers.interpretation import record_blocks
+from wbdit_diffusers.interpretation.denoising import add_noise
 from wbdit_diffusers.interpretation.layers import (
     coding_rate,
     explained_by_tokens,
@@ -17,7 +18,6 @@ from wbdit_diffusers.interpretation.layers import (
     untrained_copy,
 )
 from wbdit_diffusers.models.transformer_white_box_dit import ISTA, MSSA
-from wbdit_diffusers.sampling import training_scheduler
 
 
 def test_hooks_record_every_block_and_leave_no_trace(program_pipe):
@@ -108,9 +108,7 @@ def test_the_step_of_a_descent_block_is_what_it_adds(program_pipe, pbmc):
     denoiser, latents = program_pipe.denoiser, program_pipe.encode_cells(pbmc)[:50]
     (row,) = [row for row in measure_layers(denoiser, program_pipe.scheduler, latents, None, [300])][1:2]
     with record_blocks(denoiser) as records:
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-        noisy = training_scheduler("v_prediction").add_noise(latents, noise, torch.tensor([300]))
-        denoiser(noisy, 300)
+        denoiser(add_noise(latents, 300, program_pipe.scheduler, seed=0), 300)
     gate = records[0]["ff_input"] - records[0]["attn_input"]
     expected = step_of_attention(subspaces_of(denoiser.blocks[0].attn), records[0]["attn_input"], gate)
     assert {key: row[key] for key in expected} == pytest.approx(expected)

@@ -13,22 +13,13 @@ from ..processing.normalize import to_expression, total_counts
 
 @dataclass
 class CellArrays:
-    """
-    Arrays of the judged cells. Indexing with positions or a mask selects cells.
+    """Arrays of the judged cells. Indexing with positions or a mask selects cells."""
 
-    Args:
-        matrix (`np.ndarray` of shape `(cells, genes)`): Counts or log values of the judged genes, as measured.
-        expression (`np.ndarray` of shape `(cells, genes)`): The same on the log scale, see [`to_expression`].
-        library_size (`np.ndarray` of shape `(cells,)`, *optional*): Total counts over all genes; none for log values.
-        labels (`np.ndarray` of shape `(cells,)`, *optional*): All label keys of a cell, combined; `""` by default.
-        types (`np.ndarray` of shape `(cells,)`, *optional*): The first label key alone, e.g. the cell type.
-    """
-
-    matrix: np.ndarray
-    expression: np.ndarray
-    library_size: np.ndarray | None = None
-    labels: np.ndarray | None = None
-    types: np.ndarray | None = None
+    matrix: np.ndarray  # (cells, genes), counts or log values as measured
+    expression: np.ndarray  # (cells, genes), on the log scale
+    library_size: np.ndarray | None = None  # (cells,), total counts over all genes; none for log values
+    labels: np.ndarray | None = None  # (cells,), all label keys of a cell, combined; "" by default
+    types: np.ndarray | None = None  # (cells,), the first label key alone, e.g. the cell type
 
     def __post_init__(self):
         self.labels = np.full(len(self), "") if self.labels is None else self.labels
@@ -71,18 +62,12 @@ def real_cells(
     within_genes: bool = False,
 ) -> CellArrays:
     """
-    Arrays of real cells with all their genes. Their library size is the sum over these, regardless of their `obs`. It
-    is the sum over the judged `genes` with `within_genes`. `label_keys` are columns of `obs`, the cell type first.
-    [`evaluate_cells`] describes `values` and `layer`. Raises a `ValueError` if genes or columns are missing.
+    Arrays of real cells. Their library size is the sum over all their genes, or over the judged `genes` with
+    `within_genes`, regardless of their `obs`. `label_keys` are columns of `obs`, the cell type first.
     """
-    missing = genes.difference(adata.var_names)
-    if len(missing):
-        which = f"{len(missing)} generated genes are not among the genes of the real cells, e.g. {missing[0]!r}"
-        raise ValueError(f"{which}: rename or remove them.")
-    adata = adata[:, genes] if within_genes else adata
-    library_size = _library_size(find_matrix(adata.X, adata.layers, layer, "The real cells"), values, "real")
     judged = adata[:, genes]
-    return _arrays(judged, judged.X if layer is None else judged.layers[layer], library_size, values, label_keys)
+    library_size = _library_size(judged if within_genes else adata, layer, values, "real")
+    return _arrays(judged, layer, library_size, values, label_keys)
 
 
 def generated_cells(
@@ -92,32 +77,35 @@ def generated_cells(
     Arrays of generated cells, as [`real_cells`]. Their library size is `obs["library_size"]`, or else the sum over
     their genes. Cells without one of the label columns have no labels.
     """
-    total = _library_size(find_matrix(adata.X, {}, None, "The generated file"), values, "generated")
-    if total is not None and not within_genes and "library_size" in adata.obs:
-        sizes = adata.obs["library_size"].to_numpy(dtype=np.float64)
-        is_valid = np.isfinite(sizes) & ((sizes > 0) | ((sizes == 0) & (total == 0)))
-        if not is_valid.all():
-            raise ValueError("obs['library_size'] of generated cells is NaN, infinite, negative or zero: correct it.")
-        total = sizes
+    library_size = _library_size(adata, None, values, "generated")
+    if values == "counts" and not within_genes and "library_size" in adata.obs:
+        library_size = adata.obs["library_size"].to_numpy(dtype=np.float64)
+        _check_numbers(library_size, "library sizes of the generated cells")
     has_labels = all(key in adata.obs for key in label_keys)
-    return _arrays(adata, adata.X, total, values, label_keys if has_labels else ())
+    return _arrays(adata, None, library_size, values, label_keys if has_labels else ())
 
 
-def _library_size(matrix, values: str, whose: str) -> np.ndarray | None:
+def _library_size(adata: ad.AnnData, layer: str | None, values: str, whose: str) -> np.ndarray | None:
     """Total counts `(cells,)` of a valid matrix; `None` for log values."""
+    matrix = find_matrix(adata.X, adata.layers, layer, f"The data of {whose} cells")
     numbers = np.asarray(matrix.data if hasattr(matrix, "toarray") else matrix)
-    if not np.isfinite(numbers).all() or (numbers < 0).any():
-        raise ValueError(f"The {whose} cells have NaN, infinite or negative values: remove or replace them.")
+    _check_numbers(numbers, f"values of the {whose} cells")
     if values == "counts" and (numbers != np.rint(numbers)).any():
         raise ValueError(f"The {whose} cells have values that are not integer counts: give counts, or --values log.")
     return total_counts(matrix, values)
 
 
+def _check_numbers(numbers: np.ndarray, what: str):
+    if not np.isfinite(numbers).all() or (numbers < 0).any():
+        raise ValueError(f"Some {what} are NaN, infinite or negative: remove or replace them.")
+
+
 def _arrays(
-    adata: ad.AnnData, matrix, library_size: np.ndarray | None, values: str, label_keys: Sequence[str]
+    adata: ad.AnnData, layer: str | None, library_size: np.ndarray | None, values: str, label_keys: Sequence[str]
 ) -> CellArrays:
     """Arrays of cells over the judged genes."""
+    matrix = adata.X if layer is None else adata.layers[layer]
     matrix = np.asarray(matrix.toarray() if hasattr(matrix, "toarray") else matrix, dtype=np.float32)
     labels = combined_labels(adata, label_keys)
-    types = adata.obs[label_keys[0]].astype(str).to_numpy(dtype=str) if len(label_keys) else None
+    types = combined_labels(adata, label_keys[:1]) if label_keys else None
     return CellArrays(matrix, to_expression(matrix, library_size, values), library_size, labels, types)

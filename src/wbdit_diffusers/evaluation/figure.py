@@ -32,12 +32,8 @@ def report_figure(
 ) -> Figure:
     """
     One page: each generator's cells and the real cells in a joint t-SNE; gene means, zeros and variances. For one
-    generator with labels, also the t-SNE by type, the markers of each type and their log fold changes.
-
-    Args:
-        real (`AnnData`): Held-out cells with all genes of the generated cells.
-        generated (`AnnData` or `dict[str, AnnData]`): Generated cells, or those of several generators by title.
-        label_key, values, layer: As in [`evaluate_cells`], with one column of labels.
+    generator with labels, also the t-SNE by type, the markers of each type and their log fold changes. `generated` may
+    be several generators by title. The other arguments are those of [`evaluate_cells`], with one column of labels.
     """
     samples = generated if isinstance(generated, dict) else {"generated cells": generated}
     genes = reduce(lambda common, names: common[common.isin(names)], [sample.var_names for sample in samples.values()])
@@ -65,17 +61,19 @@ def report_figure(
         axis.remove()
     statistics = rows[1].subplots(1, 3 if types is None else 4)
     colours = [GENERATED] if len(ys) == 1 else [colormaps["tab10"](1 + i % 9) for i in range(len(ys))]
-    groups = [("held-out", x, REAL), *zip(samples, ys, colours)]
-    for name, y, colour in groups:
+    for name, y, colour in [("held-out", x, REAL), *zip(samples, ys, colours)]:
         statistics[2].scatter(y.mean(axis=0), y.var(axis=0), s=5, color=colour, alpha=0.5, linewidths=0, label=name)
-    for _, y, colour in groups[1:]:
+    for y, colour in zip(ys, colours):
         _plot_against_real(statistics[0], "mean of each gene", x.mean(axis=0), y.mean(axis=0), colour)
         _plot_against_real(statistics[1], "zeros of each gene", (x == 0).mean(axis=0), (y == 0).mean(axis=0), colour)
     statistics[2].set(title="mean and variance of each gene", xlabel="mean", ylabel="variance")
     statistics[2].legend(markerscale=3, frameon=False)
     if types is not None:
         plot_types(axes[1:], points, types, [f"real cells by {label_key}", f"generated cells by {label_key}"])
-        _plot_fold_changes(statistics[3], (x, ys[0]), types)
+        for i, name in enumerate(common_types(types)):
+            markers = rank_markers(x, types[0], name)[:50]  # chosen in the real cells
+            change, ours = (log_fold_changes(matrix, of, name)[markers] for matrix, of in zip((x, ys[0]), types))
+            _plot_against_real(statistics[3], "markers: log2 fold change", change, ours, colormaps["tab20"](i % 20))
         shown = common_types(types)[:MAX_DOT_PLOT_TYPES]
         if shown:
             panels = {"held-out cells": (x, types[0]), "generated cells": (ys[0], types[1])}
@@ -85,8 +83,8 @@ def report_figure(
 
 def embedding(matrices: Sequence[np.ndarray], method: str = "umap") -> np.ndarray:
     """
-    A joint embedding of groups of cells `(cells, genes)` in two dimensions, `(all cells, 2)`: `"umap"`, `"tsne"` or
-    `"pca"`. It uses joint principal components: those of one group alone would pull the others inward.
+    A joint embedding of groups of cells `(cells, genes)`, `(all cells, 2)`: `"umap"`, `"tsne"` or `"pca"`. It uses
+    joint principal components, as those of one group alone would pull the others inward.
     """
     x = np.vstack(matrices)
     pcs = PCA(min(30, *x.shape), random_state=0).fit_transform(x)
@@ -101,8 +99,7 @@ def embedding(matrices: Sequence[np.ndarray], method: str = "umap") -> np.ndarra
 
 def plot_types(axes: Sequence[Axes], points: Sequence[np.ndarray], types: Sequence[np.ndarray], titles: Sequence[str]):
     """
-    One panel for each group of cells, coloured by type. The first group is also in grey behind the others. The last
-    panel has the legend. Takes the `points` `(cells, 2)` of an [`embedding`] and the types `(cells,)` of each group.
+    One panel for each group of cells `(cells, 2)`, coloured by type, with the first group in grey behind the others.
     Cells of type `""` have the colour of their group.
     """
     order = list(dict.fromkeys(name for group in types for name in pd.Series(group).value_counts().index))
@@ -120,12 +117,7 @@ def plot_types(axes: Sequence[Axes], points: Sequence[np.ndarray], types: Sequen
         axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, frameon=False, ncols=columns)
 
 
-def plot_markers(
-    figure: Figure | SubFigure,
-    panels: dict[str, tuple[np.ndarray, np.ndarray]],
-    cell_types: list[str],
-    var_names: np.ndarray,
-):
+def plot_markers(figure: Figure | SubFigure, panels: dict[str, tuple], cell_types: list[str], var_names: np.ndarray):
     """
     Dot plots of the first three markers of each type: colour is the mean, size the fraction of expressing cells.
     `panels` are expression `(cells, genes)` and types `(cells,)` by title. The first one defines the markers.
@@ -165,11 +157,3 @@ def _plot_against_real(axis: Axes, title: str, x: np.ndarray, y: np.ndarray, col
     axis.scatter(x, y, s=5, color=colour, alpha=0.5, linewidths=0)
     axis.axline((0, 0), slope=1, color="black", linewidth=0.7)
     axis.set(title=title, xlabel="held-out cells", ylabel="generated cells")
-
-
-def _plot_fold_changes(axis: Axes, matrices: Sequence[np.ndarray], types: Sequence[np.ndarray]):
-    """Fold changes of the 50 markers of each type, which are chosen in the real cells."""
-    for i, name in enumerate(common_types(types)):
-        markers = rank_markers(matrices[0], types[0], name)[:50]
-        x, y = (log_fold_changes(matrix, names, name)[markers] for matrix, names in zip(matrices, types))
-        _plot_against_real(axis, "markers: log2 fold change", x, y, colormaps["tab20"](i % 20))

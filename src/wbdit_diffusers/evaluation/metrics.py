@@ -34,7 +34,7 @@ def wasserstein2(real: np.ndarray, generated: np.ndarray) -> float:
 def mmd2(real: np.ndarray, generated: np.ndarray) -> float:
     """
     Unbiased squared maximum mean discrepancy, which may be slightly negative. The kernel is the mean of Gaussians
-    `exp(-d² / bandwidth)`. Five bandwidths are ¼ to 4 times the median squared distance between real cells.
+    `exp(-d² / bandwidth)`, whose bandwidths are ¼ to 4 times the median squared distance between real cells.
     """
     within_real = cdist(real, real, "sqeuclidean")
     median = np.median(within_real[np.triu_indices(len(real), k=1)])
@@ -42,19 +42,14 @@ def mmd2(real: np.ndarray, generated: np.ndarray) -> float:
     def kernel(distance: np.ndarray) -> np.ndarray:
         return np.mean([np.exp(-distance / (scale * median)) for scale in (0.25, 0.5, 1, 2, 4)], axis=0)
 
-    def mean_off_diagonal(matrix: np.ndarray) -> float:
-        return (matrix.sum() - np.trace(matrix)) / (len(matrix) * (len(matrix) - 1))
-
-    within = mean_off_diagonal(kernel(within_real))
-    within += mean_off_diagonal(kernel(cdist(generated, generated, "sqeuclidean")))
+    within = 0.0  # without the diagonals
+    for matrix in (kernel(within_real), kernel(cdist(generated, generated, "sqeuclidean"))):
+        within += (matrix.sum() - np.trace(matrix)) / (len(matrix) * (len(matrix) - 1))
     return float(within - 2 * kernel(cdist(real, generated, "sqeuclidean")).mean())
 
 
 def gene_statistics(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
-    """
-    Agreement of per-gene means, variances and zero fractions. `gene_correlation` compares the correlation matrices of
-    the 200 most variable real genes.
-    """
+    """Agreement of gene means, variances, zeros and, of the 200 most variable real genes, correlation matrices."""
     variance = real.var(axis=0)
     top = np.argsort(variance)[-200:]
     # A gene that no cell expresses has no correlation.
@@ -77,13 +72,10 @@ def manifold_metrics(real: np.ndarray, generated: np.ndarray) -> dict[str, float
     fifth neighbour of its own kind. For equal distributions, density is 1 and the others are below 1.
     """
     num_neighbors = min(NUM_NEIGHBORS, len(real) - 1, len(generated) - 1)
-
-    def radii(cells: np.ndarray) -> np.ndarray:
-        return NearestNeighbors(n_neighbors=num_neighbors).fit(cells).kneighbors()[0][:, -1]
-
+    neighbors = (NearestNeighbors(n_neighbors=num_neighbors).fit(cells).kneighbors() for cells in (real, generated))
+    real_radii, generated_radii = (distances[:, -1] for distances, _ in neighbors)
     distance = cdist(real, generated)  # (real cells, generated cells)
-    in_real_ball = distance < radii(real)[:, None]
-    in_generated_ball = distance < radii(generated)[None]
+    in_real_ball, in_generated_ball = distance < real_radii[:, None], distance < generated_radii
     return {
         "precision": float(in_real_ball.any(axis=0).mean()),
         "recall": float(in_generated_ball.any(axis=1).mean()),
@@ -98,18 +90,12 @@ def nearest_distances(cells: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def nearest_training_cell_ratio(train: np.ndarray, real: np.ndarray, generated: np.ndarray) -> float:
-    """
-    Median distance of generated cells to their nearest training cell, divided by the same of held-out cells. A ratio
-    below about 0.9 means memorised training cells; for copies it is 0.
-    """
+    """Median distance to the nearest training cell, relative to held-out cells: below 0.9 is memory, 0 copies."""
     return float(np.median(nearest_distances(generated, train)) / np.median(nearest_distances(real, train)))
 
 
 def membership_auc(train_distances: np.ndarray, test_distances: np.ndarray) -> float:
-    """
-    Membership inference: AUC that a training cell is nearer to its nearest generated cell than a held-out cell is.
-    0.5 is no memory, 1 means copies. Both arguments are [`nearest_distances`] to generated cells.
-    """
+    """AUC that a training cell is nearer to the generated cells than a held-out cell: 0.5 is no memory, 1 copies."""
     is_train = np.repeat([1, 0], [len(train_distances), len(test_distances)])
     return float(roc_auc_score(is_train, -np.concatenate([train_distances, test_distances])))
 
@@ -154,10 +140,7 @@ def rank_markers(x: np.ndarray, labels: np.ndarray, label: str) -> np.ndarray:
 
 
 def paper_parity(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
-    """
-    The metrics of arXiv 2411.06785, only for comparison with its tables. They pair unrelated cells, or ignore which
-    cell a value came from. They therefore reward a collapsed generator.
-    """
+    """The metrics of arXiv 2411.06785. They pair unrelated cells or mix all values, which rewards collapse."""
     blocks = [slice(start, start + 20) for start in range(0, real.shape[1], 20)]
     # The bandwidth, a median distance, is 0 if over half of the cells express none of the 20 genes.
     blocks = [block for block in blocks if np.median(pdist(real[:, block])) > 0]
@@ -169,24 +152,21 @@ def paper_parity(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
 
 
 def compare_labels(
-    train: CellArrays, real: CellArrays, generated: CellArrays, labels: list[str], pca: PCA, seed: int = 0
+    train: CellArrays, real: CellArrays, generated: CellArrays, pcs: tuple, labels: list[str], seed: int = 0
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """
-    Metrics that need labels, over all of them and of each.
+    Metrics that need labels, over all of them and of each. `pcs` are those of real and of generated cells.
 
     - `purity`: accuracy on generated cells of a classifier fitted on training cells, divided by that on real cells.
     - `f1`: macro-averaged score on real cells of a classifier fitted on generated cells.
-    - `lfc_slope`: slope of generated against real log fold changes of the first 50 [`rank_markers`] of training cells.
+    - `lfc_slope`: slope of generated against real log fold changes of the first 50 markers of training cells.
     - `de_recovery`: fraction of the first 50 markers of real cells that are among those of generated cells.
-    - `w2` (NaN for different numbers of cells) and `mmd2` are those of each label.
-
-    `labels` are [`judged_labels`]. `pca` has the principal components in which distances are measured.
+    - `w2` (NaN for different numbers of cells), `mmd2` and `library_size_w1` are those of each label.
     """
     if len(labels) < 2:
         return {}, {}
     classifier = cell_type_classifier(train.expression, train.types, seed)
     real_hits, generated_hits = (classifier.predict(cells.expression) == cells.types for cells in (real, generated))
-    real_pcs, generated_pcs = (pca.transform(cells.expression) for cells in (real, generated))
 
     def purity(label: list[str]) -> float:
         """Accuracy ratio; NaN if the classifier recognises no real cell of the label."""
@@ -203,7 +183,8 @@ def compare_labels(
             rank_markers(cells.expression, cells.types, label)[:MARKERS_PER_TYPE] for cells in (train, real, generated)
         )
         changes.append([log_fold_changes(c.expression, c.types, label)[markers] for c in (real, generated)])
-        of_real, of_generated = real_pcs[real.types == label], generated_pcs[generated.types == label]
+        masks = real.types == label, generated.types == label
+        of_real, of_generated = (points[mask] for points, mask in zip(pcs, masks))
         per_label[label] = {
             "purity": purity([label]),
             "lfc_slope": slope(*changes[-1]),
@@ -211,6 +192,9 @@ def compare_labels(
             "w2": wasserstein2(of_real, of_generated) if len(of_real) == len(of_generated) else float("nan"),
             "mmd2": mmd2(of_real, of_generated),
         }
+        if generated.library_size is not None:
+            sizes = (cells[mask].library_size for cells, mask in zip((real, generated), masks))
+            per_label[label]["library_size_w1"] = library_size_w1(*sizes)
     predicted = cell_type_classifier(generated.expression, generated.types, seed).predict(real.expression)
     types, judged = np.asarray(real.types), np.isin(real.types, labels)
     pooled = {

@@ -7,8 +7,8 @@ from ..models.gaussian_mixture import PSEUDO_CELLS, mixture_responsibilities, wi
 
 def split_halves(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """
-    Two halves of the training cells, stratified by label, as sorted positions. Principal components and the cell type
-    classifier are fitted on the first half. The real reference comes from the second half, which they have not seen.
+    Two halves of the training cells, stratified by label, as sorted positions. Principal components and the classifier
+    of types are fitted on the first. The real reference comes from the second, which they have not seen.
     """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     order = shuffled[np.argsort(np.asarray(labels)[shuffled], kind="stable")]
@@ -37,51 +37,38 @@ def draw_matching(
 
 def gaussian_latents(
     latents: np.ndarray,
-    class_labels: np.ndarray,
-    wanted_labels: np.ndarray,
+    labels: np.ndarray,
+    wanted: np.ndarray,
     rng: np.random.Generator,
     gaussian_mixture: bool = False,
 ) -> np.ndarray:
     """
-    Draws latents `(cells, num_features)` from one Gaussian per combination of labels. Its covariance is shrunk towards
-    the covariance pooled within labels, with the weight of 20 cells. `gaussian_mixture` draws from the Gaussian
-    mixtures that [`GaussianMixtureDenoiser`] fits instead. An unseen combination is drawn from all training cells.
-
-    Args:
-        latents (`np.ndarray` of shape `(train cells, num_features)`): Latents of training cells.
-        class_labels (`np.ndarray` of shape `(train cells, num_label_keys)`): Labels of training cells.
-        wanted_labels (`np.ndarray` of shape `(cells, num_label_keys)`): Labels of the cells to draw.
+    Draws latents with the wanted labels `(cells,)` from one Gaussian per label, or from the Gaussian mixtures that
+    [`GaussianMixtureDenoiser`] fits. Covariances are shrunk towards the one pooled within labels, with a weight of 20
+    cells. A label of no cell is drawn from all training cells.
     """
     latents = latents.astype(np.float64)
-    codes, wanted = _combinations(class_labels, wanted_labels)
-    pooled = within_labels(latents, codes)
+    pooled = within_labels(latents, labels)
     drawn = np.empty((len(wanted), latents.shape[1]))
-    for code in np.unique(wanted):
-        own = latents[codes == code] if (codes == code).any() else latents
-        number = int((wanted == code).sum())
+    for label in np.unique(wanted):
+        own = latents[labels == label] if (labels == label).any() else latents
+        number = int((wanted == label).sum())
         if not gaussian_mixture:
-            drawn[wanted == code] = _draw_gaussian(own, np.ones(len(own)), pooled, number, rng)
+            drawn[wanted == label] = _draw_gaussian(own, np.ones(len(own)), pooled, number, rng)
             continue
         shares = mixture_responsibilities(own, pooled, seed=int(rng.integers(2**31)))
         sizes = shares.sum(axis=0)
         counts = rng.multinomial(number, sizes / sizes.sum())
         parts = [_draw_gaussian(own, share, pooled, count, rng) for share, count in zip(shares.T, counts)]
-        drawn[wanted == code] = rng.permutation(np.concatenate(parts))
+        drawn[wanted == label] = rng.permutation(np.concatenate(parts))
     return drawn
 
 
 def resampled_latents(
-    latents: np.ndarray, class_labels: np.ndarray, wanted_labels: np.ndarray, rng: np.random.Generator
+    latents: np.ndarray, labels: np.ndarray, wanted: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draws training latents with the wanted labels. [`gaussian_latents`] describes the arguments."""
-    return latents[draw_matching(*_combinations(class_labels, wanted_labels), rng)]
-
-
-def _combinations(class_labels: np.ndarray, wanted_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An integer for the combination of labels of each training cell and of each wanted cell."""
-    both = np.concatenate([class_labels, wanted_labels])
-    codes = np.unique(both, axis=0, return_inverse=True)[1].ravel() if both.shape[1] else np.zeros(len(both), int)
-    return codes[: len(class_labels)], codes[len(class_labels) :]
+    """Draws training latents with the wanted labels."""
+    return latents[draw_matching(labels, wanted, rng)]
 
 
 def _draw_gaussian(

@@ -45,8 +45,9 @@ def evaluate(
     samples, test = draw_samples(pipe, test, num_samples, seed, **call_kwargs)
     drawn = draw_baselines(pipe, train, test, num_samples, seed) if baselines else None
     own = pipe.processor.config
-    settings: dict[str, Any] = {"layer": own.layer, "values": own.values, "donor_key": donor_key, "parity": parity}
-    return evaluate_cells(samples, train, test, list(own.label_keys), baselines=drawn, seed=seed, **settings)
+    return evaluate_cells(
+        samples, train, test, list(own.label_keys), own.layer, own.values, drawn, donor_key, parity, seed
+    )
 
 
 def evaluate_cells(
@@ -60,14 +61,13 @@ def evaluate_cells(
     donor_key: str | None = None,
     parity: bool = False,
     seed: int = 0,
-    n_jobs: int | None = None,
 ) -> dict:
     """
     Judges the cells of one or several generators on held-out cells, over the genes that all of them make.
 
     They are compared with the real reference: training cells with the label counts of the held-out cells. Principal
     components and the cell type classifier are fitted on one half of the training cells. The reference is drawn from
-    the other half, anew for each sample.
+    the other half, anew for each sample. Of each generator, as many samples are judged as the fewest that one has.
 
     The library size of a real cell is the sum of its row, and that of a generated cell is `obs["library_size"]`. If a
     sample has no such column, or all genes of the real cells, all cells are normalised within the judged genes.
@@ -77,23 +77,20 @@ def evaluate_cells(
             Independent samples of a generator, or of several by name. Each has a cell for each test cell.
         train, test (`AnnData`): Training cells of the generators and held-out cells, with all their genes.
         label_key (`str` or `Sequence[str]`, *optional*):
-            Column of `obs` with the cell type, or all columns of conditions, the cell type first. The reference is
-            matched by all of them.
+            Column of `obs` with the cell type, or all columns of conditions, the cell type first.
         layer (`str`, *optional*): Layer of `train` and `test` that holds the matrix; `X` by default.
         values (`str`, defaults to `"counts"`): Content of the matrices: `"counts"`, or `"log"` (used unchanged).
-        baselines (`dict[str, list[AnnData]]`, *optional*): Further columns, with the number of samples of `samples`.
+        baselines (`dict[str, list[AnnData]]`, *optional*): Further columns of the report.
         donor_key (`str`, *optional*): Column of `obs` of `train` and `test` with the donor.
         parity (`bool`, defaults to `False`): Whether to add the metrics of arXiv 2411.06785, which reward collapse.
         seed (`int`, defaults to 0): Seed of the halves, the reference and the classifiers.
-        n_jobs (`int`, *optional*): Threads of the classifiers; all cores by default.
 
     Returns:
-        `dict`: `num_train`, `num_test`, `num_genes`, `num_samples`, `label_key`, `donor_key`, `within_genes`;
-        `generators`, their names (`"generated"` for a list); `excess` of each column, see [`excess`]; `metrics`, each
-        metric of each column as a list over samples; `per_type`, with `num_train`, `num_test` and `metrics` of each
-        cell type that has at least 30 training cells.
+        `dict`: the settings and numbers of cells; `generators`, their names (`"generated"` for a list); `excess` of
+        each column; `metrics`, each metric of each column as a list over samples; `per_type`, the same for each cell
+        type that has at least 30 training cells.
 
-    Raises a `ValueError` if columns differ in cells, genes or samples, or a type does not occur in the real cells.
+    Raises a `ValueError` if columns have other cells or genes, or a type does not occur in the real cells.
     """
     generators = samples if isinstance(samples, dict) else {GENERATED: samples}
     columns = generators | (baselines or {})
@@ -106,12 +103,12 @@ def evaluate_cells(
     arrays: dict[str, list[CellArrays]] = {}
     for name, drawn in columns.items():
         arrays[name] = [generated_cells(sample[:, genes], values, label_keys, within_genes) for sample in drawn]
-    rows, per_type = _Evaluator(real_train, real_test, donors, parity, seed, n_jobs).measure_all(arrays)
+    rows, per_type = _Evaluator(real_train, real_test, donors, parity, seed).measure_all(arrays)
     return {
         "num_train": train.n_obs,
         "num_test": test.n_obs,
         "num_genes": len(genes),
-        "num_samples": len(next(iter(columns.values()))),
+        "num_samples": min(map(len, columns.values())),
         "label_key": label_keys[0] if label_keys else None,
         "donor_key": donor_key,
         "within_genes": within_genes,
@@ -124,9 +121,8 @@ def evaluate_cells(
 
 def excess(column: dict[str, list[float]], reference: dict[str, list[float]]) -> dict:
     """
-    How much more easily a classifier separates a column than the real reference from held-out cells. `judge` is the
-    classifier with the largest mean difference of AUC. `mean` and `sd` are those of its differences over draws.
-    `by_judge` is the mean difference of each classifier.
+    How much more easily a classifier separates a column than the real reference from held-out cells: the mean and sd
+    over draws of the difference of AUC, for the `judge` with the largest mean.
     """
     differences = {name: np.subtract(column[f"auc_{name}"], reference[f"auc_{name}"]) for name in JUDGES}
     by_judge = {name: float(values.mean()) for name, values in differences.items()}
@@ -135,25 +131,25 @@ def excess(column: dict[str, list[float]], reference: dict[str, list[float]]) ->
 
 
 def common_genes(columns: dict[str, list[ad.AnnData]], train: ad.AnnData, test: ad.AnnData) -> pd.Index:
-    """The genes of all columns. Raises a `ValueError` if columns do not fit the held-out cells or each other."""
-    num_samples = {name: len(samples) for name, samples in columns.items()}
-    if len(set(num_samples.values())) > 1:
-        raise ValueError(f"Give equally many samples of each generator; there are {num_samples}.")
+    """The genes of all columns. Raises a `ValueError` if cells or genes do not fit each other."""
     named = [(name, sample) for name, samples in columns.items() for sample in samples]
     for name, adata in [("training cells", train), ("held-out cells", test), *named]:
-        repeated = adata.var_names[adata.var_names.duplicated()]
-        if len(repeated):
-            which = f"{name!r} has the gene {repeated[0]!r} more than once"
-            raise ValueError(f"{which}: call `adata.var_names_make_unique()`.")
+        if not adata.var_names.is_unique:
+            raise ValueError(f"{name!r} has a gene more than once: call `adata.var_names_make_unique()`.")
     for name, sample in named:
         if sample.n_obs != test.n_obs:
-            numbers = f"{sample.n_obs} cells, and {test.n_obs} are held out"
-            raise ValueError(f"A sample of {name!r} has {numbers}: generate one for each.")
-    if train.n_obs < max(4, test.n_obs // 2):
-        raise ValueError(f"{train.n_obs} training cells are too few for a reference of {test.n_obs} cells.")
+            raise ValueError(
+                f"{name!r} has {sample.n_obs} cells, and {test.n_obs} are held out: generate one for each."
+            )
+    if min(train.n_obs, test.n_obs) < 4 or train.n_obs < test.n_obs // 2:
+        raise ValueError(f"{train.n_obs} training and {test.n_obs} held-out cells are too few to judge with.")
     genes = reduce(lambda common, names: common[common.isin(names)], [sample.var_names for _, sample in named])
-    if genes.empty:
-        raise ValueError(f"{', '.join(columns)} have no gene in common: give cells with the same gene names.")
+    missing = genes[~(genes.isin(train.var_names) & genes.isin(test.var_names))]
+    if genes.empty or len(missing):
+        which = f"{', '.join(columns)} have no gene in common"
+        if len(missing):
+            which = f"{len(missing)} generated genes are not among the genes of the real cells, e.g. {missing[0]!r}"
+        raise ValueError(f"{which}: give cells with the same gene names.")
     return genes
 
 
@@ -166,7 +162,6 @@ class _Evaluator:
     donors: list[np.ndarray] | None
     parity: bool
     seed: int
-    n_jobs: int | None
 
     def __post_init__(self):
         fitted, self.other_half = split_halves(self.train.labels, self.seed)
@@ -176,36 +171,33 @@ class _Evaluator:
 
     def measure_all(self, columns: dict[str, list[CellArrays]]) -> tuple[dict[str, dict], dict[str, dict]]:
         """All metrics of each column and of a new reference for each draw, as lists over draws; also by type."""
-        known = [] if self.train.types is None else np.union1d(self.train.types, self.test.types)
         for name, types in ((name, cells.types) for name, drawn in columns.items() for cells in drawn):
-            unknown = [] if types is None else np.setdiff1d(types, known)
+            unknown = [] if types is None else np.setdiff1d(types, np.append(self.train.types, self.test.types))
             if len(unknown):
                 raise ValueError(f"{name!r} has the unknown type {str(unknown[0])!r}: rename it as in the real cells.")
         all_cells: dict[str, dict] = {}
         per_type: dict[str, dict] = {}
-        labels = self.train.labels, self.test.labels
-        draws = list(zip(*columns.values()))
+        labels, draws = (self.train.labels, self.test.labels), list(zip(*columns.values()))
         total = len(draws) * (len(columns) + 1)
-        progress_bar = tqdm(total=total, desc="Judging", unit=" samples", disable=None)  # only at a terminal
-        for i, draw in enumerate(draws):
-            rng = np.random.default_rng([self.seed, i])
-            reference = self.train[draw_matching(*labels, rng, self.other_half)]
-            members = draw_matching(*labels, rng, self.other_half)
-            for name, cells in zip([*columns, REFERENCE], [*draw, reference]):
-                row, rows_of_types = self.measure(cells, None if name == REFERENCE else members, self.seed + i)
-                _append(all_cells.setdefault(name, {}), row)
-                for label, row in rows_of_types.items():
-                    num_train, num_test = (int(np.sum(side.types == label)) for side in (self.train, self.test))
-                    entry = {"num_train": num_train, "num_test": num_test, "metrics": {}}
-                    _append(per_type.setdefault(label, entry)["metrics"].setdefault(name, {}), row)
-                progress_bar.update()
-        progress_bar.close()
+        with tqdm(total=total, desc="Judging", unit=" samples", disable=None) as progress_bar:  # only at a terminal
+            for i, draw in enumerate(draws):
+                rng = np.random.default_rng([self.seed, i])
+                reference = self.train[draw_matching(*labels, rng, self.other_half)]
+                members = draw_matching(*labels, rng, self.other_half)
+                for name, cells in zip([*columns, REFERENCE], [*draw, reference]):
+                    row, by_type = self.measure(cells, None if name == REFERENCE else members, self.seed + i)
+                    _append(all_cells.setdefault(name, {}), row)
+                    for label, row in by_type.items():
+                        num_train, num_test = (int(np.sum(real.types == label)) for real in (self.train, self.test))
+                        entry: dict = {"num_train": num_train, "num_test": num_test, "metrics": {}}
+                        _append(per_type.setdefault(label, entry)["metrics"].setdefault(name, {}), row)
+                    progress_bar.update()
         return all_cells, per_type
 
     def measure(self, cells: CellArrays, members: np.ndarray | None, seed: int) -> tuple[dict, dict[str, dict]]:
         """All metrics, and those by type. `members` are training cells to find; the reference consists of some."""
         pcs, test = self.pca.transform(cells.expression), self.test
-        row = {f"auc_{name}": value for name, value in judge(test, cells, seed, self.n_jobs).items()}
+        row = {f"auc_{name}": value for name, value in judge(test, cells, seed).items()}
         row |= {"w2": metrics.wasserstein2(self.test_pcs, pcs), "mmd2": metrics.mmd2(self.test_pcs, pcs)}
         row |= metrics.gene_statistics(test.expression, cells.expression)
         row |= metrics.manifold_metrics(self.test_pcs, pcs)
@@ -213,25 +205,19 @@ class _Evaluator:
             row["library_size_w1"] = metrics.library_size_w1(test.library_size, cells.library_size)
             row |= metrics.other_genes_error(test.other_genes_share(), cells.other_genes_share())
         if members is not None:
-            near_train = metrics.nearest_distances(self.train_pcs[members], pcs)
-            near_test = metrics.nearest_distances(self.test_pcs, pcs)
             row["nearest_training_cell"] = metrics.nearest_training_cell_ratio(self.train_pcs, self.test_pcs, pcs)
-            row["membership_auc"] = metrics.membership_auc(near_train, near_test)
+            near = [metrics.nearest_distances(real, pcs) for real in (self.train_pcs[members], self.test_pcs)]
+            row["membership_auc"] = metrics.membership_auc(*near)
             if self.donors is not None:
-                near_train = metrics.mean_by_donor(near_train, self.donors[0][members])
-                near_test = metrics.mean_by_donor(near_test, self.donors[1])
-                row["membership_auc_donor"] = metrics.membership_auc(near_train, near_test)
+                donors = self.donors[0][members], self.donors[1]
+                row["membership_auc_donor"] = metrics.membership_auc(*map(metrics.mean_by_donor, near, donors))
         if self.parity:
             row |= metrics.paper_parity(test.expression, cells.expression)
         if cells.types is None:
             return row, {}
         labels = metrics.judged_labels(self.train, test, cells)
-        pooled, of_types = metrics.compare_labels(self.fitted, test, cells, labels, self.pca, seed)
-        if cells.library_size is not None:
-            for label, row_of_type in of_types.items():
-                sizes = [side[side.types == label].library_size for side in (test, cells)]
-                row_of_type["library_size_w1"] = metrics.library_size_w1(*sizes)
-        return row | pooled, of_types
+        pooled, by_type = metrics.compare_labels(self.fitted, test, cells, (self.test_pcs, pcs), labels, seed)
+        return row | pooled, by_type
 
 
 def _append(lists: dict[str, list], row: dict[str, float]):

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import anndata as ad
 import numpy as np
@@ -27,7 +27,8 @@ class EvaluateConfig:
 
     generators: list[str]
     """Model folders or files of cells to judge; NAME=PATH gives one a name. Several files with one name are several
-    samples. A file has one cell for each held-out cell, with its labels."""
+    samples, of which as many are judged as the fewest that a generator has. A file has one cell for each held-out
+    cell, with its labels."""
     dataset: str | None = None
     """File or prepared folder that the models were trained on. Their split.json names its held-out cells."""
     train: str | None = None
@@ -74,7 +75,7 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
     train, test = _read_split(config, models)
     device = choose_device(config.device)
     pipes = {name: ScRNAGenerationPipeline.from_pretrained(path).to(device) for name, path in models.items()}
-    configs = [pipe.processor.config for pipe in pipes.values()]
+    configs = (pipe.processor.config for pipe in pipes.values())
     kinds = [(list(own.label_keys), own.values, own.layer) for own in configs]
     label_keys, values, layer = kinds[0] if kinds else (config.label_keys, config.values, None)
     if any(kind != kinds[0] for kind in kinds):
@@ -84,10 +85,11 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
         samples = {GENERATED: samples.popitem()[1]}
     baselines = None
     if config.baselines and len(pipes) == 1:
-        (pipe,), num_samples = pipes.values(), len(next(iter(samples.values())))
+        pipe, num_samples = next(iter(pipes.values())), min(map(len, samples.values()))
         baselines = draw_baselines(pipe, train, test, num_samples, config.seed)
-    settings: dict[str, Any] = {"donor_key": config.donor_key, "parity": config.parity, "seed": config.seed}
-    report = evaluate_cells(samples, train, test, label_keys, layer, values, baselines, **settings)
+    report = evaluate_cells(
+        samples, train, test, label_keys, layer, values, baselines, config.donor_key, config.parity, config.seed
+    )
     first = {f"{name}: excess {excess_and_sd(report, name)}": samples[name][0] for name in by_excess(report)}
     figure = report_figure(test, first, report["label_key"], values, layer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,21 +118,22 @@ def _paths_by_name(generators: list[str]) -> dict[str, list[str]]:
 def _read_split(config: EvaluateConfig, models: dict[str, str]) -> tuple[ad.AnnData, ad.AnnData]:
     """Training and held-out cells."""
     splits = {name: CellSplit.load(model) for name, model in models.items()}
-    for name, split in splits.items():
-        if split != next(iter(splits.values())):
-            raise ValueError(f"{name!r} was trained on other cells than {next(iter(splits))!r}: use one --split.")
+    first = next(iter(splits), "")
     if config.dataset is not None and splits:
-        return next(iter(splits.values())).read(config.dataset)
-    if config.train is None or config.test is None:
+        train, test = splits[first].read(config.dataset)
+    elif config.train is None or config.test is None:
         raise ValueError("Give --dataset for a model, or --train and --test for files.")
-    train, test = read_cells(config.train), read_cells(config.test)
+    else:
+        train, test = read_cells(config.train), read_cells(config.test)
+    for name, split in splits.items():
+        if split != splits[first] or (config.dataset is None and set(split.train) != set(train.obs_names)):
+            other = "--train" if config.dataset is None else repr(first)
+            raise ValueError(f"{name!r} was trained on other cells than {other}: give --dataset, and use one --split.")
     shared = test.obs_names[test.obs_names.isin(train.obs_names)][:20]
     comparable = train.obs_names.is_unique and test.obs_names.is_unique and train.var_names.equals(test.var_names)
     # Names such as "0" occur in unrelated files: the values must agree too.
     if len(shared) and comparable and abs(train[shared].X - test[shared].X).sum() == 0:
         raise ValueError(f"--train and --test both have the cell {shared[0]!r}: remove it from one of them.")
-    if any(set(split.train) != set(train.obs_names) for split in splits.values()):
-        raise ValueError(f"{', '.join(splits)} was trained on other cells than --train: give --dataset.")
     return train, test
 
 
@@ -148,15 +151,15 @@ def _samples(
     known = np.ones(test.n_obs, dtype=bool)
     for pipe in pipes.values():
         known &= pipe.processor.knows_labels(test)
-    judged, num_held_out = cells_to_judge(known), test.n_obs
-    test = test[judged]
-    samples = {name: [read_cells(path) for path in given] for name, given in paths.items() if name not in pipes}
-    for name, drawn in samples.items():
+    judged, samples = cells_to_judge(known), {}
+    for name in [name for name in paths if name not in pipes]:
+        drawn = [read_cells(path) for path in paths[name]]
         # Files have a cell for each held-out cell, including those that are not judged.
-        samples[name] = [sample[judged] if sample.n_obs == num_held_out else sample for sample in drawn]
+        samples[name] = [sample[judged] if sample.n_obs == test.n_obs else sample for sample in drawn]
         for sample in drawn:
             combined_labels(sample, label_keys, repr(name))
-    num_samples = max((len(drawn) for drawn in samples.values()), default=config.num_samples)
+    test = test[judged]
+    num_samples = min((len(drawn) for drawn in samples.values()), default=config.num_samples)
     if samples:
         common_genes(samples, train, test)
     call = {"guidance_scale": config.guidance_scale, "num_inference_steps": config.num_inference_steps}

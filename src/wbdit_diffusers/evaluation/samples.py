@@ -29,16 +29,15 @@ def cells_to_judge(known: np.ndarray) -> np.ndarray:
     if not known.all():
         logger.warning(f"{(~known).sum()} held-out cells are left out: their labels do not occur in training.")
     positions = np.flatnonzero(known)
-    if len(positions) <= MAX_CELLS:
-        return positions
-    return positions[np.sort(np.random.default_rng(0).choice(len(positions), MAX_CELLS, replace=False))]
+    chosen = np.random.default_rng(0).choice(len(positions), min(len(positions), MAX_CELLS), replace=False)
+    return positions[np.sort(chosen)]
 
 
 def draw_samples(
     pipe: Any, test: ad.AnnData, num_samples: int = 3, seed: int = 0, **call_kwargs
 ) -> tuple[list[ad.AnnData], ad.AnnData]:
     """
-    Generates one cell for each held-out cell, with its labels.
+    Generates one cell for each held-out cell, with its labels. Returns the samples, and these held-out cells.
 
     Args:
         pipe ([`ScRNAGenerationPipeline`]): The pipeline to judge.
@@ -46,9 +45,6 @@ def draw_samples(
         num_samples (`int`, defaults to 3): Number of samples.
         seed (`int`, defaults to 0): Seed of the first sample; each further sample adds 1.
         call_kwargs: Further arguments of the pipeline's call.
-
-    Returns:
-        `tuple[list[AnnData], AnnData]`: the samples and the corresponding held-out cells.
     """
     test = test[cells_to_judge(pipe.processor.knows_labels(test))]
     labels = {key: test.obs[key].astype(str).tolist() for key in pipe.processor.label_keys}
@@ -64,7 +60,7 @@ def draw_baselines(
 ) -> dict[str, list[ad.AnnData]]:
     """
     Decodes latents that need no denoiser. A denoiser has to beat the two Gaussian baselines. A perfect denoiser would
-    equal `"training latents resampled"`.
+    equal `"training latents resampled"`. Returns the samples of each baseline by name.
 
     Args:
         pipe ([`ScRNAGenerationPipeline`]): The pipeline whose codec decodes.
@@ -72,20 +68,18 @@ def draw_baselines(
         test (`AnnData`): Held-out cells of [`draw_samples`]. The baselines have their labels.
         num_samples (`int`, defaults to 3): Number of samples of each baseline.
         seed (`int`, defaults to 0): Seed of the first sample; each further sample adds 1.
-
-    Returns:
-        `dict[str, list[AnnData]]`: samples by the names of `BASELINES`.
     """
     latents = pipe.encode_cells(train)
     known, wanted = pipe.processor.encode_labels(train), pipe.processor.encode_labels(test)
-    repeated = wanted.cpu().numpy().repeat(num_samples, axis=0)  # one fit for all samples
-    samples: dict[str, list[ad.AnnData]] = {}
+    both = np.concatenate([known.numpy(), wanted.numpy().repeat(num_samples, axis=0)])  # one fit for all samples
+    codes = np.zeros(len(both)) if wanted.shape[1] == 0 else np.unique(both, axis=0, return_inverse=True)[1].ravel()
+    samples = {}
     for name, draw in BASELINES.items():
         rng = np.random.default_rng(seed)
-        drawn = draw(latents.detach().cpu().double().numpy(), known.cpu().numpy(), repeated, rng)
-        samples[name] = []
-        for i in range(num_samples):
-            own = torch.from_numpy(drawn[i::num_samples]).to(latents)
-            generator = torch.Generator().manual_seed(seed + i)
-            samples[name].append(pipe.decode_latents(own, class_labels=wanted, generator=generator))
+        drawn = draw(latents.detach().cpu().double().numpy(), *np.split(codes, [len(known)]), rng)
+        parts = [torch.from_numpy(drawn[i::num_samples]).to(latents) for i in range(num_samples)]
+        samples[name] = [
+            pipe.decode_latents(part, class_labels=wanted, generator=torch.Generator().manual_seed(seed + i))
+            for i, part in enumerate(parts)
+        ]
     return samples

@@ -39,7 +39,6 @@ TITLES = {
     "paper_wasserstein": "paper parity: flattened Wasserstein-1",
     "paper_mmd": "paper parity: MMD² by blocks of 20 genes",
 }
-PER_TYPE = ("purity", "lfc_slope", "de_recovery", "w2", "mmd2", "library_size_w1")
 
 
 def to_markdown(report: dict) -> str:
@@ -130,7 +129,7 @@ def by_excess(report: dict) -> list[str]:
 def _table_of_types(report: dict) -> str:
     """Metrics of a single generator by cell type."""
     types, key = report["per_type"], report["label_key"]
-    shown = [name for name in PER_TYPE if any(name in one["metrics"].get(GENERATED, {}) for one in types.values())]
+    shown = dict.fromkeys(metric for entry in types.values() for metric in entry["metrics"].get(GENERATED, {}))
     rows = [[key, "training cells", "held-out cells", *(TITLES[metric] for metric in shown)]]
     for label, entry in types.items():
         row = [label, str(entry["num_train"]), str(entry["num_test"])]

@@ -5,28 +5,25 @@ import numpy as np
 import torch
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
+from torch import nn
 from tqdm.auto import tqdm
 
-from ..evaluation.cells import real_cells
+from ..evaluation.cells import combined_labels, real_cells
 from ..evaluation.metrics import rank_markers
 from ..models.codec_programs import ProgramCodec
-from ..models.gaussian_mixture import GaussianMixtureDenoiser, within_labels
+from ..models.gaussian_mixture import within_labels
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
-from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
+from ..pipelines import ScRNAGenerationPipeline
 from ..pipelines.programs import add_programs, program_table
 from .denoising import measure_explained_variance, measure_program_jacobian, measure_type_stability
 from .interventions import fit_gaussian_mixture, hold_program, program_direction, with_denoiser
 from .layers import LAYER_TIMESTEPS, measure_layers
 
 
-TIMESTEPS = list(range(99, 1000, 100))
-JACOBIAN_TIMESTEP = 299
 NUM_MARKERS = 50
 MIN_CELLS = 5  # of a type, for a program to be judged on it
-JACOBIAN_CELLS = 500
+FEW_CELLS = 500  # for the slow parts, and to generate at each held activity
 HELD_ACTIVITIES = [-1.0, 0.0, 1.0, 2.0]
-RENOISED_CELLS = 500
-HELD_CELLS = 500  # for each activity
 
 
 def explain(
@@ -43,14 +40,18 @@ def explain(
         seed (`int`, defaults to 0): Seed of all random numbers.
 
     Returns:
-        `tuple[dict, AnnData]`: the report and the held-out cells. The report has `"programs"` (a row for each),
-        `"types"` (the best program of each type), and the results of [`measure_layers`],
-        [`measure_explained_variance`], [`measure_type_stability`], [`measure_program_jacobian`] and
-        [`measure_interventions`] under the functions' names. The cells have programs as generated cells do, and a UMAP
-        of their latents in `obsm["X_umap"]`.
+        `tuple[dict, AnnData]`: the report and the held-out cells, with programs as generated cells have them, and a
+        UMAP of their latents in `obsm["X_umap"]`. The report has
+
+        - `"programs"`: their genes and mean activities; `"types"`: the program that best separates each type;
+        - `"layers"`: what each layer of the trained and of an untrained network does, by timestep;
+        - `"explained_variance"`: how well network and closed form predict the programs of noisy cells;
+        - `"type_stability"`: how many cells change their type if noise is added up to a timestep and removed again;
+        - `"program_jacobian"`: the derivative of each expected clean program (row) by each noisy program (column);
+        - `"interventions"`: whether other programs follow a held program as they do in held-out cells (slope 1).
 
     Raises:
-        ValueError: If the pipeline has no programs, or no network, or no held-out cell has labels that it knows.
+        ValueError: If the pipeline has no programs, or no network, or fewer than 20 held-out cells have known labels.
     """
     if not isinstance(pipe.codec, ProgramCodec):
         raise ValueError(f"The pipeline has no gene programs: it was trained with {type(pipe.codec).__name__}.")
@@ -62,41 +63,18 @@ def explain(
     chosen = np.random.default_rng(seed).permutation(test.n_obs)[:max_cells]
     test, train = test[chosen], train[pipe.processor.knows_labels(train)]
     latents, train_latents = pipe.encode_cells(test), pipe.encode_cells(train)
-    labels, train_labels = (
-        pipe.processor.encode_labels(cells) if pipe.processor.label_keys else None for cells in (test, train)
-    )
-    gaussian_mixture = fit_gaussian_mixture(pipe, train)
-    denoiser, codec, scheduler = pipe.denoiser.cpu().eval(), pipe.codec, pipe.scheduler
-    if pipe.processor.label_keys:
-        types, train_types = (
-            cells.obs[pipe.processor.label_keys[0]].astype(str).to_numpy() for cells in (test, train)
-        )
-    else:
-        types, train_types = np.full(test.n_obs, ""), np.full(train.n_obs, "")
-
-    few = slice(JACOBIAN_CELLS)
-    few_labels = None if labels is None else labels[few]
-    denoisers = {"network": denoiser, "closed_form": gaussian_mixture}
+    label_keys = list(pipe.processor.label_keys)
+    labels = pipe.processor.encode_labels(test) if label_keys else None
+    types, train_types = (combined_labels(cells, label_keys[:1]) for cells in (test, train))
+    gaussian_mixture, network = fit_gaussian_mixture(pipe, train), pipe.denoiser.cpu().eval()
+    denoisers: dict[str, nn.Module] = {"network": network, "closed_form": gaussian_mixture}
+    few, few_labels = latents[:FEW_CELLS], None if labels is None else labels[:FEW_CELLS]
     parts = {
-        "layers": lambda: measure_layers(denoiser, scheduler, latents, labels, LAYER_TIMESTEPS, seed),
-        "explained_variance": lambda: measure_explained_variance(
-            denoiser, gaussian_mixture, scheduler, codec, latents, labels, TIMESTEPS, seed
-        ),
-        "type_stability": lambda: measure_type_stability(
-            denoiser, gaussian_mixture, scheduler, codec, (train_latents, train_types), latents[:RENOISED_CELLS], seed
-        ),
-        "program_jacobian": lambda: {
-            "timestep": JACOBIAN_TIMESTEP,
-            **{
-                name: measure_program_jacobian(
-                    one, scheduler, codec, latents[few], few_labels, JACOBIAN_TIMESTEP, seed
-                ).tolist()
-                for name, one in denoisers.items()
-            },
-        },
-        "interventions": lambda: measure_interventions(
-            pipe, gaussian_mixture, latents, labels, train_latents, train_labels, seed
-        ),
+        "layers": lambda: measure_layers(network, pipe.scheduler, latents, labels, LAYER_TIMESTEPS, seed),
+        "explained_variance": lambda: measure_explained_variance(denoisers, pipe, latents, labels, seed),
+        "type_stability": lambda: measure_type_stability(denoisers, pipe, few, train_latents, train_types, seed),
+        "program_jacobian": lambda: measure_program_jacobian(denoisers, pipe, few, few_labels, seed),
+        "interventions": lambda: measure_interventions(denoisers, pipe, test, train, latents, train_latents, seed),
     }
     with tqdm(total=1 + len(parts), desc="Looking inside", unit=" parts") as progress_bar:
         cells = _cells(pipe, test, latents)
@@ -104,7 +82,7 @@ def explain(
         report = {
             "num_cells": test.n_obs,
             "num_components": gaussian_mixture.config.num_components,
-            "label_key": pipe.processor.label_keys[0] if pipe.processor.label_keys else None,
+            "label_key": label_keys[0] if label_keys else None,
             "programs": programs,
             "types": by_type,
         }
@@ -135,48 +113,33 @@ def _cells(pipe: ScRNAGenerationPipeline, test: ad.AnnData, latents: torch.Tenso
 
 def describe_programs(pipe: ScRNAGenerationPipeline, cells: ad.AnnData, types: np.ndarray) -> tuple[list, list]:
     """
-    Describes programs by their genes, and types by their programs.
-
-    Args:
-        pipe ([`ScRNAGenerationPipeline`]): The pipeline.
-        cells (`AnnData`): Held-out cells, with log expression in `X` and `obsm["X_programs"]`.
-        types (`np.ndarray` of shape `(cells,)`): Types of the cells.
-
-    Returns:
-        `tuple[list, list]`: a row for each program, with `"mean_activity"` by type, and a row for each type of five or
-        more cells. The latter has the program that best separates the type from others, its AUC, the AUC of the second
-        program, and how many of the type's 50 markers are among the 50 genes that the program raises most.
+    A row for each program, and one for each type of five or more cells: the program that best separates it from other
+    types, and how many of its 50 markers are among the 50 genes that the program raises most (or lowers).
     """
-    table = program_table(pipe.codec, pipe.processor.var_names)
-    activities = cells.obsm["X_programs"]
-    names, numbers = np.unique(types, return_counts=True)
-    names = [str(name) for name, number in zip(names, numbers) if number >= MIN_CELLS]
-    rows = [
-        {
-            "program": program,
-            **{key: float(value) if key == "explained" else value for key, value in row.items()},
-            "mean_activity": {name: float(activities[types == name, i].mean()) for name in names},
-        }
-        for i, (program, row) in enumerate(table.iterrows())
-    ]
+    table = program_table(pipe.codec, pipe.processor.var_names).to_dict("index")
+    activities, expression = cells.obsm["X_programs"], cells.X.toarray()
     weighted = pipe.codec.weighted_loadings.cpu().numpy()
-    expression, by_type = cells.X.toarray(), []
+    names, numbers = np.unique(types, return_counts=True)
+    names = [str(name) for name in names[numbers >= MIN_CELLS]]
+    rows, by_type = [], []
+    for i, (program, row) in enumerate(table.items()):
+        means = {name: float(activities[types == name, i].mean()) for name in names}
+        rows.append({"program": program, **row, "mean_activity": means})
     for name in names if len(names) > 1 else []:
         aucs = np.array([roc_auc_score(types == name, activity) for activity in activities.T])
-        order = np.argsort(-np.maximum(aucs, 1 - aucs))
-        best = int(order[0])
+        separation = np.maximum(aucs, 1 - aucs)
+        best, *others = np.argsort(-separation)
         sign = 1 if aucs[best] >= 0.5 else -1
         markers = rank_markers(expression, types, name)[:NUM_MARKERS]
         top = np.argsort(-sign * weighted[:, best])[:NUM_MARKERS]
-        second = float(max(aucs[order[1]], 1 - aucs[order[1]])) if len(order) > 1 else None
         by_type.append(
             {
                 "type": name,
                 "cells": int((types == name).sum()),
                 "program": f"program_{best}",
                 "sign": sign,
-                "auc": float(max(aucs[best], 1 - aucs[best])),
-                "second_auc": second,
+                "auc": float(separation[best]),
+                "second_auc": float(separation[others[0]]) if others else None,
                 "markers": len(set(markers) & set(top)),
             }
         )
@@ -184,84 +147,47 @@ def describe_programs(pipe: ScRNAGenerationPipeline, cells: ad.AnnData, types: n
 
 
 def measure_interventions(
+    denoisers: dict[str, nn.Module],
     pipe: ScRNAGenerationPipeline,
-    gaussian_mixture: GaussianMixtureDenoiser,
+    test: ad.AnnData,
+    train: ad.AnnData,
     latents: torch.Tensor,
-    class_labels: torch.Tensor | None,
     train_latents: torch.Tensor,
-    train_labels: torch.Tensor | None,
     seed: int = 0,
 ) -> list[dict]:
     """
-    Tests whether other programs follow a held program as they do in cells. The two programs that explain most are held
-    at -1, 0, 1 and 2 standard deviations.
-
-    Args:
-        pipe ([`ScRNAGenerationPipeline`]): The pipeline.
-        gaussian_mixture ([`GaussianMixtureDenoiser`]): The closed form, which guides the network and is the control.
-        latents (`torch.Tensor` of shape `(cells, num_features)`): Held-out cells. Their regression is the truth.
-        class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*): Labels of held-out cells, and
-            of the cells that are generated.
-        train_latents (`torch.Tensor` of shape `(training cells, num_features)`): Training cells. Their regression is
-            the real reference.
-        train_labels (`torch.LongTensor` of shape `(training cells, num_label_keys)`, *optional*): Their labels.
-        seed (`int`, defaults to 0): Seed of the cells.
-
-    Returns:
-        `list[dict]`: a row for each program and source (`"network"`, `"closed_form"`, `"training cells"`). `"held"` is
-        the mean deviation of the program from the requested activity. `"slope"` and `"correlation"` compare the
-        responses of other programs with their regression on the program among held-out cells of the same labels. The
-        slope is 1 in held-out cells, and 0 if a value is merely overwritten.
+    Holds each of the first two programs at some activities. Compares the responses of the other programs with their
+    regression on it among held-out cells of the same labels. The regression among training cells is the reference.
     """
-    rows, codec = [], pipe.codec
+    rows, codec, label_keys = [], pipe.codec, list(pipe.processor.label_keys)
     within, train_within = (
-        _within_labels(codec.activities(cells).cpu().numpy(), labels)
-        for cells, labels in ((latents, class_labels), (train_latents, train_labels))
+        within_labels(codec.activities(own).cpu().numpy(), combined_labels(cells, label_keys))
+        for own, cells in ((latents, test), (train_latents, train))
     )
-    num_cells = min(HELD_CELLS, len(latents))
-    conditions = {}
-    if class_labels is not None:
-        conditions = {
-            key: [pipe.processor.config.categories[k][code] for code in class_labels[:num_cells, k].tolist()]
-            for k, key in enumerate(pipe.processor.label_keys)
-        }
-    closed_form = with_denoiser(pipe, gaussian_mixture)
-
-    def row(program: int, name: str, responses: np.ndarray, truth: np.ndarray, **more: float) -> dict:
-        others = np.arange(len(truth)) != program
-        return {
-            "program": f"program_{program}",
-            "source": name,
-            **more,
-            "slope": float(responses[others] @ truth[others] / (truth[others] @ truth[others])),
-            "correlation": float(np.corrcoef(responses[others], truth[others])[0, 1]),
-            "responses": responses.tolist(),
-            "regression": truth.tolist(),
-        }
-
+    conditions = {key: test.obs[key].astype(str).tolist()[:FEW_CELLS] for key in label_keys}
     for program in range(min(2, codec.config.num_programs)):
         truth, of_training = (
             cells.T @ cells[:, program] / (cells[:, program] @ cells[:, program]) for cells in (within, train_within)
         )
-        rows.append(row(program, "training cells", of_training, truth))
-        for name, source in (("network", pipe), ("closed_form", closed_form)):
-            means, misses = [], []
+        responses, held = {"training cells": of_training}, {}
+        for name, denoiser in denoisers.items():
+            source, means, misses = with_denoiser(pipe, denoiser), [], []
             for activity in HELD_ACTIVITIES:
                 drawn = source(
-                    num_cells=num_cells,
+                    num_cells=min(FEW_CELLS, len(latents)),
                     conditions=conditions,
                     generator=torch.Generator().manual_seed(seed),
                     output_type="latent",
-                    guides=[hold_program(source, gaussian_mixture, program, activity)],
+                    guides=[hold_program(source, denoisers["closed_form"], program, activity)],
                 ).cells
                 misses.append((drawn @ program_direction(codec, program) - activity).abs().mean().item())
                 means.append(codec.activities(drawn).mean(0).cpu().numpy())
-            slopes = np.polyfit(HELD_ACTIVITIES, np.array(means), 1)[0]
-            rows.append(row(program, name, slopes, truth, held=float(np.mean(misses))))
+            responses[name] = np.polyfit(HELD_ACTIVITIES, np.array(means), 1)[0]
+            held[name] = {"held": float(np.mean(misses))}
+        others = np.arange(len(truth)) != program
+        for name, values in responses.items():
+            row = {"program": f"program_{program}", "source": name, **held.get(name, {})}
+            row["slope"] = float(values[others] @ truth[others] / (truth[others] @ truth[others]))
+            row["correlation"] = float(np.corrcoef(values[others], truth[others])[0, 1])
+            rows.append(row | {"responses": values.tolist(), "regression": truth.tolist()})
     return rows
-
-
-def _within_labels(activities: np.ndarray, class_labels: torch.Tensor | None) -> np.ndarray:
-    if class_labels is None:
-        return activities - activities.mean(axis=0)
-    return within_labels(activities, np.unique(class_labels.numpy(), axis=0, return_inverse=True)[1].ravel())

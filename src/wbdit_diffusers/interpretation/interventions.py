@@ -55,13 +55,8 @@ def fit_gaussian_mixture(
         cells (`AnnData`): The training cells.
         max_components (`int`, defaults to 32): Maximum number of components per combination of labels.
     """
-    return GaussianMixtureDenoiser.fit(
-        pipe.encode_cells(cells),
-        pipe.processor.encode_labels(cells),
-        pipe.processor.condition_sizes,
-        pipe.scheduler,
-        max_components,
-    )
+    labels, sizes = pipe.processor.encode_labels(cells), pipe.processor.condition_sizes
+    return GaussianMixtureDenoiser.fit(pipe.encode_cells(cells), labels, sizes, pipe.scheduler, max_components)
 
 
 def program_direction(codec: ProgramCodec, program: int | str) -> torch.Tensor:

@@ -2,23 +2,16 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from sklearn.linear_model import RidgeCV
 from torch import nn
 
-from ..models.transformer_white_box_dit import (
-    ISTA,
-    MSSA,
-    BoundedISTA,
-    Contraction,
-    DescentBlock,
-    WhiteBoxDiTModel,
-)
+from ..models.transformer_white_box_dit import ISTA, MSSA, BoundedISTA, Contraction, DescentBlock, WhiteBoxDiTModel
+from .denoising import add_noise
 
 
 PRECISION = 0.5  # ε of the coding rate, as in CRATE
@@ -38,7 +31,6 @@ def record_blocks(denoiser: WhiteBoxDiTModel) -> Iterator[list[dict[str, torch.T
         `"attn_input"`, `"attn_output"`, `"ff_input"` and `"ff_output"`: `(batch, tokens, hidden)` each.
     """
     records: list[dict[str, torch.Tensor]] = [{} for _ in denoiser.blocks]
-    handles = []
 
     def keep(record: dict[str, torch.Tensor], prefix: str):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor):
@@ -46,14 +38,11 @@ def record_blocks(denoiser: WhiteBoxDiTModel) -> Iterator[list[dict[str, torch.T
 
         return hook
 
-    for block, record in zip(denoiser.blocks, records):
-        for prefix, module in (("", block), ("attn_", block.attn), ("ff_", block.ff)):
-            handles.append(module.register_forward_hook(keep(record, prefix)))
-    try:
+    with ExitStack() as hooks:
+        for block, record in zip(denoiser.blocks, records):
+            for prefix, module in (("", block), ("attn_", block.attn), ("ff_", block.ff)):
+                hooks.enter_context(module.register_forward_hook(keep(record, prefix)))
         yield records
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def untrained_copy(denoiser: WhiteBoxDiTModel, seed: int = 0) -> WhiteBoxDiTModel:
@@ -70,15 +59,8 @@ def untrained_copy(denoiser: WhiteBoxDiTModel, seed: int = 0) -> WhiteBoxDiTMode
 
 def coding_rate(tokens: torch.Tensor, subspaces: torch.Tensor) -> torch.Tensor:
     """
-    The coding rate of a cell's tokens in subspaces, `½ Σ_h log det(I + p / (n ε²) Z U_hᵀ U_h Zᵀ)` (CRATE,
-    arXiv 2306.01129, equation 5), which MSSA is derived to lower.
-
-    Args:
-        tokens (`torch.Tensor` of shape `(batch, n, hidden)`): Tokens Z.
-        subspaces (`torch.Tensor` of shape `(heads, p, hidden)`): Their bases U.
-
-    Returns:
-        `torch.Tensor` of shape `(batch,)`: in nats.
+    The coding rate of each cell's tokens Z `(batch, n, hidden)` in subspaces U `(heads, p, hidden)`, in nats:
+    `½ Σ_h log det(I + p / (n ε²) Z U_hᵀ U_h Zᵀ)`. MSSA is derived to lower it (CRATE, arXiv 2306.01129, equation 5).
     """
     w = torch.einsum("bnd,hpd->bhnp", tokens, subspaces)
     number, dim = w.shape[-2:]
@@ -94,17 +76,8 @@ def subspaces_of(attn: MSSA | Contraction) -> torch.Tensor:
 
 def step_of_attention(own: torch.Tensor, tokens: torch.Tensor, step: torch.Tensor, seed: int = 0) -> dict[str, float]:
     """
-    Measures how one attention changes the coding rate of its tokens.
-
-    Args:
-        own (`torch.Tensor` of shape `(heads, p, hidden)`): Subspaces of the attention.
-        tokens (`torch.Tensor` of shape `(batch, n, hidden)`): Its input.
-        step (`torch.Tensor` of shape `(batch, n, hidden)`): Its step, which is added to the tokens.
-        seed (`int`, defaults to 0): Seed of the random subspaces.
-
-    Returns:
-        `dict[str, float]`: `"own"` and `"random"`, the relative change of the coding rate in its own subspaces and in
-        random ones of the same size; `"cosine"` of the step and the steepest descent of its own coding rate.
+    The relative change of the coding rate by an attention's step, in its own subspaces and in random ones of the same
+    size, and the cosine of the step with the steepest descent in its own.
     """
     noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed)).to(own)
     random = noise * (own.norm() / noise.norm())
@@ -121,17 +94,8 @@ def step_of_attention(own: torch.Tensor, tokens: torch.Tensor, step: torch.Tenso
 
 def step_of_ista(ff: ISTA | BoundedISTA, tokens: torch.Tensor, output: torch.Tensor) -> dict[str, float]:
     """
-    Measures one step of sparse coding.
-
-    Args:
-        ff ([`ISTA`] or [`BoundedISTA`]): The step.
-        tokens (`torch.Tensor` of shape `(batch, n, hidden)`): Its input.
-        output (`torch.Tensor` of shape `(batch, n, hidden)`): Its output.
-
-    Returns:
-        `dict[str, float]`: `"zeros"`, the share of zeros in its output; `"zeros_of_relu"`, in `relu(x - ηλ)` of its
-        input alone, without any dictionary; `"curvature"`, η times the largest eigenvalue of DᵀD: below 2 the step
-        descends; `"objective"`, the relative change of `½‖x - Da‖² + λ‖a‖₁` from the code `a = relu(x)` to the output.
+    One step of sparse coding: shares of zeros after it and after `relu(x - ηλ)` alone; its curvature, η times the
+    largest eigenvalue of DᵀD (it descends below 2); and the relative change of the objective from the code `relu(x)`.
     """
     dictionary, step_size, lambd = ff.dictionary.detach().float(), float(ff.step_size), float(ff.lambd)
 
@@ -147,14 +111,7 @@ def step_of_ista(ff: ISTA | BoundedISTA, tokens: torch.Tensor, output: torch.Ten
 
 
 def explained_by_tokens(tokens: np.ndarray, clean: np.ndarray) -> float:
-    """
-    Fraction of the variance of clean cells that a linear map of the tokens of noisy cells explains. The map is fitted
-    to one half of the cells, and judged on the other.
-
-    Args:
-        tokens (`np.ndarray` of shape `(cells, values)`): All tokens of each cell.
-        clean (`np.ndarray` of shape `(cells, sample_size)`): The clean cells.
-    """
+    """The fraction of the variance of clean cells that a linear map of tokens, fitted to other cells, explains."""
     half = len(tokens) // 2
     fit = RidgeCV(alphas=10.0 ** np.arange(-1, 6)).fit(tokens[:half], clean[:half])
     residual = np.square(clean[half:] - fit.predict(tokens[half:])).sum()
@@ -171,46 +128,33 @@ def measure_layers(
     seed: int = 0,
 ) -> list[dict]:
     """
-    Measures every layer of the trained and of an untrained network at some timesteps.
-
-    Args:
-        denoiser ([`WhiteBoxDiTModel`]): The network.
-        scheduler ([`SchedulerMixin`]): Its noise schedule.
-        latents (`torch.Tensor` of shape `(cells, sample_size)`): Clean latents of held-out cells.
-        class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*): Their labels.
-        timesteps (`list[int]`): Timesteps of the noise.
-        seed (`int`, defaults to 0): Seed of the noise and of the untrained network.
-
-    Returns:
-        `list[dict]`: a row for each network (`"trained"`, `"untrained"`), timestep and layer. Layer 0 is the input
-        of the first block. `"explained"` is from [`explained_by_tokens`]. From layer 1 on, `"step"` is the size of
-        the block's step relative to its tokens, next to the results of [`step_of_attention`] and [`step_of_ista`]. The
-        attention's step includes the gate in a [`DescentBlock`]. In the published block, channel gates act after it.
+    Measures every layer of the trained and of an untrained network. Layer 0 is the input of the first block. The
+    attention's step includes the gate in a [`DescentBlock`]; in the published block, gates act after it.
     """
     rows = []
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
     clean = latents.cpu().numpy()
-    forward_process = DDPMScheduler.from_config(scheduler.config)  # solvers add noise by their own, fewer, timesteps
     for name, network in (("trained", denoiser), ("untrained", untrained_copy(denoiser, seed))):
         for timestep in timesteps:
-            noisy = forward_process.add_noise(latents, noise, torch.tensor([timestep], device=latents.device))
+            noisy = add_noise(latents, timestep, scheduler, seed)
             with record_blocks(network) as records:
                 network(noisy, timestep, class_labels, return_dict=False)
-            for layer in range(len(records) + 1):
-                record = records[max(layer - 1, 0)]
-                tokens = record["output" if layer else "input"]
+            for layer, tokens in enumerate([records[0]["input"], *(record["output"] for record in records)]):
                 row = {"network": name, "timestep": timestep, "layer": layer}
                 row["explained"] = explained_by_tokens(tokens.flatten(1).cpu().numpy(), clean)
+                if layer > 0:
+                    row |= _steps(network.blocks[layer - 1], records[layer - 1], seed)
                 rows.append(row)
-                if layer == 0:
-                    continue
-                block = network.blocks[layer - 1]
-                row["step"] = ((record["output"] - record["input"]).norm() / record["input"].norm()).item()
-                if isinstance(block.attn, MSSA | Contraction):
-                    tokens, step = record["attn_input"], record["attn_output"]
-                    if isinstance(block, DescentBlock):
-                        step = record["ff_input"] - tokens
-                    row |= step_of_attention(subspaces_of(block.attn), tokens, step, seed)
-                if isinstance(block.ff, ISTA | BoundedISTA):
-                    row |= step_of_ista(block.ff, record["ff_input"], record["ff_output"])
     return rows
+
+
+def _steps(block: nn.Module, record: dict[str, torch.Tensor], seed: int) -> dict[str, float]:
+    """The size of a block's step relative to its tokens, and the steps of its attention and of its ISTA."""
+    row = {"step": ((record["output"] - record["input"]).norm() / record["input"].norm()).item()}
+    if isinstance(block.attn, MSSA | Contraction):
+        tokens, step = record["attn_input"], record["attn_output"]
+        if isinstance(block, DescentBlock):
+            step = record["ff_input"] - tokens
+        row |= step_of_attention(subspaces_of(block.attn), tokens, step, seed)
+    if isinstance(block.ff, ISTA | BoundedISTA):
+        row |= step_of_ista(block.ff, record["ff_input"], record["ff_output"])
+    return row

@@ -1,12 +1,12 @@
 """The report of `explain` as one HTML page: figures of its numbers, each curve next to its control."""
 
 import base64
-import io
 import json
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -16,29 +16,10 @@ from ..version import __version__
 
 
 NETWORK, CONTROL = "tab:red", "tab:grey"
-MAX_TYPES = 20
+SOLID, DASHED = {"color": NETWORK}, {"color": CONTROL, "linestyle": "--"}
+CLOSED_FORM = "closed form of a Gaussian mixture"
+MAX_TYPES = 40
 SHOWN_PROGRAMS = 3  # on the UMAP
-
-
-def draw_figures(report: dict, cells: ad.AnnData) -> dict[str, Figure]:
-    """The figures of a report and cells of [`explain`], by the part of the report that they show."""
-    return {
-        "programs": _programs_figure(report, cells),
-        "layers": _layers_figure(report),
-        "steps": _steps_figure(report),
-        "type_stability": _type_stability_figure(report),
-        "explained_variance": _explained_variance_figure(report),
-        "program_jacobian": _program_jacobian_figure(report),
-        "interventions": _interventions_figure(report),
-    }
-
-
-def render_page(report: dict, figures: dict[str, Figure], title: str) -> str:
-    """A self-contained HTML page of a report and its figures. All names in it are escaped."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape())
-    template = environment.get_template("page.html")
-    images = {name: _as_png(figure) for name, figure in figures.items()}
-    return template.render(report=report, images=images, title=title, version=__version__, facts=summarize(report))
 
 
 def write_report(folder: Path, report: dict, cells: ad.AnnData, title: str):
@@ -54,57 +35,60 @@ def write_report(folder: Path, report: dict, cells: ad.AnnData, title: str):
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     (folder / "explain.json").write_text(json.dumps(report, indent=1))
     cells.write_h5ad(folder / "explain.h5ad")
-    figures = draw_figures(report, cells)
+    figures = {
+        "programs": _programs_figure(report, cells),
+        "layers": _layers_figure(report),
+        "steps": _steps_figure(report),
+        "type_stability": _type_stability_figure(report),
+        "explained_variance": _explained_variance_figure(report),
+        "program_jacobian": _program_jacobian_figure(report),
+        "interventions": _interventions_figure(report),
+    }
+    images = {}
     for name, figure in figures.items():
-        figure.savefig(folder / "figures" / f"{name}.png", dpi=100)
-    (folder / "explain.html").write_text(render_page(report, figures, title))
-    for figure in figures.values():
+        path = folder / "figures" / f"{name}.png"
+        figure.savefig(path, dpi=100)
         plt.close(figure)
+        images[name] = base64.b64encode(path.read_bytes()).decode()
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape())
+    names = {"report": report, "images": images, "title": title, "version": __version__, "facts": summarize(report)}
+    (folder / "explain.html").write_text(environment.get_template("page.html").render(names))
 
 
 def summarize(report: dict) -> dict[str, float]:
     """The numbers in the sentences of the page."""
-    layers = [row for row in report["layers"] if row["layer"]]
-    trained, untrained = ([row for row in layers if row["network"] == name] for name in ("trained", "untrained"))
-    facts = {"closed_form_early": report["explained_variance"][0]["agreement"]}
-    gains = [row["network_mean"] - row["closed_form_mean"] for row in report["explained_variance"]]
-    facts["gain_of_network"] = float(np.mean(gains))
-    last = max(row["layer"] for row in layers)
-    for name, rows in (("trained", trained), ("untrained", untrained)):
-        facts[f"explained_{name}"] = float(np.mean([row["explained"] for row in rows if row["layer"] == last]))
-    facts["explained_before"] = float(
-        np.mean([row["explained"] for row in report["layers"] if row["layer"] == 0 and row["network"] == "trained"])
+    layers, explained, held, stability = (
+        pd.DataFrame(report[part]) for part in ("layers", "explained_variance", "interventions", "type_stability")
     )
-    for key in ("own", "random", "cosine", "zeros", "zeros_of_relu", "curvature", "objective"):
-        values = [row[key] for row in trained if key in row]
-        if values:
-            facts[key] = float(np.mean(values))
-    for name in ("network", "closed_form", "training cells"):
-        rows = [row for row in report["interventions"] if row["source"] == name]
-        facts[f"slope_{name.split()[0]}"] = float(np.mean([row["slope"] for row in rows]))
+    by_layer = layers.groupby(["network", "layer"])["explained"].mean()
+    steps = layers[(layers["network"] == "trained") & (layers["layer"] > 0)]
+    slopes = held.groupby("source")["slope"].mean()
     network, closed_form = (np.array(report["program_jacobian"][name]) for name in ("network", "closed_form"))
-    facts["jacobian_correlation"] = _correlation(network, closed_form)
-    changed = [row for row in report["type_stability"] if row["denoiser"] == "network" and "changed" in row]
-    decided = [row["timestep"] for row in changed if row["changed"] > row["chance"] / 2]
-    if decided:
-        facts["decided"] = decided[0]
+    facts = {
+        **steps.drop(columns=["network", "timestep", "layer", "explained"]).mean(),
+        "closed_form_early": explained["agreement"][0],
+        "gain_of_network": (explained["network_mean"] - explained["closed_form_mean"]).mean(),
+        "explained_before": by_layer["trained", 0],
+        "explained_trained": by_layer["trained", steps["layer"].max()],
+        "explained_untrained": by_layer["untrained", steps["layer"].max()],
+        "slope_network": slopes["network"],
+        "slope_closed_form": slopes["closed_form"],
+        "slope_training": slopes["training cells"],
+        "jacobian_correlation": _correlation(network, closed_form),
+    }
+    if "changed" in stability:
+        of_network = stability[stability["denoiser"] == "network"]
+        decided = of_network["timestep"][of_network["changed"] > of_network["chance"] / 2]
+        if len(decided):
+            facts["decided"] = decided.iloc[0]
     return facts
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Correlation off the diagonal. Column means, which reflect the scale of a program, are subtracted first."""
     off = ~np.eye(len(a), dtype=bool)
-    centred = []
-    for matrix in (a, b):
-        means = np.nanmean(np.where(off, matrix, np.nan), axis=0)
-        centred.append((matrix - means)[off])
+    centred = ((matrix - np.nanmean(np.where(off, matrix, np.nan), axis=0))[off] for matrix in (a, b))
     return float(np.corrcoef(*centred)[0, 1])
-
-
-def _as_png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _programs_figure(report: dict, cells: ad.AnnData) -> Figure:
@@ -127,7 +111,7 @@ def _programs_figure(report: dict, cells: ad.AnnData) -> Figure:
         top.colorbar(dots, ax=axis, shrink=0.7)
     for axis in axes:
         axis.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
-    types = list(programs[0]["mean_activity"])[: 2 * MAX_TYPES]
+    types = list(programs[0]["mean_activity"])[:MAX_TYPES]
     matrix = np.array([[row["mean_activity"][name] for name in types] for row in programs])
     axis = bottom.subplots()
     image = axis.imshow(matrix, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
@@ -139,43 +123,38 @@ def _programs_figure(report: dict, cells: ad.AnnData) -> Figure:
 
 
 def _layers_figure(report: dict) -> Figure:
-    rows = report["layers"]
-    timesteps = sorted({row["timestep"] for row in rows})
-    figure, axes = plt.subplots(1, len(timesteps), figsize=(15, 3.4), layout="constrained", sharex=True)
-    for axis, timestep in zip(np.atleast_1d(axes), timesteps):
-        for name, style in (("trained", {"color": NETWORK}), ("untrained", {"color": CONTROL, "linestyle": "--"})):
-            own = [row for row in rows if row["timestep"] == timestep and row["network"] == name]
-            axis.plot(
-                [row["layer"] for row in own], [row["explained"] for row in own], marker="o", label=name, **style
-            )
+    layers = pd.DataFrame(report["layers"])
+    timesteps = sorted(layers["timestep"].unique())
+    figure, axes = plt.subplots(1, len(timesteps), figsize=(15, 3.4), layout="constrained", sharex=True, squeeze=False)
+    for axis, timestep in zip(axes[0], timesteps):
+        for name, style in (("trained", SOLID), ("untrained", DASHED)):
+            own = layers[(layers["timestep"] == timestep) & (layers["network"] == name)]
+            axis.plot(own["layer"], own["explained"], marker="o", label=name, **style)
         axis.set(title=f"timestep {timestep}", xlabel="after block")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    np.atleast_1d(axes)[0].set_ylabel("fraction of the clean cell that\na linear map of the tokens explains")
-    np.atleast_1d(axes)[0].legend(frameon=False)
+    axes[0, 0].set_ylabel("fraction of the clean cell that\na linear map of the tokens explains")
+    axes[0, 0].legend(frameon=False)
     return figure
 
 
 def _steps_figure(report: dict) -> Figure:
-    rows = [row for row in report["layers"] if row["layer"] and row["network"] == "trained"]
-    control = [row for row in report["layers"] if row["layer"] and row["network"] == "untrained"]
-    layers = sorted({row["layer"] for row in rows})
+    layers = pd.DataFrame(report["layers"]).query("layer > 0").groupby(["network", "layer"]).mean()
+    trained, untrained = layers.loc["trained"], layers.loc["untrained"]
     panels = [
         ("coding rate: change by attention", [("own", "own subspaces"), ("random", "random subspaces")]),
         ("attention's step and steepest descent: cosine", [("cosine", "trained")]),
         ("objective of sparse coding: change by ISTA", [("objective", "trained")]),
         ("size of a block's step relative to its tokens", [("step", "trained")]),
     ]
-    panels = [panel for panel in panels if panel[1][0][0] in rows[0]]
+    panels = [panel for panel in panels if panel[1][0][0] in layers]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.75 * len(panels), 3.4), layout="constrained", squeeze=False)
     for axis, (title, curves) in zip(axes[0], panels):
         for (key, label), colour, dark in zip(curves, (NETWORK, CONTROL), ("black", CONTROL)):
-            means = [np.mean([row[key] for row in rows if row["layer"] == layer]) for layer in layers]
-            axis.plot(layers, means, "o-", color=colour, label=label)
-            means = [np.mean([row[key] for row in control if row["layer"] == layer]) for layer in layers]
+            axis.plot(trained[key], "o-", color=colour, label=label)
             label = "untrained" if label == "trained" else f"{label}, untrained"
-            axis.plot(layers, means, "--", color=dark, linewidth=1, label=label)
+            axis.plot(untrained[key], "--", color=dark, linewidth=1, label=label)
         axis.axhline(0, color="black", linewidth=0.5)
-        axis.set(title=title, xlabel="block", xticks=layers)
+        axis.set(title=title, xlabel="block", xticks=trained.index)
         axis.title.set_fontsize(9)
         low, high = axis.get_ylim()
         axis.set_ylim(low, high + 0.17 * len(curves) * (high - low))  # room for the legend
@@ -184,43 +163,37 @@ def _steps_figure(report: dict) -> Figure:
 
 
 def _type_stability_figure(report: dict) -> Figure:
-    rows = report["type_stability"]
-    has_types = "changed" in rows[0]
-    figure, axes = plt.subplots(1, 1 + has_types, figsize=(6.5 * (1 + has_types), 3.6), layout="constrained")
+    rows = pd.DataFrame(report["type_stability"])
+    has_types = "changed" in rows
+    number = 1 + has_types
+    figure, axes = plt.subplots(1, number, figsize=(6.5 * number, 3.6), layout="constrained")
     axes = np.atleast_1d(axes)
-    for name, style in (("network", {"color": NETWORK}), ("closed_form", {"color": CONTROL, "linestyle": "--"})):
-        own = [row for row in rows if row["denoiser"] == name]
-        timesteps = [row["timestep"] for row in own]
-        label = {"network": "network", "closed_form": "closed form of a Gaussian mixture"}[name]
-        axes[0].plot(timesteps, [row["correlation_mean"] for row in own], marker="o", label=label, **style)
+    for name, label, style in (("network", "network", SOLID), ("closed_form", CLOSED_FORM, DASHED)):
+        own = rows[rows["denoiser"] == name].set_index("timestep")
+        axes[0].plot(own["correlation_mean"], marker="o", label=label, **style)
         if name == "network":
-            for program in np.array([row["correlation"] for row in own]).T:
-                axes[0].plot(timesteps, program, color=NETWORK, linewidth=0.4, alpha=0.5)
+            axes[0].plot(own.index, own["correlation"].tolist(), color=NETWORK, linewidth=0.4, alpha=0.5)
         if has_types:
-            axes[1].plot(timesteps, [row["changed"] for row in own], marker="o", label=label, **style)
-    axes[0].set(
-        title="programs before and after (thin lines: each program)",
-        xlabel="noise up to timestep",
-        ylabel="correlation",
-    )
-    axes[0].legend(frameon=False)
+            axes[1].plot(own["changed"], marker="o", label=label, **style)
+    title = "programs before and after (thin lines: each program)"
+    axes[0].set(title=title, xlabel="noise up to timestep", ylabel="correlation")
     if has_types:
-        axes[1].axhline(rows[0]["chance"], color="black", linestyle=":", label="shuffled cells")
+        axes[1].axhline(rows["chance"][0], color="black", linestyle=":", label="shuffled cells")
         axes[1].set(title="cells that change their type", xlabel="noise up to timestep", ylabel="fraction")
-        axes[1].legend(frameon=False)
+    for axis in axes:
+        axis.legend(frameon=False)
     return figure
 
 
 def _explained_variance_figure(report: dict) -> Figure:
-    rows = report["explained_variance"]
-    timesteps = [row["timestep"] for row in rows]
+    rows = pd.DataFrame(report["explained_variance"]).set_index("timestep")
     figure, axes = plt.subplots(1, 2, figsize=(13, 3.6), layout="constrained")
-    axes[0].plot(timesteps, [row["network_mean"] for row in rows], "o-", color=NETWORK, label="network")
-    axes[0].plot(timesteps, [row["closed_form_mean"] for row in rows], "o--", color=CONTROL, label="closed form")
+    axes[0].plot(rows["network_mean"], marker="o", label="network", **SOLID)
+    axes[0].plot(rows["closed_form_mean"], marker="o", label="closed form", **DASHED)
     axes[0].set(title="fraction of the programs' variance that is explained", xlabel="timestep")
-    axes[1].plot(timesteps, [row["agreement"] for row in rows], "o-", color=NETWORK)
-    axes[1].set(title="agreement of the network with the closed form", xlabel="timestep", ylim=(0, 1.02))
     axes[0].legend(frameon=False)
+    axes[1].plot(rows["agreement"], marker="o", **SOLID)
+    axes[1].set(title="agreement of the network with the closed form", xlabel="timestep", ylim=(0, 1.02))
     return figure
 
 
@@ -229,7 +202,7 @@ def _program_jacobian_figure(report: dict) -> Figure:
     off = [matrix - np.diag(np.diag(matrix)) for matrix in matrices]
     limit = max(np.abs(matrix).max() for matrix in off)
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
-    for axis, matrix, title in zip(axes, off, ("network", "closed form of a Gaussian mixture")):
+    for axis, matrix, title in zip(axes, off, ("network", CLOSED_FORM)):
         image = axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
         axis.set(title=title, xlabel="noisy program", ylabel="expected clean program")
     figure.colorbar(image, ax=axes, label="response (without the diagonal)")
@@ -237,25 +210,20 @@ def _program_jacobian_figure(report: dict) -> Figure:
 
 
 def _interventions_figure(report: dict) -> Figure:
-    programs = sorted({row["program"] for row in report["interventions"]})
+    rows = {(row["program"], row["source"]): row for row in report["interventions"]}
+    programs = sorted({program for program, _ in rows})
+    sources = (
+        ("training cells", "black", "training cells", "x"),
+        ("closed_form", CONTROL, "closed form, held", "o"),
+        ("network", NETWORK, "network, held", "o"),
+    )
     figure, axes = plt.subplots(1, len(programs), figsize=(6 * len(programs), 4), layout="constrained", squeeze=False)
     for axis, program in zip(axes[0], programs):
-        sources = (
-            ("training cells", "black", "training cells", "x"),
-            ("closed_form", CONTROL, "closed form, held", "o"),
-            ("network", NETWORK, "network, held", "o"),
-        )
         for name, colour, label, marker in sources:
-            row = next(r for r in report["interventions"] if (r["program"], r["source"]) == (program, name))
-            others = [i for i in range(len(row["responses"])) if f"program_{i}" != program]
-            axis.scatter(
-                np.array(row["regression"])[others],
-                np.array(row["responses"])[others],
-                color=colour,
-                marker=marker,
-                s=22,
-                label=f"{label}: slope {row['slope']:.2f}",
-            )
+            row = rows[program, name]
+            held = int(program.removeprefix("program_"))
+            points = (np.delete(row[key], held) for key in ("regression", "responses"))
+            axis.scatter(*points, color=colour, marker=marker, s=22, label=f"{label}: slope {row['slope']:.2f}")
         axis.axline((0, 0), slope=1, color="black", linewidth=0.7)
         axis.axline((0, 0), slope=0, color="black", linewidth=0.7, linestyle=":")
         axis.set(title=f"{program} held", xlabel="regression in held-out cells", ylabel="response of other programs")
