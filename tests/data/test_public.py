@@ -45,8 +45,8 @@ def test_hnscc(tmp_path):
 def test_hnscc_of_another_layout(tmp_path):
     with gzip.open(tmp_path / "GSE103322_HNSCC_all_data.txt.gz", "wt") as file:
         file.write("gene\tcell_1\nKRT14\t1.0\n")
-    with pytest.raises(ValueError, match="no row 'classified as cancer cell'"):
-        RECIPES["hnscc"].read(tmp_path)
+    with pytest.raises(ValueError, match="the published files of hnscc: 'non-cancer cell type'"):
+        fetch("hnscc", tmp_path)
 
 
 @pytest.fixture

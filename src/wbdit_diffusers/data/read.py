@@ -9,6 +9,7 @@ from diffusers.utils import logging
 from scipy import sparse
 
 from ..files import one_line
+from .cells import AnnDataSource, find_file
 from .prepared import PreparedCells, is_prepared, read_metadata
 
 
@@ -31,33 +32,17 @@ def read_cells(path: str | Path, split: str | None = None) -> ad.AnnData:
         FileNotFoundError: If there is no such file.
         ValueError: If it can't be read, or has no such split.
     """
-    if is_prepared(path):
+    if is_prepared(path) or split is not None:
         splits = list(read_metadata(path)["splits"]) if split is None else [split]
         parts = [PreparedCells(path, name).read() for name in splits]
         return parts[0] if len(parts) == 1 else ad.concat(parts, merge="same")
-    if split is not None:
-        raise ValueError(f"{path} has no splits: only a folder that `wbdit prepare` wrote has.")
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file {path}: give the path of an .h5ad file.")
+    path = find_file(path)
     try:
         if path.suffix == ".zarr":
             return ad.read_zarr(path)
-        return _read_10x(path) if is_10x(path) else ad.read_h5ad(path)
+        return _read_10x(path) if path.suffix == ".h5" or path.is_dir() else ad.read_h5ad(path)
     except Exception as error:  # many kinds, on damaged files
         raise ValueError(f"{path} cannot be read as an .h5ad, .zarr or 10x file: {one_line(error)}") from error
-
-
-def is_10x(path: Path) -> bool:
-    """Whether a file or folder has the layout of 10x Genomics."""
-    if path.is_dir():
-        return any((path / name).is_file() for name in ("matrix.mtx", "matrix.mtx.gz"))
-    import h5py
-
-    if not h5py.is_hdf5(path):
-        return False
-    with h5py.File(path) as file:  # Cell Ranger 3 has one group "matrix", earlier versions one for each genome
-        return any("barcodes" in group for group in file.values() if isinstance(group, h5py.Group))
 
 
 def _read_10x(path: Path) -> ad.AnnData:
@@ -74,7 +59,7 @@ def _read_10x(path: Path) -> ad.AnnData:
 
 def drop_empty_cells(adata: ad.AnnData, layer: str | None = None) -> ad.AnnData:
     """Leaves out cells in which nothing was measured, with a warning."""
-    empty = np.asarray(((adata.X if layer is None else adata.layers[layer]) != 0).sum(axis=1)).ravel() == 0
+    empty = AnnDataSource(adata, layer).empty_cells()
     if not empty.any():
         return adata
     logger.warning(f"{empty.sum()} of {adata.n_obs} cells are empty and left out: {adata.obs_names[empty][0]}, ….")
