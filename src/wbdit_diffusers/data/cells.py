@@ -165,10 +165,8 @@ def iter_groups(
             matrix.eliminate_zeros()
         empty = np.diff(matrix.indptr) == 0
         if empty.any():
-            raise ValueError(
-                f"{empty.sum()} cells of {source.name} have no counts at all (the first is {names[empty][0]!r}):"
-                " remove them with `sc.pp.filter_cells(adata, min_counts=1)`."
-            )
+            first, fix = names[empty][0], "remove them with `sc.pp.filter_cells(adata, min_counts=1)`"
+            raise ValueError(f"{empty.sum()} cells of {source.name} have no counts at all ({first!r} first): {fix}.")
         yield int(starts[group]), matrix, totals
 
 
@@ -223,10 +221,8 @@ def place_genes(matrix: sparse.csr_matrix, places: np.ndarray, num_genes: int) -
     columns = places[matrix.indices]
     stays = columns >= 0
     before = np.concatenate([[0], np.cumsum(stays)])  # number of values before each one that stay
-    placed = sparse.csr_matrix(
-        (matrix.data[stays], columns[stays].astype(np.int32), before[matrix.indptr]),
-        shape=(matrix.shape[0], num_genes),
-    )
+    arrays = matrix.data[stays], columns[stays].astype(np.int32), before[matrix.indptr]
+    placed = sparse.csr_matrix(arrays, shape=(matrix.shape[0], num_genes))
     placed.sort_indices()
     return placed
 

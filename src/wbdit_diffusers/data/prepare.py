@@ -65,11 +65,7 @@ def prepare(sources: Sequence[str | Path], output: str | Path, config: PrepareCo
         config ([`PrepareConfig`]): Genes, cells and split.
 
     Returns:
-        `dict`: the contents of the folder's `cells.json`.
-
-    Raises:
-        ValueError: If a file can't be read, or holds a value that can't be modelled.
-        OSError: If a file is missing, the folder exists, or the disk is full. Nothing is left of it.
+        `dict`: the contents of the folder's `cells.json`. Nothing is left of the folder after an error.
     """
     from datasets import Dataset
     from datasets.arrow_writer import ArrowWriter
@@ -149,7 +145,7 @@ def _read_names(paths: list[Path], config: PrepareConfig) -> tuple[pd.DataFrame,
             column = column.astype("category").cat.remove_unused_categories()
             obs[key] = column.cat.rename_categories(column.cat.categories.astype(str))
     if config.values == "counts":
-        obs["total_counts"] = 0  # filled in when the values are read
+        obs["total_counts"] = 0  # until the values are read
     genes = all_var[0].index
     for var in all_var[1:]:
         is_union = config.genes == "union"
@@ -185,13 +181,12 @@ def _chunks(
 
 def _split_and_shuffle(obs: pd.DataFrame, config: PrepareConfig) -> dict[str, np.ndarray]:
     """The cells of each split in random order."""
-    codes = np.zeros(len(obs), dtype=np.int64)
-    if config.label_keys:
-        codes = obs[config.label_keys[0]].cat.codes.to_numpy().astype(np.int64)
+    label = config.label_keys[0] if config.label_keys else None
+    codes = np.zeros(len(obs), np.int64) if label is None else obs[label].cat.codes.to_numpy(dtype=np.int64)
     is_test = held_out(codes, config.test_fraction, config.seed) if config.test_fraction else np.zeros(len(obs), bool)
     rng = np.random.default_rng([config.seed, len(obs)])
-    splits = {"train": rng.permutation(np.flatnonzero(~is_test)), "test": rng.permutation(np.flatnonzero(is_test))}
-    return {split: order for split, order in splits.items() if len(order)}
+    splits = {"train": ~is_test, "test": is_test}
+    return {split: rng.permutation(np.flatnonzero(mask)) for split, mask in splits.items() if mask.any()}
 
 
 def _write_card(folder: Path, metadata: dict[str, Any], names: list[str]):
@@ -208,14 +203,13 @@ def _write_card(folder: Path, metadata: dict[str, Any], names: list[str]):
             {"config_name": "genes", "data_files": "genes.parquet"},
         ],
     )
-    holds = "integer counts" if metadata["values"] == "counts" else "log values"
     text = f"""---
 {head.to_yaml()}
 ---
 
 # Single cells
 
-{sum(sizes.values()):,} cells ({of_splits}) × {metadata["num_genes"]:,} genes with {holds}, shuffled.
+{sum(sizes.values()):,} cells ({of_splits}) × {metadata["num_genes"]:,} genes, shuffled: {metadata["values"]} values.
 From {", ".join(map(as_text, names))}.
 The test split was drawn at random within each label. `wbdit prepare` wrote this dataset.
 

@@ -126,14 +126,12 @@ class PreparedCells:
     Args:
         folder (`str` or `Path`): The folder, or an address that fsspec knows, such as `hf://datasets/me/cells`.
         split (`str`, defaults to `"train"`): `"train"` or `"test"`.
-
-    Raises:
-        ValueError: If the folder has no such split, or one of its files is missing or damaged.
     """
 
     def __init__(self, folder: str | Path, split: str = "train"):
         self.folder, self.name = str(folder), f"{folder}, split {split!r},"
         self.metadata = read_metadata(folder)
+        self.fingerprint = self.metadata.get("fingerprint", "")  # of the names of all cells and genes
         self.file_system, self.root = fsspec.core.url_to_fs(self.folder)
         if split not in self.metadata["splits"]:
             raise ValueError(f"{folder} has no split {split!r}, only {', '.join(self.metadata['splits'])}.")
@@ -160,17 +158,12 @@ class PreparedCells:
         obs = self._labels_and_numbers([self._table(*group, keys) for group in self.groups], keys)
         return obs.reindex(range(self.group_sizes.sum()))  # cells without labels too
 
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of the names of all cells and genes."""
-        return str(self.metadata.get("fingerprint", ""))
-
     def read_group(self, group: int) -> tuple[sparse.csr_matrix, np.ndarray | None]:
         is_counts = self.metadata["values"] == "counts"
         table = self._table(*self.groups[group], ["genes", "expressions"] + ["total_counts"] * is_counts)
         # float32, as the sum of a row of float32 is.
         totals = table["total_counts"].to_numpy().astype(np.float32) if is_counts else None
-        return self._matrix(table, "expressions"), totals
+        return self._matrix([table], "expressions"), totals
 
     def sample(self, num_cells: int, seed: int = 0) -> ad.AnnData:
         """About `num_cells` cells from random groups, in memory."""
@@ -178,24 +171,20 @@ class PreparedCells:
 
     def read(self, groups: Iterable[int] | None = None) -> ad.AnnData:
         """Cells of some groups, or all, in memory, with layers, `obsm` and `varm`."""
-        tables = [self._table(*self.groups[g]) for g in (range(len(self.groups)) if groups is None else groups)]
-
-        def matrix(name: str) -> sparse.csr_matrix:
-            return sparse.vstack([self._matrix(table, name) for table in tables], format="csr")
-
-        def column(name: str) -> np.ndarray:
-            return np.concatenate([table[name].combine_chunks().flatten().to_numpy() for table in tables])
-
-        loadings = {key: [f"{key}_{i}" for i in range(size)] for key, size in self.metadata["varm"].items()}
-        names = np.concatenate([table["cell"].to_numpy() for table in tables])
-        return ad.AnnData(
-            matrix("expressions"),
-            obs=self._labels_and_numbers(tables, self.metadata["obs"]).set_axis(names),
-            var=self.var.drop(columns=[name for names in loadings.values() for name in names]),
-            layers={name: matrix(name) for name in self.metadata["layers"]},
-            obsm={key: column(key).reshape(len(names), -1) for key in self.metadata["obsm"]},
-            varm={key: self.var[names].to_numpy() for key, names in loadings.items()},
-        )
+        groups = range(len(self.groups)) if groups is None else groups
+        tables = [self._table(*self.groups[group]) for group in groups]
+        obs = self._labels_and_numbers(tables, self.metadata["obs"])
+        obs.index = np.concatenate([table["cell"].to_numpy() for table in tables])
+        cells = ad.AnnData(self._matrix(tables, "expressions"), obs=obs, var=self.var)
+        for name in self.metadata["layers"]:
+            cells.layers[name] = self._matrix(tables, name)
+        for key in self.metadata["obsm"]:
+            parts = [table[key].combine_chunks().flatten().to_numpy() for table in tables]
+            cells.obsm[key] = np.concatenate(parts).reshape(len(obs), -1)
+        for key, size in self.metadata["varm"].items():
+            columns = [f"{key}_{i}" for i in range(size)]
+            cells.varm[key], cells.var = cells.var[columns].to_numpy(), cells.var.drop(columns=columns)
+        return cells
 
     def _labels_and_numbers(self, tables: list[pa.Table], keys: list[str]) -> pd.DataFrame:
         """Columns of `obs`, with codes as categories."""
@@ -211,14 +200,16 @@ class PreparedCells:
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.folder}/{name} is missing or damaged: {one_line(error)}.") from error
 
-    def _matrix(self, table: pa.Table, name: str) -> sparse.csr_matrix:
-        """Sparse rows as CSR, which shares the memory of the lists."""
-        genes, values = (table[key].combine_chunks() for key in ("genes", name))
-        indptr, shape = genes.offsets.to_numpy(), (len(table), len(self.var_names))
-        arrays = values.flatten().to_numpy(), genes.flatten().to_numpy(), indptr - indptr[0]
-        matrix = sparse.csr_matrix(arrays, shape=shape)
-        check_indices(matrix, self.folder)
-        return matrix
+    def _matrix(self, tables: list[pa.Table], name: str) -> sparse.csr_matrix:
+        """The lists of some row groups as CSR."""
+        parts = []
+        for table in tables:
+            genes, values = (table[key].combine_chunks() for key in ("genes", name))
+            indptr, shape = genes.offsets.to_numpy(), (len(table), len(self.var_names))
+            arrays = values.flatten().to_numpy(), genes.flatten().to_numpy(), indptr - indptr[0]
+            parts.append(sparse.csr_matrix(arrays, shape=shape))
+            check_indices(parts[-1], self.folder)
+        return parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:

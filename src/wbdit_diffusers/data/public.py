@@ -37,9 +37,6 @@ def fetch(name: str, folder: str | Path) -> ad.AnnData:
 
     Returns:
         `AnnData`: cells with `obs["cell_type"]`. `X` holds counts, or log values for `hnscc`.
-
-    Raises:
-        ValueError: If there is no such recipe, or the files are not the published ones.
     """
     if name not in RECIPES:
         raise ValueError(f"There is no recipe for {name!r}; there are {', '.join(RECIPES)}.")

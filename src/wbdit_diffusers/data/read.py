@@ -5,15 +5,11 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
-from diffusers.utils import logging
 from scipy import sparse
 
 from ..files import one_line
-from .cells import AnnDataSource, find_file
+from .cells import find_file
 from .prepared import PreparedCells, is_prepared, read_metadata
-
-
-logger = logging.get_logger(__name__)
 
 
 def read_cells(path: str | Path, split: str | None = None) -> ad.AnnData:
@@ -29,8 +25,7 @@ def read_cells(path: str | Path, split: str | None = None) -> ad.AnnData:
         split (`str`, *optional*): `"train"` or `"test"` of a prepared folder. Default: both.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it can't be read, or has no such split.
+        ValueError: If it can't be read, or has no such split. A `FileNotFoundError` if there is no such file.
     """
     if is_prepared(path) or split is not None:
         splits = list(read_metadata(path)["splits"]) if split is None else [split]
@@ -55,15 +50,6 @@ def _read_10x(path: Path) -> ad.AnnData:
         cells.var_names_make_unique()
     cells.X = sparse.csr_matrix(cells.X)
     return cells
-
-
-def drop_empty_cells(adata: ad.AnnData, layer: str | None = None) -> ad.AnnData:
-    """Leaves out cells in which nothing was measured, with a warning."""
-    empty = AnnDataSource(adata, layer).empty_cells()
-    if not empty.any():
-        return adata
-    logger.warning(f"{empty.sum()} of {adata.n_obs} cells are empty and left out: {adata.obs_names[empty][0]}, ….")
-    return adata[~empty].copy()
 
 
 def load_pbmc() -> ad.AnnData:

@@ -20,11 +20,11 @@ CELLS_PER_CHUNK, VALUES_PER_CHUNK = 2**14, 2**20  # of zarr, which has a file fo
 
 def write_cells(path: str | Path, batches: Iterable[ad.AnnData]):
     """
-    Writes batches of cells as they come, so that one is in memory at a time. The file gets its name when it is
-    complete.
+    Writes batches of cells as they come. The file gets its name when it is complete.
 
     Args:
-        path (`str` or `Path`): New .h5ad file, .zarr folder, or, with no suffix or .parquet, folder of parquet files.
+        path (`str` or `Path`): New .h5ad file, .zarr folder, or, with no suffix or .parquet, folder with a
+            parquet file, in which integers in `X` are counts and other values are logarithms.
         batches (`Iterable[AnnData]`):
             Cells with the same genes, `obs` columns and categories, `X` and layers in CSR and `obsm` in arrays, as
             [`ScRNAGenerationPipeline.stream`] yields them.
