@@ -3,6 +3,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from forms import in_form
 from scipy import sparse
 
 from wbdit_diffusers import ScRNAProcessor
@@ -15,36 +16,14 @@ def processor(pbmc) -> ScRNAProcessor:
     return ScRNAProcessor(num_genes=200).fit(pbmc)
 
 
-def with_value(adata: ad.AnnData, value: float) -> ad.AnnData:
-    """A copy whose third cell holds a wrong value."""
-    adata = adata.copy()
-    matrix = adata.X.tolil()
-    matrix[2, 0] = value
-    adata.X = matrix.tocsr()
-    return adata
-
-
 @pytest.mark.parametrize(
     "form", ["csc", "dense", "layer", "backed", "int64", "stored zeros", "a view", "several chunks"]
 )
 def test_every_form_of_the_matrix_is_the_same(form, processor, pbmc, pbmc_path, monkeypatch):
     expected, library_size = processor.select(pbmc)
-    layer, adata = None, pbmc.copy()
-    if form == "csc":
-        adata.X = sparse.csc_matrix(adata.X)
-    elif form == "dense":
-        adata.X = adata.X.toarray()
-    elif form == "int64":
-        adata.X = adata.X.astype(np.int64)
-    elif form == "layer":
-        layer = "counts"
-        adata.layers["counts"] = adata.X.copy()
-        adata.X = np.full(adata.shape, np.nan)
-    elif form == "backed":
+    adata, layer = in_form(pbmc, form)
+    if form == "backed":
         adata = ad.read_h5ad(pbmc_path, backed="r")
-    elif form == "stored zeros":  # a stored zero does not express a gene
-        dense = adata.X.toarray()
-        adata.X = sparse.csr_matrix((dense.ravel(), np.tile(np.arange(765), 700), np.arange(0, 700 * 765 + 1, 765)))
     elif form == "a view":
         adata = ad.concat([adata, adata], index_unique="-")[:700]
     elif form == "several chunks":
@@ -135,7 +114,9 @@ def test_a_bad_value_is_named_with_its_cell_and_the_fix(value, values, message, 
     cells = pbmc[:5].copy()
     if values == "log":
         cells.X = cells.X.log1p()
-    wrong = with_value(cells, value)
+    matrix = cells.X.tolil()
+    matrix[2, 0] = value
+    wrong = ad.AnnData(matrix.tocsr(), obs=cells.obs, var=cells.var)
     processor = ScRNAProcessor(values=values, num_genes=50, recover_counts=False)
     for read in (processor.fit, ScRNAProcessor(values=values, recover_counts=False).fit(cells).select):
         with pytest.raises(ValueError, match=message.format(cell=pbmc.obs_names[2])):
@@ -170,12 +151,7 @@ def test_damaged_indices_are_named(wrong, pbmc, tmp_path):
 
 
 def test_a_file_that_cannot_be_read_by_cell(pbmc, tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no file .*absent.h5ad"):
-        BackedSource(tmp_path / "absent.h5ad")
-    (tmp_path / "text.h5ad").write_text("gene,cell\n")
-    with pytest.raises(ValueError, match="text.h5ad cannot be read as an .h5ad or .zarr file"):
-        BackedSource(tmp_path / "text.h5ad")
-    cells = ad.AnnData(sparse.csc_matrix(pbmc.X), obs=pbmc.obs, var=pbmc.var)
+    cells, _ = in_form(pbmc, "csc")
     cells.write_h5ad(tmp_path / "cells.h5ad")
     with pytest.raises(NotByCellError, match="stored by gene .CSC.: use `adata.X"):
         BackedSource(tmp_path / "cells.h5ad")

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from forms import in_form
 from scipy import sparse
 
 from wbdit_diffusers.cli import main
@@ -34,20 +35,12 @@ def assert_same_cells(cells: ad.AnnData, expected: ad.AnnData):
 
 @pytest.mark.parametrize("form", ["h5ad", "zarr", "dense", "layer", "int64", "stored zeros"])
 def test_counts_survive_bit_by_bit(form, pbmc, tmp_path, small_files):
-    adata, layer, path = pbmc.copy(), None, tmp_path / ("cells.zarr" if form == "zarr" else "cells.h5ad")
-    adata.obs["score"] = np.linspace(0, 1, 700)
-    adata.obs["donor"] = [f"donor {i % 3}" for i in range(700)]
-    adata.var["symbol"] = adata.var_names.str.lower()
-    expected = adata.copy()
-    if form == "dense":
-        adata.X = adata.X.toarray()
-    elif form == "int64":
-        adata.X = adata.X.astype(np.int64)
-    elif form == "layer":
-        layer, adata.layers["counts"], adata.X = "counts", adata.X.copy(), np.full(adata.shape, np.nan)
-    elif form == "stored zeros":
-        dense = adata.X.toarray()
-        adata.X = sparse.csr_matrix((dense.ravel(), np.tile(np.arange(765), 700), np.arange(0, 700 * 765 + 1, 765)))
+    path = tmp_path / ("cells.zarr" if form == "zarr" else "cells.h5ad")
+    expected = pbmc.copy()
+    expected.obs["score"] = np.linspace(0, 1, 700)
+    expected.obs["donor"] = [f"donor {i % 3}" for i in range(700)]
+    expected.var["symbol"] = expected.var_names.str.lower()
+    adata, layer = in_form(expected, form)
     adata.write_zarr(path) if form == "zarr" else adata.write_h5ad(path)
     metadata = prepare([path], tmp_path / "out", PrepareConfig(layer=layer, label_keys=["cell_type"]))
     assert len(metadata["splits"]["train"]) > 3
@@ -155,7 +148,7 @@ def test_the_card_names_files_and_splits_as_text(pbmc_path, tmp_path):
     prepare([path], tmp_path / "out", PrepareConfig(label_keys=["cell_type"]))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "<b>" not in card and "\n# Title" not in card and "&lt;b&gt;" in card
-    assert "split: test" in card and "700 cells (558 in train, 142 in test)" in card
+    assert "split: test, path" in card and "700 cells (558 in train, 142 in test)" in card
 
 
 # ==================== Bad input ====================
@@ -177,14 +170,13 @@ def test_a_failure_leaves_nothing(pbmc, pbmc_path, tmp_path, monkeypatch):
 
 def write_spoiled(cells: ad.AnnData, name: str, path):
     """Cells with the mistake that their file is named after."""
-    dense, wrong = cells.X.toarray(), {"half": 0.5, "nan": np.nan, "negative": -1, "large": 3e9}
     cells.layers["counts"] = cells.X.copy()
-    if name in wrong:
-        cells.X = sparse.csr_matrix(np.where(np.arange(50)[:, None] == 2, wrong[name], dense))
+    if name == "half":
+        cells.X = cells.X * 0.5
     elif name == "csc":
-        cells.X = sparse.csc_matrix(dense)
+        cells.X = sparse.csc_matrix(cells.X)
     elif name == "empty":
-        cells.X = sparse.csr_matrix(dense.shape)
+        cells.X = sparse.csr_matrix(cells.shape)
     elif name == "no_x":
         cells.X = None
     elif name == "genes":
@@ -211,10 +203,7 @@ def write_spoiled(cells: ad.AnnData, name: str, path):
         (["text.h5ad"], "text.h5ad cannot be read as an .h5ad or .zarr file"),
         (["truncated.h5ad"], "truncated.h5ad.* cannot be read"),
         (["csc.h5ad"], r"stored by gene \(CSC\).*tocsr"),
-        (["half.h5ad"], "half.h5ad holds 0.5 .*not an integer count"),
-        (["nan.h5ad"], "nan.h5ad holds nan"),
-        (["negative.h5ad"], "holds -1.*never negative"),
-        (["large.h5ad"], "holds 3e[+]09 .*not a count"),
+        (["half.h5ad"], "half.h5ad holds .*.5 .*not an integer count"),
         (["no_x.h5ad"], "no_x.h5ad has no matrix in X; its layers are .*counts"),
         (["no_x.h5ad", "--layer", "spliced"], "no layer 'spliced'"),
         (["empty.h5ad"], "No cell is left: lower --min_counts"),

@@ -56,7 +56,6 @@ def with_names_twice(pbmc):
 DRAWS = [
     (lambda pbmc: pbmc, {"label_key": "louvain"}, r"no column 'louvain'; it has \['cell_type', 'phase'\]"),
     (lambda pbmc: pbmc[:1], {}, "1 cells are too few to hold out a fraction of 0.2: the largest label has 1"),
-    (lambda pbmc: pbmc, {"test_fraction": 1.0}, "too few to hold out a fraction of 1.0"),
     (lambda pbmc: pbmc, {"test_fraction": 0.0}, "too few to hold out a fraction of 0.0"),
     (with_names_twice, {}, "'A' occurs more than once.*obs_names_make_unique"),
 ]

@@ -78,8 +78,7 @@ class AnnDataSource:
 
     def empty_cells(self) -> np.ndarray:
         """Mask `(cells,)` of the cells in which nothing was measured."""
-        groups = (self.read_rows(rows) for rows in self.groups)
-        return np.concatenate([np.asarray((matrix != 0).sum(axis=1)).ravel() == 0 for matrix in groups])
+        return np.concatenate([np.diff(sorted_csr(self.read_rows(rows)).indptr) == 0 for rows in self.groups])
 
     def take(self, rows: np.ndarray) -> "AnnDataSource":
         """The cells at these positions, which must be increasing, without a copy."""

@@ -73,11 +73,9 @@ def max_cells_in_memory(num_genes: int) -> int:
 
 def sample_cells(cells: ad.AnnData | CellSource, processor: ScRNAProcessor, seed: int) -> CellDataset:
     """Reads all cells, or random groups of them if they do not fit in memory."""
-    max_cells = max_cells_in_memory(len(processor.var_names))
-    if len(cells.obs) <= max_cells:
-        return CellDataset(cells, processor)
-    group_sizes = as_source(cells, processor.config.layer).group_sizes
-    return CellDataset(cells, processor, groups=choose_groups(group_sizes, max_cells, seed))
+    source = as_source(cells, processor.config.layer)
+    groups = choose_groups(source.group_sizes, max_cells_in_memory(len(processor.var_names)), seed)
+    return CellDataset(source, processor, groups=groups)
 
 
 @torch.no_grad()

@@ -148,8 +148,7 @@ def _read_names(paths: list[Path], config: PrepareConfig) -> tuple[pd.DataFrame,
         obs["total_counts"] = 0  # until the values are read
     genes = all_var[0].index
     for var in all_var[1:]:
-        is_union = config.genes == "union"
-        genes = genes.append(var.index[~var.index.isin(genes)]) if is_union else genes[genes.isin(var.index)]
+        genes = (genes.union if config.genes == "union" else genes.intersection)(var.index, sort=False)
     if not len(genes):
         raise ValueError("No gene is in all files: use --genes union, or the same kind of gene name.")
     return obs, all_var[0].reindex(genes)
@@ -191,25 +190,22 @@ def _split_and_shuffle(obs: pd.DataFrame, config: PrepareConfig) -> dict[str, np
 
 def _write_card(folder: Path, metadata: dict[str, Any], names: list[str]):
     """Writes README.md, whose head names the file of each split for the Hub and for `datasets`."""
-    from huggingface_hub import DatasetCardData
-
     sizes = {split: sum(map(sum, files.values())) for split, files in metadata["splits"].items()}
-    parts = [{"split": split, "path": f"data/{split}-*.parquet"} for split in sizes]
     of_splits = ", ".join(f"{number:,} in {split}" for split, number in sizes.items())
-    head = DatasetCardData(
-        tags=["single-cell", "scRNA-seq", "wbdit_diffusers"],
-        configs=[
-            {"config_name": "cells", "default": True, "data_files": parts},
-            {"config_name": "genes", "data_files": "genes.parquet"},
-        ],
-    )
+    files = "\n".join(f"  - {{split: {split}, path: data/{split}-*.parquet}}" for split in sizes)
     text = f"""---
-{head.to_yaml()}
+tags: [single-cell, scRNA-seq, wbdit_diffusers]
+configs:
+- config_name: cells
+  default: true
+  data_files:
+{files}
+- {{config_name: genes, data_files: genes.parquet}}
 ---
 
 # Single cells
 
-{sum(sizes.values()):,} cells ({of_splits}) × {metadata["num_genes"]:,} genes, shuffled: {metadata["values"]} values.
+{sum(sizes.values()):,} cells ({of_splits}) × {metadata["num_genes"]:,} genes, shuffled. Values: {metadata["values"]}.
 From {", ".join(map(as_text, names))}.
 The test split was drawn at random within each label. `wbdit prepare` wrote this dataset.
 
