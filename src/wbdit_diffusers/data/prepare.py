@@ -84,20 +84,19 @@ def prepare(sources: Sequence[str | Path], output: str | Path, config: PrepareCo
         raise OSError(f"{output.parent} has {free / 1e9:.1f} GB free, but {output} needs {needed / 1e9:.1f} GB.")
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
         # 1. One pass over the files: check, filter, and append to one file of Arrow
-        arrow, kept, cells_per_gene = f"{temporary}/cells.arrow", [], np.zeros(len(var), dtype=np.int64)
+        arrow, parts, cells_per_gene = f"{temporary}/cells.arrow", [], np.zeros(len(var), dtype=np.int64)
         with ArrowWriter(path=arrow, features=features) as writer:
-            for is_kept, cells in _chunks(paths, obs, var, config):
-                kept.append(is_kept)
+            for cells in _chunks(paths, obs, var, config):
+                parts.append(cells.obs)
                 cells_per_gene += cells.X.getnnz(axis=0)
                 if cells.n_obs:
                     writer.write_table(make_table(cells, features))
-            is_kept = np.concatenate(kept)
-            if not is_kept.any():
+            cells = ad.AnnData(obs=pd.concat(parts), var=var.assign(num_cells=cells_per_gene))
+            if not cells.n_obs:
                 raise ValueError("No cell is left: lower --min_counts or --min_genes.")
             writer.finalize()
-        if not is_kept.all():
-            logger.warning(f"{(~is_kept).sum()} cells have too few counts or genes and are left out.")
-        cells = ad.AnnData(obs=obs[is_kept], var=var.assign(num_cells=cells_per_gene))
+        if cells.n_obs < len(obs):
+            logger.warning(f"{len(obs) - cells.n_obs} cells have too few counts or genes and are left out.")
 
         # 2. Split and shuffle, file by file
         dataset = Dataset.from_file(arrow)
@@ -154,10 +153,8 @@ def _read_names(paths: list[Path], config: PrepareConfig) -> tuple[pd.DataFrame,
     return obs, all_var[0].reindex(genes)
 
 
-def _chunks(
-    paths: list[Path], obs: pd.DataFrame, var: pd.DataFrame, config: PrepareConfig
-) -> Iterator[tuple[np.ndarray, ad.AnnData]]:
-    """Of some cells at a time: mask of those kept, and these."""
+def _chunks(paths: list[Path], obs: pd.DataFrame, var: pd.DataFrame, config: PrepareConfig) -> Iterator[ad.AnnData]:
+    """The cells that are kept, some at a time."""
     first = 0
     with tqdm(total=len(obs), desc="Reading", unit=" cells", mininterval=1) as progress_bar:
         for path in paths:
@@ -174,7 +171,7 @@ def _chunks(
                         totals = np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel()  # over all genes of the file
                         is_kept &= totals >= config.min_counts
                         chunk = chunk.assign(total_counts=totals.astype(np.int64))
-                    yield is_kept, ad.AnnData(placed[is_kept], obs=chunk[is_kept], var=var[[]])
+                    yield ad.AnnData(placed[is_kept], obs=chunk[is_kept], var=var[[]])
                     progress_bar.update(len(chunk))
 
 

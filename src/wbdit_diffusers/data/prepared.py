@@ -132,15 +132,13 @@ class PreparedCells:
         self.folder, self.name = str(folder), f"{folder}, split {split!r},"
         self.metadata = read_metadata(folder)
         self.fingerprint = self.metadata.get("fingerprint", "")  # of the names of all cells and genes
-        self.file_system, self.root = fsspec.core.url_to_fs(self.folder)
+        file_system, root = fsspec.core.url_to_fs(self.folder)
         if split not in self.metadata["splits"]:
             raise ValueError(f"{folder} has no split {split!r}, only {', '.join(self.metadata['splits'])}.")
         files: dict[str, list[int]] = self.metadata["splits"][split]  # the sizes of each file's row groups
         self.groups = [(name, row) for name, sizes in files.items() for row in range(len(sizes))]
         self.group_sizes = np.concatenate(list(files.values()))
-        self._open = lru_cache(maxsize=32)(
-            lambda name: pq.ParquetFile(self.file_system.open(f"{self.root}/{name}", "rb"))
-        )
+        self._open = lru_cache(32)(lambda name: pq.ParquetFile(f"{root}/{name}", filesystem=file_system))
 
     @cached_property
     def var(self) -> pd.DataFrame:
