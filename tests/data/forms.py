@@ -1,8 +1,10 @@
 """The same cells in every form that a file may have."""
 
+from pathlib import Path
+
 import anndata as ad
 import numpy as np
-from scipy import sparse
+from scipy import io, sparse
 
 
 def in_form(cells: ad.AnnData, form: str) -> tuple[ad.AnnData, str | None]:
@@ -21,3 +23,11 @@ def in_form(cells: ad.AnnData, form: str) -> tuple[ad.AnnData, str | None]:
         indices = np.tile(np.arange(cells.n_vars), cells.n_obs)
         cells.X = sparse.csr_matrix((cells.X.toarray().ravel(), indices, indptr))
     return cells, "counts" if form == "layer" else None
+
+
+def write_mtx(folder: Path, matrix: np.ndarray, texts: dict[str, list[str]]):
+    """A folder of 10x Genomics: genes × cells, and the lines of the files of text."""
+    folder.mkdir(parents=True)
+    io.mmwrite(folder / "matrix.mtx", sparse.coo_matrix(matrix.T))
+    for name, lines in texts.items():
+        (folder / name).write_text("\n".join(lines) + "\n")

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from forms import write_mtx
 from scipy import sparse
 from scipy.io import mmwrite
 
@@ -88,19 +89,11 @@ def test_kang_with_cells_in_another_order(kang_folder):
 
 
 def write_10x(path, matrix: np.ndarray, barcodes: list[str]):
-    """As Cell Ranger 1 does: genes × cells, two columns of genes."""
-    buffer = io.BytesIO()
-    mmwrite(buffer, sparse.coo_matrix(matrix.T))
-    files = {
-        "matrix.mtx": buffer.getvalue(),
-        "genes.tsv": b"ENSG1\tMS4A1\nENSG2\tLYZ\n",
-        "barcodes.tsv": "\n".join(barcodes).encode() + b"\n",
-    }
+    """An archive as of Cell Ranger 1: two columns of genes."""
+    folder = path.with_suffix(".unpacked")
+    write_mtx(folder, matrix, {"genes.tsv": ["ENSG1\tMS4A1", "ENSG2\tLYZ"], "barcodes.tsv": barcodes})
     with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"filtered_matrices_mex/hg19/{name}")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+        archive.add(folder, "filtered_matrices_mex/hg19")
 
 
 def test_zheng(tmp_path):

@@ -5,7 +5,8 @@ import gzip
 import h5py
 import numpy as np
 import pytest
-from scipy import io, sparse
+from forms import write_mtx
+from scipy import sparse
 
 from wbdit_diffusers.data import load_pbmc, read_cells
 
@@ -42,10 +43,7 @@ def write(tmp_path):
         name, features = ("features.tsv", [*GENES, ANTIBODY]) if compressed else ("genes.tsv", GENES)
         rows = ["\t".join([*ids, kind] if compressed else ids) for ids, kind in zip(features, kinds)]
         path = tmp_path / "filtered_feature_bc_matrix"
-        path.mkdir()
-        io.mmwrite(path / "matrix.mtx", sparse.coo_matrix(COUNTS[:, : len(features)].T))
-        for file, lines in ((name, rows), ("barcodes.tsv", BARCODES)):
-            (path / file).write_text("\n".join(lines) + "\n")
+        write_mtx(path, COUNTS[:, : len(features)], {name: rows, "barcodes.tsv": BARCODES})
         if compressed:
             for file in list(path.iterdir()):
                 file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))

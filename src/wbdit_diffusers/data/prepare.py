@@ -92,8 +92,6 @@ def prepare(sources: Sequence[str | Path], output: str | Path, config: PrepareCo
                 if cells.n_obs:
                     writer.write_table(make_table(cells, features))
             cells = ad.AnnData(obs=pd.concat(parts), var=var.assign(num_cells=cells_per_gene))
-            if not cells.n_obs:
-                raise ValueError("No cell is left: lower --min_counts or --min_genes.")
             writer.finalize()
         if cells.n_obs < len(obs):
             logger.warning(f"{len(obs) - cells.n_obs} cells have too few counts or genes and are left out.")
