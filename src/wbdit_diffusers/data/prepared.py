@@ -55,13 +55,12 @@ def make_features(cells: ad.AnnData, values: str):
 
 def make_table(cells: ad.AnnData, features) -> pa.Table:
     """Cells as an Arrow table, with each cell's values as lists that share the memory of CSR."""
-
     matrix = sorted_csr(cells.X)
     columns = {
         "genes": pa.ListArray.from_arrays(matrix.indptr, matrix.indices),
         "expressions": pa.ListArray.from_arrays(matrix.indptr, matrix.data),
+        "cell": pa.array(cells.obs_names, pa.string()),
     }
-    columns["cell"] = pa.array(cells.obs_names, pa.string())
     for name, layer in cells.layers.items():  # other values of the same genes
         layer = sparse.csr_matrix(layer).sorted_indices()
         columns[name] = pa.ListArray.from_arrays(layer.indptr, layer.data)

@@ -34,13 +34,8 @@ class CellSplit:
         Splits cells at random, stratified by label. The only cell of a label is a training cell.
 
         Args:
-            cells (`AnnData` or [`CellSource`]): Cells.
             test_fraction (`float`, defaults to 0.2): Fraction of held-out cells, between 0 and 1.
             label_key (`str`, *optional*): Column of `obs` to stratify by.
-            seed (`int`, defaults to 0): Seed of the shuffle.
-
-        Raises:
-            ValueError: If cell names are not unique, a label is missing, or there are too few cells.
         """
         names = cells.obs.index
         check_unique(names)

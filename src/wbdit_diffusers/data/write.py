@@ -30,7 +30,6 @@ def write_cells(path: str | Path, batches: Iterable[ad.AnnData]):
             [`ScRNAGenerationPipeline.stream`] yields them.
 
     Raises:
-        ValueError: If there are no cells.
         OSError: If the path exists, or can't be written. Nothing has its name then.
     """
     path, batches = check_output(path), iter(batches)
