@@ -112,13 +112,6 @@ def test_a_bad_value_is_named_with_its_cell_and_the_fix(value, values, message, 
             read(wrong)
 
 
-def test_a_bad_layer_is_named(pbmc):
-    with pytest.raises(ValueError, match=r"adata has no layer 'counts'; its layers are \[\]"):
-        ScRNAProcessor(layer="counts").fit(pbmc)
-    with pytest.raises(ValueError, match=r"adata has no matrix in X; its layers are \['raw'\]. Name one"):
-        ScRNAProcessor().fit(ad.AnnData(obs=pbmc.obs, var=pbmc.var, layers={"raw": pbmc.X}))
-
-
 def test_empty_cells_are_named(pbmc):
     zeros = pbmc.copy()
     zeros.X = sparse.csr_matrix(zeros.X.toarray() * (np.arange(700) != 4)[:, None])

@@ -53,14 +53,22 @@ def test_counts_survive_bit_by_bit(form, pbmc, tmp_path, small_files):
     assert [path.name for path in tmp_path.iterdir()].count("out") == 1 and len(list(tmp_path.iterdir())) == 2
 
 
-def test_log_values_are_kept_in_float32(pbmc, tmp_path):
+def test_log_values_are_kept_in_float32_and_need_no_split(pbmc, tmp_path):
     adata = pbmc.copy()
     adata.X = sparse.csr_matrix(np.log1p(pbmc.X.toarray() * 1.37).astype(np.float32))
     adata.write_h5ad(tmp_path / "log.h5ad")
     with pytest.raises(ValueError, match="not an integer count.*values='log'"):
         prepare([tmp_path / "log.h5ad"], tmp_path / "out", PrepareConfig(label_keys=[]))
-    prepare([tmp_path / "log.h5ad"], tmp_path / "out", PrepareConfig(label_keys=[], values="log"))
+    prepare([tmp_path / "log.h5ad"], tmp_path / "out", PrepareConfig(label_keys=[], values="log", test_fraction=0))
     assert_same_cells(read_cells(tmp_path / "out"), adata)
+    with pytest.raises(ValueError, match="no split 'test', only train"):
+        read_cells(tmp_path / "out", "test")
+
+
+def test_labels_are_not_needed(pbmc, tmp_path):
+    ad.AnnData(pbmc.X, var=pbmc.var).write_h5ad(tmp_path / "cells.h5ad")
+    prepare([tmp_path / "cells.h5ad"], tmp_path / "out", PrepareConfig())
+    assert len(PreparedCells(tmp_path / "out").obs) == 560
 
 
 def test_datasets_reads_it_with_labels(pbmc_path, pbmc, tmp_path):
@@ -133,13 +141,6 @@ def test_poor_cells_are_left_out(pbmc, tmp_path):
         prepare([tmp_path / "cells.h5ad"], tmp_path / output, PrepareConfig(label_keys=["cell_type"], **config))
         expected = adata[np.r_[kept, 5:700]]
         assert_same_cells(read_cells(tmp_path / output), expected[:, :])
-
-
-def test_no_split(pbmc_path, tmp_path):
-    prepare([pbmc_path], tmp_path / "out", PrepareConfig(label_keys=[], test_fraction=0))
-    assert read_cells(tmp_path / "out").n_obs == 700
-    with pytest.raises(ValueError, match="no split 'test', only train"):
-        read_cells(tmp_path / "out", "test")
 
 
 def test_the_card_names_files_and_splits_as_text(pbmc_path, tmp_path):
@@ -248,7 +249,6 @@ BREAK = {
         "train-00000.* is missing or damaged",
     ),
     "missing file": (DATA, lambda path: path.unlink(), "train-00000.*No such file"),
-    "no genes": ("genes.parquet", lambda path: path.unlink(), "genes.parquet.*No such file"),
     "other genes": ("genes.parquet", cut_genes, "is damaged: .*indices"),
     "incomplete folder": ("cells.json", lambda path: path.unlink(), "has no cells.json .*: prepare the cells"),
     "text for metadata": ("cells.json", lambda path: path.write_text("{"), "no cells.json that can be read"),
