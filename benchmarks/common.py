@@ -10,7 +10,7 @@ import anndata as ad
 import numpy as np
 
 from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
+from wbdit_diffusers.data import AnnDataSource, CellSplit, read_cells
 from wbdit_diffusers.files import write_whole
 from wbdit_diffusers.training import TrainingConfig, train
 
@@ -79,6 +79,11 @@ def excess_text(excess: dict[str, dict], name: str) -> str:
     if name not in excess:
         return "–"
     return f"{excess[name]['mean']:.3f} ± {excess[name]['sd']:.3f} ({excess[name]['judge']})"
+
+
+def drop_empty_cells(adata: ad.AnnData) -> ad.AnnData:
+    """Leaves out cells in which nothing was measured, as a training does."""
+    return adata[~AnnDataSource(adata).empty_cells()].copy()
 
 
 def load_run(folder: Path, dataset: Path) -> tuple[ScRNAGenerationPipeline, ad.AnnData, ad.AnnData]:

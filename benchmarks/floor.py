@@ -19,10 +19,9 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import torch
-from common import add_rows, excess_text, load_run, make_parser, markdown, parse
+from common import add_rows, drop_empty_cells, excess_text, load_run, make_parser, markdown, parse
 
 from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.data import drop_empty_cells
 from wbdit_diffusers.evaluation import draw_baselines, evaluate_cells
 from wbdit_diffusers.training import TrainingConfig, train
 

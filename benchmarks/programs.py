@@ -25,13 +25,13 @@ import numpy as np
 import scanpy as sc
 import torch
 from accelerate import PartialState
-from common import add_rows, make_parser, markdown, parse
+from common import add_rows, drop_empty_cells, make_parser, markdown, parse
 from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import NMF
 from sklearn.metrics import roc_auc_score
 
 from wbdit_diffusers import ScRNAProcessor
-from wbdit_diffusers.data import CellDataset, CellSplit, drop_empty_cells, encode_cells, read_cells
+from wbdit_diffusers.data import CellDataset, CellSplit, encode_cells, read_cells
 from wbdit_diffusers.processing import log_normalize
 from wbdit_diffusers.training import TrainingConfig
 from wbdit_diffusers.training.codec import fit_program_codec

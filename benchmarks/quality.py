@@ -31,11 +31,11 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import torch
-from common import excess_text, make_parser, markdown, mean_sd, parse, read_results, write_results
+from common import drop_empty_cells, excess_text, make_parser, markdown, mean_sd, parse, read_results, write_results
 from scipy import sparse
 
 from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
+from wbdit_diffusers.data import CellSplit, read_cells
 from wbdit_diffusers.evaluation import draw_baselines, draw_samples, evaluate_cells, to_markdown
 from wbdit_diffusers.processing import log_normalize
 from wbdit_diffusers.sampling import SCHEDULERS, make_scheduler

@@ -33,7 +33,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
-from common import read_results, write_results
+from common import drop_empty_cells, read_results, write_results
 from diffusers import DDPMScheduler
 from diffusers.utils.logging import disable_progress_bar
 from quality import machine
@@ -43,7 +43,7 @@ from scipy import sparse
 from speed import DEPTH, NUM_GENES, PUBLISHED, closest_depth, forward_flop, paper_network, peak_memory
 
 from wbdit_diffusers import ProgramCodec, ScRNAGenerationPipeline, WhiteBoxDiTModel
-from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
+from wbdit_diffusers.data import CellSplit, read_cells
 from wbdit_diffusers.evaluation import evaluate_cells
 from wbdit_diffusers.files import write_whole
 from wbdit_diffusers.interpretation.layers import LAYER_TIMESTEPS, measure_layers

@@ -43,14 +43,14 @@ import itertools
 import anndata as ad
 import numpy as np
 import torch
-from common import make_parser, markdown, mean_sd, parse, read_results, write_results
+from common import drop_empty_cells, make_parser, markdown, mean_sd, parse, read_results, write_results
 from quality import run_name, train_ours
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.data import CellSplit, drop_empty_cells, read_cells
+from wbdit_diffusers.data import CellSplit, read_cells
 from wbdit_diffusers.evaluation.cells import generated_cells, real_cells
 from wbdit_diffusers.interpretation import LinearGuide, fit_gaussian_mixture, hold_program, program_direction
 from wbdit_diffusers.interpretation.interventions import with_denoiser

@@ -3,6 +3,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from forms import in_form
 from scipy import sparse
 
 from wbdit_diffusers import ScRNAProcessor
@@ -15,36 +16,14 @@ def processor(pbmc) -> ScRNAProcessor:
     return ScRNAProcessor(num_genes=200).fit(pbmc)
 
 
-def with_value(adata: ad.AnnData, value: float) -> ad.AnnData:
-    """A copy whose third cell holds a wrong value."""
-    adata = adata.copy()
-    matrix = adata.X.tolil()
-    matrix[2, 0] = value
-    adata.X = matrix.tocsr()
-    return adata
-
-
 @pytest.mark.parametrize(
     "form", ["csc", "dense", "layer", "backed", "int64", "stored zeros", "a view", "several chunks"]
 )
 def test_every_form_of_the_matrix_is_the_same(form, processor, pbmc, pbmc_path, monkeypatch):
     expected, library_size = processor.select(pbmc)
-    layer, adata = None, pbmc.copy()
-    if form == "csc":
-        adata.X = sparse.csc_matrix(adata.X)
-    elif form == "dense":
-        adata.X = adata.X.toarray()
-    elif form == "int64":
-        adata.X = adata.X.astype(np.int64)
-    elif form == "layer":
-        layer = "counts"
-        adata.layers["counts"] = adata.X.copy()
-        adata.X = np.full(adata.shape, np.nan)
-    elif form == "backed":
+    adata, layer = in_form(pbmc, form)
+    if form == "backed":
         adata = ad.read_h5ad(pbmc_path, backed="r")
-    elif form == "stored zeros":  # a stored zero does not express a gene
-        dense = adata.X.toarray()
-        adata.X = sparse.csr_matrix((dense.ravel(), np.tile(np.arange(765), 700), np.arange(0, 700 * 765 + 1, 765)))
     elif form == "a view":
         adata = ad.concat([adata, adata], index_unique="-")[:700]
     elif form == "several chunks":
@@ -97,16 +76,6 @@ def test_a_processor_learns_the_same_from_every_source(name, sources):
     assert torch.equal(fitted.encode_labels(sources[name]), expected.encode_labels(sources["memory"]))
 
 
-@pytest.mark.parametrize("name", ["h5ad", "zarr", "dense"])
-def test_some_cells_of_a_file_are_read_into_memory(name, sources):
-    rows = np.arange(0, 558, 7)
-    cells, expected = sources[name].take(rows).read(), sources["memory"].take(rows).read()
-    assert (cells.X != expected.X).nnz == 0 if sparse.issparse(cells.X) else (cells.X == expected.X.toarray()).all()
-    assert list(cells.obs["cell_type"]) == list(expected.obs["cell_type"])
-    whole = sources[name].read()
-    assert whole.n_obs == 558 and whole.var_names.equals(expected.var_names)
-
-
 @pytest.mark.parametrize("name", ["memory", "h5ad", "dense"])
 def test_each_value_is_checked_once(name, sources, monkeypatch):
     source, checked = sources[name].take(np.arange(100)), []
@@ -119,12 +88,11 @@ def test_each_value_is_checked_once(name, sources, monkeypatch):
 # ==================== Bad input ====================
 
 VALUES = [
-    (np.nan, "counts", "holds nan .cell '{cell}'.: remove or replace"),
-    (np.inf, "counts", "holds inf .cell '{cell}'.: remove or replace"),
+    (np.nan, "counts", "holds nan .cell '{cell}'., which can't be modelled: remove or replace"),
+    (np.inf, "counts", "holds inf .cell '{cell}'."),
     (-1, "counts", "holds -1 .cell '{cell}'., but expression is never negative: .*values='log'"),
     (0.5, "counts", "holds 0.5 .cell '{cell}'., which is not an integer count: use values='log'"),
     (3e38, "counts", "holds 3e.38 .cell '{cell}'., which is not a count"),
-    (np.nan, "log", "holds nan .cell '{cell}'."),
     (51, "log", "holds 51 .cell '{cell}'., which is not a logarithm of expression: use values='counts'"),
 ]
 
@@ -135,18 +103,13 @@ def test_a_bad_value_is_named_with_its_cell_and_the_fix(value, values, message, 
     cells = pbmc[:5].copy()
     if values == "log":
         cells.X = cells.X.log1p()
-    wrong = with_value(cells, value)
+    matrix = cells.X.tolil()
+    matrix[2, 0] = value
+    wrong = ad.AnnData(matrix.tocsr(), obs=cells.obs, var=cells.var)
     processor = ScRNAProcessor(values=values, num_genes=50, recover_counts=False)
     for read in (processor.fit, ScRNAProcessor(values=values, recover_counts=False).fit(cells).select):
         with pytest.raises(ValueError, match=message.format(cell=pbmc.obs_names[2])):
             read(wrong)
-
-
-def test_a_bad_layer_is_named(pbmc):
-    with pytest.raises(ValueError, match=r"adata has no layer 'counts'; its layers are \[\]"):
-        ScRNAProcessor(layer="counts").fit(pbmc)
-    with pytest.raises(ValueError, match=r"adata has no matrix in X; its layers are \['raw'\]. Name one"):
-        ScRNAProcessor().fit(ad.AnnData(obs=pbmc.obs, var=pbmc.var, layers={"raw": pbmc.X}))
 
 
 def test_empty_cells_are_named(pbmc):
@@ -170,16 +133,11 @@ def test_damaged_indices_are_named(wrong, pbmc, tmp_path):
 
 
 def test_a_file_that_cannot_be_read_by_cell(pbmc, tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no file .*absent.h5ad"):
-        BackedSource(tmp_path / "absent.h5ad")
-    (tmp_path / "text.h5ad").write_text("gene,cell\n")
-    with pytest.raises(ValueError, match="text.h5ad cannot be read as an .h5ad or .zarr file"):
-        BackedSource(tmp_path / "text.h5ad")
-    cells = ad.AnnData(sparse.csc_matrix(pbmc.X), obs=pbmc.obs, var=pbmc.var)
+    cells, _ = in_form(pbmc, "csc")
     cells.write_h5ad(tmp_path / "cells.h5ad")
     with pytest.raises(NotByCellError, match="stored by gene .CSC.: use `adata.X"):
         BackedSource(tmp_path / "cells.h5ad")
     with h5py.File(tmp_path / "cells.h5ad", "a") as file:  # as AnnData 0.6 wrote it
         del file["X"].attrs["encoding-type"]
-    with pytest.raises(NotByCellError, match="AnnData before 0.7: write it again"):
+    with pytest.raises(NotByCellError, match="as AnnData did before 0.7: .* write it again"):
         BackedSource(tmp_path / "cells.h5ad")

@@ -1,14 +1,14 @@
 """Cells from .h5ad files and from the layouts of 10x Genomics."""
 
 import gzip
-import logging
 
 import h5py
 import numpy as np
 import pytest
-from scipy import io, sparse
+from forms import write_mtx
+from scipy import sparse
 
-from wbdit_diffusers.data import drop_empty_cells, load_pbmc, read_cells
+from wbdit_diffusers.data import load_pbmc, read_cells
 
 
 def test_read_cells_names_the_file(pbmc_path, tmp_path):
@@ -18,17 +18,6 @@ def test_read_cells_names_the_file(pbmc_path, tmp_path):
     (tmp_path / "text.h5ad").write_text("no cells")
     with pytest.raises(ValueError, match="text.h5ad cannot be read as an .h5ad, .zarr or 10x file"):
         read_cells(tmp_path / "text.h5ad")
-
-
-def test_empty_cells_are_left_out_with_a_warning(pbmc, caplog, monkeypatch):
-    assert drop_empty_cells(pbmc) is pbmc
-    adata = pbmc[:20].copy()
-    adata.X = sparse.csr_matrix(adata.X.toarray() * (np.arange(20) != 3)[:, None])
-    monkeypatch.setattr(logging.getLogger("wbdit_diffusers"), "propagate", True)
-    with caplog.at_level(logging.WARNING):
-        left = drop_empty_cells(adata)
-    assert left.obs_names.tolist() == np.delete(adata.obs_names, 3).tolist()
-    assert f"1 of 20 cells are empty and left out: {adata.obs_names[3]}" in caplog.text
 
 
 def test_pbmc_are_integer_counts_with_labels():
@@ -48,16 +37,13 @@ COUNTS = np.random.default_rng(0).poisson(1.0, (len(BARCODES), len(GENES) + 1)) 
 @pytest.fixture
 def write(tmp_path):
     """Functions that write the cells in each layout and return the path."""
+    kinds = ["Gene Expression"] * len(GENES) + ["Antibody Capture"]
 
     def folder(compressed: bool):
         name, features = ("features.tsv", [*GENES, ANTIBODY]) if compressed else ("genes.tsv", GENES)
-        kinds = ["Gene Expression"] * len(GENES) + ["Antibody Capture"]
         rows = ["\t".join([*ids, kind] if compressed else ids) for ids, kind in zip(features, kinds)]
         path = tmp_path / "filtered_feature_bc_matrix"
-        path.mkdir()
-        io.mmwrite(path / "matrix.mtx", sparse.coo_matrix(COUNTS[:, : len(features)].T))
-        for file, lines in ((name, rows), ("barcodes.tsv", BARCODES)):
-            (path / file).write_text("\n".join(lines) + "\n")
+        write_mtx(path, COUNTS[:, : len(features)], {name: rows, "barcodes.tsv": BARCODES})
         if compressed:
             for file in list(path.iterdir()):
                 file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
@@ -68,17 +54,14 @@ def write(tmp_path):
         path = tmp_path / "filtered_feature_bc_matrix.h5"
         matrix = sparse.csr_matrix(COUNTS)  # cells × features in CSR is 10x's features × cells in CSC
         ids, names = zip(*GENES, ANTIBODY)
+        texts = {"id": ids, "name": names, "feature_type": kinds, "genome": ["GRCh38"] * len(ids)}
         with h5py.File(path, "w") as file:
-            group = file.create_group("matrix")
-            group["barcodes"] = np.array(BARCODES, dtype="S")
-            group["shape"] = np.array(COUNTS.T.shape, dtype=np.int32)
+            file["matrix/barcodes"] = np.array(BARCODES, dtype="S")
+            file["matrix/shape"] = np.array(COUNTS.T.shape, dtype=np.int32)
             for key in ("data", "indices", "indptr"):
-                group[key] = getattr(matrix, key)
-            features = group.create_group("features")
-            features["id"], features["name"] = np.array(ids, dtype="S"), np.array(names, dtype="S")
-            kinds = ["Gene Expression"] * len(GENES) + ["Antibody Capture"]
-            features["feature_type"] = np.array(kinds, dtype="S")
-            features["genome"] = np.array(["GRCh38"] * len(ids), dtype="S")
+                file[f"matrix/{key}"] = getattr(matrix, key)
+            for key, values in texts.items():
+                file[f"matrix/features/{key}"] = np.array(values, dtype="S")
         return path
 
     return {"h5": h5, "mtx": lambda: folder(False), "mtx.gz": lambda: folder(True)}

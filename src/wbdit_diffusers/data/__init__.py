@@ -4,7 +4,7 @@ from .cells import AnnDataSource, BackedSource, CellSource
 from .latents import CellDataset, encode_cells
 from .prepare import PrepareConfig, prepare
 from .prepared import PreparedCells
-from .read import drop_empty_cells, load_pbmc, read_cells
+from .read import load_pbmc, read_cells
 from .split import CellSplit
 from .write import write_cells
 
@@ -17,7 +17,6 @@ __all__ = [
     "CellSplit",
     "PrepareConfig",
     "PreparedCells",
-    "drop_empty_cells",
     "encode_cells",
     "load_pbmc",
     "prepare",

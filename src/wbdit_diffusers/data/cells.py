@@ -28,32 +28,17 @@ class CellSource(Protocol):
     group_sizes: np.ndarray  # number of cells in each group: (groups,)
 
     @property
-    def var_names(self) -> pd.Index:
-        """All genes, the columns of each group."""
-        ...
+    def var_names(self) -> pd.Index: ...  # all genes, the columns of each group
 
     @property
-    def obs(self) -> pd.DataFrame:
-        """Labels of all cells, in the order of the groups. They are in memory."""
-        ...
+    def obs(self) -> pd.DataFrame: ...  # labels of all cells, in the order of the groups and in memory
 
     def read_group(self, group: int) -> tuple[sparse.csr_matrix, np.ndarray | None]:
         """Values of all genes `(cells, genes)`, and total counts `(cells,)` where the file records them."""
-        ...
 
 
 class AnnDataSource:
-    """
-    An AnnData as a [`CellSource`].
-
-    Args:
-        cells (`AnnData`): Cells; CSR, CSC, dense or backed.
-        layer (`str`, *optional*): Layer that holds the matrix. Default: `X`.
-        name (`str`, *optional*): Name of the cells in messages, such as their file.
-
-    Raises:
-        ValueError: If there is no such layer, its values are not numbers, or it is damaged.
-    """
+    """Cells of an AnnData (CSR, CSC, dense or backed), with the matrix in `X` or a layer. `name` is for messages."""
 
     groups_per_chunk = 1
 
@@ -61,7 +46,7 @@ class AnnDataSource:
         self.cells = cells
         matrix = find_matrix(cells.X if layer is None else None, cells.layers, layer, name)
         if sparse.issparse(matrix):
-            _check_indices(matrix, name)  # slicing crashes on wrong ones
+            check_indices(matrix, name)  # slicing crashes on wrong ones
             matrix = matrix.tocsr()
         self._set_up(cells.obs, cells.var_names, matrix, layer, name)
 
@@ -69,9 +54,8 @@ class AnnDataSource:
         """A matrix in memory or on disk, with names."""
         self.all_obs, self.var_names, self.matrix, self.layer, self.name = obs, var_names, matrix, layer, name
         dtype = np.dtype(matrix.dtype)
-        if dtype.kind not in "iuf" or (dtype.kind == "f" and dtype.itemsize not in (4, 8)):
-            fix = "convert them, as by `adata.X = adata.X.astype('float32')`"
-            raise ValueError(f"{name} holds values of type {dtype}, not integers, float32 or float64: {fix}.")
+        if dtype.kind not in "iuf" or dtype == np.float16:  # SciPy has no sparse float16
+            raise ValueError(f"{name} holds values of type {dtype}: convert them by `adata.X.astype('float32')`.")
         self._set_rows(np.arange(len(obs)))
 
     def _set_rows(self, rows: np.ndarray):
@@ -88,17 +72,13 @@ class AnnDataSource:
     def read_rows(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Values of all genes in some rows of the matrix, which must be increasing: `(cells, genes)`."""
         first, last = int(rows[0]), int(rows[-1]) + 1
-        try:
-            matrix = sparse.csr_matrix(self.matrix[first:last])
-        except Exception as error:
-            raise ValueError(f"{self.name} can't be read at cell {first}: {one_line(error)}") from error
-        _check_indices(matrix, self.name)
+        matrix = sparse.csr_matrix(self.matrix[first:last])
+        check_indices(matrix, self.name)
         return matrix if len(rows) == last - first else matrix[rows - first]
 
     def empty_cells(self) -> np.ndarray:
         """Mask `(cells,)` of the cells in which nothing was measured."""
-        groups = (self.read_rows(rows) for rows in self.groups)
-        return np.concatenate([np.asarray((matrix != 0).sum(axis=1)).ravel() == 0 for matrix in groups])
+        return np.concatenate([np.diff(sorted_csr(self.read_rows(rows)).indptr) == 0 for rows in self.groups])
 
     def take(self, rows: np.ndarray) -> "AnnDataSource":
         """The cells at these positions, which must be increasing, without a copy."""
@@ -117,24 +97,14 @@ class NotByCellError(ValueError):
 
 class BackedSource(AnnDataSource, AbstractContextManager):
     """
-    An .h5ad file or .zarr folder as a [`CellSource`]. Only names and labels are in memory. Use it with `with`.
-
-    Args:
-        path (`str` or `Path`): An .h5ad file or .zarr folder.
-        layer (`str`, *optional*): Layer that holds the matrix. Default: `X`.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not an AnnData file, has no such layer, or that holds no numbers. A `NotByCellError` if it
-            is stored by gene (CSC), or was written by AnnData before 0.7.
+    Cells of an .h5ad file or .zarr folder, whose values stay on disk. Use it with `with`. Raises a `NotByCellError` if
+    the file is stored by gene (CSC).
     """
 
     groups_per_chunk = 16  # neighbours in a file often have the same label
 
     def __init__(self, path: str | Path, layer: str | None = None):
-        self.path = Path(path)
-        if not self.path.exists():
-            raise FileNotFoundError(f"There is no file {path}: give the path of an .h5ad or .zarr file.")
+        self.path = find_file(path)
         try:
             if self.path.suffix == ".zarr":
                 import zarr  # slow to import
@@ -147,11 +117,9 @@ class BackedSource(AnnDataSource, AbstractContextManager):
             raise ValueError(f"{path} cannot be read as an .h5ad or .zarr file: {one_line(error)}") from error
         self.element = find_matrix(self.file.get("X"), self.file.get("layers", {}), layer, str(path))
         kind = self.element.attrs.get("encoding-type")
-        if kind is None or not isinstance(obs, pd.DataFrame):
-            fix = "write it again with `anndata.read_h5ad(path).write_h5ad(path)`"
-            raise NotByCellError(f"{path} was written by AnnData before 0.7: {fix}.")
-        if kind == "csc_matrix":
-            raise NotByCellError(f"{path} is stored by gene (CSC): use `adata.X = adata.X.tocsr()`.")
+        if kind in (None, "csc_matrix"):
+            what = "by gene (CSC)" if kind else "as AnnData did before 0.7"
+            raise NotByCellError(f"{path} is stored {what}: use `adata.X = adata.X.tocsr()` and write it again.")
         self.is_sparse = kind == "csr_matrix"
         matrix = ad.io.sparse_dataset(self.element) if self.is_sparse else self.element
         self._set_up(obs, self.var.index, matrix, layer, str(path))
@@ -180,17 +148,14 @@ def iter_groups(
     source: CellSource, integer: bool = True, groups: Iterable[int] | None = None
 ) -> Iterator[tuple[int, sparse.csr_matrix, np.ndarray | None]]:
     """
-    Reads cells group by group, and checks each group once. `integer` says whether values must be counts; otherwise
-    they are log values. `groups` are the numbers of the groups to read (default: all in order).
-
-    Yields the number of the group's first cell, its values `(cells, genes)` without stored zeros, and the recorded
-    total counts `(cells,)`, if there are any. Raises a `ValueError` if a cell is empty, or as [`check_values`].
+    Reads groups of cells (default: all in order), and checks each once, as counts if `integer`, else as log values.
+    Yields the number of a group's first cell, its values `(cells, genes)` without stored zeros, and total counts.
     """
     starts = np.concatenate([[0], np.cumsum(source.group_sizes)])
     checked: set = getattr(source, "checked", set())
     for group in range(len(source.group_sizes)) if groups is None else groups:
         matrix, totals = source.read_group(group)
-        names = source.obs.index[int(starts[group]) : int(starts[group + 1])]
+        names = source.obs.index[starts[group] : starts[group + 1]]
         if (group, integer) not in checked:
             check_values(matrix, source.name, names, integer)
             checked.add((group, integer))
@@ -199,10 +164,8 @@ def iter_groups(
             matrix.eliminate_zeros()
         empty = np.diff(matrix.indptr) == 0
         if empty.any():
-            raise ValueError(
-                f"{empty.sum()} cells of {source.name} have no counts at all (the first is {names[empty][0]!r}):"
-                " remove them with `sc.pp.filter_cells(adata, min_counts=1)`."
-            )
+            first, fix = names[empty][0], "remove them with `sc.pp.filter_cells(adata, min_counts=1)`"
+            raise ValueError(f"{empty.sum()} cells of {source.name} have no counts at all ({first!r} first): {fix}.")
         yield int(starts[group]), matrix, totals
 
 
@@ -214,31 +177,22 @@ def choose_groups(group_sizes: np.ndarray, num_cells: int, seed: int) -> list[in
 
 
 def check_values(matrix: sparse.csr_matrix, name: str, obs_names: pd.Index, integer: bool):
-    """
-    Raises a `ValueError` that names the first cell with a value that can't be modelled: NaN, infinite, negative, too
-    large, or, if `integer`, not a count. `name` is the name of the matrix in the message.
-    """
+    """Raises a `ValueError` that names the first cell with a value that is not a count, or not a log value."""
     values = matrix.data
-    if not len(values):
-        return
-
-    def at(wrong: np.ndarray) -> str:
-        row = np.searchsorted(matrix.indptr, np.flatnonzero(wrong)[0], side="right") - 1
-        return f"{name} holds {values[wrong][0]:g} (cell {obs_names[row]!r})"
-
-    is_float = values.dtype.kind == "f"
-    if is_float and not np.isfinite(values).all():
-        raise ValueError(f"{at(~np.isfinite(values))}: remove or replace NaN and infinite values.")
-    if values.min() < 0:
-        fix = "give counts, or log1p values with values='log'; centred or scaled values can't be modelled"
-        raise ValueError(f"{at(values < 0)}, but expression is never negative: {fix}.")
-    if integer and is_float and (values != np.rint(values)).any():
-        fix = "use values='log' for log-normalised values, or name the layer that holds counts"
-        raise ValueError(f"{at(values != np.rint(values))}, which is not an integer count: {fix}.")
-    if values.max() > (MAX_COUNT if integer else MAX_LOG_VALUE):
-        what, fix = "a logarithm of expression", "use values='counts' for counts, or take log1p of the values"
-        what, fix = ("a count", "no protocol reads a molecule so often") if integer else (what, fix)
-        raise ValueError(f"{at(values == values.max())}, which is not {what}: {fix}.")
+    is_fraction = values != np.rint(values) if integer and values.dtype.kind == "f" else np.zeros(len(values), bool)
+    if integer:
+        limit, too_large = MAX_COUNT, "which is not a count: no protocol reads a molecule so often"
+    else:
+        limit, too_large = MAX_LOG_VALUE, "which is not a logarithm of expression: use values='counts' for counts"
+    for wrong, problem in (
+        (~np.isfinite(values), "which can't be modelled: remove or replace NaN and infinite values"),
+        (values < 0, "but expression is never negative: give counts, or log1p values with values='log'"),
+        (is_fraction, "which is not an integer count: use values='log', or name the layer that holds counts"),
+        (values > limit, too_large),
+    ):
+        if wrong.any():
+            row = np.searchsorted(matrix.indptr, np.flatnonzero(wrong)[0], side="right") - 1
+            raise ValueError(f"{name} holds {values[wrong][0]:g} (cell {obs_names[row]!r}), {problem}.")
 
 
 def label_column(obs: pd.DataFrame, label_key: str) -> pd.Series:
@@ -251,18 +205,23 @@ def label_column(obs: pd.DataFrame, label_key: str) -> pd.Series:
     return obs[label_key]
 
 
+def check_unique(names: pd.Index, what: str = "cell", where: str = ""):
+    """Raises a `ValueError` unless each cell or gene has a name of its own."""
+    if not names.is_unique:
+        twice, fix = names[names.duplicated()][0], f"{'obs' if what == 'cell' else 'var'}_names_make_unique"
+        raise ValueError(f"The {what} name {twice!r} occurs more than once{where}: call `adata.{fix}()`.")
+
+
 def place_genes(matrix: sparse.csr_matrix, places: np.ndarray, num_genes: int) -> sparse.csr_matrix:
     """
-    Moves the genes of cells `(cells, genes)` to other columns `(cells, num_genes)`. `places` `(genes,)` is the new
-    column of each gene, -1 for genes left out. New columns without a gene are zero; indices are sorted.
+    Moves the genes of cells `(cells, genes)` to other columns `(cells, num_genes)`, with sorted indices. `places`
+    `(genes,)` is the new column of each gene, -1 for genes left out.
     """
     columns = places[matrix.indices]
     stays = columns >= 0
     before = np.concatenate([[0], np.cumsum(stays)])  # number of values before each one that stay
-    placed = sparse.csr_matrix(
-        (matrix.data[stays], columns[stays].astype(np.int32), before[matrix.indptr]),
-        shape=(matrix.shape[0], num_genes),
-    )
+    arrays = matrix.data[stays], columns[stays].astype(np.int32), before[matrix.indptr]
+    placed = sparse.csr_matrix(arrays, shape=(matrix.shape[0], num_genes))
     placed.sort_indices()
     return placed
 
@@ -276,9 +235,23 @@ def find_matrix(x, layers, layer: str | None, name: str):
     return matrix
 
 
-def _check_indices(matrix, name: str):
+def find_file(path: str | Path) -> Path:
+    """Raises a `FileNotFoundError` if there is no such file or folder."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"There is no file {path}: give the path of an .h5ad or .zarr file.")
+    return Path(path)
+
+
+def check_indices(matrix, name: str):
     """Raises a `ValueError` if a sparse matrix is damaged: if it names other genes than there are, for example."""
     try:
         matrix.check_format()
     except ValueError as error:
         raise ValueError(f"{name} is damaged: {one_line(error)}.") from error
+
+
+def sorted_csr(matrix) -> sparse.csr_matrix:
+    """CSR with sorted indices and without stored zeros, in memory of its own."""
+    matrix = sparse.csr_matrix(matrix).sorted_indices()
+    matrix.eliminate_zeros()
+    return matrix

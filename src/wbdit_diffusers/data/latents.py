@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import anndata as ad
 import numpy as np
@@ -15,34 +15,15 @@ from ..files import write_whole
 from .cells import MAX_CELLS_IN_MEMORY, CellSource, as_source, choose_groups
 
 
-if TYPE_CHECKING:  # processing/ imports data/
+if TYPE_CHECKING:  # they import data/
+    from ..models import ExpressionCodec, ProgramCodec
     from ..processing.processor import ScRNAProcessor
 
 MAX_VALUES_IN_MEMORY = 2**28  # of the modelled genes, zeros included. CSR takes about a tenth of the bytes.
 
 
-class Encoder(Protocol):
-    """The part of a codec that turns cells into latents."""
-
-    num_features: int
-    device: torch.device
-
-    def encode(self, matrix: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor: ...
-
-
-# ==================== Cells and latents ====================
-
-
 class CellDataset:
-    """
-    The modelled genes of cells, sparse and in memory.
-
-    Args:
-        cells (`AnnData` or [`CellSource`]): Cells.
-        processor ([`ScRNAProcessor`]): Processor, fitted on the training cells.
-        with_labels (`bool`, defaults to `True`): Whether to read the labels.
-        groups (`list[int]`, *optional*): Groups of the source to read. Default: all.
-    """
+    """The modelled genes of cells, or of some groups of a source, sparse and in memory."""
 
     def __init__(
         self,
@@ -55,10 +36,8 @@ class CellDataset:
         self.is_counts = processor.is_counts
         self.class_labels = processor.encode_labels(cells) if with_labels else None  # (cells, num_label_keys)
         if groups is not None and self.class_labels is not None:
-            sizes = as_source(cells).group_sizes
-            starts = np.cumsum(sizes) - sizes
-            rows = np.concatenate([np.arange(starts[group], starts[group] + sizes[group]) for group in groups])
-            self.class_labels = self.class_labels[rows]
+            by_group = self.class_labels.split(as_source(cells, processor.config.layer).group_sizes.tolist())
+            self.class_labels = torch.cat([by_group[group] for group in groups])
         self.condition_sizes = processor.condition_sizes if with_labels else ()
 
     def __len__(self) -> int:
@@ -72,28 +51,19 @@ class CellDataset:
 
 @dataclass
 class Latents:
-    """
-    The cells of a training as the denoiser sees them.
+    """The cells of a training as the denoiser sees them."""
 
-    Args:
-        values (`torch.Tensor` of shape `(cells, num_features)`): Latents, in memory or mapped from a file.
-        class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`): Labels.
-        condition_sizes (`tuple[int, ...]`): Number of categories of each label key.
-    """
-
-    values: torch.Tensor
-    class_labels: torch.Tensor
-    condition_sizes: tuple[int, ...]
+    values: torch.Tensor  # (cells, num_features), in memory or mapped from a file
+    class_labels: torch.Tensor  # int64, (cells, num_label_keys)
+    condition_sizes: tuple[int, ...]  # number of categories of each label key
 
     def __len__(self) -> int:
         return len(self.values)
 
     def batch(self, indices: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
         """Returns `latents` `(batch, num_features)` and `class_labels` `(batch, num_label_keys)` of some cells."""
-        return {
-            "latents": self.values[indices].to(device, non_blocking=True),
-            "class_labels": self.class_labels[indices].to(device, non_blocking=True),
-        }
+        cells = {"latents": self.values[indices], "class_labels": self.class_labels[indices]}
+        return {name: values.to(device, non_blocking=True) for name, values in cells.items()}
 
 
 def max_cells_in_memory(num_genes: int) -> int:
@@ -103,26 +73,14 @@ def max_cells_in_memory(num_genes: int) -> int:
 
 def sample_cells(cells: ad.AnnData | CellSource, processor: ScRNAProcessor, seed: int) -> CellDataset:
     """Reads all cells, or random groups of them if they do not fit in memory."""
-    max_cells = max_cells_in_memory(len(processor.var_names))
-    if len(cells.obs) <= max_cells:
-        return CellDataset(cells, processor)
-    group_sizes = as_source(cells, processor.config.layer).group_sizes
-    return CellDataset(cells, processor, groups=choose_groups(group_sizes, max_cells, seed))
+    source = as_source(cells, processor.config.layer)
+    groups = choose_groups(source.group_sizes, max_cells_in_memory(len(processor.var_names)), seed)
+    return CellDataset(source, processor, groups=groups)
 
 
 @torch.no_grad()
-def encode_cells(dataset: CellDataset, codec: Encoder, batch_size: int = 1024) -> torch.Tensor:
-    """
-    Encodes the cells of a dataset.
-
-    Args:
-        dataset ([`CellDataset`]): Cells.
-        codec ([`ProgramCodec`] or [`ExpressionCodec`]): Fitted codec.
-        batch_size (`int`, defaults to 1024): Number of cells that are dense at the same time.
-
-    Returns:
-        `torch.Tensor` of shape `(cells, num_features)`: latents, on the CPU.
-    """
+def encode_cells(dataset: CellDataset, codec: ProgramCodec | ExpressionCodec, batch_size: int = 1024) -> torch.Tensor:
+    """Latents `(cells, num_features)` of all cells, on the CPU. `batch_size` cells are dense at the same time."""
     batches = []
     for start in range(0, len(dataset), batch_size):
         values, library_size = dataset.cells(slice(start, start + batch_size))
@@ -131,41 +89,33 @@ def encode_cells(dataset: CellDataset, codec: Encoder, batch_size: int = 1024) -
 
 
 def encode_source(
-    cells: ad.AnnData | CellSource, processor: ScRNAProcessor, codec: Encoder, path: Path | None = None
+    cells: ad.AnnData | CellSource,
+    processor: ScRNAProcessor,
+    codec: ProgramCodec | ExpressionCodec,
+    path: Path | None = None,
 ) -> torch.Tensor:
     """
-    Encodes cells group by group, so that their values are never in memory at the same time.
-
-    Args:
-        cells (`AnnData` or [`CellSource`]): Cells.
-        processor ([`ScRNAProcessor`]): Processor, fitted on the training cells.
-        codec ([`ProgramCodec`] or [`ExpressionCodec`]): Fitted codec.
-        path (`Path`, *optional*):
-            A .npy file for the latents, which is mapped into memory. A file that exists is read.
-
-    Returns:
-        `torch.Tensor` of shape `(cells, num_features)`: latents, on the CPU.
+    Encodes cells group by group, so that their values are never in memory at the same time. With a path, the latents
+    are mapped from this .npy file, which is read if it exists.
     """
     source = as_source(cells, processor.config.layer)
-    shape = (int(source.group_sizes.sum()), codec.num_features)
+    parts = (
+        encode_cells(CellDataset(source, processor, with_labels=False, groups=[group]), codec)
+        for group in range(len(source.group_sizes))
+    )
 
-    def write(latents: np.ndarray) -> np.ndarray:
-        start = 0
-        for group in range(len(source.group_sizes)):
-            part = CellDataset(source, processor, with_labels=False, groups=[group])
-            latents[start : start + len(part)] = encode_cells(part, codec).numpy()
-            start += len(part)
-        return latents
-
-    def write_file(partial: Path):
+    def write(partial: Path):
+        shape, start = (int(source.group_sizes.sum()), codec.num_features), 0
         latents = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
-        write(latents)
+        for part in parts:
+            latents[start : start + len(part)] = part.numpy()
+            start += len(part)
         latents.flush()
 
     if path is None:
-        return torch.from_numpy(write(np.empty(shape, dtype=np.float32)))
+        return torch.cat(list(parts))
     if not path.is_file():
-        write_whole(path, write_file)
+        write_whole(path, write)
     return torch.from_numpy(np.load(path, mmap_mode="c"))  # PyTorch warns of arrays that are read-only
 
 
@@ -174,14 +124,9 @@ def encode_source(
 
 class CellOrder:
     """
-    An endless sequence of cells in which each epoch holds every cell once, in random order.
-
-    The order follows from seed and epoch. A batch is a slice of the sequence, which the processes share by position.
-    So a resumed run needs only the number of cells seen, with any batch size and any number of processes.
-
-    Args:
-        num_cells (`int`): Number of cells.
-        seed (`int`, defaults to 0): Seed of all epochs.
+    An endless sequence of cells in which each epoch holds every cell once, in an order that follows from the seed.
+    Each batch is a slice of it. So a resumed run needs only the number of cells seen, whatever the batch size and the
+    number of processes.
     """
 
     def __init__(self, num_cells: int, seed: int = 0):

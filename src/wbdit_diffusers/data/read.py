@@ -5,14 +5,11 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
-from diffusers.utils import logging
 from scipy import sparse
 
 from ..files import one_line
+from .cells import find_file
 from .prepared import PreparedCells, is_prepared, read_metadata
-
-
-logger = logging.get_logger(__name__)
 
 
 def read_cells(path: str | Path, split: str | None = None) -> ad.AnnData:
@@ -28,36 +25,19 @@ def read_cells(path: str | Path, split: str | None = None) -> ad.AnnData:
         split (`str`, *optional*): `"train"` or `"test"` of a prepared folder. Default: both.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it can't be read, or has no such split.
+        ValueError: If it can't be read, or has no such split. A `FileNotFoundError` if there is no such file.
     """
-    if is_prepared(path):
+    if is_prepared(path) or split is not None:
         splits = list(read_metadata(path)["splits"]) if split is None else [split]
         parts = [PreparedCells(path, name).read() for name in splits]
         return parts[0] if len(parts) == 1 else ad.concat(parts, merge="same")
-    if split is not None:
-        raise ValueError(f"{path} has no splits: only a folder that `wbdit prepare` wrote has.")
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file {path}: give the path of an .h5ad file.")
+    path = find_file(path)
     try:
         if path.suffix == ".zarr":
             return ad.read_zarr(path)
-        return _read_10x(path) if is_10x(path) else ad.read_h5ad(path)
+        return _read_10x(path) if path.suffix == ".h5" or path.is_dir() else ad.read_h5ad(path)
     except Exception as error:  # many kinds, on damaged files
         raise ValueError(f"{path} cannot be read as an .h5ad, .zarr or 10x file: {one_line(error)}") from error
-
-
-def is_10x(path: Path) -> bool:
-    """Whether a file or folder has the layout of 10x Genomics."""
-    if path.is_dir():
-        return any((path / name).is_file() for name in ("matrix.mtx", "matrix.mtx.gz"))
-    import h5py
-
-    if not h5py.is_hdf5(path):
-        return False
-    with h5py.File(path) as file:  # Cell Ranger 3 has one group "matrix", earlier versions one for each genome
-        return any("barcodes" in group for group in file.values() if isinstance(group, h5py.Group))
 
 
 def _read_10x(path: Path) -> ad.AnnData:
@@ -70,15 +50,6 @@ def _read_10x(path: Path) -> ad.AnnData:
         cells.var_names_make_unique()
     cells.X = sparse.csr_matrix(cells.X)
     return cells
-
-
-def drop_empty_cells(adata: ad.AnnData, layer: str | None = None) -> ad.AnnData:
-    """Leaves out cells in which nothing was measured, with a warning."""
-    empty = np.asarray(((adata.X if layer is None else adata.layers[layer]) != 0).sum(axis=1)).ravel() == 0
-    if not empty.any():
-        return adata
-    logger.warning(f"{empty.sum()} of {adata.n_obs} cells are empty and left out: {adata.obs_names[empty][0]}, ….")
-    return adata[~empty].copy()
 
 
 def load_pbmc() -> ad.AnnData:

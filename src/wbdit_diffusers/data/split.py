@@ -10,29 +10,21 @@ import pandas as pd
 
 from ..files import one_line, write_whole
 from ..pretrained import locate
-from .cells import CellSource, label_column
+from .cells import CellSource, check_unique, label_column
 from .prepared import is_prepared, read_metadata
 from .read import read_cells
 
 
 @dataclass(frozen=True)
 class CellSplit:
-    """
-    Training and held-out cells by name.
-
-    Args:
-        train (`list[str]`): Names of the training cells (`obs_names`).
-        test (`list[str]`): Names of the held-out cells.
-        seed (`int`, *optional*): Seed of the draw.
-        prepared (`str`, *optional*): Fingerprint of a prepared folder, which has its own split. No cell is named then.
-    """
+    """Training and held-out cells by name (`obs_names`), or the fingerprint of a prepared folder that has them."""
 
     FILE_NAME = "split.json"
 
     train: list[str]
     test: list[str]
-    seed: int | None = None
-    prepared: str | None = None
+    seed: int | None = None  # of the draw
+    prepared: str | None = None  # then no cell is named
 
     @classmethod
     def draw(
@@ -42,15 +34,11 @@ class CellSplit:
         Splits cells at random, stratified by label. The only cell of a label is a training cell.
 
         Args:
-            cells (`AnnData` or [`CellSource`]): Cells.
             test_fraction (`float`, defaults to 0.2): Fraction of held-out cells, between 0 and 1.
             label_key (`str`, *optional*): Column of `obs` to stratify by.
-            seed (`int`, defaults to 0): Seed of the shuffle.
-
-        Raises:
-            ValueError: If cell names are not unique, a label is missing, or there are too few cells.
         """
-        names = _unique_names(cells.obs.index)
+        names = cells.obs.index
+        check_unique(names)
         labels = np.zeros(len(names)) if label_key is None else label_column(cells.obs, label_key).astype(str)
         is_test = held_out(np.unique(np.asarray(labels), return_inverse=True)[1], test_fraction, seed)
         return cls(names[~is_test].tolist(), names[is_test].tolist(), seed)
@@ -68,9 +56,8 @@ class CellSplit:
         try:
             values = json.loads(path.read_text())
             split = cls(list(values["train"]), list(values["test"]), values.get("seed"), values.get("prepared"))
-            twice = set(split.train) & set(split.test)
-            if twice or not (split.prepared or (split.train and split.test)):
-                raise ValueError("a cell is on both sides" if twice else "a side is empty")
+            if set(split.train) & set(split.test) or not (split.prepared or (split.train and split.test)):
+                raise ValueError("a cell is on both sides, or a side is empty")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no split.json of a training ({one_line(error)}).") from error
         return split
@@ -80,10 +67,7 @@ class CellSplit:
         write_whole(Path(folder, self.FILE_NAME), lambda path: path.write_text(json.dumps(asdict(self))))
 
     def read(self, path: str | Path) -> tuple[ad.AnnData, ad.AnnData]:
-        """
-        The training and the held-out cells of a file or a prepared folder, in memory. Raises an `OSError` or a
-        `ValueError` if it can't be read, or the split is of other cells.
-        """
+        """The training and the held-out cells of a file or a prepared folder, in memory."""
         if self.prepared is None:
             return self.apply(read_cells(path))
         if not is_prepared(path) or read_metadata(path)["fingerprint"] != self.prepared:
@@ -99,8 +83,9 @@ class CellSplit:
         """Positions of the training and of the held-out cells. Raises a `ValueError` if one is missing."""
         if self.prepared is not None:
             raise ValueError("This is the split of a prepared folder, which names no cells: `split.read(folder)`.")
+        check_unique(obs_names)
         names = self.train + self.test
-        rows = _unique_names(obs_names).get_indexer(names)
+        rows = obs_names.get_indexer(names)
         if (rows < 0).any():
             lost = f"{names[int(np.argmin(rows))]!r}, nor {(rows < 0).sum() - 1} others of the split"
             raise ValueError(f"The data have no cell {lost}: give the file that it was made for.")
@@ -108,10 +93,7 @@ class CellSplit:
 
 
 def held_out(labels: np.ndarray, test_fraction: float, seed: int) -> np.ndarray:
-    """
-    Draws held-out cells, stratified by label: a mask `(cells,)`. `labels` are numbers `(cells,)`. Raises a
-    `ValueError` if there are too few cells.
-    """
+    """Draws held-out cells, stratified by label: a mask `(cells,)`. `labels` are numbers `(cells,)`."""
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
     sizes = np.bincount(labels)
@@ -124,11 +106,3 @@ def held_out(labels: np.ndarray, test_fraction: float, seed: int) -> np.ndarray:
         largest = f"the largest label has {sizes.max(initial=0)}"
         raise ValueError(f"{len(labels)} cells are too few to hold out a fraction of {test_fraction}: {largest}.")
     return is_test
-
-
-def _unique_names(obs_names: pd.Index) -> pd.Index:
-    """Raises a `ValueError` unless each cell has a name of its own."""
-    if not obs_names.is_unique:
-        name = obs_names[obs_names.duplicated()][0]
-        raise ValueError(f"The cell name {name!r} occurs more than once: call `adata.obs_names_make_unique()`.")
-    return obs_names

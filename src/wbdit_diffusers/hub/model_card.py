@@ -7,10 +7,10 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
 
+from ..markdown import as_code, as_text
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
 from ..version import __version__
 from .facts import CardFacts, read_facts
-from .markdown import as_code, as_text
 from .quality import eval_results, memory, quality_table
 
 

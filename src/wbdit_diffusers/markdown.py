@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterable
 from typing import Any
 
 
@@ -17,10 +16,3 @@ def as_text(value: Any) -> str:
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*\[\]|#~!$]|__)", r"\\\1", text)
     return re.sub(r"(https?|www)([:.])", r"\1\\\2", text)
-
-
-def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table whose cells are Markdown."""
-    lines = [list(titles)]
-    lines += [["---"] * len(lines[0]), *map(list, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
