@@ -24,7 +24,7 @@ def write_cells(path: str | Path, batches: Iterable[ad.AnnData]):
 
     Args:
         path (`str` or `Path`): New .h5ad file, .zarr folder, or, with no suffix or .parquet, folder with a
-            parquet file, in which integers in `X` are counts and other values are logarithms.
+            parquet file. If all values of the first batch are integers, they are counts.
         batches (`Iterable[AnnData]`):
             Cells with the same genes, `obs` columns and categories, `X` and layers in CSR and `obsm` in arrays, as
             [`ScRNAGenerationPipeline.stream`] yields them.
@@ -111,8 +111,8 @@ def _append(array, values: np.ndarray):
 
 
 def _write_parquet(path: Path, first: ad.AnnData, others: Iterator[ad.AnnData]):
-    """The layout of [`PreparedCells`], with all cells in the split `train`. Integers are counts."""
-    values = "counts" if first.X.dtype.kind in "iu" else "log"
+    """The layout of [`PreparedCells`], with all cells in the split `train`."""
+    values = "counts" if (first.X.data == np.rint(first.X.data)).all() else "log"
 
     def with_totals(cells: ad.AnnData) -> ad.AnnData:
         if values == "counts":
