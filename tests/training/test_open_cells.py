@@ -132,7 +132,7 @@ def test_a_prepared_folder_trains(folder, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"values": "log"}, "was prepared with --values counts: train with --values counts"),
+        ({"values": "log"}, "not a logarithm of expression: use values='counts'"),
         ({"label_keys": ["louvain"]}, "no column 'louvain'; it has ['cell_type', 'phase']"),
         ({"split": "split.json"}, "is not the prepared folder of the split"),
         ({"dataset": "cells.h5ad"}, "not both"),
@@ -141,14 +141,15 @@ def test_a_prepared_folder_trains(folder, tmp_path):
 def test_what_a_prepared_folder_is_not(changes, message, folder, pbmc, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     CellSplit.draw(pbmc).save(tmp_path)
-    with pytest.raises(ValueError, match=re.escape(message)), open_cells(folder, config_of(tmp_path, **changes)):
-        pass
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(folder, config_of(tmp_path, **changes))
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_prepared_folder(folder, pbmc_path, tmp_path):
     prepare([pbmc_path], tmp_path / "all", PrepareConfig(label_keys=[], test_fraction=0))
     with (
-        pytest.raises(ValueError, match="no held-out cells: prepare it with a --test_fraction above 0"),
+        pytest.raises(ValueError, match="has no split 'test', only train"),
         open_cells(tmp_path / "all", config_of(tmp_path, label_keys=[])),
     ):
         pass

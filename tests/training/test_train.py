@@ -320,6 +320,6 @@ def test_push_to_hub(pbmc, hub, tmp_path, monkeypatch):
 def test_a_launcher_that_divides_the_network_is_refused(pbmc, tmp_path, monkeypatch):
     sharded = property(lambda accelerator: DistributedType.FSDP)
     monkeypatch.setattr("accelerate.Accelerator.distributed_type", sharded)
-    with pytest.raises(ValueError, match="FSDP would shard .* launch with training/accelerate/multi_gpu.yaml"):
+    with pytest.raises(ValueError, match="FSDP: use training/accelerate/multi_gpu.yaml"):
         train(pbmc, tiny_config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
