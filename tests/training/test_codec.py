@@ -7,20 +7,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from tiny import tiny_config
 
-from wbdit_diffusers import ExpressionCodec, ProgramCodec, ScRNAProcessor
+from wbdit_diffusers import ProgramCodec, ScRNAProcessor
 from wbdit_diffusers.data import CellDataset, encode_cells
 from wbdit_diffusers.training import codec as module
-from wbdit_diffusers.training.codec import (
-    find_program_axes,
-    fit_expression_codec,
-    fit_program_codec,
-    fit_programs,
-    prepare_codec,
-    refit_decoder,
-)
+from wbdit_diffusers.training.codec import find_program_axes, fit_program_codec, fit_programs, refit_decoder
 
 
 CPU = torch.device("cpu")
@@ -84,17 +77,6 @@ def test_programs_are_doubled_for_as_long_as_the_gain_is_worth_it(searched, gain
 def test_the_search_ends_at_max_programs_and_the_number_of_genes(changes, tried, searched):
     codec, losses = searched(min_programs=1, gain=0, codec_max_steps=5, **changes)
     assert list(losses) == tried and codec.config.num_programs == tried[-1]
-
-
-def test_the_expression_codec_standardises_each_gene(dataset, tmp_path):
-    codec = fit_expression_codec(tiny_config(tmp_path, codec="expression"), dataset)
-    latents = codec.encode(*dataset.cells(slice(None)))
-    torch.testing.assert_close(latents.mean(0), torch.zeros(101), atol=1e-4, rtol=0)
-    torch.testing.assert_close(latents.std(0, correction=0), torch.ones(101), atol=1e-3, rtol=0)
-    plain = tiny_config(tmp_path, codec="expression", standardize=False, model_library_size=False)
-    codec = fit_expression_codec(plain, dataset)
-    assert isinstance(codec, ExpressionCodec) and codec.num_features == 100
-    assert codec.latents_mean.eq(0).all() and codec.latents_std.eq(1).all()
 
 
 def test_refitting_makes_the_final_programs_say_more_of_their_cells(dataset, tmp_path):
@@ -207,12 +189,3 @@ def test_patience_ends_a_fit_that_does_not_improve(dataset, tmp_path, caplog, ne
         fit_programs(config, dataset, 4, CPU, deadline=time.monotonic() + 200)
     # The first of 630 training cells' losses, one every 63 steps, is the best, and two later ones are within patience.
     assert f"nats per cell, {4 * 63} steps" in caplog.text
-
-
-def test_cells_are_fitted_once_and_loaded_afterwards(dataset, tmp_path, monkeypatch):
-    config = tiny_config(tmp_path, codec_max_steps=5)
-    fitted = prepare_codec(config, Accelerator(cpu=True), dataset, tmp_path / "stage_one")
-    monkeypatch.setattr(module, "fit_programs", lambda *_: pytest.fail("fitted again"))
-    loaded = prepare_codec(config, Accelerator(cpu=True), dataset, tmp_path / "stage_one")
-    assert not fitted.training and not loaded.training
-    assert all(value.equal(loaded.state_dict()[name]) for name, value in fitted.state_dict().items())

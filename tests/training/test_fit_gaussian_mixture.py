@@ -32,14 +32,6 @@ def test_a_rare_label_has_a_component_and_its_own_weight(latents, monkeypatch):
         torch.testing.assert_close(mixture.log_weights.exp(), torch.tensor([0.99, 0.01]), atol=1e-5, rtol=0)
 
 
-def test_a_run_keeps_its_mixture(latents, tmp_path):
-    config, accelerator = tiny_config(tmp_path), Accelerator()
-    first = prepare_gaussian_mixture(config, accelerator, latents, tmp_path)
-    moved = Latents(latents.values + 1, latents.class_labels, latents.condition_sizes)
-    again = prepare_gaussian_mixture(config, accelerator, moved, tmp_path)
-    assert first.means.equal(again.means) and first.log_weights.equal(again.log_weights)
-
-
 def test_too_many_combinations_of_labels_have_no_mixture(latents, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(module, "MAX_SIZE", 17)  # 2 labels of 3 x 3 features would be 18
     assert prepare_gaussian_mixture(tiny_config(tmp_path), Accelerator(), latents, tmp_path) is None

@@ -99,9 +99,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)  # since the last line of the log, averaged over processes
 
 
-def save_checkpoint(
-    accelerator: Accelerator, ema: EMAModel, progress: Progress, folder: Path, total_limit: int | None
-):
+def save_checkpoint(accelerator: Accelerator, ema: EMAModel, progress: Progress, folder: Path, limit: int | None):
     """Saves model, optimizer, averaged weights and progress, and removes the oldest checkpoints beyond the limit."""
 
     def write(path: Path):
@@ -115,8 +113,8 @@ def save_checkpoint(
         if accelerator.is_main_process:
             write_whole(folder / f"checkpoint-{progress.step}", write)
             # Accelerate's own limit removes the only complete checkpoint before the new one exists.
-            if total_limit is not None:
-                _discard(find_checkpoints(folder)[:-total_limit])
+            if limit is not None:
+                _discard(find_checkpoints(folder)[:-limit])
 
 
 def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path) -> Progress:

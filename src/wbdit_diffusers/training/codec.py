@@ -158,8 +158,7 @@ def refit_decoder(
     generator = torch.Generator().manual_seed(config.seed)
     parameters = [*codec.heads.parameters(), *codec.label_effects.parameters()]
     optimizer = _optimizer(codec, parameters, config.decoder_learning_rate)
-    # The learning rate falls to zero by the last step, or by the deadline.
-    highest = [group["lr"] for group in optimizer.param_groups]
+    highest = [group["lr"] for group in optimizer.param_groups]  # falls to zero by the last step or the deadline
     start = time.monotonic()
     for step in tqdm(range(config.decoder_steps), desc="Decoder", unit=" steps", mininterval=1):
         if step > 0 and time.monotonic() >= deadline:

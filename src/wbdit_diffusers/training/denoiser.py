@@ -112,9 +112,8 @@ class DenoiserTraining:
         assert config.train_batch_size is not None  # set by the config
         self.batch_size = min(config.train_batch_size, max(1, len(train_cells) // accelerator.num_processes))
         self.cells_per_step = self.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        # A step may end one epoch and begin the next.
-        steps_of_epochs = round(config.max_train_epochs * len(train_cells) / self.cells_per_step)
-        self.max_train_steps = min(config.max_train_steps, max(1, steps_of_epochs))
+        steps = round(config.max_train_epochs * len(train_cells) / self.cells_per_step)  # one may span two epochs
+        self.max_train_steps = min(config.max_train_steps, max(1, steps))
 
         self.validation_model = WhiteBoxDiTModel.from_config(model.config).to(accelerator.device).eval()
         # A random sample: files are often sorted by population.

@@ -103,8 +103,7 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
                 training.resume(checkpoint)
             if accelerator.is_main_process:
                 training.start_log()
-        cells = f"{len(latents)} training cells, {test_cells.n_obs} held-out cells"
-        logger.info(f"{cells}; {codec.num_features} features per cell; {training.cells_per_step} cells per step.")
+        logger.info(f"{len(latents)} training cells, {test_cells.n_obs} held out, {training.cells_per_step} per step.")
         training.run()
 
         with sync_errors(accelerator), stop_signal.deferred():
@@ -135,8 +134,7 @@ def _make_accelerator(config: TrainingConfig) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        fix = "use training/accelerate/multi_gpu.yaml, as the network is small"
-        raise ValueError(f"{accelerator.distributed_type.value}: {fix}.")
+        raise ValueError(f"{accelerator.distributed_type.value}: use training/accelerate/multi_gpu.yaml instead.")
     if config.report_to is not None and not accelerator.log_with:
         raise ValueError(f"--report_to {config.report_to}: this tracker is not installed. Install it.")
     return accelerator
