@@ -114,7 +114,6 @@ def test_two_processes_train_together_on_different_cells(pbmc_path, tmp_path):
 
 BAD = [
     (["--dataset", "absent.h5ad"], "no file absent.h5ad"),
-    (["--gradient_accumulation_steps", "9"], "an epoch has only 8 batches of 64 cells"),
     (["--test_fraction", "0"], "--test_fraction 0: Input should be greater than 0"),
     (["--resume_from_checkpoint", "absent"], "absent is no checkpoint of out"),
     (["--split", "absent.json"], "absent.json is missing"),

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import anndata as ad
-import h5py
 import numpy as np
 import pytest
 from scipy import sparse
@@ -28,14 +27,12 @@ def refusal(source: ad.AnnData | str, tmp_path: Path, **changes) -> str:
 def spoiled(cells: ad.AnnData, what: str) -> ad.AnnData:
     cells = cells[:200].copy()
     dense = cells.X.toarray()
-    if what in ("nan", "inf", "-1", "0.5", "3e38"):
+    if what in ("nan", "-1", "0.5"):
         dense[7, 3] = float(what)
     elif what == "log values":
         dense = np.log1p(dense)
     elif what == "empty":
         dense[:] = 0
-    elif what in ("complex64", "bool"):
-        dense = dense.astype(what)
     elif what.endswith(" cells"):
         return cells[: int(what.removesuffix(" cells"))].copy()
     elif what == "no genes":
@@ -44,39 +41,29 @@ def spoiled(cells: ad.AnnData, what: str) -> ad.AnnData:
         cells.obs_names = ["cell", "cell", *cells.obs_names[2:]]
     elif what == "genes twice":
         cells.var_names = ["gene", "gene", *cells.var_names[2:]]
-    elif what == "a gene without a name":
-        cells.var_names = [np.nan, *cells.var_names[1:]]
     elif what == "a label each":
         cells.obs["cell_type"] = [f"type {number}" for number in range(cells.n_obs)]
     elif what == "labels missing":
         cells.obs["cell_type"] = [None, *cells.obs["cell_type"].astype(str)[1:]]
     elif what == "only layers":
         return ad.AnnData(obs=cells.obs, var=cells.var, layers={"raw": cells.X})
-    elif what == "genes in one cell":
-        dense = np.eye(*dense.shape, dtype=np.float32)
-    cells.X = dense if what in ("complex64", "bool") else sparse.csr_matrix(dense)
+    cells.X = sparse.csr_matrix(dense)
     return cells
 
 
 CELLS = [
     ("nan", "holds nan (cell "),
-    ("inf", "holds inf (cell "),
     ("-1", "expression is never negative"),
     ("0.5", "which is not an integer count"),
-    ("3e38", "holds 3e+38"),
     ("log values", "which is not an integer count: use values='log'"),
     ("empty", "no counts at all"),
-    ("complex64", "holds values of type complex64"),
-    ("bool", "holds values of type bool"),
     ("9 cells", "training cells are too few to learn from: 10 are the minimum"),
     ("no genes", "× 0 genes"),
     ("cells twice", "The cell name 'cell' occurs more than once"),
     ("genes twice", "The gene name 'gene' occurs more than once"),
-    ("a gene without a name", "A gene name is NaN"),
     ("a label each", "too few to hold out a fraction of 0.2: the largest label has 1"),
     ("labels missing", "is missing for 1 cells: name or remove them"),
     ("only layers", "has no matrix in X; its layers are ['raw']"),
-    ("genes in one cell", "No gene is expressed in 3 cells"),
 ]
 
 
@@ -91,7 +78,6 @@ CONFIGS = [
     ({"layer": "raw"}, "has no layer 'raw'"),
     ({"values": "log"}, "not a logarithm of expression: use values='counts'"),
     ({"test_fraction": 0.0001}, "too few to hold out a fraction of 0.0001"),
-    ({"test_fraction": 0.9999}, "too few"),
 ]
 
 
@@ -103,22 +89,10 @@ def test_flags_that_do_not_fit_the_cells(changes, message, pbmc, tmp_path):
 # ==================== Files ====================
 
 
-def text_matrix(path: Path):
-    ad.AnnData(np.ones((30, 5), dtype=np.float32)).write_h5ad(path)
-    with h5py.File(path, "r+") as file:
-        del file["X"]
-        file["X"] = np.full((30, 5), "text", dtype=h5py.string_dtype())
-        file["X"].attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
-
-
 FILES = [
     ("absent.h5ad", lambda path, _: None, "There is no file absent.h5ad"),
-    ("folder.h5ad", lambda path, _: path.mkdir(), "folder.h5ad"),
     ("text.h5ad", lambda path, _: path.write_text("gene,cell\n"), "text.h5ad cannot be read as an .h5ad"),
-    ("empty.h5ad", lambda path, _: path.write_bytes(b""), "empty.h5ad cannot be read as an .h5ad"),
     ("half.h5ad", lambda path, whole: path.write_bytes(whole.read_bytes()[:90_000]), "half.h5ad cannot be read as"),
-    ("other.h5ad", lambda path, _: h5py.File(path, "w").close(), "other.h5ad cannot be read as an .h5ad"),
-    ("text_matrix.h5ad", lambda path, _: text_matrix(path), "text_matrix.h5ad holds values of type"),
 ]
 
 
@@ -138,7 +112,6 @@ def test_cells_are_given_once(pbmc, pbmc_path, tmp_path):
 
 SPLITS = [
     ("{", "is no split.json of a training"),
-    ({"train": 1, "test": 2}, "is no split.json of a training"),
     ({"train": ["a"], "test": ["b"]}, "The data have no cell 'a', nor 1 others"),
     ({"train": ["a"], "test": ["a"]}, "a cell is on both sides"),
     ({"train": [], "test": [], "prepared": "0" * 64}, "the split of a prepared folder"),

@@ -29,13 +29,9 @@ SAME = [  # in Python, and as flags
 ]
 REFUSED = [
     ("learning_rates", 1, "unknown: did you mean|Unexpected"),
-    ("learning_rate", "fast", "valid number"),
     ("learning_rate", math.nan, "finite number"),
     ("num_layers", 1.5, "valid integer"),
     ("num_genes", -1, "greater than or equal to 0"),
-    ("test_fraction", 1, "less than 1"),
-    ("max_train_steps", 0, "greater than 0"),
-    ("values", "raw", "'counts' or 'log'"),
     ("codec", "vae", "'program' or 'expression'"),
 ]
 
@@ -68,11 +64,6 @@ def test_wrong_values_are_refused_with_the_name_of_the_flag(name, value, message
         from_flags("--config", write_yaml(tmp_path / "config.yaml", {name: value}))
 
 
-def test_output_dir_is_required():
-    with pytest.raises(ValueError, match="^--output_dir is required.$"):
-        config_from_args(["train", "--dataset", "cells.h5ad"])
-
-
 def test_a_later_config_wins_and_flags_win_over_all(tmp_path):
     first = write_yaml(tmp_path / "first.yaml", {"seed": 1, "num_layers": 1, "learning_rate": 0.1})
     second = write_yaml(tmp_path / "second.yaml", {"seed": 2, "num_layers": 2})
@@ -98,18 +89,17 @@ def test_the_setting_of_the_paper():
     assert config.prediction_type == "epsilon" and not config.use_ema
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("- seed\n", "does not hold fields and values"),
-        ("seed: [3\n", "is not YAML"),
-        ("seed: 3\nlearning_rates: 1\n", "learning_rates is unknown: did you mean learning_rate?"),
-    ],
-)
+@pytest.mark.parametrize("text, message", [("- seed\n", "dictionary"), ("seed: [3\n", "while parsing")])
 def test_a_config_file_without_flags(text, message, tmp_path):
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+    with pytest.raises(ValueError, match=f"does not hold lines such as 'seed: 1': {message}"):
         read_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("key", ["library_size", "a/b", "twice"])
+def test_label_keys_that_cells_cannot_have(key):
+    with pytest.raises(ValueError, match=f"--label_keys {key}: the name is given twice or reserved"):
+        TrainingConfig(output_dir="out", label_keys=[key, "twice"])
 
 
 def test_absent_and_empty_config_files(tmp_path):
@@ -119,10 +109,10 @@ def test_absent_and_empty_config_files(tmp_path):
     assert from_flags("--config", str(tmp_path / "config.yaml")) == TrainingConfig(output_dir="out")
 
 
-@pytest.mark.parametrize("codec", CODEC_DEFAULTS)
+@pytest.mark.parametrize("codec", ["program", "expression"])
 def test_defaults_follow_the_codec(codec):
     config = TrainingConfig(output_dir="out", codec=codec)
-    assert {name: getattr(config, name) for name in CODEC_DEFAULTS[codec]} == CODEC_DEFAULTS[codec]
+    assert all(getattr(config, name) == defaults[codec] for name, defaults in CODEC_DEFAULTS.items())
     assert TrainingConfig(output_dir="out", codec=codec, num_layers=7).num_layers == 7
 
 

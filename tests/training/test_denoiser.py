@@ -8,13 +8,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny import column, read_log, tiny_config, weights
 
-from wbdit_diffusers import GaussianMixtureDenoiser, ScRNAProcessor, WhiteBoxDiTModel
-from wbdit_diffusers.data import CellDataset, encode_cells
+from wbdit_diffusers import GaussianMixtureDenoiser, WhiteBoxDiTModel
 from wbdit_diffusers.data.latents import Latents
 from wbdit_diffusers.sampling import signal_and_noise, training_scheduler
 from wbdit_diffusers.training import train
-from wbdit_diffusers.training.codec import fit_expression_codec
-from wbdit_diffusers.training.denoiser import DenoiserTraining, diffusion_loss, learning_rate
+from wbdit_diffusers.training.denoiser import DenoiserTraining, diffusion_loss, learning_rate, progress_of
 
 
 @pytest.fixture(scope="module")
@@ -25,50 +23,32 @@ def trained(pbmc, tmp_path_factory):
     return folder
 
 
-def prepare(cells, config, num_train: int = 500) -> tuple[DenoiserTraining, torch.Tensor]:
-    """The training of a denoiser on the first cells, and the latents of the others."""
-    train_cells, test_cells = cells[:num_train], cells[num_train:]
-    processor = ScRNAProcessor(num_genes=config.num_genes).fit(train_cells)
-    datasets = [CellDataset(part, processor) for part in (train_cells, test_cells)]
-    codec = fit_expression_codec(config, datasets[0])
-    train_latents, test_latents = [Latents(encode_cells(one, codec), one.class_labels, ()) for one in datasets]
-    training = DenoiserTraining(config, Accelerator(mixed_precision="no"), train_latents, test_latents, 0.0)
-    return training, test_latents.values
-
-
 # ==================== The learning rate ====================
 
 
 def test_learning_rate_warms_up_to_its_highest(tmp_path):
-    config = tiny_config(tmp_path, learning_rate=1e-3, lr_warmup_steps=10, max_train_steps=100)
-    rates = [learning_rate(config, 100, step, 0.0) for step in range(20)]
+    config = tiny_config(tmp_path, learning_rate=1e-3, lr_warmup_steps=10)
+    rates = [learning_rate(config, step, step / 100) for step in range(20)]
     np.testing.assert_allclose(rates[:10], 1e-3 * np.arange(1, 11) / 10)
     assert rates[10:] == [1e-3] * 10
-    config = tiny_config(tmp_path, learning_rate=1e-3, lr_warmup_steps=0, max_train_steps=100)
-    assert learning_rate(config, 100, 0, 0.0) == 1e-3
+    assert learning_rate(tiny_config(tmp_path, learning_rate=1e-3, lr_warmup_steps=0), 0, 0.0) == 1e-3
 
 
 @pytest.mark.parametrize(
     "step, seconds, expected",
     [
         (700, 0, 1.0),  # 70% of the steps are over: the decay begins
-        (850, 0, 0.5),
         (1000, 0, 0.01),  # never zero, or the last step would do nothing
-        (5, 42, 1.0),  # by the clock, which is further
-        (5, 51, 0.5),
-        (5, 60, 0.01),
+        (5, 51, 0.5),  # by the clock, which is further
         (5, 90, 0.01),  # over time
         (850, 42, 0.5),  # what is further decides
-        (700, 51, 0.5),
     ],
 )
 def test_learning_rate_decays_by_steps_or_by_minutes(step, seconds, expected, tmp_path):
-    limits = {"max_train_steps": 1000, "max_train_minutes": 1, "lr_warmup_steps": 5, "lr_decay_fraction": 0.3}
-    config = tiny_config(tmp_path, learning_rate=1.0, **limits)
-    assert learning_rate(config, 1000, step, seconds) == pytest.approx(expected)
-    if seconds == 0:
-        config = tiny_config(tmp_path, learning_rate=1.0, **{**limits, "max_train_minutes": None})
-        assert learning_rate(config, 1000, step, 1e9) == pytest.approx(expected)
+    config = tiny_config(tmp_path, learning_rate=1.0, max_train_minutes=1, lr_warmup_steps=5, lr_decay_fraction=0.3)
+    assert learning_rate(config, step, progress_of(config, 1000, step, seconds)) == pytest.approx(expected)
+    config.max_train_minutes = None
+    assert progress_of(config, 1000, step, 1e9) == step / 1000
 
 
 # ==================== The network ====================
@@ -132,16 +112,6 @@ def test_accumulated_gradients_are_those_of_one_larger_batch(pbmc, tmp_path, mon
         torch.testing.assert_close(small[name], large[name], atol=1e-5, rtol=1e-4, msg=name)
     np.testing.assert_allclose(column(tmp_path / "small", "loss"), column(tmp_path / "large", "loss"), rtol=1e-4)
     assert large["proj_out.weight"].abs().max() > 1e-3  # it starts at zero
-
-
-def test_a_diverged_denoiser_is_refused_and_not_saved(pbmc, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "wbdit_diffusers.training.denoiser.diffusion_loss", lambda *_: torch.tensor(np.nan).requires_grad_()
-    )
-    config = tiny_config(tmp_path, codec="expression", max_train_steps=10, checkpointing_steps=2)
-    with pytest.raises(ValueError, match="denoiser's loss is nan at step 2.*Lower --learning_rate"):
-        train(pbmc, config)
-    assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "model_index.json").exists()
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -229,22 +199,14 @@ def test_compiled_blocks_train_the_same_denoiser(pbmc, tmp_path, monkeypatch):
 # ==================== Validation ====================
 
 
-def test_the_validation_batch_is_a_random_sample(pbmc, tmp_path, monkeypatch):
+def test_the_validation_batch_is_a_random_sample(tmp_path, monkeypatch):
     """Files are often sorted by population: the first cells would be of one type."""
     monkeypatch.setattr("wbdit_diffusers.training.denoiser.VALIDATION_CELLS", 40)
-    train_cells, test_cells = pbmc[:500], pbmc[500:]
-    test_cells = test_cells[np.argsort(test_cells.obs["cell_type"].astype(str), kind="stable")]
-    cells = pbmc[[*train_cells.obs_names, *test_cells.obs_names]]
+    cells = Latents(torch.arange(200.0)[:, None], torch.zeros(200, 0, dtype=torch.long), ())
 
-    def sample(seed: int) -> list[int]:
-        training, everything = prepare(cells, tiny_config(tmp_path, codec="expression", seed=seed))
-        same = (training.validation_batch["latents"][:, None] == everything[None]).all(-1)  # (sample, held-out cells)
-        assert (same.sum(1) == 1).all()
-        return same.int().argmax(1).tolist()
+    def sample(seed: int) -> list[float]:
+        config, accelerator = tiny_config(tmp_path, seed=seed), Accelerator(mixed_precision="no")
+        training = DenoiserTraining(config, accelerator, cells, cells, 0.0)
+        return training.validation_batch["latents"][:, 0].tolist()
 
-    first = sample(0)
-    assert len(set(first)) == 40 and first == sample(0)
-    assert first != list(range(40)) and sample(1) != first
-    held_out, of_all = test_cells.obs["cell_type"].iloc[first], test_cells.obs["cell_type"]
-    common = of_all.value_counts()[lambda numbers: numbers >= 20].index
-    assert set(common) <= set(held_out) and of_all.iloc[:40].nunique() < held_out.nunique()
+    assert len(set(sample(0))) == 40 and max(sample(0)) > 100 and sample(0) == sample(0) != sample(1)

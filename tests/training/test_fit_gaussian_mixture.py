@@ -11,11 +11,7 @@ from tiny import tiny_config
 from wbdit_diffusers.data.latents import Latents
 from wbdit_diffusers.training import gaussian_mixture as module
 from wbdit_diffusers.training import train
-from wbdit_diffusers.training.gaussian_mixture import (
-    fit_gaussian_mixture,
-    prepare_gaussian_mixture,
-    share_of_mixture,
-)
+from wbdit_diffusers.training.gaussian_mixture import fit_gaussian_mixture, prepare_gaussian_mixture
 
 
 @pytest.fixture
@@ -36,23 +32,10 @@ def test_a_rare_label_has_a_component_and_its_own_weight(latents, monkeypatch):
         torch.testing.assert_close(mixture.log_weights.exp(), torch.tensor([0.99, 0.01]), atol=1e-5, rtol=0)
 
 
-def test_a_run_keeps_its_mixture(latents, tmp_path):
-    config, accelerator = tiny_config(tmp_path), Accelerator()
-    first = prepare_gaussian_mixture(config, accelerator, latents, tmp_path)
-    moved = Latents(latents.values + 1, latents.class_labels, latents.condition_sizes)
-    again = prepare_gaussian_mixture(config, accelerator, moved, tmp_path)
-    assert first.means.equal(again.means) and first.log_weights.equal(again.log_weights)
-
-
 def test_too_many_combinations_of_labels_have_no_mixture(latents, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(module, "MAX_SIZE", 17)  # 2 labels of 3 x 3 features would be 18
     assert prepare_gaussian_mixture(tiny_config(tmp_path), Accelerator(), latents, tmp_path) is None
-    assert "--mixture_share 0.3: a Gaussian mixture of 2 combinations" in caplog.text
-
-
-def test_the_share_falls_with_the_training(tmp_path):
-    config = tiny_config(tmp_path, mixture_share=0.2)
-    np.testing.assert_allclose([share_of_mixture(config, progress) for progress in (0, 0.5, 1)], [1, 0.6, 0.2])
+    assert "No Gaussian mixture: 2 combinations of labels" in caplog.text
 
 
 @pytest.mark.parametrize("share, said", [(0.0, "none"), (0.5, "1 to 0.5")])

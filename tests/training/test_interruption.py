@@ -22,7 +22,7 @@ from wbdit_diffusers.training.processes import limit_threads
 STEPS = {"label_keys": ["cell_type"], "max_train_steps": 12, "checkpointing_steps": 100, "validation_steps": 5}
 LEARNING_RATE = "wbdit_diffusers.training.denoiser.learning_rate"
 WHERE = {  # the function at whose call the signal comes, at which call, and the checkpoints that are left
-    "reading": ("wbdit_diffusers.training.cells.label_column", 1, []),
+    "reading": ("wbdit_diffusers.training.train.sample_cells", 1, []),
     "stage one": ("wbdit_diffusers.models.ProgramCodec.decoder_loss", 20, []),
     "seventh step": (LEARNING_RATE, 7, ["checkpoint-7"]),
     "writing": ("wbdit_diffusers.training.train.write_model_card", 1, []),
@@ -130,18 +130,16 @@ def threads(monkeypatch):
     """Sixteen threads on eight processors."""
     before = torch.get_num_threads()
     torch.set_num_threads(16)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     yield
     torch.set_num_threads(before)
-    os.environ.pop("OMP_NUM_THREADS", None)
 
 
 @pytest.mark.parametrize(
     "environment, expected", [({}, 8), ({"LOCAL_WORLD_SIZE": "3"}, 2), ({"OMP_NUM_THREADS": "16"}, 16)]
 )
-def test_processes_share_the_cpus_they_may_use(environment, expected, threads, monkeypatch):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_processes_share_the_cpus_they_may_use(environment, expected, threads):
+    os.environ.update(environment)
     limit_threads()
     assert torch.get_num_threads() == expected

@@ -1,11 +1,9 @@
 """`train`: from cells to a complete pipeline."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import anndata as ad
-import h5py
 import numpy as np
 import pytest
 import scanpy as sc
@@ -17,6 +15,7 @@ from tiny import assert_same_weights, column, read_log, tiny_config
 
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, write_cells
+from wbdit_diffusers.data.latents import Latents
 from wbdit_diffusers.processing import log_normalize
 from wbdit_diffusers.training import TrainingConfig, train
 from wbdit_diffusers.training.config import read_config
@@ -64,21 +63,11 @@ def test_output_is_a_complete_pipeline(trained, pbmc):
 def test_the_returned_pipeline_is_the_one_that_was_saved(trained):
     folder, returned = trained
     loaded = load(folder)
-    for name in ("denoiser", "codec"):
-        one, other = getattr(returned, name), getattr(loaded, name)
-        assert not one.training and one.device == torch.device("cpu")
-        assert one.state_dict().keys() == other.state_dict().keys()
-        assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+    assert not returned.denoiser.training and not returned.codec.training
+    assert returned.denoiser.device == returned.codec.device == torch.device("cpu")
     first, second = generate(returned), generate(loaded)
     np.testing.assert_array_equal(first.X.toarray(), second.X.toarray())
     assert first.obs.equals(second.obs)
-
-
-def test_no_file_says_where_the_folder_lay(trained, tmp_path):
-    folder, _ = trained
-    load(folder).save_pretrained(tmp_path)
-    for path in [*folder.glob("**/*.json"), *folder.glob("*.md"), *tmp_path.glob("**/*.json")]:
-        assert str(folder.parent) not in path.read_text(), path
 
 
 def test_the_model_card_says_what_was_trained(trained, pbmc):
@@ -102,7 +91,8 @@ def test_the_model_card_says_what_was_trained(trained, pbmc):
         assert f"| {name} | {value} |" in card
     assert all(name in card for key in KEYS for name in pbmc.obs[key].unique())
     assert "wbdit train --dataset cells.h5ad" in card and "--max_train_steps 8" in card
-    assert str(folder.parent) not in card + (folder / "training.json").read_text()
+    for path in [*folder.glob("**/*.json"), folder / "README.md"]:
+        assert str(folder.parent) not in path.read_text(), path
 
 
 def test_the_paper_s_config_and_flags_over_it(pbmc, tmp_path):
@@ -139,8 +129,7 @@ def test_values_that_are_no_counts_have_a_likelihood_of_their_own(pbmc, tmp_path
     real = tpm[:, cells.var_names].X
     assert cells.X.nnz / np.prod(cells.shape) == pytest.approx((real > 0).mean(), abs=0.05)
     assert cells.X.max() < 1.5 * real.max()
-    for name in ("obsm", "varm"):
-        assert getattr(cells, name)["X_programs" if name == "obsm" else "programs"].shape[1] == 8
+    assert cells.obsm["X_programs"].shape[1] == cells.varm["programs"].shape[1] == 8
     with pytest.raises(ValueError, match="trained on log values"):
         pipe(num_cells=3, library_size=1000)
 
@@ -167,45 +156,13 @@ def test_log_normalised_counts_are_modelled_as_counts(pbmc, tmp_path):
 
 def test_sources_of_the_same_cells_give_the_same_weights(pbmc, pbmc_path, tmp_path):
     train(pbmc, tiny_config(tmp_path / "anndata", **TWO_STEPS))
-    train(pbmc_path, tiny_config(tmp_path / "path", **TWO_STEPS))
     train(str(pbmc_path), tiny_config(tmp_path / "string", **TWO_STEPS))
     train(None, tiny_config(tmp_path / "dataset", dataset=pbmc_path, **TWO_STEPS))
-    for name in ("path", "string", "dataset"):
+    for name in ("string", "dataset"):
         assert_same_weights(tmp_path / name, tmp_path / "anndata")
 
 
-def test_a_training_opens_its_file_once(pbmc_path, tmp_path, monkeypatch):
-    opened, init = [], h5py.File.__init__
-
-    def counted(self, name, *args, **kwargs):
-        opened.append(str(name))
-        init(self, name, *args, **kwargs)
-
-    monkeypatch.setattr(h5py.File, "__init__", counted)
-    train(pbmc_path, tiny_config(tmp_path, **TWO_STEPS))
-    assert opened.count(str(pbmc_path)) == 1
-
-
-def test_cells_and_config_are_not_changed(pbmc, tmp_path):
-    cells, config = pbmc.copy(), tiny_config(tmp_path, **TWO_STEPS)
-    before = dataclasses.asdict(config)
-    train(cells, config)
-    assert dataclasses.asdict(config) == before
-    assert (cells.X != pbmc.X).nnz == 0 and cells.obs.equals(pbmc.obs) and list(cells.layers) == []
-
-
 # ==================== The split ====================
-
-
-def test_the_same_cells_held_out_with_another_seed(pbmc, tmp_path):
-    train(pbmc, tiny_config(tmp_path / "first", seed=3, **TWO_STEPS))
-    split = tmp_path / "first" / "split.json"
-    train(pbmc, tiny_config(tmp_path / "second", seed=4, split=split, **TWO_STEPS))
-    train(pbmc, tiny_config(tmp_path / "other", seed=4, **TWO_STEPS))
-    first, second, other = (CellSplit.load(tmp_path / name) for name in ("first", "second", "other"))
-    assert first.train == second.train and first.test == second.test
-    assert set(first.test) != set(other.test)
-    assert column(tmp_path / "first", "loss") != column(tmp_path / "second", "loss")
 
 
 def test_nothing_of_the_held_out_cells_is_in_the_model(pbmc, tmp_path):
@@ -228,15 +185,6 @@ def test_nothing_of_the_held_out_cells_is_in_the_model(pbmc, tmp_path):
     assert losses[0] != losses[1]  # the only thing that they are for
 
 
-def test_statistics_are_those_of_the_training_cells(trained, pbmc):
-    folder, pipe = trained
-    split = CellSplit.load(folder)
-    latents = pipe.encode_cells(pbmc[split.train])
-    torch.testing.assert_close(latents.mean(0), torch.zeros(9), atol=1e-3, rtol=0)
-    torch.testing.assert_close(latents.std(0), torch.ones(9), atol=1e-3, rtol=0)
-    assert pipe.encode_cells(pbmc[split.test]).mean(0).abs().max() > 0.01
-
-
 def test_held_out_cells_of_unknown_labels_are_left_out(pbmc, tmp_path):
     """Another run's split may hold out a whole population: the model can't be asked for it."""
     rare = (pbmc.obs["cell_type"] == "CD34+").to_numpy()
@@ -251,6 +199,18 @@ def test_held_out_cells_of_unknown_labels_are_left_out(pbmc, tmp_path):
     assert np.isfinite(column(tmp_path / "out", "validation_loss")).all()
 
 
+@pytest.mark.parametrize("codec", ["program", "expression"])
+def test_more_cells_than_fit_in_memory(codec, pbmc, tmp_path, monkeypatch):
+    """Stage one sees a sample, and latents are read from a file, which is removed at the end."""
+    monkeypatch.setattr("wbdit_diffusers.data.latents.MAX_CELLS_IN_MEMORY", 300)
+    monkeypatch.setattr("wbdit_diffusers.data.cells.CHUNK_SIZE", 64)
+    seen, batch = [], Latents.batch
+    monkeypatch.setattr(Latents, "batch", lambda self, *args: seen.append(len(self)) or batch(self, *args))
+    train(pbmc, tiny_config(tmp_path, codec=codec, max_train_steps=2))
+    assert max(seen) == 560 and np.isfinite(column(tmp_path, "loss")).all()
+    assert not (tmp_path / "latents.npy").exists()
+
+
 # ==================== Unusual data ====================
 
 
@@ -259,10 +219,6 @@ def unusual(cells: ad.AnnData, what: str) -> ad.AnnData:
     if what == "reads":  # each gene by a factor of its own, up to counts of a million
         factors = np.round(10 ** rng.uniform(2, 4, cells.n_vars))
         cells.X = (cells.X @ sparse.diags_array(factors)).tocsr()
-    elif what == "a gene everywhere":
-        counts = cells.X.tolil()
-        counts[:, 7] = rng.poisson(200, cells.n_obs) + 1
-        cells.X = counts.tocsr()
     elif what == "100 types":
         cells.obs["cell_type"] = [f"type {number}" for number in rng.permutation(np.arange(cells.n_obs) % 100)]
     elif what == "60 of one type":
@@ -270,7 +226,7 @@ def unusual(cells: ad.AnnData, what: str) -> ad.AnnData:
     return cells
 
 
-@pytest.mark.parametrize("what", ["reads", "a gene everywhere", "100 types", "60 of one type"])
+@pytest.mark.parametrize("what", ["reads", "100 types", "60 of one type"])
 def test_unusual_cells_are_learned(what, pbmc, tmp_path):
     cells = unusual(pbmc, what)
     config = tiny_config(tmp_path, label_keys=["cell_type"], codec_max_steps=500, decoder_steps=300, max_train_steps=5)
@@ -286,18 +242,7 @@ def test_unusual_cells_are_learned(what, pbmc, tmp_path):
     genes = known[:, pipe.processor.var_names].X.getnnz(axis=0) >= 30  # of others the reads of a few cells decide
     means, real_means = (np.asarray(x.X.mean(axis=0)).ravel()[genes] for x in (decoded, known[:, decoded.var_names]))
     assert np.corrcoef(np.log1p(means), np.log1p(real_means))[0, 1] > (0.9 if what == "reads" else 0.98)
-    if what == "a gene everywhere":
-        assert (decoded[:, cells.var_names[7]].X.toarray() > 0).mean() > 0.99
     assert generate(pipe).n_obs == 5
-
-
-def test_trainings_in_one_process_do_not_touch_each_other(trained, pbmc, tmp_path):
-    """After others, of other sizes, the same config gives the same pipeline."""
-    folder, _ = trained
-    train(pbmc, tiny_config(tmp_path / "between", gradient_accumulation_steps=2, **{**TWO_STEPS, "seed": 9}))
-    torch.manual_seed(123)
-    train(pbmc, tiny_config(tmp_path / "again", label_keys=KEYS, max_train_steps=8, validation_steps=4))
-    assert_same_weights(tmp_path / "again", folder)
 
 
 def test_push_to_hub(pbmc, hub, tmp_path, monkeypatch):
@@ -320,6 +265,6 @@ def test_push_to_hub(pbmc, hub, tmp_path, monkeypatch):
 def test_a_launcher_that_divides_the_network_is_refused(pbmc, tmp_path, monkeypatch):
     sharded = property(lambda accelerator: DistributedType.FSDP)
     monkeypatch.setattr("accelerate.Accelerator.distributed_type", sharded)
-    with pytest.raises(ValueError, match="FSDP would shard .* launch with training/accelerate/multi_gpu.yaml"):
+    with pytest.raises(ValueError, match="FSDP: use training/accelerate/multi_gpu.yaml"):
         train(pbmc, tiny_config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ import numpy as np
 from diffusers.utils import logging
 
 from ..data import cells as data_cells
-from ..data.cells import AnnDataSource, BackedSource, CellSource, NotByCellError, label_column
+from ..data.cells import AnnDataSource, BackedSource, CellSource, NotByCellError
 from ..data.prepared import PreparedCells, is_prepared
 from ..data.read import read_cells
 from ..data.split import CellSplit
@@ -27,12 +27,7 @@ MAX_TEST_CELLS = 10_000  # for the validation loss
 def open_cells(
     source: str | Path | ad.AnnData | None, config: TrainingConfig
 ) -> Iterator[tuple[CellSource, ad.AnnData, CellSplit]]:
-    """
-    Opens the cells of a training for as long as the `with` block runs, and leaves out empty cells.
-
-    Yields the training cells (in memory, or on disk if they are many), at most 10,000 held-out cells in memory, and
-    the split. A prepared folder may be on the Hub.
-    """
+    """Training cells (in memory or an open file), at most 10,000 held-out cells, and their split. None is empty."""
     given: list[Any] = [one for one in (source, config.dataset) if one is not None]
     if len(given) != 1:
         raise ValueError("Give `source` or --dataset, not both." if given else "--dataset is required.")
@@ -42,13 +37,11 @@ def open_cells(
         return
     with _open(source, config.layer) as cells:
         _check_number(len(cells.obs))
-        for key in config.label_keys:
-            label_column(cells.obs, key)
         is_empty = cells.empty_cells()
         if is_empty.any() and not is_empty.all():  # if all are, the processor says so
             logger.warning(f"{is_empty.sum()} of {len(is_empty)} cells are empty and left out.")
             cells = cells.take(np.flatnonzero(~is_empty))
-        split = _resumed_split(config) or CellSplit.draw(
+        split = _split_to_keep(config) or CellSplit.draw(
             cells, config.test_fraction, config.label_keys[0] if config.label_keys else None, config.seed
         )
         train, test = (np.sort(rows) for rows in split.rows(cells.obs.index))  # in the order of the file
@@ -62,45 +55,36 @@ def _open(source: str | Path | ad.AnnData, layer: str | None):
     """A source of all cells for a `with` block. A file of many cells stays on disk."""
     if isinstance(source, ad.AnnData):
         return nullcontext(AnnDataSource(source, layer))
-    if Path(source).suffix not in (".h5ad", ".zarr"):
-        return nullcontext(AnnDataSource(read_cells(source), layer, str(source)))
-    try:
-        file = BackedSource(source, layer)
-    except NotByCellError as error:
-        logger.warning(f"The whole file is read into memory: {error}")
-        return nullcontext(AnnDataSource(read_cells(source), layer, str(source)))
-    if not 0 < len(file.obs) <= data_cells.MAX_CELLS_IN_MEMORY:
-        return file
-    with file:
-        return nullcontext(AnnDataSource(file.read(), layer, str(source)))
+    if Path(source).suffix in (".h5ad", ".zarr"):
+        try:
+            file = BackedSource(source, layer)
+            if len(file.obs) > data_cells.MAX_CELLS_IN_MEMORY:
+                return file
+            with file:
+                return nullcontext(AnnDataSource(file.read(), layer, str(source)))
+        except NotByCellError as error:
+            logger.warning(f"The whole file is read into memory: {error}")
+    return nullcontext(AnnDataSource(read_cells(source), layer, str(source)))
 
 
 def _open_prepared(folder: str | Path, config: TrainingConfig) -> tuple[PreparedCells, ad.AnnData, CellSplit]:
     """The cells and the split of a folder that `wbdit prepare` wrote."""
-    train = PreparedCells(folder)
-    values = train.metadata["values"]
-    if values != config.values:
-        raise ValueError(f"{folder} was prepared with --values {values}: train with --values {values}.")
-    if "test" not in train.metadata["splits"]:
-        raise ValueError(f"{folder} has no held-out cells: prepare it with a --test_fraction above 0.")
+    train, test = PreparedCells(folder), PreparedCells(folder, "test")
     _check_number(len(train.obs))
-    for key in config.label_keys:
-        label_column(train.obs, key)
     split = CellSplit([], [], train.metadata["seed"], train.fingerprint)
-    resumed = _resumed_split(config)
-    if resumed is not None and resumed.prepared != split.prepared:
+    kept = _split_to_keep(config)
+    if kept is not None and kept.prepared != split.prepared:
         raise ValueError(f"{folder} is not the prepared folder of the split to continue with: give that one.")
-    return train, PreparedCells(folder, "test").sample(MAX_TEST_CELLS, config.seed), split
+    return train, test.sample(MAX_TEST_CELLS, config.seed), split
 
 
-def _resumed_split(config: TrainingConfig) -> CellSplit | None:
-    """The split of --split or of the run to resume."""
+def _split_to_keep(config: TrainingConfig) -> CellSplit | None:
+    """The split of the run to resume, or of --split."""
     is_resumed = config.resume_from_checkpoint is not None and (config.output_dir / CellSplit.FILE_NAME).is_file()
-    path = config.split or (config.output_dir if is_resumed else None)
+    path = config.output_dir if is_resumed else config.split
     return None if path is None else CellSplit.load(path)
 
 
 def _check_number(num_cells: int):
-    """Raises a `ValueError` if there are too few training cells."""
     if num_cells < MIN_CELLS:
         raise ValueError(f"{num_cells} training cells are too few to learn from: {MIN_CELLS} are the minimum.")

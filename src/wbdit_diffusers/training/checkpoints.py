@@ -9,13 +9,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from ..data.split import CellSplit
 from ..files import one_line, partial_path, remove, write_whole
 from ..hub.facts import TRAINING_NAME
-from .config import TrainingConfig, config_without_places
+from .config import OutputConfig, TrainingConfig, config_without_places
 from .processes import sync_errors
 
 
@@ -24,72 +24,61 @@ RUN_NAME, LATENTS_NAME, STAGE_ONE_NAME = "run.json", "latents.npy", "stage_one"
 FILES = ["README.md", "model_index.json", CellSplit.FILE_NAME, TRAINING_NAME, "training_log.csv", LATENTS_NAME]
 FILES += [STAGE_ONE_NAME, "codec", "denoiser", "processor", "scheduler", "logs/wbdit_diffusers", RUN_NAME]
 # Fields that change neither the cells nor the steps of a run
-MAY_CHANGE = {"max_train_minutes", "report_to", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"}
-MAY_CHANGE |= {"push_to_hub", "hub_model_id", "data_name", "data_license", "data_source"}
-MAY_CHANGE |= {"num_inference_steps", "scheduler"}
+MAY_CHANGE = {*OutputConfig.__annotations__, "max_train_minutes", "num_inference_steps", "scheduler"}
 
 
-def find_run(config: TrainingConfig) -> tuple[bool, Path | None]:
-    """Returns whether a run is resumed, and its checkpoint if it has one. Writes nothing."""
+def find_run(config: TrainingConfig) -> tuple[Path | None, list[Path]]:
+    """The checkpoint to resume from, and the files of the folder that this run replaces. Writes nothing."""
     folder, resume_from = config.output_dir, config.resume_from_checkpoint
-    checkpoints, has_run = find_checkpoints(folder), (folder / RUN_NAME).is_file()
+    checkpoints, files = find_checkpoints(folder), written_files(folder)
+    has_run = folder / RUN_NAME in files
     checkpoint = checkpoints[-1] if checkpoints else None
     if resume_from not in (None, "latest"):
         checkpoint = folder / Path(resume_from).name
         if checkpoint not in checkpoints or checkpoint.resolve() != Path(resume_from).resolve():
             raise ValueError(f"--resume_from_checkpoint {resume_from} is no checkpoint of {folder}. Use 'latest'.")
     if resume_from is not None and has_run:
-        _check_config(json.loads((folder / RUN_NAME).read_text()), config)
-        return True, checkpoint
-    files = [path.name for path in written_files(folder)]
-    if files and not has_run:
-        raise ValueError(f"--output_dir {folder} holds {files[0]}, but no {RUN_NAME} of a training: use another one.")
-    if files and not config.overwrite_output_dir:
+        old = json.loads((folder / RUN_NAME).read_text())
+        for name, value in config_without_places(config).items():
+            may_change = name in MAY_CHANGE or (name == "max_train_steps" and value >= old.get(name, value))
+            if value != old.get(name) and not may_change:
+                raise ValueError(f"--{name} {value}: the run to continue has {old.get(name)}. Use the same value.")
+        # Steps after the checkpoint are taken again.
+        return checkpoint, checkpoints[checkpoints.index(checkpoint) + 1 :] if checkpoint else []
+    if files and not (has_run and config.overwrite_output_dir):
         how = "Continue it with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
-        raise ValueError(f"--output_dir {folder} holds a run. {how}.")
-    return False, None
-
-
-def _check_config(old: dict, config: TrainingConfig):
-    """Raises a `ValueError` that names the first flag that a resumed run may not change."""
-    for name, value in config_without_places(config).items():
-        may_change = name in MAY_CHANGE or (name == "max_train_steps" and value >= old.get(name, value))
-        if value != old.get(name) and not may_change:
-            raise ValueError(f"--{name} {value}: the run to continue has {old.get(name)}. Use the same value.")
+        holds = f"a run. {how}" if has_run else f"{files[0].name}, but no {RUN_NAME} of a training. Use another one"
+        raise ValueError(f"--output_dir {folder} holds {holds}.")
+    return None, files
 
 
 @contextmanager
-def start_run(config: TrainingConfig, split: CellSplit, is_resumed: bool, checkpoint: Path | None) -> Iterator[None]:
-    """Locks the folder, removes what a new run replaces, and writes run.json and split.json."""
+def start_run(config: TrainingConfig, split: CellSplit, replaced: list[Path]) -> Iterator[None]:
+    """Locks the folder, removes what the run replaces, and writes run.json and split.json."""
     folder = config.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"--output_dir {folder}: another training writes there. Wait, or use another one.") from error
-    try:
-        checkpoints = find_checkpoints(folder)
-        if is_resumed and (folder / CellSplit.FILE_NAME).is_file() and CellSplit.load(folder) != split:
-            raise ValueError("--dataset: the run to continue has other training cells. Use its dataset and --split.")
-        if is_resumed:  # steps after the checkpoint are taken again
-            _discard(checkpoints[checkpoints.index(checkpoint) + 1 :] if checkpoint else [])
-        else:
-            _discard(written_files(folder))
-        for path in folder.glob(".*.partial"):
-            remove(path)
-        record = json.dumps(config_without_places(config), indent=1)
-        write_whole(folder / RUN_NAME, lambda path: path.write_text(record))
-        write_whole(folder / CellSplit.FILE_NAME, lambda path: path.write_text(json.dumps(asdict(split))))
-        yield
-    finally:
-        (folder / ".lock").unlink(missing_ok=True)
-        lock.release()
+    with FileLock(folder / ".lock", timeout=0):
+        try:
+            _discard(replaced)
+            for path in folder.glob(".*.partial"):
+                remove(path)
+            record = json.dumps(config_without_places(config), indent=1)
+            write_whole(folder / RUN_NAME, lambda path: path.write_text(record))
+            split.save(folder)
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
 
 
 def written_files(folder: Path) -> list[Path]:
     """The files and folders that a training has written, those that depend on others first."""
     return find_checkpoints(folder) + [folder / name for name in FILES if (folder / name).exists()]
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    folders = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
 
 
 def _discard(paths: list[Path]):
@@ -110,15 +99,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)  # since the last line of the log, averaged over processes
 
 
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    folders = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
-
-
-def save_checkpoint(
-    accelerator: Accelerator, ema: EMAModel, progress: Progress, folder: Path, total_limit: int | None
-):
+def save_checkpoint(accelerator: Accelerator, ema: EMAModel, progress: Progress, folder: Path, limit: int | None):
     """Saves model, optimizer, averaged weights and progress, and removes the oldest checkpoints beyond the limit."""
 
     def write(path: Path):
@@ -132,8 +113,8 @@ def save_checkpoint(
         if accelerator.is_main_process:
             write_whole(folder / f"checkpoint-{progress.step}", write)
             # Accelerate's own limit removes the only complete checkpoint before the new one exists.
-            if total_limit is not None:
-                _discard(find_checkpoints(folder)[:-total_limit])
+            if limit is not None:
+                _discard(find_checkpoints(folder)[:-limit])
 
 
 def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path) -> Progress:

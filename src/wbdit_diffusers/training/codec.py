@@ -4,8 +4,8 @@ import math
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +16,11 @@ from sklearn.exceptions import ConvergenceWarning
 from tqdm.auto import tqdm
 
 from ..data.latents import CellDataset, encode_cells
-from ..files import write_whole
 from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
 from ..models.likelihoods import LIKELIHOODS
 from .config import TrainingConfig
-from .processes import sync_errors
+from .processes import fit_once
 
 
 logger = get_logger(__name__)
@@ -34,11 +33,8 @@ MIN_GAINS = {"nb_mixture": 0.01, "quantile_hurdle": 0.1}
 DISPERSION_LEARNING_RATE = 1e-2
 # A fit ends when the validation loss is above its best by this fraction, or after so many steps without improvement.
 STOP_TOLERANCES = {"nb_mixture": 0.003, "quantile_hurdle": 0.1}
-PATIENCE = 1000
-MIN_IMPROVEMENT = 0.001
-MIN_STEPS = 100
+PATIENCE, MIN_STEPS, MIN_IMPROVEMENT = 1000, 100, 0.001
 VALIDATION_FRACTION, MAX_VALIDATION_CELLS = 0.1, 2000  # of the training cells
-MAX_STEPS_BETWEEN_VALIDATIONS = 100
 TIME_FRACTION = 1 / 3  # of max_train_minutes
 REFIT_FRACTION = 0.3  # of the time of stage one, for the second fit of the decoder
 SKEWED = 0.75  # skewness of the activities above which a program belongs to a few cells
@@ -47,54 +43,35 @@ SKEWED = 0.75  # skewness of the activities above which a program belongs to a f
 def prepare_codec(
     config: TrainingConfig, accelerator: Accelerator, cells: CellDataset, folder: Path, deadline: float = math.inf
 ) -> ProgramCodec | ExpressionCodec:
-    """Fits the codec in the main process, which saves it in `folder` for the others and for resumed runs."""
-    path, codec = folder / "codec", None
-    with sync_errors(accelerator):
-        if accelerator.is_main_process and not path.is_dir():
-            if config.codec == "program":
-                codec = fit_program_codec(config, cells, accelerator.device, deadline).cpu()
-            else:
-                codec = fit_expression_codec(config, cells)
-            folder.mkdir(exist_ok=True)
-            write_whole(path, codec.save_pretrained)
-    codec_class = ProgramCodec if config.codec == "program" else ExpressionCodec
-    return codec if codec is not None else codec_class.from_pretrained(path)
+    """The codec of a run, fitted by `deadline`, a time of `time.monotonic()`."""
+    path, device = folder / "codec", accelerator.device
+    if config.codec == "program":
+        return fit_once(accelerator, path, ProgramCodec, lambda: fit_program_codec(config, cells, device, deadline))
+    return fit_once(accelerator, path, ExpressionCodec, lambda: fit_expression_codec(config, cells))
 
 
 def fit_expression_codec(config: TrainingConfig, cells: CellDataset) -> ExpressionCodec:
     """Measures the mean and standard deviation of each gene."""
-    num_genes = cells.matrix.shape[1]
-    codec = ExpressionCodec(num_genes, config.values, config.standardize, config.model_library_size)
+    codec = ExpressionCodec(cells.matrix.shape[1], config.values, config.standardize, config.model_library_size)
     codec.fit_statistics(cells.matrix, cells.library_size)
-    return codec.eval()
+    return codec
 
 
 def fit_program_codec(
     config: TrainingConfig, cells: CellDataset, device: torch.device, deadline: float = math.inf
 ) -> ProgramCodec:
-    """
-    Fits gene programs, standardises the latents, and finds axes along which the programs can be read.
-
-    A number of programs that is not given is doubled while that lowers the validation loss enough. Each program is one
-    more dimension for the denoiser to learn, and a smaller gain is not worth it. The fit ends at `deadline` at the
-    latest, a time of `time.monotonic()`.
-    """
-    num_genes = cells.matrix.shape[1]
+    """Fits gene programs, standardises the latents, and finds axes along which the programs can be read."""
     search_deadline = deadline
     if config.decoder_steps > 0 and math.isfinite(deadline):
         search_deadline -= REFIT_FRACTION * max(0.0, deadline - time.monotonic())
-    max_programs = min(config.max_programs, num_genes)
-    first = config.num_programs or min(MIN_PROGRAMS, max_programs)
-    codec, best_loss = fit_programs(config, cells, first, device, search_deadline)
-    min_gain = MIN_GAINS[codec.config.likelihood]
-    while config.num_programs is None and 2 * codec.config.num_programs <= max_programs:
-        if time.monotonic() > search_deadline:
+    max_programs = min(config.num_programs or config.max_programs, cells.matrix.shape[1])
+    num_programs = max_programs if config.num_programs else min(MIN_PROGRAMS, max_programs)
+    codec, best_loss = fit_programs(config, cells, num_programs, device, search_deadline)
+    while 2 * num_programs <= max_programs and time.monotonic() <= search_deadline:
+        larger, loss = fit_programs(config, cells, 2 * num_programs, device, search_deadline)
+        if best_loss - loss < MIN_GAINS[codec.config.likelihood] * abs(best_loss):
             break
-        larger, loss = fit_programs(config, cells, 2 * codec.config.num_programs, device, search_deadline)
-        if best_loss - loss < min_gain * abs(best_loss):
-            break
-        codec, best_loss = larger, loss
-    num_programs = codec.config.num_programs
+        codec, best_loss, num_programs = larger, loss, 2 * num_programs
     latents = encode_cells(cells, codec)  # (cells, num_features), not standardised yet
     refit_decoder(config, cells, codec, latents[:, :num_programs], deadline)
     codec.standardize_latents(latents)
@@ -103,48 +80,29 @@ def fit_program_codec(
     return codec.eval()
 
 
-@dataclass
-class EarlyStopping:
-    """Ends a fit when its validation loss rises, or no longer falls. Fractions of it count from the zero point."""
-
-    tolerance: float
-    zero_point: float
-    best_loss: float = math.inf
-    best_step: int = 0
-    improved_loss: float = math.inf
-    improved_step: int = 0
-
-    def should_stop(self, loss: float, step: int) -> bool:
-        self.best_loss, self.best_step = min((self.best_loss, self.best_step), (loss, step))
-        scale = abs(self.best_loss - self.zero_point)
-        if self.best_loss < self.improved_loss - MIN_IMPROVEMENT * scale:
-            self.improved_loss, self.improved_step = self.best_loss, step
-        is_worse = loss - self.best_loss > self.tolerance * scale and step >= MIN_STEPS
-        return is_worse or step - self.improved_step >= PATIENCE
-
-
 def fit_programs(
     config: TrainingConfig, cells: CellDataset, num_programs: int, device: torch.device, deadline: float = math.inf
 ) -> tuple[ProgramCodec, float]:
-    """
-    Fits encoder and decoder together, until the loss of validation cells ends the fit.
-
-    The validation cells are *training* cells; held-out cells are never seen. The weights are the last ones, not those
-    of the best loss. Programs that follow their cells more closely give better cells once the decoder is fitted to
-    them (lab/experiments.md). Returns the codec and its best validation loss in nats per cell. For log
-    values, the loss counts from the start of the fit.
-    """
+    """Fits encoder and decoder together. Returns the codec and its best validation loss in nats per cell."""
     generator = torch.Generator().manual_seed(config.seed)
     shuffled = torch.randperm(len(cells), generator=generator).numpy()
     num_validation = min(max(1, int(len(cells) * VALIDATION_FRACTION)), MAX_VALIDATION_CELLS)
     validation_cells, train_cells = shuffled[:num_validation], shuffled[num_validation:]
-    codec = _new_codec(config, cells, num_programs).to(device)
+    torch.manual_seed(config.seed)
+    codec = ProgramCodec(
+        num_genes=cells.matrix.shape[1],
+        num_programs=num_programs,
+        hidden_size=config.codec_hidden_size,
+        likelihood="nb_mixture" if cells.is_counts else "quantile_hurdle",
+        condition_sizes=cells.condition_sizes,
+    )
+    codec.fit_statistics(cells.matrix, cells.library_size)
+    codec.to(device)
     optimizer = _optimizer(codec, codec.parameters(), config.codec_learning_rate)
     zero_point = 0.0 if cells.is_counts else _validation_loss(config, cells, codec, validation_cells)
     codec.start_programs(cells.matrix[train_cells], cells.library_size[train_cells], config.program_prior_precision)
-    stopping = EarlyStopping(STOP_TOLERANCES[codec.config.likelihood], zero_point)
-    # A fit to few cells overfits soon.
-    steps_between_validations = min(MAX_STEPS_BETWEEN_VALIDATIONS, max(10, len(train_cells) // 10))
+    best_loss, improved_loss, improved_step = math.inf, math.inf, 0
+    steps_between_validations = min(100, max(10, len(train_cells) // 10))  # a fit to few cells overfits soon
     progress_bar = tqdm(desc=f"Gene programs ({num_programs})", unit=" steps", mininterval=1)
     step, stop = 0, False
     while not stop:
@@ -160,26 +118,18 @@ def fit_programs(
             validation_loss = _validation_loss(config, cells, codec, validation_cells)
             if not math.isfinite(validation_loss):
                 raise ValueError(f"Gene programs: validation loss {validation_loss}. Lower --codec_learning_rate.")
-            stop = stopping.should_stop(validation_loss, step) or stop
+            best_loss = min(best_loss, validation_loss)
+            scale = abs(best_loss - zero_point)
+            if best_loss < improved_loss - MIN_IMPROVEMENT * scale:
+                improved_loss, improved_step = best_loss, step
+            is_worse = validation_loss - best_loss > STOP_TOLERANCES[codec.config.likelihood] * scale
+            stop |= (is_worse and step >= MIN_STEPS) or step - improved_step >= PATIENCE
             progress_bar.set_postfix(loss=round(loss.item(), 2), validation_loss=round(validation_loss, 2))
     progress_bar.close()
-    found = f"validation loss {stopping.best_loss:.2f} nats per cell"
-    logger.info(f"Gene programs: {found} ({num_programs} programs, {stopping.best_step} steps).")
-    return codec, stopping.best_loss - zero_point
-
-
-def _new_codec(config: TrainingConfig, cells: CellDataset, num_programs: int) -> ProgramCodec:
-    """A codec with random weights and the statistics of the cells."""
-    torch.manual_seed(config.seed)
-    codec = ProgramCodec(
-        num_genes=cells.matrix.shape[1],
-        num_programs=num_programs,
-        hidden_size=config.codec_hidden_size,
-        likelihood="nb_mixture" if cells.is_counts else "quantile_hurdle",
-        condition_sizes=cells.condition_sizes,
-    )
-    codec.fit_statistics(cells.matrix, cells.library_size)
-    return codec
+    logger.info(f"Gene programs ({num_programs}): validation loss {best_loss:.2f} nats per cell, {step} steps.")
+    # The weights stay the last ones: programs that follow their cells more closely give better cells once the decoder
+    # is fitted to them (lab/experiments.md).
+    return codec, best_loss - zero_point
 
 
 def _loss(config: TrainingConfig, cells: CellDataset, codec: ProgramCodec, indices: np.ndarray) -> torch.Tensor:
@@ -202,52 +152,38 @@ def refit_decoder(
     config: TrainingConfig, cells: CellDataset, codec: ProgramCodec, programs: torch.Tensor, deadline: float = math.inf
 ):
     """
-    Fits the decoder once more, to all training cells and their final programs.
-
-    The denoiser imitates these programs, without the posterior noise under which the decoder was first trained. So
-    all variation that is not in the programs must be in the decoder's noise. Labels get their effects here: with them
-    in the first fit, the programs would not distinguish cell types. The learning rate falls to zero by the last step,
-    or by `deadline`. `programs` has the shape `(cells, num_programs)`.
+    Fits the decoder to the final `programs` `(cells, num_programs)`, which the denoiser imitates. Labels get their
+    effects here: with them in the first fit, the programs would not distinguish cell types.
     """
     generator = torch.Generator().manual_seed(config.seed)
     parameters = [*codec.heads.parameters(), *codec.label_effects.parameters()]
     optimizer = _optimizer(codec, parameters, config.decoder_learning_rate)
-    highest = [group["lr"] for group in optimizer.param_groups]
-    step, start = 0, time.monotonic()
-    progress_bar = tqdm(total=config.decoder_steps, desc="Decoder", unit=" steps", mininterval=1)
-    while step < config.decoder_steps and (time.monotonic() < deadline or step == 0):
-        progress = step / config.decoder_steps
-        if math.isfinite(deadline):
-            progress = max(progress, min((time.monotonic() - start) / max(deadline - start, 1e-9), 1.0))
+    highest = [group["lr"] for group in optimizer.param_groups]  # falls to zero by the last step or the deadline
+    start = time.monotonic()
+    for step in tqdm(range(config.decoder_steps), desc="Decoder", unit=" steps", mininterval=1):
+        if step > 0 and time.monotonic() >= deadline:
+            logger.warning(f"Decoder: time for {step} of {config.decoder_steps} steps. Raise --max_train_minutes.")
+            break
+        time_share = min((time.monotonic() - start) / max(deadline - start, 1e-9), 1.0)
+        progress = max(step / config.decoder_steps, time_share)
         for group, rate in zip(optimizer.param_groups, highest):
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
         batch = torch.randint(len(cells), (2 * config.codec_batch_size,), generator=generator)
-        values, library_size = cells.cells(batch.numpy())
         class_labels = None if cells.class_labels is None else cells.class_labels[batch]
-        some, values, library_size = (one.to(codec.device) for one in (programs[batch], values, library_size))
+        parts = programs[batch], *cells.cells(batch.numpy())
+        some, values, library_size = (part.to(codec.device) for part in parts)
         loss = codec.decoder_loss(some, values, library_size, class_labels).mean()
         loss = loss + prior_loss(config, codec, len(cells))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        step += 1
-        progress_bar.update()
-    progress_bar.close()
-    if step < config.decoder_steps:
-        logger.warning(f"Decoder: time for {step} of {config.decoder_steps} steps. Raise --max_train_minutes.")
-    if not all(torch.isfinite(parameter).all() for parameter in parameters):
-        raise ValueError("Decoder: the weights are not finite. Lower --decoder_learning_rate.")
 
 
 @torch.no_grad()
 def find_program_axes(codec: ProgramCodec, programs: torch.Tensor):
     """
-    Finds independent components of the programs. Decoded cells are the same along any axes. Along these, a response
-    such as that to interferon is one program instead of several (lab/experiments.md). The latents keep their axes.
-
-    The components are uncorrelated and sorted by the variance that they explain. A program is positive in the few
-    cells that have it. If its activities are not skewed, it is positive where it raises few genes by much. The
-    standardised programs `(cells, num_programs)` keep their axes if cells are few or a program is constant.
+    Finds independent components of the programs `(cells, num_programs)`, so that a response such as that to interferon
+    is one of them, not several (lab/experiments.md). Few cells and flat programs keep their axes, as latents do.
     """
     is_flat = torch.linalg.matrix_rank(programs - programs.mean(0)) < programs.shape[1]
     if len(programs) < 2 * programs.shape[1] or is_flat:
@@ -263,6 +199,7 @@ def find_program_axes(codec: ProgramCodec, programs: torch.Tensor):
     codec.program_axes.copy_(torch.from_numpy(analysis.components_) @ whitening)
     loadings = codec.weighted_loadings  # (genes, num_programs)
     skewness = (centered.to(loadings) @ codec.program_axes.T).pow(3).mean(0)  # of activities, whose variance is 1
+    # A program is positive in the few cells that have it, or else where it raises few genes by much.
     signs = torch.where(skewness.abs() > SKEWED, skewness, loadings.pow(3).sum(0)).sign()
     order = loadings.square().sum(0).argsort(descending=True)
     codec.program_axes.copy_((signs[:, None] * codec.program_axes)[order])
@@ -278,9 +215,7 @@ def prior_loss(config: TrainingConfig, codec: ProgramCodec, num_cells: int) -> t
     return squares / (2 * num_cells)
 
 
-def _optimizer(
-    codec: ProgramCodec, parameters: Iterable[torch.nn.Parameter], learning_rate: float
-) -> torch.optim.Adam:
+def _optimizer(codec: ProgramCodec, parameters: Iterable[Any], learning_rate: float) -> torch.optim.Adam:
     """Adam with a separate learning rate for each gene's noise."""
     noise = [*(head.bias for head in list(codec.heads.values())[1:]), *codec.gene_parameters.values()]
     others = [parameter for parameter in parameters if all(parameter is not one for one in noise)]

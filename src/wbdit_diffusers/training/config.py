@@ -1,7 +1,4 @@
-"""The configuration of a training, and its only defaults.
-
-Python code, YAML files and flags of the command line all make a [`TrainingConfig`], which checks every value once.
-"""
+"""The configuration of a training, and its only defaults: the same from Python, YAML files and flags."""
 
 import dataclasses
 import shlex
@@ -20,25 +17,14 @@ from ..flags import did_you_mean, pydantic_config
 SHIPPED_CONFIGS = resources.files(__package__) / "configs"
 
 # Defaults that depend on the codec. With an expression codec they are those of the published network.
-CODEC_DEFAULTS = {
-    "program": {
-        "block_type": "descent",
-        "num_layers": 4,
-        "num_attention_heads": 4,
-        "attention_head_dim": 24,
-        "train_batch_size": 256,
-    },
-    "expression": {
-        "block_type": "white_box",
-        "patch_size": 10,
-        "num_layers": 3,
-        "num_attention_heads": 8,
-        "attention_head_dim": 96,
-        "train_batch_size": 64,
-    },
+CODEC_DEFAULTS: dict[str, dict[str, Any]] = {
+    "block_type": {"program": "descent", "expression": "white_box"},
+    "patch_size": {"program": None, "expression": 10},
+    "num_layers": {"program": 4, "expression": 3},
+    "num_attention_heads": {"program": 4, "expression": 8},
+    "attention_head_dim": {"program": 24, "expression": 96},
+    "train_batch_size": {"program": 256, "expression": 64},
 }
-
-RESERVED_LABELS = ("library_size", "_index")  # columns of obs that generated cells have
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -54,8 +40,7 @@ class DataConfig:
     """The cells."""
 
     dataset: Address | None = None
-    """Training data: an .h5ad or .zarr file, or a folder that `wbdit prepare` wrote, here or on the Hub
-    (hf://datasets/me/cells)."""
+    """Training data: an .h5ad or .zarr file, or a prepared folder, here or on the Hub (hf://datasets/me/cells)."""
     layer: Name | None = None
     """Layer that holds the matrix. Default: X."""
     values: Literal["counts", "log"] = "counts"
@@ -91,8 +76,7 @@ class ProgramCodecConfig:
     codec_max_steps: PositiveInt = 20_000
     """Maximum number of steps of a fit in stage one. The loss of validation cells mostly ends it much earlier."""
     kl_weight: NonNegativeFloat = 0.3
-    """Weight of the divergence between a cell's posterior and a standard normal distribution. It keeps the encoder
-    from fitting the noise of single counts."""
+    """Weight of the divergence of a cell's posterior. It keeps the encoder from fitting the noise of single counts."""
     decoder_steps: Annotated[int, Field(ge=0)] = 600
     """Number of steps of the decoder's second fit, to the final programs of all training cells."""
     decoder_learning_rate: LearningRate = 3e-3
@@ -114,11 +98,10 @@ class DenoiserConfig:
     """The network that denoises latents."""
 
     block_type: Literal["descent", "white_box", "dit"] | None = None
-    """Block of the network: "descent", whose two steps descend on the objective that they are derived from;
-    "white_box", the published block (MSSA and ISTA); or "dit", the plain DiT block as a baseline."""
+    """Block of the network: "descent", whose steps descend on their objective; "white_box", the published block (MSSA
+    and ISTA); or "dit", the plain DiT block as a baseline."""
     patch_size: PositiveInt | None = None
-    """Number of values of a cell in a token. Default: 10 for expression. For gene programs it is 1, or more if a cell
-    would have more than 32 tokens."""
+    """Number of values of a cell in a token. Default: 10 for expression; 1 for up to 31 programs, then more."""
     num_layers: Annotated[int, Field(gt=0, le=256)] | None = None
     """Number of blocks."""
     num_attention_heads: Annotated[int, Field(gt=0, le=256)] | None = None
@@ -126,8 +109,8 @@ class DenoiserConfig:
     attention_head_dim: Annotated[int, Field(gt=0, le=1024)] | None = None
     """Dimension of a head. The width of the network is the number of heads times this."""
     mixture_share: Fraction = 0.3
-    """Share of the Gaussian mixture in the training target at the end. With gene programs the network first learns the
-    closed-form prediction of a Gaussian mixture, then more and more from the cells. 0 for the cells alone."""
+    """Share of the Gaussian mixture in the training target at the end. The network first learns its closed-form
+    prediction, then more and more from the cells. 0 for the cells alone. Only for gene programs."""
     condition_dropout: Share = 0.1
     """Fraction of the cells that are trained without labels, as guidance requires."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
@@ -187,8 +170,8 @@ class OutputConfig:
     checkpoints_total_limit: PositiveInt | None = None
     """Number of most recent checkpoints to keep. Default: all."""
     resume_from_checkpoint: Name | None = None
-    """Checkpoint folder in output_dir to continue from, or "latest". Flags must be the same, except for those of
-    outputs and duration. Without a checkpoint the run starts at the beginning."""
+    """Checkpoint folder in output_dir to continue from, or "latest". Without a checkpoint the run starts at the
+    beginning. Only flags of outputs and duration may change."""
     overwrite_output_dir: bool = False
     """Whether to remove what another training wrote to output_dir."""
     report_to: Name | None = None
@@ -210,11 +193,8 @@ class TrainingConfig(
     OutputConfig, OptimizationConfig, DenoiserConfig, ExpressionCodecConfig, ProgramCodecConfig, DataConfig
 ):
     """
-    The configuration of a training. All fields but `output_dir` have defaults. Their descriptions are in
-    `training/config.py` and in `wbdit train --help`.
-
-    Raises:
-        pydantic.ValidationError: (a `ValueError`) If a field is unknown, of another type or out of range.
+    The configuration of a training. All fields but `output_dir` have defaults; `wbdit train --help` describes them.
+    Raises a `pydantic.ValidationError` (a `ValueError`) if a field is unknown, of another type or out of range.
     """
 
     codec: Literal["program", "expression"] = "program"
@@ -223,24 +203,17 @@ class TrainingConfig(
 
     def __post_init__(self):
         """Sets the defaults that depend on the codec, and checks fields against each other."""
-        for name, value in CODEC_DEFAULTS[self.codec].items():
+        for name, defaults in CODEC_DEFAULTS.items():
             if getattr(self, name) is None:
-                setattr(self, name, value)
+                setattr(self, name, defaults[self.codec])
         for key in self.label_keys:
-            if self.label_keys.count(key) > 1:
-                raise ValueError(f"--label_keys names {key!r} twice.")
-            if key in RESERVED_LABELS or "/" in key:
-                raise ValueError(f"--label_keys {key}: this name is reserved. Rename the column of obs.")
+            if self.label_keys.count(key) > 1 or key in ("library_size", "_index") or "/" in key:
+                raise ValueError(f"--label_keys {key}: the name is given twice or reserved. Rename the column of obs.")
         if self.num_attention_heads * self.attention_head_dim % 4:
             raise ValueError("--num_attention_heads times --attention_head_dim must be a multiple of 4.")
-        if self.resume_from_checkpoint is not None and self.overwrite_output_dir:
-            raise ValueError("--overwrite_output_dir removes the run that --resume_from_checkpoint continues.")
 
 
-# ==================== YAML files and flags ====================
-
-# Fields that name places on one machine
-PLACES = {"dataset", "split", "output_dir", "resume_from_checkpoint", "overwrite_output_dir"}
+PLACES = {"dataset", "split", "output_dir", "resume_from_checkpoint", "overwrite_output_dir"}  # on one machine
 
 
 def config_without_places(config: TrainingConfig) -> dict[str, Any]:
@@ -254,8 +227,7 @@ def command_of(config: TrainingConfig) -> str:
     words = ["wbdit", "train", "--dataset", dataset, "--output_dir", config.output_dir.resolve().name]
     if config.split is not None:
         words += ["--split", config.split.name]
-    defaults = config_without_places(TrainingConfig(output_dir=config.output_dir, codec=config.codec))
-    defaults["codec"] = "program"
+    defaults = vars(TrainingConfig(output_dir=config.output_dir, codec=config.codec)) | {"codec": "program"}
     for name, value in config_without_places(config).items():
         if value == defaults[name] or name in ("push_to_hub", "hub_model_id", "report_to"):
             continue
@@ -270,21 +242,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """Reads a YAML file of fields, or a config in this package: `"paper"`, or the name of a public dataset."""
     from ..data.public import RECIPES
 
-    shipped = {Path(str(file)).stem: file for file in SHIPPED_CONFIGS.iterdir()}
-    file = Path(path) if Path(path).is_file() else shipped.get(str(path))
-    if file is None and str(path) in RECIPES:
+    if str(path) in RECIPES:
         return {"dataset": f"{path}.h5ad", **RECIPES[str(path)].config}
-    if file is None:
+    shipped = {Path(str(file)).stem: file for file in SHIPPED_CONFIGS.iterdir()}
+    file = shipped.get(str(path), Path(path))
+    if not file.is_file():
         names = ", ".join([*sorted(shipped), *RECIPES])
         raise FileNotFoundError(f"--config {path}: no such file. Configs in this package: {names}.")
     try:
-        values = yaml.safe_load(file.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not YAML: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {path} does not hold fields and values. Write lines such as 'seed: 1'.")
+        values = dict(yaml.safe_load(file.read_text()) or {})
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"--config {path} does not hold lines such as 'seed: 1': {one_line(error)}") from error
     fields = [field.name for field in dataclasses.fields(TrainingConfig)]
-    for name in values:
-        if name not in fields:
-            raise ValueError(f"--config {path}: {name} is unknown{did_you_mean(str(name), fields)}")
+    if unknown := [str(name) for name in values if name not in fields]:
+        raise ValueError(f"--config {path}: {unknown[0]} is unknown{did_you_mean(unknown[0], fields)}")
     return values

@@ -1,6 +1,5 @@
 """Stage two: trains the denoiser on the latents of the training cells."""
 
-import csv
 import math
 import time
 from pathlib import Path
@@ -21,15 +20,13 @@ from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..sampling.schedulers import signal_and_noise, training_scheduler
 from .checkpoints import Progress, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
-from .gaussian_mixture import share_of_mixture
 from .processes import TrainingInterrupted, stop_signal, sync_errors
 
 
 logger = get_logger(__name__)
 
 MAX_TOKENS = 32  # of a cell, if no patch size is given. With more tokens a step takes too long on a CPU.
-VALIDATION_CELLS = 512
-VALIDATION_DRAWS = 4  # of noise and timesteps, for each of these cells
+VALIDATION_CELLS, VALIDATION_DRAWS = 512, 4  # each cell with so many draws of noise and timestep
 LOG_COLUMNS = ["step", "epoch", "seconds", "learning_rate", "loss", "validation_loss"]
 
 
@@ -42,11 +39,8 @@ def diffusion_loss(
     share: float = 0.0,
 ) -> torch.Tensor:
     """
-    Mean squared error of the prediction, at one random timestep for each cell.
-
-    A batch has `latents` `(batch, num_features)` and `class_labels` `(batch, num_label_keys)`. The prediction of the
-    Gaussian mixture is a `share` of the target, from 0 to 1 (distillation, arXiv 1907.04829). It is the mean over all
-    clean cells that fit a noisy one, so it has less variance than the noise of a single cell.
+    Mean squared error of the prediction, at one random timestep for each cell. The Gaussian mixture's prediction is a
+    `share` of the target (distillation, arXiv 1907.04829): it varies less than the noise of a single cell.
     """
     latents = batch["latents"]  # (batch, num_features)
     noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
@@ -54,7 +48,7 @@ def diffusion_loss(
     end = noise_scheduler.config.num_train_timesteps
     timesteps = torch.randint(1, end, (len(latents),), generator=generator, device=latents.device)  # (batch,)
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-    class_labels = batch["class_labels"] if batch["class_labels"].shape[1] else None
+    class_labels = batch["class_labels"] if batch["class_labels"].shape[1] else None  # (batch, num_label_keys)
     prediction = model(noisy_latents, timesteps, class_labels=class_labels, return_dict=False)[0]
     if gaussian_mixture is not None:
         with torch.no_grad():
@@ -62,48 +56,26 @@ def diffusion_loss(
         a, s = signal_and_noise(noise_scheduler, timesteps, latents)  # (batch, 1) each
         latents = torch.lerp(latents, a * noisy_latents - s * velocity, share)
         noise = torch.lerp(noise, s * noisy_latents + a * velocity, share)
-    target = {
-        "epsilon": lambda: noise,
-        "v_prediction": lambda: noise_scheduler.get_velocity(latents, noise, timesteps),
-        "sample": lambda: latents,
-    }[noise_scheduler.config.prediction_type]()
-    return F.mse_loss(prediction.float(), target)
+    velocity = noise_scheduler.get_velocity(latents, noise, timesteps)
+    targets = {"epsilon": noise, "v_prediction": velocity, "sample": latents}
+    return F.mse_loss(prediction.float(), targets[noise_scheduler.config.prediction_type])
 
 
 def progress_of(config: TrainingConfig, max_train_steps: int, step: int, seconds: float) -> float:
     """The progress of the training from 0 to 1, by steps or by time, whichever is further."""
-    progress = step / max_train_steps
-    if config.max_train_minutes is not None:
-        progress = max(progress, seconds / (config.max_train_minutes * 60))
-    return min(progress, 1.0)
+    time_share = seconds / ((config.max_train_minutes or math.inf) * 60)
+    return min(max(step / max_train_steps, time_share), 1.0)
 
 
-def learning_rate(config: TrainingConfig, max_train_steps: int, step: int, seconds: float) -> float:
+def learning_rate(config: TrainingConfig, step: int, progress: float) -> float:
     """The learning rate: warm-up, plateau, and a linear decay that ends with the training."""
-    progress = progress_of(config, max_train_steps, step, seconds)
     warmup = min(1.0, (step + 1) / max(config.lr_warmup_steps, 1))
     decay = min(1.0, (1 - progress) / config.lr_decay_fraction) if config.lr_decay_fraction > 0 else 1.0
     return config.learning_rate * warmup * max(decay, 0.01)
 
 
-def batch_sizes(config: TrainingConfig, num_cells: int, num_processes: int) -> tuple[int, int]:
-    """The number of cells in a batch of one process, and in an optimizer step."""
-    assert config.train_batch_size is not None  # set by the config
-    batch_size = min(config.train_batch_size, max(1, num_cells // num_processes))
-    num_batches = num_cells // batch_size // num_processes
-    if config.gradient_accumulation_steps > num_batches:
-        flag = f"--gradient_accumulation_steps {config.gradient_accumulation_steps}"
-        raise ValueError(f"{flag}: an epoch has only {num_batches} batches of {batch_size} cells. Use fewer.")
-    return batch_size, batch_size * config.gradient_accumulation_steps * num_processes
-
-
 class DenoiserTraining:
-    """
-    The training loop and its state.
-
-    The held-out cells `test_cells` are for the validation loss. The training began at `start_time`, a time of
-    `time.monotonic()`, with stage one. The network learns from `gaussian_mixture` first.
-    """
+    """The training loop and its state. It began with stage one at `start_time`, a time of `time.monotonic()`."""
 
     def __init__(
         self,
@@ -130,18 +102,18 @@ class DenoiserTraining:
             condition_sizes=train_cells.condition_sizes,
             condition_dropout=config.condition_dropout,
         )
-        decay = config.weight_decay
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=decay, fused=True)
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
         ema_decay = config.ema_decay if config.use_ema else 0.0  # with decay 0 the average is the model itself
         self.ema = EMAModel(model.parameters(), decay=ema_decay, use_ema_warmup=True, power=2 / 3, foreach=True)
         self.ema.to(accelerator.device)
         if config.compile:
             model.compile_repeated_blocks(fullgraph=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.batch_size, self.cells_per_step = batch_sizes(config, len(train_cells), accelerator.num_processes)
-        # A step may end one epoch and begin the next.
-        steps_of_epochs = round(config.max_train_epochs * len(train_cells) / self.cells_per_step)
-        self.max_train_steps = min(config.max_train_steps, max(1, steps_of_epochs))
+        assert config.train_batch_size is not None  # set by the config
+        self.batch_size = min(config.train_batch_size, max(1, len(train_cells) // accelerator.num_processes))
+        self.cells_per_step = self.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        steps = round(config.max_train_epochs * len(train_cells) / self.cells_per_step)  # one may span two epochs
+        self.max_train_steps = min(config.max_train_steps, max(1, steps))
 
         self.validation_model = WhiteBoxDiTModel.from_config(model.config).to(accelerator.device).eval()
         # A random sample: files are often sorted by population.
@@ -161,15 +133,9 @@ class DenoiserTraining:
 
     def start_log(self):
         """Writes the header of the log. A resumed run keeps the lines up to its checkpoint."""
-        rows = list(csv.DictReader(self.log_path.open())) if self.progress.step and self.log_path.exists() else []
-
-        def write(path: Path):
-            with path.open("w", newline="") as file:
-                log = csv.DictWriter(file, LOG_COLUMNS)
-                log.writeheader()
-                log.writerows(row for row in rows if int(row["step"]) <= self.progress.step)
-
-        write_whole(self.log_path, write)
+        rows = self.log_path.read_text().splitlines()[1:] if self.log_path.exists() else []
+        lines = [",".join(LOG_COLUMNS), *(row for row in rows if int(row.split(",")[0]) <= self.progress.step)]
+        write_whole(self.log_path, lambda path: path.write_text("\n".join([*lines, ""])))
 
     def run(self):
         """Trains until the last step, until the time is over, or until a signal, for which it saves a checkpoint."""
@@ -177,22 +143,16 @@ class DenoiserTraining:
         if self.max_train_steps < config.max_train_steps and config.max_train_minutes is None:
             end = f"end after {self.max_train_steps:,} steps, before --max_train_steps {config.max_train_steps}"
             logger.info(f"{config.max_train_epochs:,} passes over the training cells {end}. Raise --max_train_epochs.")
+        total = self.max_train_steps if config.max_train_minutes is None else None  # unknown with a time limit
+        hidden = not self.accelerator.is_local_main_process
         self.progress_bar = tqdm(
-            # A time limit leaves the number of steps unknown.
-            total=self.max_train_steps if config.max_train_minutes is None else None,
-            initial=progress.step,
-            desc="Denoiser",
-            unit=" steps",
-            mininterval=1,
-            disable=not self.accelerator.is_local_main_process,
+            desc="Denoiser", total=total, initial=progress.step, unit=" steps", mininterval=1, disable=hidden
         )
         self.model.train()
-        # Losses since the last line of the log
-        self.losses = list(torch.tensor(progress.losses, device=self.accelerator.device))
+        self.losses = list(torch.tensor(progress.losses, device=self.accelerator.device))  # since the last log line
         with stop_signal.deferred(), self.progress_bar:
             while progress.step < self.max_train_steps and not self._step():
                 pass
-        self.accelerator.wait_for_everyone()
 
     def _step(self) -> bool:
         """Takes an optimizer step, writes what is due, and returns whether the training is over."""
@@ -227,11 +187,15 @@ class DenoiserTraining:
         start = progress.num_seen + accelerator.process_index * self.batch_size
         batch = self.train_cells.batch(self.order[start : start + self.batch_size], accelerator.device)
         progress.num_seen += self.batch_size * accelerator.num_processes
-        now = config, self.max_train_steps, progress.step, self.seconds
+        fraction = progress_of(config, self.max_train_steps, progress.step, self.seconds)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(*now)
-        share = share_of_mixture(config, progress_of(*now))
-        generator = self.seed_batch(number)
+            group["lr"] = learning_rate(config, progress.step, fraction)
+        share = 1 - (1 - config.mixture_share) * fraction  # falls from 1
+        # A resumed run draws the same label dropout (from PyTorch's global generator), noise and timesteps.
+        index = (progress.step * config.gradient_accumulation_steps + number) * accelerator.num_processes
+        seed = config.seed * 1_000_003 + index + accelerator.process_index
+        torch.manual_seed(seed)
+        generator = torch.Generator(accelerator.device).manual_seed(seed)
         with accelerator.accumulate(self.model):
             loss = diffusion_loss(self.model, self.noise_scheduler, batch, generator, self.gaussian_mixture, share)
             accelerator.backward(loss)
@@ -241,21 +205,9 @@ class DenoiserTraining:
             self.optimizer.zero_grad()
         self.losses.append(loss.detach())
 
-    def seed_batch(self, number: int) -> torch.Generator:
-        """
-        Seeds PyTorch's global generator, which draws the label dropout, and returns one for noise and timesteps.
-        The seed follows from the step, batch and process indices, so that a resumed run is exact.
-        """
-        accelerator, config = self.accelerator, self.config
-        index = (self.progress.step * config.gradient_accumulation_steps + number) * accelerator.num_processes
-        seed = config.seed * 1_000_003 + index + accelerator.process_index
-        torch.manual_seed(seed)
-        return torch.Generator(accelerator.device).manual_seed(seed)
-
     def _asked_to_stop(self) -> tuple[bool, int]:
         """Whether the time is over, and the number of a signal, in any process: all must stop at the same step."""
-        minutes = self.config.max_train_minutes
-        asked = [int(minutes is not None and self.seconds > minutes * 60), stop_signal.number]
+        asked = [int(self.seconds > 60 * (self.config.max_train_minutes or math.inf)), stop_signal.number]
         if self.accelerator.num_processes > 1:
             if self.accelerator.device.type != "cpu" and self.progress.step % 10:  # it waits for the GPUs
                 return False, 0
@@ -280,18 +232,14 @@ class DenoiserTraining:
         return torch.stack([diffusion_loss(*inputs) for _ in range(VALIDATION_DRAWS)]).mean().item()
 
     def _write_log(self):
-        row = {
-            "step": self.progress.step,
-            "epoch": self.progress.num_seen // len(self.train_cells),
-            "seconds": round(self.seconds, 1),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "loss": round(torch.stack(self.losses).mean().item(), 6),
-            "validation_loss": round(self.validation_loss(), 6),
-        }
-        with self.log_path.open("a", newline="") as file:
-            csv.DictWriter(file, LOG_COLUMNS).writerow(row)
-        self.progress_bar.set_postfix(loss=row["loss"], validation_loss=row["validation_loss"])
-        self.accelerator.log({key: row[key] for key in ("loss", "validation_loss")}, step=self.progress.step)
+        step, epoch = self.progress.step, self.progress.num_seen // len(self.train_cells)
+        losses = {"loss": torch.stack(self.losses).mean().item(), "validation_loss": self.validation_loss()}
+        losses = {name: round(loss, 6) for name, loss in losses.items()}
+        rate = self.optimizer.param_groups[0]["lr"]
+        with self.log_path.open("a") as file:
+            print(step, epoch, round(self.seconds, 1), rate, *losses.values(), sep=",", file=file)
+        self.progress_bar.set_postfix(losses)
+        self.accelerator.log(losses, step=step)
 
     def averaged_model(self) -> WhiteBoxDiTModel:
         """The denoiser with its averaged weights, on the CPU."""

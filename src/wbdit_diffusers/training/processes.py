@@ -3,14 +3,20 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from diffusers import ModelMixin
 
-from ..files import one_line
+from ..files import one_line, write_whole
+
+
+Model = TypeVar("Model", bound=ModelMixin)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -22,17 +28,15 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C raise [`TrainingInterrupted`], or are noted until the current step has ended."""
+    """Turns SIGTERM and Ctrl-C into a [`TrainingInterrupted`], or notes them until the current step has ended."""
 
-    def __init__(self):
-        self.number, self.is_deferred = 0, False
+    number, is_deferred = 0, False
 
     @contextmanager
     def handled(self) -> Iterator[None]:
         """Handles the signals. Python allows that in the main thread only."""
         self.number, self.is_deferred = 0, False
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         previous = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield
@@ -44,10 +48,8 @@ class StopSignal:
     def deferred(self) -> Iterator[None]:
         """Inside, signals are noted in `number` and nothing is raised."""
         self.is_deferred = True
-        try:
-            yield
-        finally:
-            self.is_deferred = False
+        yield
+        self.is_deferred = False
 
     def _handle(self, number: int, frame):
         self.number = number
@@ -66,11 +68,17 @@ def sync_errors(accelerator: Accelerator) -> Iterator[None]:
         yield
     except (ValueError, OSError) as raised:
         error = raised
-    messages = gather_object([None if error is None else one_line(error)])
-    if error is not None:
-        raise error
-    if any(messages):
-        raise ValueError(next(message for message in messages if message))
+    messages = [message for message in gather_object([error and one_line(error)]) if message]
+    if messages:
+        raise error or ValueError(messages[0])
+
+
+def fit_once(accelerator: Accelerator, path: Path, model_class: type[Model], fit: Callable[[], Model]) -> Model:
+    """Fits a model in the main process, which saves it for the others and for resumed runs."""
+    with sync_errors(accelerator):
+        if accelerator.is_main_process and not path.is_dir():
+            write_whole(path, fit().save_pretrained)
+    return model_class.from_pretrained(path)
 
 
 def limit_threads():
@@ -82,5 +90,4 @@ def limit_threads():
     threads = max(1, cpus // num_processes)
     if num_processes > 1:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # otherwise Accelerate sets it from all CPUs of the machine
-    if threads < torch.get_num_threads():
-        torch.set_num_threads(threads)
+    torch.set_num_threads(min(threads, torch.get_num_threads()))
