@@ -37,7 +37,7 @@ TIMEOUT = 600.0  # seconds
 
 # Importing takes longer than the training, so processes are forked from one that has imported everything.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["wbdit_diffusers.training.__main__", "scanpy"])
+CONTEXT.set_forkserver_preload(["wbdit_diffusers.cli", "wbdit_diffusers.training", "scanpy"])
 
 
 def train(rank: int, num_processes: int, port: int, flags: list[str], log: Path):
@@ -51,10 +51,10 @@ def train(rank: int, num_processes: int, port: int, flags: list[str], log: Path)
         os.environ |= {"LOCAL_WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
 
-    from wbdit_diffusers.training.__main__ import main
+    from wbdit_diffusers.cli import main
 
     torch.set_num_threads(1)
-    main(flags)
+    main(["train", *flags])
 
 
 def start(num_processes: int, flags: list[str], log: Path) -> list[BaseProcess]:

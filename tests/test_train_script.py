@@ -12,9 +12,8 @@ import torch
 from conftest import ROOT
 
 from wbdit_diffusers import ScRNAGenerationPipeline
-from wbdit_diffusers.cli import config_from_args
+from wbdit_diffusers.cli import main, parse
 from wbdit_diffusers.training import train
-from wbdit_diffusers.training.__main__ import main
 
 
 TRAIN_SCRIPT = ROOT / "training" / "train.py"
@@ -58,7 +57,7 @@ def test_a_launched_training_gives_the_weights_of_one_in_python(pbmc_path, tmp_p
         *(*flags, "--output_dir", tmp_path / "launched"),
     )
     assert_complete(tmp_path / "launched")
-    train(None, config_from_args(["train", *flags, "--output_dir", str(tmp_path / "python")]))
+    train(None, parse("train", [*flags, "--output_dir", str(tmp_path / "python")])[0])
     for component in ("codec", "denoiser", "processor"):
         name = f"{component}/diffusion_pytorch_model.safetensors"
         assert (tmp_path / "launched" / name).read_bytes() == (tmp_path / "python" / name).read_bytes(), component
@@ -68,10 +67,11 @@ def test_a_launched_training_gives_the_weights_of_one_in_python(pbmc_path, tmp_p
 
 NOTING = """
     import os
+    import sys
     from pathlib import Path
 
     from wbdit_diffusers.data.latents import Latents
-    from wbdit_diffusers.training.__main__ import main
+    from wbdit_diffusers.cli import main
 
     get_batch = Latents.batch
 
@@ -83,7 +83,7 @@ NOTING = """
 
 
     Latents.batch = note_and_get_batch
-    main()
+    main(["train", *sys.argv[1:]])
 """
 
 
@@ -125,7 +125,7 @@ BAD = [
 def test_mistakes_end_in_one_line_and_exit_code_2(flags, message, pbmc_path, tmp_path, threads, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
-        main(["--dataset", str(pbmc_path), "--output_dir", "out", *TINY, *flags])
+        main(["train", "--dataset", str(pbmc_path), "--output_dir", "out", *TINY, *flags])
     assert exit_.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("wbdit train: ") and message in last
@@ -134,5 +134,5 @@ def test_mistakes_end_in_one_line_and_exit_code_2(flags, message, pbmc_path, tmp
 
 def test_the_program_writes_a_pipeline(pbmc_path, tmp_path, threads):
     flags = [*SHAPE.split(), *SPEED.split(), "--codec", "expression", "--max_train_steps", "2"]
-    main(["--dataset", str(pbmc_path), "--output_dir", str(tmp_path / "out"), *flags])
+    main(["train", "--dataset", str(pbmc_path), "--output_dir", str(tmp_path / "out"), *flags])
     assert_complete(tmp_path / "out")

@@ -2,8 +2,7 @@
 
     python training/make_pretrained.py
 
-It is trained with the defaults, judged on the held-out cells, and written to src/wbdit_diffusers/pretrained with its
-card, report and split, as `wbdit train`, `wbdit evaluate` and `wbdit push --dry_run` would.
+It is trained, judged and written as `wbdit train`, `wbdit evaluate` and `wbdit push --dry_run` do.
 """
 
 import shutil

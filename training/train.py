@@ -2,11 +2,13 @@
 
     accelerate launch training/train.py --dataset cells.h5ad --label_keys cell_type --output_dir wbdit-cells
 
-The code is `wbdit_diffusers.training`; `wbdit train` is the same without a clone of the repository.
+This is `wbdit train`. Without a clone of the repository: `accelerate launch -m wbdit_diffusers.cli train …`.
 """
 
-from wbdit_diffusers.training.__main__ import main
+import sys
+
+from wbdit_diffusers.cli import main
 
 
 if __name__ == "__main__":
-    main()
+    main(["train", *sys.argv[1:]])

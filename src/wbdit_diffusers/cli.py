@@ -93,13 +93,12 @@ def programs(config: ProgramsConfig) -> Result:
     """
     import pandas as pd
 
-    from .models import ProgramCodec
     from .pipelines import ScRNAGenerationPipeline
     from .pipelines.programs import program_table
 
+    if config.output is not None and config.output.exists():
+        raise FileExistsError(f"{config.output} exists: give another --output.")
     pipe = ScRNAGenerationPipeline.from_pretrained(config.model)
-    if not isinstance(pipe.codec, ProgramCodec):
-        raise ValueError(f"{config.model} has no gene programs: it was trained with {type(pipe.codec).__name__}.")
     var_names = pipe.processor.var_names
     table = program_table(pipe.codec, var_names, config.num_genes)
     lines = [f"{name} ({row.explained:.1%})\n  up:   {row.up}\n  down: {row.down}" for name, row in table.iterrows()]
@@ -186,19 +185,7 @@ def push(config: PushConfig) -> Result:
     return {"address": where}, text
 
 
-@dataclass(config=pydantic_config, kw_only=True)
-class PrepareFiles:
-    files: list[Path]
-    """.h5ad or .zarr files."""
-    output: Path
-    """New folder to write."""
-    push_to_hub: bool = False
-    """Upload the folder to the Hugging Face Hub as a dataset."""
-    hub_dataset_id: str | None = None
-    """Dataset to upload to. Default: the name of --output in your namespace."""
-
-
-def prepare(files: PrepareFiles, config: Any) -> Result:
+def prepare(config: Any) -> Result:
     """Turn AnnData files of any size into one shuffled dataset of parquet files.
 
     `wbdit train --dataset FOLDER` trains on it, and `datasets.load_dataset` reads it.
@@ -209,14 +196,14 @@ def prepare(files: PrepareFiles, config: Any) -> Result:
 
     from .data.prepare import prepare
 
-    metadata = prepare(files.files, files.output, config)
+    metadata = prepare(config)
     sizes = {split: sum(map(sum, files.values())) for split, files in metadata["splits"].items()}
-    result = {"output": str(files.output), "num_genes": metadata["num_genes"], "num_cells": sizes}
+    result = {"output": str(config.output), "num_genes": metadata["num_genes"], "num_cells": sizes}
     text = ", ".join(f"{number} {split}" for split, number in sizes.items())
-    text = f"{sum(sizes.values())} cells ({text}) × {metadata['num_genes']} genes in {files.output}."
-    if files.push_to_hub:
-        repo_id = create_repo(files.hub_dataset_id or files.output.name, repo_type="dataset", exist_ok=True).repo_id
-        upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=files.output, commit_message="wbdit prepare")
+    text = f"{sum(sizes.values())} cells ({text}) × {metadata['num_genes']} genes in {config.output}."
+    if config.push_to_hub:
+        repo_id = create_repo(config.hub_dataset_id or config.output.name, repo_type="dataset", exist_ok=True).repo_id
+        upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=config.output, commit_message="wbdit prepare")
         result["address"] = f"hf://datasets/{repo_id}"
         text += f"\nUploaded: {result['address']}"
     return result, text
@@ -241,13 +228,14 @@ def fetch(config: FetchConfig) -> Result:
         wbdit fetch pbmc3k --output pbmc3k.h5ad
     """
     from .data.public import RECIPES, fetch
+    from .data.write import check_output, write_cells
 
     if config.name == "list":
         sources = {name: recipe.source for name, recipe in RECIPES.items()}
         return sources, "\n".join(f"{name}: {source}" for name, source in sources.items())
-    output = config.output or Path(f"{config.name}.h5ad")
+    output = check_output(config.output or Path(f"{config.name}.h5ad"))
     cells = fetch(config.name, config.folder / config.name)
-    write_whole(output, cells.write_h5ad)
+    write_cells(output, [cells])
     result = {"output": str(output), "num_cells": cells.n_obs, "num_genes": cells.n_vars}
     return result, f"{cells.n_obs} cells × {cells.n_vars} genes in {output}: {RECIPES[config.name].source}."
 
@@ -286,29 +274,29 @@ CONFIG_HELP = (
     " files override earlier ones."
 )
 COMMON = ("dataset", "label_keys", "output_dir", "max_train_steps", "max_train_minutes")  # first in the help
-COMMANDS: dict[str, tuple[Callable[..., Result], list[Any]]] = {
-    "generate": (generate, ["pipelines.generate:GenerateConfig"]),
-    "train": (train, ["training.config:TrainingConfig"]),
-    "evaluate": (evaluate, ["evaluation.run:EvaluateConfig"]),
-    "compare": (evaluate, ["evaluation.run:EvaluateConfig"]),
-    "programs": (programs, [ProgramsConfig]),
-    "explain": (explain, [ExplainConfig]),
-    "push": (push, [PushConfig]),
-    "prepare": (prepare, [PrepareFiles, "data.prepare:PrepareConfig"]),
-    "fetch": (fetch, [FetchConfig]),
-    "app": (app, [AppConfig]),
+COMMANDS: dict[str, tuple[Callable[..., Result], Any]] = {
+    "generate": (generate, "pipelines.generate:GenerateConfig"),
+    "train": (train, "training.config:TrainingConfig"),
+    "evaluate": (evaluate, "evaluation.run:EvaluateConfig"),
+    "compare": (evaluate, "evaluation.run:EvaluateConfig"),
+    "programs": (programs, ProgramsConfig),
+    "explain": (explain, ExplainConfig),
+    "push": (push, PushConfig),
+    "prepare": (prepare, "data.prepare:PrepareConfig"),
+    "fetch": (fetch, FetchConfig),
+    "app": (app, AppConfig),
 }
 
 
-def parse(name: str, argv: Sequence[str]) -> tuple[list[Any], bool]:
-    """The configurations of a command, and whether its result is printed as JSON. Raises a `ValueError`."""
-    run, classes = COMMANDS[name]
-    classes = [pkgutil.resolve_name(f"{__package__}.{one}") if isinstance(one, str) else one for one in classes]
+def parse(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
+    """The configuration of a command, and whether its result is printed as JSON. Raises a `ValueError`."""
+    run, config_class = COMMANDS[name]
+    if isinstance(config_class, str):
+        config_class = pkgutil.resolve_name(f"{__package__}.{config_class}")
     formatter = argparse.RawDescriptionHelpFormatter
     usage, text = "%(prog)s [flags]", inspect.getdoc(run)
     parser = FlagParser(f"wbdit {name}", usage, text, formatter_class=formatter, allow_abbrev=False)
-    for config_class in classes:
-        add_flags(parser, config_class, POSITIONAL, COMMON)
+    add_flags(parser, config_class, POSITIONAL, COMMON)
     if name == "train":
         parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help=CONFIG_HELP)
     if name != "app":
@@ -319,13 +307,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple[list[Any], bool]:
         from .training.config import read_config
 
         values = read_config(path) | values
-    own = [{key: value for key, value in values.items() if key in one.__pydantic_fields__} for one in classes]
-    return [make_config(one, given, POSITIONAL) for one, given in zip(classes, own, strict=True)], as_json
-
-
-def config_from_args(argv: Sequence[str]) -> Any:
-    """The configuration of a command line, such as `["train", "--output_dir", "out"]`. Raises a `ValueError`."""
-    return parse(argv[0], argv[1:])[0][0]
+    return make_config(config_class, values, POSITIONAL), as_json
 
 
 def main(argv: Sequence[str] | None = None):
@@ -337,12 +319,12 @@ def main(argv: Sequence[str] | None = None):
     try:
         if name not in COMMANDS:
             raise ValueError(f"there is no such command{did_you_mean(name, COMMANDS)}")
-        configs, as_json = parse(name, rest)
+        config, as_json = parse(name, rest)
         from diffusers.utils import logging
 
         logging.disable_progress_bar()  # of Diffusers, while it loads models
         logging.set_verbosity_error()
-        result, text = COMMANDS[name][0](*configs)
+        result, text = COMMANDS[name][0](config)
         if as_json:
             from .evaluation import to_json
 
@@ -357,7 +339,7 @@ def main(argv: Sequence[str] | None = None):
         reason = one_line(error)
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # that of PyTorch
             reason = f"out of memory: use a smaller batch size or fewer genes ({reason})."
-        elif not isinstance(error, ValueError | OSError):
+        elif not isinstance(error, ValueError | OSError) and type(error).__module__ != "httpx":  # no connection
             raise
         _print(f"wbdit {name}: {reason}", sys.stderr)
         sys.exit(2)

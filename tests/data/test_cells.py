@@ -43,7 +43,7 @@ def sources(pbmc, tmp_path_factory):
     """The same training cells in memory, in files that stay on disk, and prepared."""
     folder = tmp_path_factory.mktemp("sources")
     pbmc.write_h5ad(folder / "pbmc.h5ad")
-    prepare([folder / "pbmc.h5ad"], folder / "prepared", PrepareConfig(label_keys=["cell_type"]))
+    prepare(PrepareConfig(files=[folder / "pbmc.h5ad"], output=folder / "prepared", label_keys=["cell_type"]))
     train = read_cells(folder / "prepared", "train")
     train.X = train.X.astype(np.float32)
     with_others = ad.concat([pbmc[:20], train], index_unique="-")  # whose first cells are left out again

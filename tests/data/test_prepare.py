@@ -42,7 +42,7 @@ def test_counts_survive_bit_by_bit(form, pbmc, tmp_path, small_files):
     expected.var["symbol"] = expected.var_names.str.lower()
     adata, layer = in_form(expected, form)
     adata.write_zarr(path) if form == "zarr" else adata.write_h5ad(path)
-    metadata = prepare([path], tmp_path / "out", PrepareConfig(layer=layer, label_keys=["cell_type"]))
+    metadata = prepare(PrepareConfig(files=[path], output=tmp_path / "out", layer=layer, label_keys=["cell_type"]))
     assert len(metadata["splits"]["train"]) > 3
     cells = read_cells(tmp_path / "out")
     assert_same_cells(cells, expected)
@@ -58,8 +58,12 @@ def test_log_values_are_kept_in_float32_and_need_no_split(pbmc, tmp_path):
     adata.X = sparse.csr_matrix(np.log1p(pbmc.X.toarray() * 1.37).astype(np.float32))
     adata.write_h5ad(tmp_path / "log.h5ad")
     with pytest.raises(ValueError, match="not an integer count.*values='log'"):
-        prepare([tmp_path / "log.h5ad"], tmp_path / "out", PrepareConfig(label_keys=[]))
-    prepare([tmp_path / "log.h5ad"], tmp_path / "out", PrepareConfig(label_keys=[], values="log", test_fraction=0))
+        prepare(PrepareConfig(files=[tmp_path / "log.h5ad"], output=tmp_path / "out", label_keys=[]))
+    prepare(
+        PrepareConfig(
+            files=[tmp_path / "log.h5ad"], output=tmp_path / "out", label_keys=[], values="log", test_fraction=0
+        )
+    )
     assert_same_cells(read_cells(tmp_path / "out"), adata)
     with pytest.raises(ValueError, match="no split 'test', only train"):
         read_cells(tmp_path / "out", "test")
@@ -67,7 +71,7 @@ def test_log_values_are_kept_in_float32_and_need_no_split(pbmc, tmp_path):
 
 def test_labels_are_not_needed(pbmc, tmp_path):
     ad.AnnData(pbmc.X, var=pbmc.var).write_h5ad(tmp_path / "cells.h5ad")
-    prepare([tmp_path / "cells.h5ad"], tmp_path / "out", PrepareConfig())
+    prepare(PrepareConfig(files=[tmp_path / "cells.h5ad"], output=tmp_path / "out"))
     assert len(PreparedCells(tmp_path / "out").obs) == 560
 
 
@@ -90,7 +94,11 @@ def test_the_split_is_that_of_a_training_and_the_order_is_random(pbmc, tmp_path,
     by_type.write_h5ad(tmp_path / "sorted.h5ad")
     orders = []
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
-        prepare([tmp_path / "sorted.h5ad"], tmp_path / name, PrepareConfig(label_keys=["cell_type"], seed=seed))
+        prepare(
+            PrepareConfig(
+                files=[tmp_path / "sorted.h5ad"], output=tmp_path / name, label_keys=["cell_type"], seed=seed
+            )
+        )
         train, test = (read_cells(tmp_path / name, split) for split in ("train", "test"))
         orders.append(list(train.obs_names))
         assert (len(train), len(test)) == (558, 142)
@@ -110,8 +118,9 @@ def test_several_files(genes, pbmc, tmp_path, small_files):
     second.obs["cell_type"] = second.obs["cell_type"].astype(str).str.upper()
     first.write_h5ad(tmp_path / "a.h5ad")
     second.write_zarr(tmp_path / "b.zarr")
-    config = PrepareConfig(label_keys=["cell_type"], genes=genes, file_key="sample")
-    metadata = prepare([tmp_path / "a.h5ad", tmp_path / "b.zarr"], tmp_path / "out", config)
+    files, output = [tmp_path / "a.h5ad", tmp_path / "b.zarr"], tmp_path / "out"
+    config = PrepareConfig(files=files, output=output, label_keys=["cell_type"], genes=genes, file_key="sample")
+    metadata = prepare(config)
     first.obs_names, second.obs_names = first.obs_names + "-a", second.obs_names + "-b"
     expected = ad.concat([first, second], join={"intersection": "inner", "union": "outer"}[genes], fill_value=0)
     expected.obs = pd.concat([first.obs, second.obs])[["cell_type", "phase"]].astype(str)
@@ -138,7 +147,11 @@ def test_poor_cells_are_left_out(pbmc, tmp_path):
         ("genes", [1, 3], {"min_genes": 3}),
         ("both", [3], {"min_counts": 20, "min_genes": 3}),
     ):
-        prepare([tmp_path / "cells.h5ad"], tmp_path / output, PrepareConfig(label_keys=["cell_type"], **config))
+        prepare(
+            PrepareConfig(
+                files=[tmp_path / "cells.h5ad"], output=tmp_path / output, label_keys=["cell_type"], **config
+            )
+        )
         expected = adata[np.r_[kept, 5:700]]
         assert_same_cells(read_cells(tmp_path / output), expected[:, :])
 
@@ -146,7 +159,7 @@ def test_poor_cells_are_left_out(pbmc, tmp_path):
 def test_the_card_names_files_and_splits_as_text(pbmc_path, tmp_path):
     path = tmp_path / "`<b>`\n# Title.h5ad"
     path.write_bytes(pbmc_path.read_bytes())
-    prepare([path], tmp_path / "out", PrepareConfig(label_keys=["cell_type"]))
+    prepare(PrepareConfig(files=[path], output=tmp_path / "out", label_keys=["cell_type"]))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "<b>" not in card and "\n# Title" not in card and "&lt;b&gt;" in card
     assert "split: test, path" in card and "700 cells (558 in train, 142 in test)" in card
@@ -158,14 +171,14 @@ def test_the_card_names_files_and_splits_as_text(pbmc_path, tmp_path):
 def test_a_failure_leaves_nothing(pbmc, pbmc_path, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="there exists: remove it"):
-        prepare([pbmc_path], tmp_path / "there", PrepareConfig(label_keys=[]))
+        prepare(PrepareConfig(files=[pbmc_path], output=tmp_path / "there", label_keys=[]))
 
     def disk_is_full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pyarrow.parquet.ParquetWriter.write_table", disk_is_full)
     with pytest.raises(OSError, match="No space left"):
-        prepare([pbmc_path], tmp_path / "out", PrepareConfig(label_keys=[]))
+        prepare(PrepareConfig(files=[pbmc_path], output=tmp_path / "out", label_keys=[]))
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
@@ -232,7 +245,7 @@ def test_bad_files_and_flags_end_with_one_line(arguments, message, pbmc, tmp_pat
 
 @pytest.fixture
 def folder(pbmc_path, tmp_path, small_files):
-    prepare([pbmc_path], tmp_path / "out", PrepareConfig(label_keys=["cell_type"]))
+    prepare(PrepareConfig(files=[pbmc_path], output=tmp_path / "out", label_keys=["cell_type"]))
     return tmp_path / "out"
 
 

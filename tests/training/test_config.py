@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from wbdit_diffusers.cli import config_from_args
+from wbdit_diffusers.cli import parse
 from wbdit_diffusers.training import TrainingConfig, read_config
 from wbdit_diffusers.training.config import CODEC_DEFAULTS, SHIPPED_CONFIGS, command_of, config_without_places
 
@@ -42,7 +42,7 @@ def write_yaml(path: Path, values: dict[str, Any]) -> str:
 
 
 def from_flags(*flags: str) -> TrainingConfig:
-    return config_from_args(["train", "--output_dir", "out", *flags])
+    return parse("train", ["--output_dir", "out", *flags])[0]
 
 
 @pytest.mark.parametrize("values, flags", SAME)
@@ -128,5 +128,5 @@ def test_the_command_of_a_config_gives_the_config_again(flags):
     config = from_flags("--dataset", "/somewhere/cells.h5ad", "--output_dir", "/elsewhere/out", *flags)
     words = shlex.split(command_of(config))
     assert words[:6] == ["wbdit", "train", "--dataset", "cells.h5ad", "--output_dir", "out"]
-    assert config_without_places(config_from_args(words[1:])) == config_without_places(config)
+    assert config_without_places(parse("train", words[2:])[0]) == config_without_places(config)
     assert len(words) == 6 + len(flags)

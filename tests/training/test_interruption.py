@@ -13,8 +13,8 @@ import pytest
 import torch
 from tiny import assert_same_weights, rows_without_time, tiny_config
 
+from wbdit_diffusers.cli import main
 from wbdit_diffusers.training import TrainingInterrupted, train
-from wbdit_diffusers.training.__main__ import main
 from wbdit_diffusers.training.checkpoints import find_checkpoints
 from wbdit_diffusers.training.processes import limit_threads
 
@@ -91,11 +91,11 @@ def test_the_program_says_how_to_continue(number, code, pbmc_path, tmp_path, mon
     with monkeypatch.context() as patch:
         interrupt_at(patch, LEARNING_RATE, 2, number)
         with pytest.raises(SystemExit) as exit_:
-            main(flags)
+            main(["train", *flags])
     assert exit_.value.code == code
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("wbdit train: ") and "--resume_from_checkpoint latest" in line
-    main([*flags, "--resume_from_checkpoint", "latest"])
+    main(["train", *flags, "--resume_from_checkpoint", "latest"])
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
@@ -106,7 +106,7 @@ ENDLESS += " --train_batch_size 64 --max_train_steps 1000000 --max_train_epochs 
 @pytest.mark.slow
 def test_two_processes_save_and_end_with_their_launcher(pbmc_path, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    command += ["wbdit_diffusers.training", "--dataset", str(pbmc_path), "--output_dir", str(tmp_path)]
+    command += ["wbdit_diffusers.cli", "train", "--dataset", str(pbmc_path), "--output_dir", str(tmp_path)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     log, log_path = tmp_path / "log.txt", tmp_path / "training_log.csv"
     with log.open("w") as output:

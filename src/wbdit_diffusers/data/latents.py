@@ -66,16 +66,11 @@ class Latents:
         return {name: values.to(device, non_blocking=True) for name, values in cells.items()}
 
 
-def max_cells_in_memory(num_genes: int) -> int:
-    """The maximum number of cells that are kept in memory, with this number of modelled genes."""
-    return min(MAX_CELLS_IN_MEMORY, MAX_VALUES_IN_MEMORY // num_genes)
-
-
 def sample_cells(cells: ad.AnnData | CellSource, processor: ScRNAProcessor, seed: int) -> CellDataset:
     """Reads all cells, or random groups of them if they do not fit in memory."""
     source = as_source(cells, processor.config.layer)
-    groups = choose_groups(source.group_sizes, max_cells_in_memory(len(processor.var_names)), seed)
-    return CellDataset(source, processor, groups=groups)
+    max_cells = min(MAX_CELLS_IN_MEMORY, MAX_VALUES_IN_MEMORY // len(processor.var_names))
+    return CellDataset(source, processor, groups=choose_groups(source.group_sizes, max_cells, seed))
 
 
 @torch.no_grad()
@@ -89,31 +84,23 @@ def encode_cells(dataset: CellDataset, codec: ProgramCodec | ExpressionCodec, ba
 
 
 def encode_source(
-    cells: ad.AnnData | CellSource,
-    processor: ScRNAProcessor,
-    codec: ProgramCodec | ExpressionCodec,
-    path: Path | None = None,
+    cells: ad.AnnData | CellSource, processor: ScRNAProcessor, codec: ProgramCodec | ExpressionCodec, path: Path
 ) -> torch.Tensor:
     """
-    Encodes cells group by group, so that their values are never in memory at the same time. With a path, the latents
-    are mapped from this .npy file, which is read if it exists.
+    Encodes cells group by group, so that their values are never in memory at the same time. The latents are mapped
+    from a .npy file, which is read if it exists.
     """
     source = as_source(cells, processor.config.layer)
-    parts = (
-        encode_cells(CellDataset(source, processor, with_labels=False, groups=[group]), codec)
-        for group in range(len(source.group_sizes))
-    )
 
     def write(partial: Path):
         shape, start = (int(source.group_sizes.sum()), codec.num_features), 0
         latents = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
-        for part in parts:
-            latents[start : start + len(part)] = part.numpy()
-            start += len(part)
+        for group, size in enumerate(source.group_sizes):
+            dataset = CellDataset(source, processor, with_labels=False, groups=[group])
+            latents[start : start + size] = encode_cells(dataset, codec).numpy()
+            start += size
         latents.flush()
 
-    if path is None:
-        return torch.cat(list(parts))
     if not path.is_file():
         write_whole(path, write)
     return torch.from_numpy(np.load(path, mmap_mode="c"))  # PyTorch warns of arrays that are read-only

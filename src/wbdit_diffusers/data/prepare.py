@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,8 +31,16 @@ CELLS_PER_FILE = 16 * ROW_GROUP_SIZE
 
 @dataclass(config=pydantic_config, kw_only=True)
 class PrepareConfig:
-    """How AnnData files are prepared."""
+    """Files to prepare, and how."""
 
+    files: list[Path]
+    """.h5ad or .zarr files."""
+    output: Path
+    """New folder to write."""
+    push_to_hub: bool = False
+    """Upload the folder to the Hugging Face Hub as a dataset."""
+    hub_dataset_id: str | None = None
+    """Dataset to upload to. Default: the name of --output in your namespace."""
     layer: str | None = None
     """Layer that holds the matrix. Default: X."""
     values: Literal["counts", "log"] = "counts"
@@ -54,23 +62,16 @@ class PrepareConfig:
     """Seed of the split and of the order."""
 
 
-def prepare(sources: Sequence[str | Path], output: str | Path, config: PrepareConfig) -> dict[str, Any]:
+def prepare(config: PrepareConfig) -> dict[str, Any]:
     """
     Writes AnnData files as one shuffled dataset with a training and a held-out split. `train` reads it, and so does
-    `datasets.load_dataset(folder)`. The files are read in chunks; a dataset on disk is shuffled by `datasets`.
-
-    Args:
-        sources (`list[str | Path]`): .h5ad or .zarr files. Cells of several files are named `name-file`.
-        output (`str` or `Path`): New folder to write.
-        config ([`PrepareConfig`]): Genes, cells and split.
-
-    Returns:
-        `dict`: the contents of the folder's `cells.json`. Nothing is left of the folder after an error.
+    `datasets.load_dataset(folder)`. No file is in memory as a whole. Cells of several files are named `name-file`.
+    Returns the contents of the folder's `cells.json`.
     """
     from datasets import Dataset
     from datasets.arrow_writer import ArrowWriter
 
-    output, paths = Path(output), [Path(source) for source in sources]
+    output, paths = config.output, config.files
     if output.exists():
         raise FileExistsError(f"{output} exists: remove it, or name another folder.")
     names = [path.stem for path in paths]

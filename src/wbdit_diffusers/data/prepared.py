@@ -120,11 +120,8 @@ def write_metadata(
 
 class PreparedCells:
     """
-    One split of a folder as a [`CellSource`]. Groups are parquet's row groups, read into CSR as they are.
-
-    Args:
-        folder (`str` or `Path`): The folder, or an address that fsspec knows, such as `hf://datasets/me/cells`.
-        split (`str`, defaults to `"train"`): `"train"` or `"test"`.
+    One split, `"train"` or `"test"`, of a folder or an address such as `hf://datasets/me/cells`, as a [`CellSource`].
+    Groups are parquet's row groups, read into CSR as they are.
     """
 
     def __init__(self, folder: str | Path, split: str = "train"):

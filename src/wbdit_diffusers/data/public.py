@@ -29,14 +29,8 @@ class Recipe:
 
 def fetch(name: str, folder: str | Path) -> ad.AnnData:
     """
-    Downloads and reads one of the [`RECIPES`].
-
-    Args:
-        name (`str`): Name of the dataset.
-        folder (`str` or `Path`): Folder of the published files. Files in it are not downloaded again.
-
-    Returns:
-        `AnnData`: cells with `obs["cell_type"]`. `X` holds counts, or log values for `hnscc`.
+    Downloads and reads one of the [`RECIPES`], whose published files stay in the folder. The cells have
+    `obs["cell_type"]`. `X` holds counts, or log values for `hnscc`.
     """
     if name not in RECIPES:
         raise ValueError(f"There is no recipe for {name!r}; there are {', '.join(RECIPES)}.")

@@ -30,13 +30,7 @@ class CellSplit:
     def draw(
         cls, cells: ad.AnnData | CellSource, test_fraction: float = 0.2, label_key: str | None = None, seed: int = 0
     ) -> "CellSplit":
-        """
-        Splits cells at random, stratified by label. The only cell of a label is a training cell.
-
-        Args:
-            test_fraction (`float`, defaults to 0.2): Fraction of held-out cells, between 0 and 1.
-            label_key (`str`, *optional*): Column of `obs` to stratify by.
-        """
+        """Splits cells at random, stratified by label. The only cell of a label is a training cell."""
         names = cells.obs.index
         check_unique(names)
         labels = np.zeros(len(names)) if label_key is None else label_column(cells.obs, label_key).astype(str)

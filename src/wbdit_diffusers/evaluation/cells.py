@@ -79,8 +79,9 @@ def generated_cells(
     """
     library_size = _library_size(adata, None, values, "generated")
     if values == "counts" and not within_genes and "library_size" in adata.obs:
-        library_size = adata.obs["library_size"].to_numpy(dtype=np.float64)
-        _check_numbers(library_size, "library sizes of the generated cells")
+        sizes, is_empty = adata.obs["library_size"].to_numpy(dtype=np.float64), library_size == 0
+        _check_numbers(np.where(sizes + is_empty == 0, np.nan, sizes), "library sizes of the generated cells")
+        library_size = sizes
     has_labels = all(key in adata.obs for key in label_keys)
     return _arrays(adata, None, library_size, values, label_keys if has_labels else ())
 

@@ -60,14 +60,8 @@ def draw_baselines(
 ) -> dict[str, list[ad.AnnData]]:
     """
     Decodes latents that need no denoiser. A denoiser has to beat the two Gaussian baselines. A perfect denoiser would
-    equal `"training latents resampled"`. Returns the samples of each baseline by name.
-
-    Args:
-        pipe ([`ScRNAGenerationPipeline`]): The pipeline whose codec decodes.
-        train (`AnnData`): Its training cells.
-        test (`AnnData`): Held-out cells of [`draw_samples`]. The baselines have their labels.
-        num_samples (`int`, defaults to 3): Number of samples of each baseline.
-        seed (`int`, defaults to 0): Seed of the first sample; each further sample adds 1.
+    equal `"training latents resampled"`. The baselines have the labels of `test`, the held-out cells of
+    [`draw_samples`]. Returns the samples of each baseline by name.
     """
     latents = pipe.encode_cells(train)
     known, wanted = pipe.processor.encode_labels(train), pipe.processor.encode_labels(test)

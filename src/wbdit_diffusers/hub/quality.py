@@ -1,7 +1,4 @@
-"""Quality of a model on its card, from the report of `wbdit evaluate`.
-
-`evaluation` needs scikit-learn, so it is imported only where there is a report.
-"""
+"""Quality of a model on its card, from the report of `wbdit evaluate`. `evaluation` is slow to import."""
 
 import json
 from pathlib import Path

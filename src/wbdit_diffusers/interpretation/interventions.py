@@ -48,12 +48,8 @@ def fit_gaussian_mixture(
     pipe: ScRNAGenerationPipeline, cells: ad.AnnData, max_components: int = MAX_COMPONENTS
 ) -> GaussianMixtureDenoiser:
     """
-    Fits the closed form that a pipeline's denoiser is compared with, and guided by.
-
-    Args:
-        pipe ([`ScRNAGenerationPipeline`]): Gives codec, labels and noise schedule; its network predicts the velocity.
-        cells (`AnnData`): The training cells.
-        max_components (`int`, defaults to 32): Maximum number of components per combination of labels.
+    Fits the closed form that a pipeline's denoiser is compared with, and guided by, to the training cells. Each
+    combination of labels has at most `max_components`.
     """
     labels, sizes = pipe.processor.encode_labels(cells), pipe.processor.condition_sizes
     return GaussianMixtureDenoiser.fit(pipe.encode_cells(cells), labels, sizes, pipe.scheduler, max_components)
@@ -61,14 +57,8 @@ def fit_gaussian_mixture(
 
 def program_direction(codec: ProgramCodec, program: int | str) -> torch.Tensor:
     """
-    The direction in latent space along which a program is read, `(num_features,)`; see [`~ProgramCodec.activities`].
-
-    Args:
-        codec ([`ProgramCodec`]): The codec.
-        program (`int` or `str`): Number of the program, or its name such as `"program_3"`.
-
-    Raises:
-        ValueError: If the codec has no such program.
+    The direction in latent space `(num_features,)` along which a program, such as 3 or `"program_3"`, is read; see
+    [`~ProgramCodec.activities`]. Raises a `ValueError` if the codec has no such program.
     """
     names = [f"program_{i}" for i in range(codec.config.num_programs)]
     name = f"program_{program}" if isinstance(program, int) else program
@@ -86,14 +76,8 @@ def hold_program(
     A guide to cells in which a program has a given activity and everything else is as in such cells:
     `pipe(num_cells=500, guides=[hold_program(pipe, gaussian_mixture, "program_3", 2.0)])`.
 
-    Args:
-        pipe ([`ScRNAGenerationPipeline`]): A pipeline with a [`ProgramCodec`].
-        gaussian_mixture ([`GaussianMixtureDenoiser`]): The closed form; see [`fit_gaussian_mixture`].
-        program (`int` or `str`): The program, such as `"program_3"`.
-        activity (`float`): Activity in standard deviations of the training cells. 0 is their mean.
-
-    Raises:
-        ValueError: If the pipeline has no such program.
+    The closed form is that of [`fit_gaussian_mixture`]. Activities are in standard deviations of the training cells,
+    and 0 is their mean. Raises a `ValueError` if the pipeline has no such program.
     """
     if not isinstance(pipe.codec, ProgramCodec):
         raise ValueError(f"The pipeline has no gene programs: it was trained with {type(pipe.codec).__name__}.")

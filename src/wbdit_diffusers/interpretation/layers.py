@@ -21,14 +21,8 @@ LAYER_TIMESTEPS = [99, 299, 499, 799]  # of the figures and benchmarks: from nea
 @contextmanager
 def record_blocks(denoiser: WhiteBoxDiTModel) -> Iterator[list[dict[str, torch.Tensor]]]:
     """
-    Records the tokens before and after every block of the next call.
-
-    Args:
-        denoiser ([`WhiteBoxDiTModel`]): The network.
-
-    Yields:
-        `list[dict[str, torch.Tensor]]`: for each block, after the call, `"input"` and `"output"` of the block,
-        `"attn_input"`, `"attn_output"`, `"ff_input"` and `"ff_output"`: `(batch, tokens, hidden)` each.
+    Records the next call. Yields a list that then has, for each block, its `"input"` and `"output"`, `"attn_input"`,
+    `"attn_output"`, `"ff_input"` and `"ff_output"`: `(batch, tokens, hidden)` each.
     """
     records: list[dict[str, torch.Tensor]] = [{} for _ in denoiser.blocks]
 

@@ -23,15 +23,7 @@ SHOWN_PROGRAMS = 3  # on the UMAP
 
 
 def write_report(folder: Path, report: dict, cells: ad.AnnData, title: str):
-    """
-    Writes `explain.html`, `explain.json`, `explain.h5ad` and the folder `figures`.
-
-    Args:
-        folder (`Path`): The folder, which may exist.
-        report (`dict`): Report of [`explain`].
-        cells (`AnnData`): Cells of [`explain`].
-        title (`str`): Name of the pipeline.
-    """
+    """Writes `explain.html`, `explain.json`, `explain.h5ad` and `figures/`, from what [`explain`] returned."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     (folder / "explain.json").write_text(json.dumps(report, indent=1))
     cells.write_h5ad(folder / "explain.h5ad")

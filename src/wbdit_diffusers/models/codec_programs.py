@@ -276,15 +276,9 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         class_labels: torch.Tensor | None = None,
     ) -> CellDistribution:
         """
-        Args:
-            latents (`torch.Tensor` of shape `(cells, num_features)`): Standardised programs and log library sizes.
-            library_size (`torch.Tensor` of shape `(cells,)`, *optional*):
-                Total counts. Default: those in `latents`, clamped to the range of the training cells.
-            class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*):
-                Label codes, whose effects are added. -1 for an unknown label.
-
-        Returns:
-            [`CellDistribution`]: distribution of the counts or log values of the modelled genes.
+        Distribution of the counts or log values of the modelled genes, given latents `(cells, num_features)`. The
+        library size `(cells,)` is by default that in the latents, clamped to the range of the training cells. Effects
+        of class labels `(cells, num_label_keys)` are added; -1 is an unknown label.
         """
         latents = latents.float() * self.latents_std + self.latents_mean
         if library_size is None and self.is_counts:

@@ -17,6 +17,8 @@ def program_table(codec: ProgramCodec, var_names: pd.Index, num_genes: int = 10)
     all programs explain of the log rates), `up` and `down` (the `num_genes` that it raises and lowers most). Genes are
     ranked by [`~ProgramCodec.weighted_loadings`]. `var_names` are `pipe.processor.var_names`.
     """
+    if not isinstance(codec, ProgramCodec):
+        raise ValueError(f"This model has no gene programs: it was trained with {type(codec).__name__}.")
     weighted = codec.weighted_loadings.cpu().numpy()  # (genes, programs)
     order = np.argsort(-weighted, axis=0, kind="stable")
     up, down = var_names.to_numpy()[order[:num_genes]].T, var_names.to_numpy()[order[::-1][:num_genes]].T

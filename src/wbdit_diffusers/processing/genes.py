@@ -7,7 +7,7 @@ import torch
 from diffusers.utils import logging
 from scipy import sparse
 
-from ..data.cells import CellSource
+from ..data.cells import CellSource, check_unique
 
 
 logger = logging.get_logger(__name__)
@@ -20,9 +20,7 @@ def check_names(source: CellSource):
         raise ValueError(f"`adata` is empty: {num_cells} cells × {len(var_names)} genes.")
     if var_names.isna().any() or "nan" in var_names:
         raise ValueError("A gene name is NaN: give each gene a name in `adata.var_names`.")
-    if not var_names.is_unique:
-        name = var_names[var_names.duplicated()][0]
-        raise ValueError(f"The gene name {name!r} occurs more than once: call `adata.var_names_make_unique()`.")
+    check_unique(var_names, "gene")
 
 
 def choose_genes(

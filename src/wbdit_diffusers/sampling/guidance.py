@@ -13,17 +13,11 @@ from .schedulers import from_clean, to_clean
 class Conditions:
     """
     The conditions of a batch. A batch has many cells and few combinations of labels, so each combination is stored,
-    and its modulation computed, once.
-
-    Args:
-        kwargs (`dict[str, torch.Tensor]`):
-            Keyword arguments of the denoiser, such as `class_labels` `(combinations, num_label_keys)`. The last row is
-            the null condition. Empty for an unconditional model.
-        index (`torch.LongTensor` of shape `(cells,)`): The row of each cell.
+    and its modulation computed, once. The last row is the null condition. An unconditional model has none.
     """
 
-    kwargs: dict[str, torch.Tensor]
-    index: torch.Tensor
+    kwargs: dict[str, torch.Tensor]  # of the denoiser, such as `class_labels` (combinations, num_label_keys)
+    index: torch.Tensor  # the row of each cell, (cells,)
 
     @classmethod
     def from_class_labels(
@@ -59,17 +53,8 @@ def predict(
     The denoiser's prediction with classifier-free guidance (arXiv 2207.12598, equation 6 in the form of Diffusers):
     `unconditional + guidance_scale * (conditional - unconditional)`. Guides then move the clean estimate.
 
-    Args:
-        denoiser ([`WhiteBoxDiTModel`]): The network.
-        scheduler ([`SchedulerMixin`]): Converts between prediction and clean estimate where there are guides.
-        latents (`torch.Tensor` of shape `(cells, num_features)`): Noisy latents.
-        timestep (`torch.Tensor`): One timestep for all cells.
-        conditions ([`Conditions`]): Conditions of the cells.
-        guidance_scale (`float`, defaults to 1.0): Strength of the guidance. 1.0 means none, and halves the cost.
-        guides (`Sequence[Guide]`, defaults to `()`): Applied in order.
-
-    Returns:
-        `torch.Tensor` of shape `(cells, num_features)`.
+    `latents` and the result are `(cells, num_features)`. All cells have one timestep. A scale of 1 means no guidance,
+    and halves the cost.
     """
     inputs, kwargs, index = latents.to(denoiser.dtype), conditions.kwargs, conditions.index
     if not kwargs:

@@ -15,11 +15,8 @@ class CellNoise:
     Random numbers that depend on the seed and on the cell's number alone, so that the batch size never changes a cell.
 
     Cells are drawn in fixed blocks, each with a generator of its own; a batch works on every block that it touches
-    (see [`NoiseBatch`]). With a list of generators, one for each cell, each cell is the first of its block.
-
-    Args:
-        generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-            One for all cells, or one for each. Default: one that PyTorch's own generator seeds.
+    (see [`NoiseBatch`]). With a list of generators, one for each cell, each cell is the first of its block. Without
+    a generator, PyTorch's own one gives the seed.
     """
 
     def __init__(self, generator: torch.Generator | list[torch.Generator] | None = None):
@@ -50,18 +47,12 @@ class CellNoise:
 @dataclass
 class NoiseBatch:
     """
-    The random numbers of one batch of cells.
-
-    Random numbers are drawn for whole blocks, `(blocks, CELLS_PER_BLOCK, values)`. For that shape Diffusers'
-    `randn_tensor`, and so the `step` of every scheduler, takes one generator per block.
-
-    Args:
-        generators (`list[torch.Generator]`): One for each block that the batch touches.
-        rows (`torch.LongTensor` of shape `(cells,)`): Places of the batch's own cells in these blocks.
+    The random numbers of one batch of cells, drawn for whole blocks, `(blocks, CELLS_PER_BLOCK, values)`. For that
+    shape Diffusers' `randn_tensor`, and so the `step` of every scheduler, takes one generator per block.
     """
 
-    generators: list[torch.Generator]
-    rows: torch.Tensor
+    generators: list[torch.Generator]  # one for each block that the batch touches
+    rows: torch.Tensor  # places of the batch's own cells in these blocks, (cells,)
 
     def normal(self, num_values: int, device: torch.device) -> torch.Tensor:
         """Gaussian numbers of the batch's cells, `(cells, num_values)` in float32."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from ..data.split import CellSplit
@@ -57,14 +57,18 @@ def start_run(config: TrainingConfig, split: CellSplit, replaced: list[Path]) ->
     """Locks the folder, removes what the run replaces, and writes run.json and split.json."""
     folder = config.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock", timeout=0):
+    try:
+        lock = FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout as error:
+        raise ValueError(f"--output_dir {folder}: another training writes there. Use another one.") from error
+    with lock:
+        _discard(replaced)
+        for path in folder.glob(".*.partial"):
+            remove(path)
+        record = json.dumps(config_without_places(config), indent=1)
+        write_whole(folder / RUN_NAME, lambda path: path.write_text(record))
+        split.save(folder)
         try:
-            _discard(replaced)
-            for path in folder.glob(".*.partial"):
-                remove(path)
-            record = json.dumps(config_without_places(config), indent=1)
-            write_whole(folder / RUN_NAME, lambda path: path.write_text(record))
-            split.save(folder)
             yield
         finally:
             (folder / ".lock").unlink(missing_ok=True)

@@ -115,13 +115,8 @@ class NegativeBinomialMixture:
 
     def log_prob(self, x: torch.Tensor, gene_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Args:
-            x (`torch.Tensor` of shape `(cells, genes)` or `(cells, genes + 1)`):
-                Counts of the genes, with or without a last column for all other genes.
-            gene_mask (`torch.BoolTensor`, *optional*): Columns of `x` to use. Default: all.
-
-        Returns:
-            `torch.Tensor` of shape `(cells,)`: log-likelihood in nats. Differentiable in the parameters.
+        Log-likelihood `(cells,)` in nats of counts `(cells, genes)` or `(cells, genes + 1)`, with the bin of all other
+        genes. `gene_mask` are the columns to use, by default all.
         """
         columns = slice(x.shape[1]) if gene_mask is None else gene_mask.nonzero().squeeze(1)
         x = x[:, columns]

@@ -7,13 +7,8 @@ from ...processing.normalize import TARGET_SUM
 
 class PointMass:
     """
-    The distribution that puts all probability on one value.
-
-    Args:
-        log_values (`torch.Tensor` of shape `(cells, genes)`): Expression, not negative.
-        library_size (`torch.Tensor` of shape `(cells,)`, *optional*):
-            Total counts over all genes, which turn `log_values` (log1p(CP10k)) into counts.
-        is_counts (`bool`, defaults to `False`): Whether the cells are counts. Otherwise they are `log_values`.
+    The distribution that puts all probability on one value: `log_values` `(cells, genes)`, or if cells are counts, the
+    counts that these log1p(CP10k) stand for, given `library_size` `(cells,)`.
     """
 
     def __init__(self, log_values: torch.Tensor, library_size: torch.Tensor | None = None, is_counts: bool = False):

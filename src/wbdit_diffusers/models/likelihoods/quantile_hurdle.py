@@ -125,13 +125,8 @@ class QuantileHurdle:
 
     def log_prob(self, x: torch.Tensor, gene_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Args:
-            x (`torch.Tensor` of shape `(cells, genes)`): Values.
-            gene_mask (`torch.BoolTensor`, *optional*): Columns of `x` to use. Default: all.
-
-        Returns:
-            `torch.Tensor` of shape `(cells,)`: log-likelihood in nats, with probabilities of zeros and densities of
-            other values.
+        Log-likelihood `(cells,)` in nats of values `(cells, genes)`: probabilities of zeros, densities of other
+        values. `gene_mask` are the columns to use, by default all.
         """
         columns = slice(x.shape[1]) if gene_mask is None else gene_mask.nonzero().squeeze(1)
         x, scores, zero_logits = x[:, columns], self.scores[:, columns], self.zero_logits[:, columns]
