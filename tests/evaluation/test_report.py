@@ -146,7 +146,6 @@ def test_log_values_of_a_layer(split):
         (lambda train, test: {"samples": [test[:, [0, 0]]]}, "has a gene more than once"),
         (lambda train, test: {"samples": {"a": [test[:, :5]], "b": [test[:, 5:]]}}, "a, b have no gene in common"),
         (lambda train, test: {"samples": [test[:, :5]], "train": train[:, 5:]}, "5 generated genes are not among"),
-        (lambda train, test: {"samples": [test], "values": "tpm"}, "`values` is 'counts' or 'log', not 'tpm'"),
         (lambda train, test: {"samples": [test], "train": train[:20]}, "20 training and 142 held-out cells"),
         (lambda train, test: {"samples": [test[:3]], "test": test[:3]}, "3 held-out cells are too few"),
     ],

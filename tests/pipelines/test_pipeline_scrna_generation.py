@@ -396,7 +396,7 @@ def test_signature_is_the_frozen_one():
     ]
 
 
-def test_a_call_enters_few_functions(pipe):
+def test_a_call_enters_few_functions(program_pipe):
     """A reader can follow it. Comprehensions are not counted."""
     entered, package = set(), str(Path(wbdit_diffusers.__file__).parent)
 
@@ -407,7 +407,7 @@ def test_a_call_enters_few_functions(pipe):
 
     sys.setprofile(record)
     try:
-        pipe(num_cells=10)
+        program_pipe(num_cells=10)
     finally:
         sys.setprofile(None)
     assert "ScRNAGenerationPipeline.__call__" in {name for _, name in entered}

@@ -213,7 +213,7 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
                 if output_type == "latent":
                     outputs.append(denoised)
                 elif output_type == "anndata":
-                    sizes = take(library_sizes, rows)
+                    sizes = library_sizes if library_sizes is None else library_sizes[rows]
                     cells = self._draw_cells(denoised, labels, sizes, batch_noise, uniform[:, 1], first_cell + start)
                     cells.uns["wbdit"] = provenance
                     outputs.append(cells)
