@@ -303,15 +303,6 @@ def test_default_number_of_steps_is_the_pipeline_s(pipe):
     assert pipe.num_timesteps == 7
 
 
-def test_memory_follows_the_batch(pipe, monkeypatch):
-    sizes, decode = [], pipe.codec.decode
-    monkeypatch.setattr(
-        pipe.codec, "decode", lambda latents, *args: sizes.append(len(latents)) or decode(latents, *args)
-    )
-    pipe(num_cells=100, batch_size=30)
-    assert sizes == [30, 30, 30, 10]
-
-
 # ==================== Callbacks and progress ====================
 
 
