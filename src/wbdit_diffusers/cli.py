@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import os
-import pkgutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -13,8 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from .configs import EvaluateConfig, GenerateConfig, PrepareConfig
 from .files import one_line, write_whole
 from .flags import FlagParser, Seed, add_flags, did_you_mean, make_config, pydantic_config
+from .training.config import TrainingConfig, read_config
 from .version import __version__
 
 
@@ -23,7 +24,7 @@ MODEL_HELP = "Folder that `wbdit train` wrote, Hub id, or the pipeline in this p
 Model = Annotated[str, Field(description=MODEL_HELP)]
 
 
-def generate(config: Any) -> Result:
+def generate(config: GenerateConfig) -> Result:
     """Generate cells and write them to a file.
 
     If the command is interrupted, run it again: it continues where it stopped.
@@ -38,7 +39,7 @@ def generate(config: Any) -> Result:
     return result, f"{num_cells} cells × {num_genes} genes in {config.output}."
 
 
-def train(config: Any) -> Result:
+def train(config: TrainingConfig) -> Result:
     """Train on cells and write a pipeline.
 
     `accelerate launch training/train.py` takes the same flags and trains on several devices.
@@ -60,7 +61,7 @@ def train(config: Any) -> Result:
     return {"output_dir": folder}, f"The pipeline is in {folder}: wbdit generate {folder} --output new-cells.h5ad"
 
 
-def evaluate(config: Any) -> Result:
+def evaluate(config: EvaluateConfig) -> Result:
     """Compare generated cells with held-out cells, for one generator or several.
 
     The folder of a model records which cells of --dataset were held out.
@@ -185,7 +186,7 @@ def push(config: PushConfig) -> Result:
     return {"address": where}, text
 
 
-def prepare(config: Any) -> Result:
+def prepare(config: PrepareConfig) -> Result:
     """Turn AnnData files of any size into one shuffled dataset of parquet files.
 
     `wbdit train --dataset FOLDER` trains on it, and `datasets.load_dataset` reads it.
@@ -275,14 +276,14 @@ CONFIG_HELP = (
 )
 COMMON = ("dataset", "label_keys", "output_dir", "max_train_steps", "max_train_minutes")  # first in the help
 COMMANDS: dict[str, tuple[Callable[..., Result], Any]] = {
-    "generate": (generate, "pipelines.generate:GenerateConfig"),
-    "train": (train, "training.config:TrainingConfig"),
-    "evaluate": (evaluate, "evaluation.run:EvaluateConfig"),
-    "compare": (evaluate, "evaluation.run:EvaluateConfig"),
+    "generate": (generate, GenerateConfig),
+    "train": (train, TrainingConfig),
+    "evaluate": (evaluate, EvaluateConfig),
+    "compare": (evaluate, EvaluateConfig),
     "programs": (programs, ProgramsConfig),
     "explain": (explain, ExplainConfig),
     "push": (push, PushConfig),
-    "prepare": (prepare, "data.prepare:PrepareConfig"),
+    "prepare": (prepare, PrepareConfig),
     "fetch": (fetch, FetchConfig),
     "app": (app, AppConfig),
 }
@@ -291,8 +292,6 @@ COMMANDS: dict[str, tuple[Callable[..., Result], Any]] = {
 def parse(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
     """The configuration of a command, and whether its result is printed as JSON. Raises a `ValueError`."""
     run, config_class = COMMANDS[name]
-    if isinstance(config_class, str):
-        config_class = pkgutil.resolve_name(f"{__package__}.{config_class}")
     formatter = argparse.RawDescriptionHelpFormatter
     usage, text = "%(prog)s [flags]", inspect.getdoc(run)
     parser = FlagParser(f"wbdit {name}", usage, text, formatter_class=formatter, allow_abbrev=False)
@@ -304,8 +303,6 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
     values = parser.parse(argv)
     as_json = values.pop("json", False)
     for path in reversed(values.pop("config", [])):  # a later file overrides an earlier one
-        from .training.config import read_config
-
         values = read_config(path) | values
     return make_config(config_class, values, POSITIONAL), as_json
 

@@ -22,10 +22,10 @@ from wbdit_diffusers.training.processes import limit_threads
 STEPS = {"label_keys": ["cell_type"], "max_train_steps": 12, "checkpointing_steps": 100, "validation_steps": 5}
 LEARNING_RATE = "wbdit_diffusers.training.denoiser.learning_rate"
 WHERE = {  # the function at whose call the signal comes, at which call, and the checkpoints that are left
-    "reading": ("wbdit_diffusers.training.train.sample_cells", 1, []),
+    "reading": ("wbdit_diffusers.training.stages.sample_cells", 1, []),
     "stage one": ("wbdit_diffusers.models.ProgramCodec.decoder_loss", 20, []),
     "seventh step": (LEARNING_RATE, 7, ["checkpoint-7"]),
-    "writing": ("wbdit_diffusers.training.train.write_model_card", 1, []),
+    "writing": ("wbdit_diffusers.training.stages.write_model_card", 1, []),
 }
 
 

@@ -1,8 +1,9 @@
 """Cells from files, split, and as arrays for training; public datasets."""
 
+from ..configs import PrepareConfig
 from .cells import AnnDataSource, BackedSource, CellSource
 from .latents import CellDataset, encode_cells
-from .prepare import PrepareConfig, prepare
+from .prepare import prepare
 from .prepared import PreparedCells
 from .read import load_pbmc, read_cells
 from .split import CellSplit

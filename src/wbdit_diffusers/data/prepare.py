@@ -5,18 +5,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 from diffusers.utils import logging
-from pydantic import Field, PositiveInt
-from pydantic.dataclasses import dataclass
 from tqdm.auto import tqdm
 
+from ..configs import PrepareConfig
 from ..files import write_whole
-from ..flags import pydantic_config
 from ..markdown import as_text
 from .cells import CHUNK_SIZE, BackedSource, check_unique, check_values, label_column, place_genes, sorted_csr
 from .prepared import ROW_GROUP_SIZE, make_features, make_table, read_metadata, write_file, write_metadata
@@ -27,39 +25,6 @@ logger = logging.get_logger(__name__)
 
 MAX_LABELS = 10_000  # a column of strings with more values, or as many as half of the cells, is not of labels
 CELLS_PER_FILE = 16 * ROW_GROUP_SIZE
-
-
-@dataclass(config=pydantic_config, kw_only=True)
-class PrepareConfig:
-    """Files to prepare, and how."""
-
-    files: list[Path]
-    """.h5ad or .zarr files."""
-    output: Path
-    """New folder to write."""
-    push_to_hub: bool = False
-    """Upload the folder to the Hugging Face Hub as a dataset."""
-    hub_dataset_id: str | None = None
-    """Dataset to upload to. Default: the name of --output in your namespace."""
-    layer: str | None = None
-    """Layer that holds the matrix. Default: X."""
-    values: Literal["counts", "log"] = "counts"
-    """Content of the matrix: integer counts, which are kept bit by bit, or log values, kept in float32."""
-    label_keys: list[str] = Field(default_factory=list)
-    """Columns of obs to treat as labels, the cell type first. The split is stratified by the first one. Categories
-    and strings are labels anyway."""
-    genes: Literal["intersection", "union"] = "intersection"
-    """Genes of several files: those in all files, or those in any file."""
-    file_key: str | None = None
-    """Name of a new column of obs that holds the file of each cell."""
-    min_counts: PositiveInt = 1
-    """Minimum number of counts of a cell. Others are left out."""
-    min_genes: PositiveInt = 1
-    """Minimum number of expressed genes of a cell. Others are left out."""
-    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Fraction of cells that is held out, within each label. 0 for none."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the split and of the order."""
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:

@@ -2,16 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
 
 import anndata as ad
 import numpy as np
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
+from ..configs import EvaluateConfig
 from ..data import CellSplit, read_cells
 from ..files import write_whole
-from ..flags import pydantic_config
 from ..pipelines import ScRNAGenerationPipeline
 from ..pipelines.generate import choose_device
 from ..pretrained import locate
@@ -19,44 +16,6 @@ from .cells import combined_labels
 from .report import common_genes, evaluate_cells
 from .samples import cells_to_judge, draw_baselines, draw_samples
 from .table import GENERATED, by_excess, excess_and_sd, to_json, to_markdown
-
-
-@dataclass(config=pydantic_config, kw_only=True)
-class EvaluateConfig:
-    """Judges generated cells on held-out cells: report.json, report.md and report.png."""
-
-    generators: list[str]
-    """Model folders or files of cells to judge; NAME=PATH gives one a name. Several files with one name are several
-    samples, of which as many are judged as the fewest that a generator has. A file has one cell for each held-out
-    cell, with its labels."""
-    dataset: str | None = None
-    """File or prepared folder that the models were trained on. Their split.json names its held-out cells."""
-    train: str | None = None
-    """File of the training cells, with --test, instead of --dataset."""
-    test: str | None = None
-    """File of the held-out cells, with --train, instead of --dataset."""
-    label_keys: list[str] = Field(default_factory=list)
-    """Columns of obs with the labels of cells, the cell type first. A model knows its own."""
-    values: Literal["counts", "log"] = "counts"
-    """Content of files: counts or log values. A model knows its own."""
-    donor_key: str | None = None
-    """Column of obs with the donor, for membership inference of donors."""
-    output_dir: Path = Path("report")
-    """Folder for report.json, report.md and report.png."""
-    num_samples: Annotated[int, Field(ge=1)] = 3
-    """Number of samples of a model. Next to files, a model draws the number of samples in the files."""
-    baselines: bool = True
-    """Whether to judge baselines from the model's codec without its denoiser, if there is one model."""
-    parity: bool = False
-    """Whether to add the metrics of the paper, which reward collapse."""
-    guidance_scale: float = 1.0
-    """Strength of classifier-free guidance; 1 is none."""
-    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
-    """Number of denoising steps. The model has a default."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of the cells and of the judging."""
-    device: str | None = None
-    """Device, such as cuda or cpu. By default, a GPU if there is one."""
 
 
 def run(config: EvaluateConfig) -> tuple[dict, str]:

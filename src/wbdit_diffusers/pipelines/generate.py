@@ -15,18 +15,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
 
 import anndata as ad
 import torch
 from accelerate import PartialState
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass
 from tqdm.auto import tqdm
 
+from ..configs import GenerateConfig
 from ..data.write import check_output, write_cells
 from ..files import one_line, remove, write_whole
-from ..flags import pydantic_config
 from ..sampling.schedulers import make_scheduler
 from ..version import __version__
 from .pipeline_scrna_generation import ScRNAGenerationPipeline
@@ -34,38 +31,6 @@ from .pipeline_scrna_generation import ScRNAGenerationPipeline
 
 CELLS_PER_PART = 4096  # at least, in whole batches: a killed process loses at most one part
 LAUNCHED = "WBDIT_LAUNCHED"  # set in processes that `--num_processes` starts
-
-
-@dataclass(config=pydantic_config, kw_only=True)
-class GenerateConfig:
-    """Flags of `wbdit generate`."""
-
-    model: str
-    """Folder that `wbdit train` wrote, Hub id, or the pipeline in this package: pbmc68k_reduced."""
-    output: Path
-    """The .h5ad file, .zarr folder, or folder for parquet files to write. An interrupted command continues."""
-    num_cells: PositiveInt = 1000
-    """Number of cells."""
-    num_processes: PositiveInt = 1
-    """Number of processes that share the work."""
-    cell_types: str | None = None
-    """Type of all cells. Default: the label frequencies of the training cells."""
-    conditions: dict[str, str] = Field(default_factory=dict)
-    """Labels of other obs keys, such as condition=stim."""
-    library_size: PositiveFloat | None = None
-    """Expected total counts of each cell. Default: generated."""
-    guidance_scale: NonNegativeFloat = 1.0
-    """Strength of classifier-free guidance. 1 is none."""
-    num_inference_steps: PositiveInt | None = None
-    """Number of denoising steps. Default: that of the pipeline."""
-    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"] | None = None
-    """Solver. Default: that of the pipeline."""
-    batch_size: PositiveInt | None = None
-    """Number of cells denoised together. It bounds the memory."""
-    seed: NonNegativeInt = 0
-    """Seed of the cells."""
-    device: str | None = None
-    """Device to compute on, such as cuda or cpu. Default: a GPU for each process if there is one."""
 
 
 def generate(config: GenerateConfig) -> tuple[int, int]:

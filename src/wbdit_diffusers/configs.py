@@ -1,0 +1,112 @@
+"""The flags of `wbdit generate`, `evaluate` and `prepare`. They are apart from the commands, which import PyTorch."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from .flags import pydantic_config
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class GenerateConfig:
+    """Flags of `wbdit generate`."""
+
+    model: str
+    """Folder that `wbdit train` wrote, Hub id, or the pipeline in this package: pbmc68k_reduced."""
+    output: Path
+    """The .h5ad file, .zarr folder, or folder for parquet files to write. An interrupted command continues."""
+    num_cells: PositiveInt = 1000
+    """Number of cells."""
+    num_processes: PositiveInt = 1
+    """Number of processes that share the work."""
+    cell_types: str | None = None
+    """Type of all cells. Default: the label frequencies of the training cells."""
+    conditions: dict[str, str] = Field(default_factory=dict)
+    """Labels of other obs keys, such as condition=stim."""
+    library_size: PositiveFloat | None = None
+    """Expected total counts of each cell. Default: generated."""
+    guidance_scale: NonNegativeFloat = 1.0
+    """Strength of classifier-free guidance. 1 is none."""
+    num_inference_steps: PositiveInt | None = None
+    """Number of denoising steps. Default: that of the pipeline."""
+    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"] | None = None
+    """Solver. Default: that of the pipeline."""
+    batch_size: PositiveInt | None = None
+    """Number of cells denoised together. It bounds the memory."""
+    seed: NonNegativeInt = 0
+    """Seed of the cells."""
+    device: str | None = None
+    """Device to compute on, such as cuda or cpu. Default: a GPU for each process if there is one."""
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class EvaluateConfig:
+    """Judges generated cells on held-out cells: report.json, report.md and report.png."""
+
+    generators: list[str]
+    """Model folders or files of cells to judge; NAME=PATH gives one a name. Several files with one name are several
+    samples, of which as many are judged as the fewest that a generator has. A file has one cell for each held-out
+    cell, with its labels."""
+    dataset: str | None = None
+    """File or prepared folder that the models were trained on. Their split.json names its held-out cells."""
+    train: str | None = None
+    """File of the training cells, with --test, instead of --dataset."""
+    test: str | None = None
+    """File of the held-out cells, with --train, instead of --dataset."""
+    label_keys: list[str] = Field(default_factory=list)
+    """Columns of obs with the labels of cells, the cell type first. A model knows its own."""
+    values: Literal["counts", "log"] = "counts"
+    """Content of files: counts or log values. A model knows its own."""
+    donor_key: str | None = None
+    """Column of obs with the donor, for membership inference of donors."""
+    output_dir: Path = Path("report")
+    """Folder for report.json, report.md and report.png."""
+    num_samples: Annotated[int, Field(ge=1)] = 3
+    """Number of samples of a model. Next to files, a model draws the number of samples in the files."""
+    baselines: bool = True
+    """Whether to judge baselines from the model's codec without its denoiser, if there is one model."""
+    parity: bool = False
+    """Whether to add the metrics of the paper, which reward collapse."""
+    guidance_scale: float = 1.0
+    """Strength of classifier-free guidance; 1 is none."""
+    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    """Number of denoising steps. The model has a default."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the cells and of the judging."""
+    device: str | None = None
+    """Device, such as cuda or cpu. By default, a GPU if there is one."""
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class PrepareConfig:
+    """Files to prepare, and how."""
+
+    files: list[Path]
+    """.h5ad or .zarr files."""
+    output: Path
+    """New folder to write."""
+    push_to_hub: bool = False
+    """Upload the folder to the Hugging Face Hub as a dataset."""
+    hub_dataset_id: str | None = None
+    """Dataset to upload to. Default: the name of --output in your namespace."""
+    layer: str | None = None
+    """Layer that holds the matrix. Default: X."""
+    values: Literal["counts", "log"] = "counts"
+    """Content of the matrix: integer counts, which are kept bit by bit, or log values, kept in float32."""
+    label_keys: list[str] = Field(default_factory=list)
+    """Columns of obs to treat as labels, the cell type first. The split is stratified by the first one. Categories
+    and strings are labels anyway."""
+    genes: Literal["intersection", "union"] = "intersection"
+    """Genes of several files: those in all files, or those in any file."""
+    file_key: str | None = None
+    """Name of a new column of obs that holds the file of each cell."""
+    min_counts: PositiveInt = 1
+    """Minimum number of counts of a cell. Others are left out."""
+    min_genes: PositiveInt = 1
+    """Minimum number of expressed genes of a cell. Others are left out."""
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Fraction of cells that is held out, within each label. 0 for none."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the split and of the order."""
