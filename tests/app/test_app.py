@@ -172,7 +172,7 @@ def test_wrong_input_is_a_message_of_one_line(folder, pbmc, tmp_path):
         ({"source": handlers.FILE}, "upload the file"),
         ({"cell_types": ["Neuron"]}, "'Neuron'"),
     ]
-    messages = ["None of the 60 genes", "integer", "no column 'cell_type'"]
+    messages = ["genes of this model", "integer", "no column 'cell_type'"]
     for i, (cells, message) in enumerate(zip((foreign, scaled, unlabelled), messages)):
         cells.write_h5ad(tmp_path / f"{i}.h5ad")
         wrong.append(({"source": handlers.FILE, "upload": str(tmp_path / f"{i}.h5ad")}, message))

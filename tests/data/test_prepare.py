@@ -227,7 +227,7 @@ def write_spoiled(cells: ad.AnnData, name: str, path):
         (["good.h5ad", "--label_keys", "louvain"], "no column 'louvain'; it has"),
         (["missing.h5ad", "--label_keys", "cell_type"], "is missing for 1 cells"),
         (["good.h5ad", "good.h5ad"], "Two files are called 'good'"),
-        (["good.h5ad", "other.h5ad"], "No gene is in all files: use --genes union"),
+        (["good.h5ad", "other.h5ad"], "Only 0 of .* genes are in all files: use --genes union"),
         (["good.h5ad", "--file_key", "phase"], "cannot insert phase, already exists"),
     ],
 )

@@ -92,7 +92,7 @@ def test_missing_genes_are_named(processor, pbmc, monkeypatch):
     assert (matrix[:, left] != processor.select(pbmc)[0][:, left]).nnz == 0
     processor.select(pbmc)
     assert len(messages) == 1
-    with pytest.raises(ValueError, match=r"None of the 200 genes.*adata.var_names"):
+    with pytest.raises(ValueError, match=r"200 of the 200 genes of this model.*adata.var_names"):
         processor.select(ad.AnnData(pbmc.X, var=pd.DataFrame(index=[f"ENSG{i}" for i in range(pbmc.n_vars)])))
 
 

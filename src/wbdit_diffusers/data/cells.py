@@ -1,6 +1,7 @@
 """Cells behind one interface: in memory, in a file whose values stay on disk, or in parquet files."""
 
 import copy
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -187,7 +188,7 @@ def check_values(matrix: sparse.csr_matrix, name: str, obs_names: pd.Index, inte
     for wrong, problem in (
         (~np.isfinite(values), "which can't be modelled: remove or replace NaN and infinite values"),
         (values < 0, "but expression is never negative: give counts, or log1p values with values='log'"),
-        (is_fraction, "which is not an integer count: use values='log', or name the layer that holds counts"),
+        (is_fraction, "which is not an integer count: name the layer of counts, round them, or use values='log'"),
         (values > limit, too_large),
     ):
         if wrong.any():
@@ -210,6 +211,18 @@ def check_unique(names: pd.Index, what: str = "cell", where: str = ""):
     if not names.is_unique:
         twice, fix = names[names.duplicated()][0], f"{'obs' if what == 'cell' else 'var'}_names_make_unique"
         raise ValueError(f"The {what} name {twice!r} occurs more than once{where}: call `adata.{fix}()`.")
+
+
+def first_copies(source: AnnDataSource) -> np.ndarray:
+    """The position of the first cell with the same values, for each cell `(cells,)`."""
+    first: dict[bytes, int] = {}
+    positions: list[int] = []
+    for rows in source.groups:
+        matrix = sorted_csr(source.read_rows(rows))
+        for start, stop in zip(matrix.indptr[:-1], matrix.indptr[1:]):
+            content = matrix.indices[start:stop].tobytes() + matrix.data[start:stop].tobytes()
+            positions.append(first.setdefault(hashlib.blake2b(content, digest_size=16).digest(), len(positions)))
+    return np.array(positions)
 
 
 def place_genes(matrix: sparse.csr_matrix, places: np.ndarray, num_genes: int) -> sparse.csr_matrix:

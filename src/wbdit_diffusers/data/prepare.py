@@ -112,8 +112,10 @@ def _read_names(paths: list[Path], config: PrepareConfig) -> tuple[pd.DataFrame,
     genes = all_var[0].index
     for var in all_var[1:]:
         genes = (genes.union if config.genes == "union" else genes.intersection)(var.index, sort=False)
-    if not len(genes):
-        raise ValueError("No gene is in all files: use --genes union, or the same kind of gene name.")
+    fewest = min(map(len, all_var))
+    if len(genes) < fewest / 2:
+        fix = "use --genes union, or the same kind of gene name"
+        raise ValueError(f"Only {len(genes)} of {fewest} genes are in all files: {fix}.")
     return obs, all_var[0].reindex(genes)
 
 

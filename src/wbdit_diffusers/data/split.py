@@ -28,13 +28,23 @@ class CellSplit:
 
     @classmethod
     def draw(
-        cls, cells: ad.AnnData | CellSource, test_fraction: float = 0.2, label_key: str | None = None, seed: int = 0
+        cls,
+        cells: ad.AnnData | CellSource,
+        test_fraction: float = 0.2,
+        label_key: str | None = None,
+        seed: int = 0,
+        copies: np.ndarray | None = None,
     ) -> "CellSplit":
-        """Splits cells at random, stratified by label. The only cell of a label is a training cell."""
+        """
+        Splits cells at random, stratified by label. The only cell of a label is a training cell. So are the copies of
+        a training cell, of which `copies` `(cells,)` has the position of the first one.
+        """
         names = cells.obs.index
         check_unique(names)
         labels = np.zeros(len(names)) if label_key is None else label_column(cells.obs, label_key).astype(str)
         is_test = held_out(np.unique(np.asarray(labels), return_inverse=True)[1], test_fraction, seed)
+        if copies is not None:
+            is_test &= ~np.isin(copies, copies[~is_test])
         return cls(names[~is_test].tolist(), names[is_test].tolist(), seed)
 
     @classmethod

@@ -15,6 +15,7 @@ from .loading import SafetensorsModel
 
 
 MIN_COMPONENT = 1e-3  # smallest standard deviation of a principal component, as a fraction of the first one's
+MAX_LATENT = 100.0  # beyond, a cell has counts in a few genes, or none
 MAX_SLOPE = 0.5  # largest initial weight: one linear step goes too far on a log scale
 
 
@@ -206,7 +207,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
             step = 0.1
             raised, lowered = (self.decode(sign * step * axes.T).mean() for sign in (1, -1))
             return ((raised - lowered) / (2 * step)).detach().T
-        weight = self.heads["log_rates"].weight.detach().float() * self.latents_std[:-1]  # (genes + 1, num_programs)
+        weight = self.heads["log_rates"].weight.detach().float() * self.latents_std[:-1].float()  # (genes + 1, num_programs)
         loadings = weight @ axes
         return (loadings - self._mean_proportions() @ loadings)[:-1]
 
@@ -280,6 +281,9 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         library size `(cells,)` is by default that in the latents, clamped to the range of the training cells. Effects
         of class labels `(cells, num_label_keys)` are added; -1 is an unknown label.
         """
+        if latents.abs().max() > MAX_LATENT:
+            far = f"Latents are {latents.abs().max():.3g} standard deviations from the training cells"
+            raise ValueError(f"{far}: lower `guidance_scale`, take more steps or another scheduler.")
         latents = latents.float() * self.latents_std + self.latents_mean
         if library_size is None and self.is_counts:
             library_size = latents[:, -1].clamp(*self.log_library_size_range.tolist()).exp()

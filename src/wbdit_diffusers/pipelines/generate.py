@@ -94,9 +94,11 @@ def _stream(config: GenerateConfig, pipe: ScRNAGenerationPipeline, cells: range)
 
 def _claim(folder: Path, config: GenerateConfig, pipe: ScRNAGenerationPipeline):
     """Makes the folder of the parts. Raises an `OSError` if it holds parts of another request."""
-    record, weights = folder / "request.json", pipe.denoiser.state_dict().values()
-    facts = asdict(replace(config, num_processes=1)) | {"version": __version__}
-    facts["weights"] = f"{sum(tensor.double().abs().sum().item() for tensor in weights):.9g}"
+    record, facts = folder / "request.json", asdict(replace(config, num_processes=1)) | {"version": __version__}
+    for name, part in pipe.components.items():
+        weights = part.state_dict().values() if isinstance(part, torch.nn.Module) else []
+        total = sum(tensor.double().nan_to_num(posinf=0).abs().sum().item() for tensor in weights)
+        facts[name] = f"{type(part).__name__} {dict(part.config)} {total:.9g}"
     facts = json.loads(json.dumps(facts, default=str))
     before = json.loads(record.read_text()) if record.exists() else {}
     other = ", ".join(key for key in facts if before.get(key) != facts[key])

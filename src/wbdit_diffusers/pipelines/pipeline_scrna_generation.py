@@ -48,7 +48,7 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         codec ([`ProgramCodec`] or [`ExpressionCodec`]):
             Maps cells to latents and back: gene programs under a likelihood of counts or, as in arXiv 2411.06785,
             expression itself.
-        num_inference_steps (`int`, defaults to 20): Number of denoising steps when a call gives none.
+        num_inference_steps (`int`, defaults to 10): Number of denoising steps when a call gives none.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         scheduler: SchedulerMixin,
         processor: ScRNAProcessor,
         codec: ProgramCodec | ExpressionCodec,
-        num_inference_steps: int = 20,
+        num_inference_steps: int = 10,
     ):
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler, processor=processor, codec=codec)
@@ -85,6 +85,11 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, not {batch_size}.")
+        if not hasattr(self.scheduler, "alphas_cumprod"):  # flow matching, EDM and others: the cells would be wrong
+            raise ValueError(
+                f"{type(self.scheduler).__name__} does not have the noise schedule of DDPM (`alphas_cumprod`): take"
+                " DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or another one that has it."
+            )
         num_train_timesteps = self.scheduler.config.get("num_train_timesteps") or num_inference_steps
         if not 1 <= num_inference_steps <= num_train_timesteps:
             raise ValueError(

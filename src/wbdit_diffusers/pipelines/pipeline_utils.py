@@ -20,7 +20,8 @@ from ..version import __version__
 from .programs import add_programs
 
 
-TOKENS_PER_BATCH = 32_768  # of the default batch size
+TOKENS_PER_BATCH = {"cpu": 4608}  # of the default batch size. The activations of these fit in the cache of a CPU.
+MAX_TOKENS_PER_BATCH = 32_768  # on other devices
 MAX_CELLS_PER_BATCH = 2048  # larger batches are no faster, and cells × genes fill the memory
 VALUES_AT_ONCE = 2**21  # cells × genes that are dense in memory while counts are drawn
 
@@ -137,7 +138,9 @@ class ScRNAPipeline(DiffusionPipeline):
     def default_batch_size(self) -> int:
         """Number of cells denoised at once when a call gives no `batch_size`."""
         num_tokens = getattr(self.denoiser, "num_tokens", 32)
-        return min(max(CELLS_PER_BLOCK, TOKENS_PER_BATCH // num_tokens), MAX_CELLS_PER_BATCH)
+        max_tokens = TOKENS_PER_BATCH.get(self._execution_device.type, MAX_TOKENS_PER_BATCH)
+        num_blocks = min(max_tokens // num_tokens, MAX_CELLS_PER_BATCH) // CELLS_PER_BLOCK
+        return max(1, num_blocks) * CELLS_PER_BLOCK
 
     @torch.no_grad()
     def encode_cells(self, adata: ad.AnnData) -> torch.Tensor:

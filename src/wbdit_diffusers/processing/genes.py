@@ -43,10 +43,19 @@ def choose_genes(
         parts.append(expression.pop(0)[:, expressed])
     cells = ad.AnnData(sparse.vstack(parts, format="csr"))
     del parts
+    check_variation(cells.X)
     num_threads = torch.get_num_threads()
     table = sc.pp.highly_variable_genes(cells, n_top_genes=num_genes, flavor="seurat", inplace=False)
     torch.set_num_threads(num_threads)  # Numba changes them for all of OpenMP
     return expressed[table["highly_variable"].to_numpy()]
+
+
+def check_variation(matrix: sparse.csr_matrix):
+    """Raises a `ValueError` if all cells are alike."""
+    from sklearn.utils.sparsefuncs import mean_variance_axis  # slow to import
+
+    if mean_variance_axis(matrix, axis=0)[1].max() == 0:
+        raise ValueError("All cells are alike in every gene: there is nothing to learn.")
 
 
 def align_genes(var_names: pd.Index, modelled: pd.Index) -> np.ndarray:
@@ -55,10 +64,10 @@ def align_genes(var_names: pd.Index, modelled: pd.Index) -> np.ndarray:
     genes that the cells lack are named in a warning. Raises a `ValueError` if no gene is in common.
     """
     missing = modelled[~modelled.isin(var_names)]
-    if len(missing) == len(modelled):
+    if len(missing) > len(modelled) / 2:
         raise ValueError(
-            f"None of the {len(missing)} genes of this model ({', '.join(missing[:3])}, …) is in `adata.var_names`"
-            f" ({', '.join(var_names[:3])}, …): set `adata.var_names` to the same kind of gene name."
+            f"{len(missing)} of the {len(modelled)} genes of this model ({', '.join(missing[:3])}, …) are not in"
+            f" `adata.var_names` ({', '.join(var_names[:3])}, …): set it to the same kind of gene name."
         )
     if len(missing):
         logger.warning(

@@ -8,6 +8,7 @@ the denoiser sees: one column for each label key, -1 where no label is asked for
 
 import difflib
 import reprlib
+import unicodedata
 
 import numpy as np
 import pandas as pd
@@ -31,8 +32,11 @@ def read_labels(obs: pd.DataFrame, label_key: str) -> tuple[list[str], np.ndarra
 def encode(labels: str | list[str] | np.ndarray, label_key: str, categories: list[str]) -> np.ndarray:
     """The code of each label. Raises a `ValueError` that suggests the closest category for an unknown label."""
     known = pd.Index(categories)
-    labels = np.atleast_1d(np.asarray(labels, dtype=str))
+    given = np.atleast_1d(np.asarray(labels))
+    labels = given.astype(str)
     codes = known.get_indexer(labels)
+    if given.dtype.kind in "iuf" and (codes < 0).any():  # 2.0 is "2"
+        codes = pd.Index(pd.to_numeric(categories, errors="coerce")).get_indexer(given)
     if (codes < 0).any():
         unknown = str(labels[codes < 0][0])
         close = difflib.get_close_matches(unknown, known, n=NUM_NAMED, cutoff=0.5)
@@ -44,3 +48,13 @@ def encode(labels: str | list[str] | np.ndarray, label_key: str, categories: lis
             f" {', '.join(names[:NUM_NAMED])}{more}.{hint}"
         )
     return codes.astype(np.int64)
+
+
+def nearly_equal(names: list[str]) -> tuple[str, str] | None:
+    """Two labels that differ in case, in spaces around them or in the encoding of a letter alone, if there are any."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(unicodedata.normalize("NFC", name).strip().casefold(), name)
+        if other != name:
+            return other, name
+    return None

@@ -23,6 +23,7 @@ from ..hub.facts import write_training
 from ..hub.model_card import write_model_card
 from ..hub.publish import publish
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
+from ..processing.genes import check_variation
 from ..processing.processor import ScRNAProcessor
 from ..sampling.schedulers import make_scheduler
 from .cells import open_cells
@@ -75,6 +76,7 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
             if test_cells.n_obs == 0:
                 raise ValueError("No held-out cell has labels that a training cell has. Use another --split.")
             train_dataset = sample_cells(train_cells, processor, config.seed)
+            check_variation(train_dataset.matrix)
             test_dataset = CellDataset(test_cells, processor)
         with sync_errors(accelerator):
             if accelerator.is_main_process:
