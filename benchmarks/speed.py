@@ -6,7 +6,7 @@
     python benchmarks/speed.py --against ../old-checkout --output lab/results/speed_cpu.json
 
 `--against` compares this checkout with another one in CPU seconds: import, a training step, and 5,000 cells of the
-pipeline in the package, with the excess of the cells. Fresh processes take turns, and medians are compared. Without it,
+pipeline in the package, with the excess of its cells. Fresh processes take turns; medians are compared. Without it,
 `--parts` chooses what to measure (all by default):
 
 - `network`: training steps and forward passes at the paper's shape. `reference` is benchmarks/reference.py in eager

@@ -91,7 +91,7 @@ VALUES = [
     (np.nan, "counts", "holds nan .cell '{cell}'., which can't be modelled: remove or replace"),
     (np.inf, "counts", "holds inf .cell '{cell}'."),
     (-1, "counts", "holds -1 .cell '{cell}'., but expression is never negative: .*values='log'"),
-    (0.5, "counts", "holds 0.5 .cell '{cell}'., which is not an integer count: use values='log'"),
+    (0.5, "counts", "holds 0.5 .cell '{cell}'., which is not an integer count: name the layer"),
     (3e38, "counts", "holds 3e.38 .cell '{cell}'., which is not a count"),
     (51, "log", "holds 51 .cell '{cell}'., which is not a logarithm of expression: use values='counts'"),
 ]

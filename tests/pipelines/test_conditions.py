@@ -2,6 +2,7 @@
 
 import re
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -123,3 +124,22 @@ def test_messages_name_the_closest_of_many_labels(pbmc):
     pipe = make_pipeline(adata, codec="program", label_keys=["cell_type"], num_genes=30)
     with pytest.raises(ValueError, match=re.escape("knows type 69, ") + r".* and 50 others\. Did you mean 'type 69'"):
         pipe(cell_types="typ 69")
+
+
+@pytest.mark.parametrize(
+    "name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "CMStochasticIterativeScheduler"]
+)
+def test_schedulers_without_the_noise_schedule_are_refused(name, small_pipe):
+    small_pipe.scheduler = getattr(diffusers, name).from_config(small_pipe.scheduler.config)
+    with pytest.raises(ValueError, match=f"{name} does not have the noise schedule of DDPM"):
+        small_pipe()
+
+
+def test_latents_far_from_all_training_cells_are_refused(program_pipe):
+    """Their cells would have all counts in one gene, or none."""
+    with pytest.raises(ValueError, match="1e.06 standard deviations from the training cells: lower `guidance_scale`"):
+        program_pipe.decode_latents(torch.full((3, 7), 1e6))
+
+
+def test_double_precision(program_pipe):
+    assert program_pipe.to(torch.float64)(num_cells=3).cells.n_obs == 3

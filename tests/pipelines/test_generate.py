@@ -2,6 +2,7 @@
 
 import multiprocessing
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -131,3 +132,22 @@ def test_the_error_of_one_process_is_that_of_the_command(config, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_continued_by_the_same_pipeline_alone(model, config, tmp_path, monkeypatch):
+    """Its scheduler, its networks and its configuration."""
+    write = module.write_cells
+
+    def interrupted(path, batches):
+        if path.name.startswith("000000000200"):
+            raise KeyboardInterrupt
+        return write(path, batches)
+
+    monkeypatch.setattr(module, "write_cells", interrupted)
+    own = shutil.copytree(model, tmp_path / "own")
+    with pytest.raises(KeyboardInterrupt):
+        generate(config(model=str(own)))
+    path = own / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace("trailing", "leading"))
+    with pytest.raises(OSError, match="unfinished command with another scheduler"):
+        generate(config(model=str(own)))

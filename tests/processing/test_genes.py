@@ -106,3 +106,15 @@ def test_bad_names_are_named(pbmc, processor):
             read(pbmc[:0])
         with pytest.raises(ValueError, match=r"is empty: 700 cells × 0 genes"):
             read(pbmc[:, :0])
+
+
+def test_cells_that_are_all_alike_are_refused(pbmc):
+    alike = ad.AnnData(np.ones((50, 100), dtype=np.float32))
+    with pytest.raises(ValueError, match="All cells are alike in every gene"):
+        ScRNAProcessor(num_genes=20).fit(alike)
+
+
+def test_few_common_genes_are_refused(processor, pbmc):
+    few = pbmc[:, ~pbmc.var_names.isin(processor.var_names[:101])].copy()
+    with pytest.raises(ValueError, match="101 of the 200 genes of this model"):
+        processor.select(few)

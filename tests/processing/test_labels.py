@@ -123,3 +123,20 @@ def test_bad_labels_are_named(pbmc, processor):
     for read in (ScRNAProcessor(label_keys=["cell_type"]).fit, processor.encode_labels):
         with pytest.raises(ValueError, match="missing for 13 cells"):
             read(missing)
+
+
+def test_numbers_are_labels(pbmc):
+    adata = pbmc.copy()
+    adata.obs["cluster"] = np.arange(700) % 3
+    processor = ScRNAProcessor(label_keys=["cluster"], num_genes=50).fit(adata)
+    assert processor.encode_conditions({"cluster": [1, 2.0]}, 2).tolist() == [[1], [2]]
+    assert processor.encode_conditions({"cluster": 0}, 1).tolist() == [[0]]
+
+
+def test_labels_that_nearly_agree_are_named(pbmc, monkeypatch):
+    messages = []
+    monkeypatch.setattr("wbdit_diffusers.processing.processor.logger.warning", messages.append)
+    adata = pbmc.copy()
+    adata.obs["cell_type"] = np.where(np.arange(700) % 2, "B cell", "b cell ")
+    ScRNAProcessor(label_keys=["cell_type"], num_genes=50).fit(adata)
+    assert messages == ["The labels 'B cell' and 'b cell ' of cell_type differ in case or spaces alone."]

@@ -55,7 +55,7 @@ CELLS = [
     ("nan", "holds nan (cell "),
     ("-1", "expression is never negative"),
     ("0.5", "which is not an integer count"),
-    ("log values", "which is not an integer count: use values='log'"),
+    ("log values", "which is not an integer count: name the layer of counts, round them"),
     ("empty", "no counts at all"),
     ("9 cells", "training cells are too few to learn from: 10 are the minimum"),
     ("no genes", "× 0 genes"),

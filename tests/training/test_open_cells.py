@@ -134,3 +134,14 @@ def test_another_prepared_folder(folder, pbmc_path, tmp_path):
         open_cells(folder, config_of(tmp_path, resume_from_checkpoint="latest")),
     ):
         pass
+
+
+def test_copies_stay_on_one_side_of_the_split(pbmc, tmp_path):
+    """The same cells under other names, as from files that overlap."""
+    both = ad.concat([pbmc, pbmc[:80]], index_unique="-")
+    with open_cells(both, tiny_config(tmp_path)) as (train, test, split):
+        pass
+    sides = {name.rpartition("-")[0]: side for side in ("train", "test") for name in getattr(split, side)}
+    assert all(name.rpartition("-")[0] in sides for name in both.obs_names)
+    for side in ("train", "test"):
+        assert all(sides[name.rpartition("-")[0]] == side for name in getattr(split, side))

@@ -207,7 +207,9 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
             step = 0.1
             raised, lowered = (self.decode(sign * step * axes.T).mean() for sign in (1, -1))
             return ((raised - lowered) / (2 * step)).detach().T
-        weight = self.heads["log_rates"].weight.detach().float() * self.latents_std[:-1].float()  # (genes + 1, num_programs)
+        weight = (
+            self.heads["log_rates"].weight.detach().float() * self.latents_std[:-1].float()
+        )  # (genes + 1, num_programs)
         loadings = weight @ axes
         return (loadings - self._mean_proportions() @ loadings)[:-1]
 

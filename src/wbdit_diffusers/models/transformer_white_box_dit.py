@@ -250,11 +250,12 @@ class DescentBlock(nn.Module):
     ) -> torch.Tensor:
         modulation = per_cell(self.modulation(temb), label_index)  # (batch or 1, 1, hidden + 2)
         shift, gates = modulation.split([hidden_states.shape[-1], 2], dim=-1)
-        gate_attn, gate_ff = torch.sigmoid(gates - 1).chunk(2, dim=-1)  # (batch or 1, 1, 1) each
-
         hidden_states = self.norm(hidden_states + shift)
-        hidden_states = torch.addcmul(hidden_states, gate_attn, self.attn(hidden_states))
-        return torch.lerp(hidden_states, self.ff(hidden_states), gate_ff)  # (batch, tokens, hidden)
+        dtype = hidden_states.dtype  # autocast gives other modules half precision
+        gate_attn, gate_ff = torch.sigmoid(gates - 1).to(dtype).chunk(2, dim=-1)  # (batch or 1, 1, 1) each
+
+        hidden_states = torch.addcmul(hidden_states, gate_attn, self.attn(hidden_states).to(dtype))
+        return torch.lerp(hidden_states, self.ff(hidden_states).to(dtype), gate_ff)  # (batch, tokens, hidden)
 
 
 class DiTBlock(AdaLNZeroBlock):
