@@ -36,11 +36,11 @@ from scipy import sparse
 
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, read_cells
+from wbdit_diffusers.data.public import RECIPES
 from wbdit_diffusers.evaluation import draw_baselines, draw_samples, evaluate_cells, to_markdown
 from wbdit_diffusers.processing import log_normalize
 from wbdit_diffusers.sampling import SCHEDULERS, make_scheduler
 from wbdit_diffusers.training import TrainingConfig, train
-from wbdit_diffusers.training.config import read_config
 
 
 # Three tokens of eight values, for blocks whose projections are shared by all tokens
@@ -103,8 +103,13 @@ def as_tpm(adata: ad.AnnData) -> ad.AnnData:
 SCALES = {"log1p": as_log1p, "tpm": as_tpm}
 
 
+def config_of(path: Path) -> dict:
+    """The shipped config of a dataset's name, if there is one."""
+    return RECIPES[path.stem].config if path.stem in RECIPES else {}
+
+
 def usual_label_keys(path: Path) -> list[str]:
-    return read_config(path.stem).get("label_keys", [])
+    return config_of(path).get("label_keys", [])
 
 
 def run_name(
@@ -192,7 +197,7 @@ def machine() -> dict[str, str | int]:
 def judge_dataset(path: Path, label_keys: list[str], seed: int, name: str, args: argparse.Namespace) -> dict:
     """Trains all models on one dataset and judges their cells together, with one reference."""
     adata = drop_empty_cells(read_cells(path))
-    values = read_config(path.stem).get("values", "counts") if args.scale is None else "log"
+    values = config_of(path).get("values", "counts") if args.scale is None else "log"
     if args.scale is not None:
         adata = SCALES[args.scale](adata)
     label_key = label_keys[0] if label_keys else None
