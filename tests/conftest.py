@@ -10,13 +10,7 @@ import pytest
 import torch
 from hub_server import HubServer
 
-from wbdit_diffusers import (
-    ExpressionCodec,
-    ProgramCodec,
-    ScRNAGenerationPipeline,
-    ScRNAProcessor,
-    WhiteBoxDiTModel,
-)
+from wbdit_diffusers import ExpressionCodec, ProgramCodec, ScRNAGenerationPipeline, ScRNAProcessor, WhiteBoxDiTModel
 from wbdit_diffusers.data import CellDataset, encode_cells, load_pbmc
 from wbdit_diffusers.sampling import training_scheduler
 

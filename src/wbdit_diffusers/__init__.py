@@ -7,33 +7,13 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
-    from .models import ExpressionCodec, GaussianMixtureDenoiser, ProgramCodec, WhiteBoxDiTModel
-    from .pipelines import ScRNAGenerationPipeline, ScRNAPipeline, ScRNAPipelineOutput
-    from .processing import ScRNAProcessor
+    from .models import ExpressionCodec, GaussianMixtureDenoiser, ProgramCodec, WhiteBoxDiTModel  # noqa: F401
+    from .pipelines import ScRNAGenerationPipeline, ScRNAPipeline, ScRNAPipelineOutput  # noqa: F401
+    from .processing import ScRNAProcessor  # noqa: F401
 
-# Diffusers looks up the components of a saved pipeline here, by class name.
-__getattr__ = lazy_exports(
-    __name__,
-    {
-        "ExpressionCodec": "models",
-        "GaussianMixtureDenoiser": "models",
-        "ProgramCodec": "models",
-        "WhiteBoxDiTModel": "models",
-        "ScRNAGenerationPipeline": "pipelines",
-        "ScRNAPipeline": "pipelines",
-        "ScRNAPipelineOutput": "pipelines",
-        "ScRNAProcessor": "processing",
-    },
-)
+_MODELS = ("ExpressionCodec", "GaussianMixtureDenoiser", "ProgramCodec", "WhiteBoxDiTModel")
+_PIPELINES = ("ScRNAGenerationPipeline", "ScRNAPipeline", "ScRNAPipelineOutput")
+_HOMES = dict.fromkeys(_MODELS, "models") | dict.fromkeys(_PIPELINES, "pipelines") | {"ScRNAProcessor": "processing"}
 
-__all__ = [
-    "ExpressionCodec",
-    "GaussianMixtureDenoiser",
-    "ProgramCodec",
-    "ScRNAGenerationPipeline",
-    "ScRNAPipeline",
-    "ScRNAPipelineOutput",
-    "ScRNAProcessor",
-    "WhiteBoxDiTModel",
-    "__version__",
-]
+__getattr__ = lazy_exports(__name__, _HOMES)  # Diffusers looks up the components of a saved pipeline here
+__all__ = [*_HOMES, "__version__"]

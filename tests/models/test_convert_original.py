@@ -48,16 +48,6 @@ def test_converted_checkpoint_at_the_published_shape(tmp_path):
     assert (model(x, t).sample - expected).norm() / expected.norm() < 1e-5
 
 
-@torch.no_grad()
-def test_half_precision_is_read_as_float32(tmp_path):
-    state_dict = make_reference("white_box", depth=1, dim=32, num_patches=2).half().state_dict()
-    torch.save(state_dict, tmp_path / "model.pth")
-    model = WhiteBoxDiTModel.from_original_checkpoint(tmp_path / "model.pth")
-    assert {values.dtype for values in model.state_dict().values()} == {torch.float32}
-    assert torch.equal(model.proj_out.weight, state_dict["final_layer.linear.weight"].float())
-    assert not model.training
-
-
 class Namespace:
     """Any class of one's own in a checkpoint makes it a pickle that could run code."""
 

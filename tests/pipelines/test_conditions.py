@@ -50,7 +50,7 @@ SIZE = "`library_size` must be a positive number of counts"
         ({"latents": NOISE[:, :5]}, r"`latents` has shape \(2, 5\), expected \(num_cells, 7\)"),
         ({"latents": NOISE, "num_cells": 3}, "`latents` has 2 entries for 3 cells"),
         ({"latents": torch.full((2, 7), np.nan)}, "NaN or infinite latents"),
-        ({"output_type": "pil"}, "`output_type` must be one of anndata, np, pt, latent"),
+        ({"output_type": "pil"}, "`output_type` is one of anndata, np, pt, latent"),
         ({"callback_on_step_end_tensor_inputs": ["prompt"]}, r"\['prompt'\]: choose from \['latents'\]"),
     ],
 )

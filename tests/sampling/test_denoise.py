@@ -100,33 +100,6 @@ def test_reverse_process_is_the_scheduler_s_own(scheduler_class):
     torch.testing.assert_close(cells, latents[0])
 
 
-@pytest.mark.parametrize("scheduler_class", ANY_SCHEDULER)
-def test_batch_size_never_changes_the_cells(scheduler_class):
-    scheduler = stochastic_scheduler(scheduler_class)
-    expected = sample(scheduler, seeded())
-    assert torch.isfinite(expected).all() and expected.std() > 0.1
-    for batch_size in (1, 37, 64, 100):
-        torch.testing.assert_close(sample(scheduler, seeded(), batch_size=batch_size), expected)
-    assert not torch.isclose(sample(scheduler, seeded(1)), expected).any(dim=1).all()
-
-
-@pytest.mark.parametrize("scheduler_class", ANY_SCHEDULER)
-def test_a_list_of_generators_gives_the_cells_of_single_calls(scheduler_class):
-    scheduler = stochastic_scheduler(scheduler_class)
-    together = sample(scheduler, [seeded(i) for i in range(3)], num_cells=3, batch_size=2)
-    alone = [sample(scheduler, seeded(i), num_cells=1) for i in range(3)]
-    torch.testing.assert_close(together, torch.cat(alone))
-
-
-def test_latents_replace_the_initial_noise():
-    scheduler = stochastic_scheduler(DDIMScheduler)
-    latents = torch.randn(5, 4, generator=seeded(3))
-    cells = sample(scheduler, seeded(0), num_cells=5, latents=latents)
-    torch.testing.assert_close(sample(scheduler, seeded(1), num_cells=5, latents=latents), cells)
-    flipped = sample(scheduler, seeded(0), num_cells=5, latents=latents.flip(0))
-    torch.testing.assert_close(flipped, cells.flip(0))
-
-
 def test_on_step_end_replaces_the_latents():
     scheduler, calls = stochastic_scheduler(DDPMScheduler), []
 

@@ -80,11 +80,9 @@ def test_conversions_are_those_of_the_scheduler():
     for prediction_type in ("epsilon", "v_prediction", "sample"):
         scheduler = training_scheduler(prediction_type)
         noisy = scheduler.add_noise(clean, noise, timesteps)
-        output = {
-            "epsilon": noise,
-            "v_prediction": scheduler.get_velocity(clean, noise, timesteps),
-            "sample": clean,
-        }[prediction_type]
+        output = {"epsilon": noise, "v_prediction": scheduler.get_velocity(clean, noise, timesteps), "sample": clean}[
+            prediction_type
+        ]
         torch.testing.assert_close(from_clean(clean, noisy, timesteps, scheduler), output, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(to_clean(output, noisy, timesteps, scheduler), clean, atol=2e-3, rtol=1e-3)
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no `alphas_cumprod`"):

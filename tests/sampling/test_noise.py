@@ -39,13 +39,6 @@ def test_numbers_follow_from_the_seed_and_differ_between_cells():
     assert numbers[:, 2:5].mean(0).abs().max() < 0.3 and (numbers[:, 2:5].std(0) - 1).abs().max() < 0.2
 
 
-def test_a_generator_goes_on_from_call_to_call():
-    """Two calls with one generator, as in Diffusers, are two different draws."""
-    generator = seeded()
-    first, second = draw(CellNoise(generator), 0, 10), draw(CellNoise(generator), 0, 10)
-    assert not torch.isclose(first, second).any()
-
-
 def test_with_a_generator_for_each_cell_every_cell_is_the_first_of_its_own():
     noise = CellNoise([seeded(i) for i in range(5)])
     alone = torch.cat([draw(CellNoise(seeded(i)), 0, 1) for i in range(5)])

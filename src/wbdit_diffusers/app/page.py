@@ -126,11 +126,8 @@ def launch(
     """
     Serves the page. Nothing is sent elsewhere, and nothing is loaded from elsewhere.
 
-    Args:
-        model (`str` or `Path`, *optional*): Pipeline to start with. Default: the one in this package.
-        host (`str`, defaults to `"127.0.0.1"`): Address to listen on.
-        port (`int`, *optional*): Port to listen on. Default: the first free one from 7860.
-        wait (`bool`, defaults to `True`): Whether to wait for Ctrl+C. Otherwise the page's `close()` ends it.
+    It starts with `model`, by default the pipeline in this package, on the first free port from 7860. With
+    `wait=False`, the page's `close()` ends it instead of Ctrl+C.
     """
     # Files of visitors are looked for every hour, and removed after four.
     with gr.Blocks(title="wbdit", analytics_enabled=False, delete_cache=(3600, 4 * 3600)) as page:

@@ -10,17 +10,5 @@ from .split import CellSplit
 from .write import write_cells
 
 
-__all__ = [
-    "AnnDataSource",
-    "BackedSource",
-    "CellDataset",
-    "CellSource",
-    "CellSplit",
-    "PrepareConfig",
-    "PreparedCells",
-    "encode_cells",
-    "load_pbmc",
-    "prepare",
-    "read_cells",
-    "write_cells",
-]
+__all__ = ["AnnDataSource", "BackedSource", "CellDataset", "CellSource", "CellSplit", "PrepareConfig"]
+__all__ += ["PreparedCells", "encode_cells", "load_pbmc", "prepare", "read_cells", "write_cells"]

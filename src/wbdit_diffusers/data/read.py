@@ -22,15 +22,9 @@ def read_cells(path: str | Path, split: str | None = None) -> ad.AnnData:
     Reads cells into memory: an .h5ad or .zarr file, a folder that `wbdit prepare` or `wbdit generate` wrote as
     parquet, or cells of 10x Genomics (an .h5 file, or a folder with matrix.mtx).
 
-    Genes of 10x Genomics are named by symbol; repeated symbols get `-1`, `-2`, …, and `var["gene_ids"]` tells them
-    apart.
-
-    Args:
-        path (`str` or `Path`): The file or folder. A prepared folder may be on the Hub, `hf://datasets/me/cells`.
-        split (`str`, *optional*): `"train"` or `"test"` of a prepared folder. Default: both.
-
-    Raises:
-        ValueError: If it can't be read, or has no such split. A `FileNotFoundError` if there is no such file.
+    Genes of 10x Genomics are named by symbol; repeated symbols get `-1`, `-2`, …, and `var["gene_ids"]` distinguishes
+    them. A prepared folder may be on the Hub, `hf://datasets/me/cells`. Its splits are `"train"` and `"test"`: both by
+    default. Raises a `ValueError` if the cells can't be read.
     """
     if is_prepared(path) or split is not None:
         splits = list(read_metadata(path)["splits"]) if split is None else [split]

@@ -22,15 +22,10 @@ def write_cells(path: str | Path, batches: Iterable[ad.AnnData]):
     """
     Writes batches of cells as they come. The file gets its name when it is complete.
 
-    Args:
-        path (`str` or `Path`): New .h5ad file, .zarr folder, or, with no suffix or .parquet, folder with a
-            parquet file. If all values of the first batch are integers, they are counts.
-        batches (`Iterable[AnnData]`):
-            Cells with the same genes, `obs` columns and categories, `X` and layers in CSR and `obsm` in arrays, as
-            [`ScRNAGenerationPipeline.stream`] yields them.
-
-    Raises:
-        OSError: If the path exists, or can't be written. Nothing has its name then.
+    `path` is a new .h5ad file, .zarr folder, or, with no suffix or .parquet, folder with a parquet file, in which
+    integers are counts. All batches have the same genes, `obs` columns and categories, with `X` and layers in CSR and
+    `obsm` in arrays, as [`ScRNAGenerationPipeline.stream`] yields them. Raises an `OSError` if the path exists, or
+    can't be written: nothing has its name then.
     """
     path, batches = check_output(path), iter(batches)
     first = next(batches, None)  # the request is checked here, before a file is touched

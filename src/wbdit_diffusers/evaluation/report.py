@@ -33,14 +33,9 @@ def evaluate(
     """
     Judges a pipeline over the genes that it models: [`draw_samples`], [`draw_baselines`], [`evaluate_cells`].
 
-    Args:
-        pipe ([`ScRNAGenerationPipeline`]): The pipeline to judge.
-        train, test (`AnnData`): Its training cells and the held-out cells, with all their genes.
-        num_samples (`int`, defaults to 3): Number of samples, and of draws of the real reference.
-        seed (`int`, defaults to 0): Seed of the first sample and of the judging.
-        baselines (`bool`, defaults to `True`): Whether to judge [`draw_baselines`] as well.
-        donor_key, parity: As in [`evaluate_cells`], which describes the returned `dict`.
-        call_kwargs: Further arguments of the pipeline's call, e.g. `num_inference_steps`.
+    `train` and `test` are its training cells and held-out cells, with all their genes. `num_samples` is also the
+    number of draws of the real reference. `call_kwargs` are further arguments of the pipeline's call, such as
+    `num_inference_steps`.
     """
     samples, test = draw_samples(pipe, test, num_samples, seed, **call_kwargs)
     drawn = draw_baselines(pipe, train, test, num_samples, seed) if baselines else None
@@ -83,7 +78,6 @@ def evaluate_cells(
         baselines (`dict[str, list[AnnData]]`, *optional*): Further columns of the report.
         donor_key (`str`, *optional*): Column of `obs` of `train` and `test` with the donor.
         parity (`bool`, defaults to `False`): Whether to add the metrics of arXiv 2411.06785, which reward collapse.
-        seed (`int`, defaults to 0): Seed of the halves, the reference and the classifiers.
 
     Returns:
         `dict`: the settings and numbers of cells; `generators`, their names (`"generated"` for a list); `excess` of

@@ -39,12 +39,7 @@ def draw_samples(
     """
     Generates one cell for each held-out cell, with its labels. Returns the samples, and these held-out cells.
 
-    Args:
-        pipe ([`ScRNAGenerationPipeline`]): The pipeline to judge.
-        test (`AnnData`): Held-out cells. Cells with unknown labels are left out, and cells beyond 5,000.
-        num_samples (`int`, defaults to 3): Number of samples.
-        seed (`int`, defaults to 0): Seed of the first sample; each further sample adds 1.
-        call_kwargs: Further arguments of the pipeline's call.
+    Held-out cells with unknown labels are left out, and cells beyond 5,000. Each further sample adds 1 to the seed.
     """
     test = test[cells_to_judge(pipe.processor.knows_labels(test))]
     labels = {key: test.obs[key].astype(str).tolist() for key in pipe.processor.label_keys}

@@ -37,22 +37,16 @@ def publish(
     cells are not uploaded.
 
     Args:
-        pipeline ([`ScRNAGenerationPipeline`]): The pipeline.
         folder (`str` or `Path`): Output folder of the training. Its training.json and report.json go on the card.
         repo_id (`str`): Hub id such as `"me/wbdit-pbmc"`. The repository is created if it does not exist.
         private (`bool`, defaults to `False`): Whether a new repository is private. Otherwise your Hub settings decide.
         dry_run (`str` or `Path`, *optional*): New folder to write instead of uploading.
         report (`str` or `Path`, *optional*): Report of `wbdit evaluate`, if it is not in `folder`.
-        token (`str`, *optional*): Hub token. Default: the one of this machine's login.
         facts: `data_name`, `data_license` and `data_source` of the training data. `variant="bf16"` adds the denoiser
             in bfloat16. `with_code=True` adds the modules for `trust_remote_code=True`.
 
-    Returns:
-        `str`: address of the repository, or the folder of a dry run.
-
-    Raises:
-        ValueError: If an argument is invalid, or a file belongs to another model.
-        OSError: If a file is missing, or the upload fails.
+    Returns the address of the repository, or the folder of a dry run. Raises a `ValueError` or an `OSError` if an
+    argument or a file is invalid, or the upload fails.
     """
     folder, report = Path(folder), None if report is None else Path(report)
     validate_repo_id(repo_id)

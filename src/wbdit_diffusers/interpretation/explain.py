@@ -32,12 +32,8 @@ def explain(
     """
     Measures a pipeline's programs, layers, denoising and interventions, each next to a control.
 
-    Args:
-        pipe ([`ScRNAGenerationPipeline`]): A pipeline with a [`ProgramCodec`] and a [`WhiteBoxDiTModel`].
-        train (`AnnData`): Training cells. The closed form is fitted to them.
-        test (`AnnData`): Held-out cells. Everything is measured on them.
-        max_cells (`int`, defaults to 3000): Maximum number of held-out cells to use.
-        seed (`int`, defaults to 0): Seed of all random numbers.
+    The pipeline has a [`ProgramCodec`] and a [`WhiteBoxDiTModel`]. The closed form is fitted to the cells of `train`.
+    Everything is measured on at most `max_cells` held-out cells of `test`.
 
     Returns:
         `tuple[dict, AnnData]`: the report and the held-out cells, with programs as generated cells have them, and a
@@ -50,8 +46,7 @@ def explain(
         - `"program_jacobian"`: the derivative of each expected clean program (row) by each noisy program (column);
         - `"interventions"`: whether other programs follow a held program as they do in held-out cells (slope 1).
 
-    Raises:
-        ValueError: If the pipeline has no programs, or no network, or fewer than 20 held-out cells have known labels.
+    Raises a `ValueError` if the pipeline has no programs or network, or under 20 held-out cells have known labels.
     """
     if not isinstance(pipe.codec, ProgramCodec):
         raise ValueError(f"The pipeline has no gene programs: it was trained with {type(pipe.codec).__name__}.")

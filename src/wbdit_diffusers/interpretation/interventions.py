@@ -19,10 +19,7 @@ class LinearGuide:
     `x₀ + C d (value - d·x₀) / (dᵀ C d)`. The covariance C comes from the mixture too, since the network's own, its
     derivative by Tweedie's second formula, is lost in its errors at high noise (lab/white_box.md).
 
-    Args:
-        gaussian_mixture ([`GaussianMixtureDenoiser`]): The closed form; see [`fit_gaussian_mixture`].
-        direction (`torch.Tensor` of shape `(num_features,)`): A direction in latent space.
-        value (`float`): The value of `direction · latents`.
+    The mixture is that of [`fit_gaussian_mixture`], and `direction` `(num_features,)` is one in latent space.
     """
 
     def __init__(self, gaussian_mixture: GaussianMixtureDenoiser, direction: torch.Tensor, value: float):

@@ -7,11 +7,5 @@ from .likelihoods import LIKELIHOODS, CellDistribution
 from .transformer_white_box_dit import WhiteBoxDiTModel
 
 
-__all__ = [
-    "LIKELIHOODS",
-    "CellDistribution",
-    "ExpressionCodec",
-    "GaussianMixtureDenoiser",
-    "ProgramCodec",
-    "WhiteBoxDiTModel",
-]
+__all__ = ["LIKELIHOODS", "CellDistribution", "ExpressionCodec", "GaussianMixtureDenoiser", "ProgramCodec"]
+__all__ += ["WhiteBoxDiTModel"]

@@ -77,10 +77,7 @@ class ExpressionCodec(SafetensorsModel, ConfigMixin):
 
     @apply_forward_hook
     def decode(
-        self,
-        latents: torch.Tensor,
-        library_size: torch.Tensor | None = None,
-        class_labels: torch.Tensor | None = None,
+        self, latents: torch.Tensor, library_size: torch.Tensor | None = None, class_labels: torch.Tensor | None = None
     ) -> CellDistribution:
         """A [`PointMass`] at the expression, clamped at zero; see [`ProgramCodec.decode`]. Labels have no effect."""
         features = latents.float() * self.latents_std + self.latents_mean

@@ -273,10 +273,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
 
     @apply_forward_hook
     def decode(
-        self,
-        latents: torch.Tensor,
-        library_size: torch.Tensor | None = None,
-        class_labels: torch.Tensor | None = None,
+        self, latents: torch.Tensor, library_size: torch.Tensor | None = None, class_labels: torch.Tensor | None = None
     ) -> CellDistribution:
         """
         Distribution of the counts or log values of the modelled genes, given latents `(cells, num_features)`. The

@@ -20,10 +20,8 @@ class SafetensorsModel(ModelMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> Any:
         """
-        Loads a model from a folder or a Hub id; see [`ModelMixin.from_pretrained`] for the arguments.
-
-        Raises:
-            OSError: If weights are missing, don't fit the configuration, or hold NaN or infinite values.
+        Loads a model as [`ModelMixin.from_pretrained`]. Raises an `OSError` if weights are missing, don't fit the
+        configuration, or hold NaN or infinite values.
         """
         where = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         with_info = kwargs.pop("output_loading_info", False)

@@ -422,11 +422,7 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
                 Row of `class_labels` for each cell; requires one timestep for the whole batch. Cells that are sampled
                 together have few combinations of labels, and modulations are computed once per combination.
 
-        Returns:
-            [`Transformer2DModelOutput`] or a tuple: `sample`, of the shape of `hidden_states`.
-
-        Raises:
-            ValueError: If the number of values or labels per cell is not the model's.
+        Returns `sample`, of the shape of `hidden_states`, in a [`Transformer2DModelOutput`] or a tuple.
         """
         batch_size, sample_size = hidden_states.shape
         if sample_size != self.config.sample_size:

@@ -81,30 +81,37 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         tensor_inputs: Sequence[str],
     ):
         """Raises a `ValueError` if an argument of a call has no meaning for this pipeline."""
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, not {batch_size}.")
-        if not hasattr(self.scheduler, "alphas_cumprod"):  # flow matching, EDM and others: the cells would be wrong
-            raise ValueError(
-                f"{type(self.scheduler).__name__} does not have the noise schedule of DDPM (`alphas_cumprod`): take"
-                " DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or another one that has it."
-            )
-        num_train_timesteps = self.scheduler.config.get("num_train_timesteps") or num_inference_steps
-        if not 1 <= num_inference_steps <= num_train_timesteps:
-            raise ValueError(
-                f"`num_inference_steps` must be between 1 and the {num_train_timesteps} timesteps of training, not"
-                f" {num_inference_steps}."
-            )
-        num_features = self.denoiser.config.sample_size
-        if latents is not None and tuple(latents.shape[1:]) != (num_features,):
-            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, expected (num_cells, {num_features}).")
-        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
+        scheduler, num_features = type(self.scheduler).__name__, self.denoiser.config.sample_size
+        most = self.scheduler.config.get("num_train_timesteps") or num_inference_steps
+        shape, unknown = getattr(latents, "shape", None), set(tensor_inputs) - set(self._callback_tensor_inputs)
+        for is_wrong, message in (
+            (
+                output_type not in OUTPUT_TYPES,
+                f"`output_type` is one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}",
+            ),
+            (batch_size is not None and batch_size < 1, f"`batch_size` must be at least 1, not {batch_size}"),
+            (
+                not hasattr(self.scheduler, "alphas_cumprod"),  # as for flow matching: the cells would be wrong
+                f"{scheduler} does not have the noise schedule of DDPM (`alphas_cumprod`): take DDPMScheduler,"
+                " DDIMScheduler, DPMSolverMultistepScheduler or another one that has it",
+            ),
+            (
+                not 1 <= num_inference_steps <= most,
+                f"`num_inference_steps` must be between 1 and the {most} timesteps of training, not"
+                f" {num_inference_steps}",
+            ),
+            (
+                shape is not None and tuple(shape[1:]) != (num_features,),
+                f"`latents` has shape {shape and tuple(shape)}, expected (num_cells, {num_features})",
+            ),
+            (
+                unknown,
                 f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}: choose from"
-                f" {self._callback_tensor_inputs}."
-            )
+                f" {self._callback_tensor_inputs}",
+            ),
+        ):
+            if is_wrong:
+                raise ValueError(f"{message}.")
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)

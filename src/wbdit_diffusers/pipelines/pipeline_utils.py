@@ -20,8 +20,7 @@ from ..version import __version__
 from .programs import add_programs
 
 
-TOKENS_PER_BATCH = {"cpu": 4608}  # of the default batch size. The activations of these fit in the cache of a CPU.
-MAX_TOKENS_PER_BATCH = 32_768  # on other devices
+TOKENS_PER_BATCH = 4608  # of the default batch size: their activations fit in the cache of a CPU
 MAX_CELLS_PER_BATCH = 2048  # larger batches are no faster, and cells × genes fill the memory
 VALUES_AT_ONCE = 2**21  # cells × genes that are dense in memory while counts are drawn
 
@@ -45,11 +44,8 @@ class ScRNAPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> Any:
         """
         Loads a pipeline from a folder, a Hub id, or by the name of the one in the package (`"pbmc68k_reduced"`). Only
-        safetensors files are read. See [`DiffusionPipeline.from_pretrained`] for the arguments.
-
-        Raises:
-            OSError: If the folder or repository holds no complete pipeline.
-            ValueError: If it has no such `variant`.
+        safetensors files are read. See [`DiffusionPipeline.from_pretrained`] for the arguments. Raises an `OSError` if
+        there is no complete pipeline, and a `ValueError` if it has no such `variant`.
         """
         where = locate(pretrained_model_name_or_path)
         if Path(where).exists() and not Path(where, cls.config_name).is_file():
@@ -73,9 +69,6 @@ class ScRNAPipeline(DiffusionPipeline):
         """
         Writes the pipeline to a folder as safetensors; see [`DiffusionPipeline.save_pretrained`]. Other files in the
         folder stay. `model_index.json` is written last: a folder without it is incomplete, and is refused.
-
-        Raises:
-            OSError: If the folder can't be written.
         """
         folder, save = Path(save_directory), super().save_pretrained
         if folder.is_file():
@@ -104,13 +97,7 @@ class ScRNAPipeline(DiffusionPipeline):
             remove(staged)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """
-        Uploads the pipeline, with a model card unless the repository has one.
-
-        Args:
-            repo_id (`str`): The repository, e.g. `"me/wbdit-pbmc"`.
-            kwargs: `private`, `token`, `commit_message`, … of [`DiffusionPipeline.push_to_hub`].
-        """
+        """Uploads the pipeline as [`DiffusionPipeline.push_to_hub`], with a card unless the repository has one."""
         push_model_card(self, repo_id, private=kwargs.get("private"), token=kwargs.get("token"))
         return super().push_to_hub(repo_id, **kwargs)
 
@@ -138,8 +125,7 @@ class ScRNAPipeline(DiffusionPipeline):
     def default_batch_size(self) -> int:
         """Number of cells denoised at once when a call gives no `batch_size`."""
         num_tokens = getattr(self.denoiser, "num_tokens", 32)
-        max_tokens = TOKENS_PER_BATCH.get(self._execution_device.type, MAX_TOKENS_PER_BATCH)
-        num_blocks = min(max_tokens // num_tokens, MAX_CELLS_PER_BATCH) // CELLS_PER_BLOCK
+        num_blocks = min(TOKENS_PER_BATCH // num_tokens, MAX_CELLS_PER_BATCH) // CELLS_PER_BLOCK
         return max(1, num_blocks) * CELLS_PER_BLOCK
 
     @torch.no_grad()
@@ -161,16 +147,9 @@ class ScRNAPipeline(DiffusionPipeline):
         """
         Draws cells for given latents, as a call does at its end. The result has no `uns["wbdit"]`.
 
-        Args:
-            latents (`torch.Tensor` of shape `(cells, num_features)`): Denoised or encoded cells.
-            class_labels (`torch.LongTensor` of shape `(cells, num_label_keys)`, *optional*):
-                Codes of the labels, whose effects on genes are added.
-            library_size (`torch.Tensor` of shape `(cells,)`, *optional*):
-                Expected total counts, instead of those in `latents`.
-            generator (`torch.Generator`, *optional*): Makes the draw reproducible.
-
-        Raises:
-            ValueError: If the shapes don't fit, or `library_size` is given to a model of log values.
+        Latents `(cells, num_features)` are denoised or encoded cells. Effects of class labels `(cells,
+        num_label_keys)` on genes are added. Library sizes `(cells,)` replace those in the latents. Raises a
+        `ValueError` if shapes don't fit, or library sizes are given to a model of log values.
         """
         if library_size is not None and not self.processor.is_counts:
             raise ValueError("`library_size` was given, but this model was trained on log values, not on counts.")

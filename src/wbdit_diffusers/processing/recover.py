@@ -28,21 +28,13 @@ class LogScale:
     """
     How a file turns counts into values: `log(1 + counts * s) / ln_base` with `s = target_sum / library_size`, or the
     same `factor` in all cells.
-
-    Args:
-        ln_base (`float`): Natural logarithm of the base.
-        target_sum (`float`, *optional*): Library size to which cells were scaled, if they were.
-        factor (`float`, *optional*): Factor of all cells, if they were not scaled.
-        knows_library_size (`bool`): Whether `target_sum / s` is the library size of a cell, including genes that the
-            file lacks. Otherwise it is the sum of the recovered counts.
-        decimals (`int`, *optional*): Decimals to which values were rounded.
     """
 
-    ln_base: float
-    target_sum: float | None = None
-    factor: float | None = None
-    knows_library_size: bool = False
-    decimals: int | None = None
+    ln_base: float  # natural logarithm of the base
+    target_sum: float | None = None  # library size to which cells were scaled, if they were
+    factor: float | None = None  # of all cells, if they were not scaled
+    knows_library_size: bool = False  # target_sum / s, with genes that the file lacks; else the sum of the counts
+    decimals: int | None = None  # to which values were rounded
 
     def apply(self, counts: sparse.csr_matrix, library_size: np.ndarray) -> sparse.csr_matrix:
         """Puts counts `(cells, genes)` on the scale of the file, in float32."""

@@ -6,17 +6,5 @@ from .noise import CellNoise, NoiseBatch
 from .schedulers import SCHEDULERS, from_clean, make_scheduler, signal_and_noise, to_clean, training_scheduler
 
 
-__all__ = [
-    "SCHEDULERS",
-    "CellNoise",
-    "Conditions",
-    "Guide",
-    "NoiseBatch",
-    "denoise",
-    "from_clean",
-    "make_scheduler",
-    "predict",
-    "signal_and_noise",
-    "to_clean",
-    "training_scheduler",
-]
+__all__ = ["SCHEDULERS", "CellNoise", "Conditions", "Guide", "NoiseBatch", "denoise", "from_clean"]
+__all__ += ["make_scheduler", "predict", "signal_and_noise", "to_clean", "training_scheduler"]

@@ -23,15 +23,13 @@ def denoise(
 
     Args:
         predict (`Callable`): `predict(latents, timestep)`, the quantity that the scheduler's `prediction_type` names.
-        scheduler ([`SchedulerMixin`]): Any Diffusers scheduler.
         noise ([`NoiseBatch`]): Random numbers of the batch, for schedulers that add noise.
         latents (`torch.Tensor` of shape `(cells, num_features)`):
             Noisy latents at the first timestep: scaled Gaussian noise, or cells with noise up to that timestep.
         timesteps (`Iterable[torch.Tensor]`): All of `scheduler.timesteps`, or the last ones.
         on_step_end (`Callable`, *optional*): `on_step_end(step, timestep, latents)` returns the next latents.
 
-    Raises:
-        ValueError: If a denoised latent is NaN or infinite.
+    Raises a `ValueError` if a denoised latent is NaN or infinite.
     """
     accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_kwargs = {"generator": noise.generators} if accepts_generator else {}

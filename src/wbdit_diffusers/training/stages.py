@@ -44,13 +44,8 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
     """
     Trains codec and denoiser on cells, and writes the pipeline to `config.output_dir`.
 
-    Args:
-        source (`str`, `Path` or `AnnData`, *optional*):
-            Cells, their file, or a folder that `wbdit prepare` wrote. Default: `config.dataset`.
-        config ([`TrainingConfig`]): Configuration.
-
-    Returns:
-        [`ScRNAGenerationPipeline`]: the trained pipeline, on the CPU.
+    `source` are cells, their file, or a folder that `wbdit prepare` wrote; by default `config.dataset`. Returns the
+    trained pipeline, on the CPU.
 
     Raises:
         ValueError: If the cells can't be modelled, flags do not fit them, or `output_dir` holds another run.

@@ -30,8 +30,7 @@ class QuantileHurdle:
         zero_logits (`torch.Tensor` of shape `(cells, genes)`): Log odds of zero.
         log_std (`torch.Tensor` of shape `(genes,)`): Log standard deviation of the scores.
         quantiles (`torch.Tensor` of shape `(genes, 61)`): Values at the scores -3, -2.9 … 3, increasing.
-        levels (`torch.Tensor` of shape `(num_levels,)`, *optional*):
-            Distinct values of the training cells, ascending. Draws are rounded to them, as the data were rounded.
+        levels (`torch.Tensor`, *optional*): Distinct values of the training cells, to which draws are rounded.
     """
 
     HEADS = ("scores", "zero_logits")  # linear in the programs
