@@ -1,4 +1,4 @@
-"""From real cells to generated ones, in about six minutes on two cores, without the installation.
+"""From real cells to generated ones, in about four minutes on two cores, without the installation.
 
     python examples/quickstart.py --output_dir demo
 
@@ -51,7 +51,7 @@ def main():
     real = load_pbmc()
     real.write_h5ad(args.output_dir / "real.h5ad")
 
-    print("2. Training, for about four minutes on two cores", flush=True)
+    print("2. Training, for about three minutes on two cores", flush=True)
     folder = args.output_dir / "wbdit-pbmc"
     config = TrainingConfig(
         label_keys=["cell_type"],
