@@ -128,9 +128,11 @@ def test_bad_labels_are_named(pbmc, processor):
 def test_numbers_are_labels(pbmc):
     adata = pbmc.copy()
     adata.obs["cluster"] = np.arange(700) % 3
-    processor = ScRNAProcessor(label_keys=["cluster"], num_genes=50).fit(adata)
-    assert processor.encode_conditions({"cluster": [1, 2.0]}, 2).tolist() == [[1], [2]]
-    assert processor.encode_conditions({"cluster": 0}, 1).tolist() == [[0]]
+    processor = ScRNAProcessor(label_keys=["cluster", "cell_type"], num_genes=50).fit(adata)
+    codes = [processor.encode_conditions({"cluster": given}, 2)[:, 0].tolist() for given in ([1, 2.0], 0)]
+    assert codes == [[1, 2], [0, 0]]
+    with pytest.raises(ValueError, match="'5' is not a cell_type of this model"):
+        processor.encode_conditions({"cell_type": 5}, 1)
 
 
 def test_labels_that_nearly_agree_are_named(pbmc, monkeypatch):

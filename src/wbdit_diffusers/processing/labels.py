@@ -36,7 +36,8 @@ def encode(labels: str | list[str] | np.ndarray, label_key: str, categories: lis
     labels = given.astype(str)
     codes = known.get_indexer(labels)
     if given.dtype.kind in "iuf" and (codes < 0).any():  # 2.0 is "2"
-        codes = pd.Index(pd.to_numeric(categories, errors="coerce")).get_indexer(given)
+        numbers = dict(zip(pd.to_numeric(categories, errors="coerce"), range(len(categories))))
+        codes = np.array([numbers.get(value, -1) for value in given.tolist()])
     if (codes < 0).any():
         unknown = str(labels[codes < 0][0])
         close = difflib.get_close_matches(unknown, known, n=NUM_NAMED, cutoff=0.5)
