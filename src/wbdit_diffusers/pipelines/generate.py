@@ -98,7 +98,8 @@ def _claim(folder: Path, config: GenerateConfig, pipe: ScRNAGenerationPipeline):
     for name, part in pipe.components.items():
         weights = part.state_dict().values() if isinstance(part, torch.nn.Module) else []
         total = sum(tensor.double().nan_to_num(posinf=0).abs().sum().item() for tensor in weights)
-        facts[name] = f"{type(part).__name__} {dict(part.config)} {total:.9g}"
+        settings = {key: value for key, value in part.config.items() if not key.startswith("_")}
+        facts[name] = f"{type(part).__name__} {settings} {total:.9g}"
     facts = json.loads(json.dumps(facts, default=str))
     before = json.loads(record.read_text()) if record.exists() else {}
     other = ", ".join(key for key in facts if before.get(key) != facts[key])
