@@ -67,11 +67,11 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
                 label_keys=config.label_keys,
                 num_genes=config.num_genes or None,
             ).fit(train_cells)
+            train_dataset = sample_cells(train_cells, processor, config.seed)
+            check_variation(train_dataset.matrix)
             test_cells = test_cells[processor.knows_labels(test_cells)]
             if test_cells.n_obs == 0:
                 raise ValueError("No held-out cell has labels that a training cell has. Use another --split.")
-            train_dataset = sample_cells(train_cells, processor, config.seed)
-            check_variation(train_dataset.matrix)
             test_dataset = CellDataset(test_cells, processor)
         with sync_errors(accelerator):
             if accelerator.is_main_process:
