@@ -17,3 +17,7 @@ _HOMES = dict.fromkeys(_MODELS, "models") | dict.fromkeys(_PIPELINES, "pipelines
 
 __getattr__ = lazy_exports(__name__, _HOMES)  # Diffusers looks up the components of a saved pipeline here
 __all__ = [*_HOMES, "__version__"]
+
+
+def __dir__() -> list[str]:
+    return __all__

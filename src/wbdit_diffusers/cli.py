@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from .configs import EvaluateConfig, GenerateConfig, PrepareConfig
+from .configs import EvaluateConfig, GenerateConfig, Model, PrepareConfig
 from .files import one_line, write_whole
 from .flags import FlagParser, Seed, add_flags, did_you_mean, make_config, pydantic_config
 from .training.config import TrainingConfig, read_config
@@ -20,8 +20,6 @@ from .version import __version__
 
 
 Result = tuple[dict[str, Any], str]  # for --json, and for people
-MODEL_HELP = "Folder that `wbdit train` wrote, Hub id, or the pipeline in this package: pbmc68k_reduced."
-Model = Annotated[str, Field(description=MODEL_HELP)]
 
 
 def generate(config: GenerateConfig) -> Result:

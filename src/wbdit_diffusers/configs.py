@@ -6,15 +6,18 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from .flags import pydantic_config
+from .flags import Seed, pydantic_config
+
+
+MODEL_HELP = "Folder that `wbdit train` wrote, Hub id, or the pipeline in this package: pbmc68k_reduced."
+Model = Annotated[str, Field(description=MODEL_HELP)]
 
 
 @dataclass(config=pydantic_config, kw_only=True)
 class GenerateConfig:
     """Flags of `wbdit generate`."""
 
-    model: str
-    """Folder that `wbdit train` wrote, Hub id, or the pipeline in this package: pbmc68k_reduced."""
+    model: Model
     output: Path
     """The .h5ad file, .zarr folder, or folder for parquet files to write. An interrupted command continues."""
     num_cells: PositiveInt = 1000
@@ -47,8 +50,8 @@ class EvaluateConfig:
 
     generators: list[str]
     """Model folders or files of cells to judge; NAME=PATH gives one a name. Several files with one name are several
-    samples, of which as many are judged as the fewest that a generator has. A file has one cell for each held-out
-    cell, with its labels."""
+    samples. All generators are judged on the same number of samples. A file has one cell, with its labels, for each
+    held-out cell."""
     dataset: str | None = None
     """File or prepared folder that the models were trained on. Their split.json names its held-out cells."""
     train: str | None = None
@@ -73,7 +76,7 @@ class EvaluateConfig:
     """Strength of classifier-free guidance; 1 is none."""
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     """Number of denoising steps. The model has a default."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     """Seed of the cells and of the judging."""
     device: str | None = None
     """Device, such as cuda or cpu. By default, a GPU if there is one."""

@@ -137,7 +137,6 @@ def test_another_prepared_folder(folder, pbmc_path, tmp_path):
 
 
 def test_copies_stay_on_one_side_of_the_split(pbmc, tmp_path):
-    """The same cells under other names, as from files that overlap."""
     both = ad.concat([pbmc, pbmc[:80]], index_unique="-")
     with open_cells(both, tiny_config(tmp_path)) as (train, test, split):
         pass

@@ -106,9 +106,6 @@ def encode_source(
     return torch.from_numpy(np.load(path, mmap_mode="c"))  # PyTorch warns of arrays that are read-only
 
 
-# ==================== The order of the cells ====================
-
-
 class CellOrder:
     """
     An endless sequence of cells in which each epoch holds every cell once, in an order that follows from the seed.

@@ -34,8 +34,7 @@ def evaluate(
     Judges a pipeline over the genes that it models: [`draw_samples`], [`draw_baselines`], [`evaluate_cells`].
 
     `train` and `test` are its training cells and held-out cells, with all their genes. `num_samples` is also the
-    number of draws of the real reference. `call_kwargs` are further arguments of the pipeline's call, such as
-    `num_inference_steps`.
+    number of draws of the real reference. `call_kwargs` are further arguments of the pipeline's call.
     """
     samples, test = draw_samples(pipe, test, num_samples, seed, **call_kwargs)
     drawn = draw_baselines(pipe, train, test, num_samples, seed) if baselines else None
@@ -62,7 +61,7 @@ def evaluate_cells(
 
     They are compared with the real reference: training cells with the label counts of the held-out cells. Principal
     components and the cell type classifier are fitted on one half of the training cells. The reference is drawn from
-    the other half, anew for each sample. Of each generator, as many samples are judged as the fewest that one has.
+    the other half, anew for each sample. All generators are judged on the same number of samples.
 
     The library size of a real cell is the sum of its row, and that of a generated cell is `obs["library_size"]`. If a
     sample has no such column, or all genes of the real cells, all cells are normalised within the judged genes.

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, P
 from pydantic.dataclasses import dataclass
 
 from ..files import one_line
-from ..flags import did_you_mean, pydantic_config
+from ..flags import Seed, did_you_mean, pydantic_config
 
 
 SHIPPED_CONFIGS = resources.files(__package__) / "configs"
@@ -153,7 +153,7 @@ class OptimizationConfig:
     """Precision of the forward pass. Default: the setting of `accelerate config`."""
     compile: bool = False
     """Whether to compile the blocks with torch.compile. The start is slower, the steps are faster."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     """Seed of the split, the weights and all random numbers of the training."""
 
 
