@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from scipy import sparse
 from tiny import tiny_config
 
 from wbdit_diffusers import ProgramCodec, ScRNAProcessor
@@ -129,6 +130,28 @@ def test_few_cells_and_flat_programs_keep_their_axes(dataset):
     find_program_axes(codec, torch.randn(15, 8))
     find_program_axes(codec, torch.randn(len(dataset), 8) * torch.arange(8))  # the first is always 0
     assert torch.equal(codec.program_axes, torch.eye(8))
+
+
+def test_a_gene_that_fills_few_cells_keeps_its_mean_and_stays_out_of_the_others(pbmc, tmp_path):
+    """As haemoglobin does: much in a few red blood cells, and a molecule in some of the others."""
+    rng, cells = np.random.default_rng(0), pbmc.copy()
+    counts, library_size = cells.X.toarray(), np.asarray(cells.X.sum(axis=1)).ravel()
+    filled = rng.choice(cells.n_obs, 14, replace=False)
+    counts[:, 0] = rng.poisson(0.03, cells.n_obs)
+    counts[filled, 0] = rng.poisson(0.5 * library_size[filled])
+    cells.X = sparse.csr_matrix(counts)
+    processor = ScRNAProcessor(label_keys=["cell_type"], num_genes=100).fit(cells)
+    dataset = CellDataset(cells, processor)
+    codec = fit_program_codec(tiny_config(tmp_path, codec_max_steps=200, decoder_steps=100), dataset, CPU)
+    latents = encode_cells(dataset, codec)
+    with torch.no_grad():
+        decoded = codec.decode(latents, torch.from_numpy(dataset.library_size).float(), dataset.class_labels)
+        means = decoded.mean().mean(0).numpy()
+        drawn = decoded.icdf(torch.rand(latents.shape[0], decoded.num_values, dtype=torch.double)).numpy()
+    real = dataset.matrix.toarray()
+    np.testing.assert_allclose(means, real.mean(0), rtol=0.1)
+    gene = list(processor.var_names).index(cells.var_names[0])
+    assert abs((drawn[:, gene] > 0).mean() - (real[:, gene] > 0).mean()) < 0.03
 
 
 def test_labels_get_effects_in_the_second_fit_and_a_prior_holds_them(dataset, tmp_path):

@@ -187,8 +187,9 @@ class BoundedISTA(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         step_size, code = self.step_size.to(hidden_states.dtype), F.relu(hidden_states)  # a
         residual = hidden_states - F.linear(code, self.dictionary)  # x - Da
-        gradient = F.linear(residual, self.dictionary.t())  # Dᵀ(x - Da)
-        return F.relu(code + step_size * gradient - step_size * self.lambd)
+        # The step size scales the dictionary, and -ηλ is the bias: fewer passes over the tokens.
+        bias = (-step_size * self.lambd).to(hidden_states.dtype).expand(len(self.dictionary))
+        return F.relu(code + F.linear(residual, step_size * self.dictionary.t(), bias))  # a + η Dᵀ(x - Da) - ηλ
 
 
 def per_cell(modulation: torch.Tensor, label_index: torch.Tensor | None) -> torch.Tensor:
@@ -249,11 +250,12 @@ class DescentBlock(nn.Module):
     ) -> torch.Tensor:
         modulation = per_cell(self.modulation(temb), label_index)  # (batch or 1, 1, hidden + 2)
         shift, gates = modulation.split([hidden_states.shape[-1], 2], dim=-1)
-        gate_attn, gate_ff = torch.sigmoid(gates - 1).chunk(2, dim=-1)  # (batch or 1, 1, 1) each
-
         hidden_states = self.norm(hidden_states + shift)
-        hidden_states = hidden_states + gate_attn * self.attn(hidden_states)
-        return hidden_states + gate_ff * (self.ff(hidden_states) - hidden_states)  # (batch, tokens, hidden)
+        dtype = hidden_states.dtype  # autocast gives other modules half precision
+        gate_attn, gate_ff = torch.sigmoid(gates - 1).to(dtype).chunk(2, dim=-1)  # (batch or 1, 1, 1) each
+
+        hidden_states = torch.addcmul(hidden_states, gate_attn, self.attn(hidden_states).to(dtype))
+        return torch.lerp(hidden_states, self.ff(hidden_states).to(dtype), gate_ff)  # (batch, tokens, hidden)
 
 
 class DiTBlock(AdaLNZeroBlock):
@@ -302,7 +304,7 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
         patch_size (`int`, defaults to 1): Number of consecutive values per token.
         num_layers (`int`, defaults to 4): Number of blocks.
         num_attention_heads (`int`, defaults to 4): Number of heads, each of which is a subspace.
-        attention_head_dim (`int`, defaults to 24):
+        attention_head_dim (`int`, defaults to 16):
             Dimension of a subspace. The hidden size, `num_attention_heads` times this, must be a multiple of 4.
         ista_step_size (`float`, defaults to 0.1): Step size η of the ISTA step of the `"white_box"` block.
         ista_lambda (`float`, defaults to 0.1): Weight λ of sparsity in the `"white_box"` block.
@@ -327,7 +329,7 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
         patch_size: int = 1,
         num_layers: int = 4,
         num_attention_heads: int = 4,
-        attention_head_dim: int = 24,
+        attention_head_dim: int = 16,
         ista_step_size: float = 0.1,
         ista_lambda: float = 0.1,
         block_type: str = "descent",

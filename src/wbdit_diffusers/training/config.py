@@ -22,7 +22,8 @@ CODEC_DEFAULTS: dict[str, dict[str, Any]] = {
     "patch_size": {"program": None, "expression": 10},
     "num_layers": {"program": 4, "expression": 3},
     "num_attention_heads": {"program": 4, "expression": 8},
-    "attention_head_dim": {"program": 24, "expression": 96},
+    "attention_head_dim": {"program": 16, "expression": 96},
+    "learning_rate": {"program": 3e-3, "expression": 2e-3},
     "train_batch_size": {"program": 256, "expression": 64},
 }
 
@@ -117,7 +118,7 @@ class DenoiserConfig:
     """Output of the network: the noise, the velocity or the clean cell."""
     scheduler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
     """Solver of the finished pipeline."""
-    num_inference_steps: Annotated[int, Field(gt=0, le=1000)] = 20
+    num_inference_steps: Annotated[int, Field(gt=0, le=1000)] = 10
     """Default number of denoising steps of the finished pipeline."""
 
 
@@ -135,8 +136,8 @@ class OptimizationConfig:
     """Number of cells in a batch of each process."""
     gradient_accumulation_steps: PositiveInt = 1
     """Number of batches in an optimizer step."""
-    learning_rate: LearningRate = 2e-3
-    """Highest learning rate of AdamW."""
+    learning_rate: LearningRate | None = None
+    """Highest learning rate of AdamW. Default: 0.003 for gene programs, 0.002 for expression."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Number of steps in which the learning rate rises from zero."""
     lr_decay_fraction: Fraction = 0.3

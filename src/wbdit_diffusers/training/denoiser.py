@@ -71,6 +71,7 @@ def learning_rate(config: TrainingConfig, step: int, progress: float) -> float:
     """The learning rate: warm-up, plateau, and a linear decay that ends with the training."""
     warmup = min(1.0, (step + 1) / max(config.lr_warmup_steps, 1))
     decay = min(1.0, (1 - progress) / config.lr_decay_fraction) if config.lr_decay_fraction > 0 else 1.0
+    assert config.learning_rate is not None  # set by the config
     return config.learning_rate * warmup * max(decay, 0.01)
 
 

@@ -8,13 +8,17 @@ from scipy import sparse
 from ...processing.normalize import log_normalize
 
 
+MAX_LOG_RATIO = 9.0  # of outliers: haemoglobin fills red blood cells, and one molecule of it floats into others
+FEW_CELLS = 0.05  # fraction of cells that may be outliers of a gene; θ, if they hold all its counts
+
+
 class NegativeBinomialMixture:
     r"""
     Counts of molecules or reads.
 
     `counts ~ (1 - π) NB(mean μ, inverse dispersion θ) + π NB(mean r μ, inverse dispersion θ')` with
     `μ = library_size * proportions`. The second component describes the outliers of a gene, which a narrow negative
-    binomial can't: counts of tens where other cells have one or two, or (`r < 1`) dropouts.
+    binomial can't: counts of tens or thousands where other cells have one or two, or (`r < 1`) dropouts.
 
     The columns are the genes, followed by one bin for all other genes, so that a draw has a library size of its own.
 
@@ -46,7 +50,7 @@ class NegativeBinomialMixture:
         self.num_values = log_rates.shape[1]  # per draw: the genes, and the bin of all other genes
         self.log_theta = log_theta.clamp(-4, 8)  # beyond, a distribution is all zeros, or Poisson
         self.outlier_logits = outlier_logits
-        self.outlier_log_ratio = outlier_log_ratio.clamp(-4, 4)
+        self.outlier_log_ratio = outlier_log_ratio.clamp(-4, MAX_LOG_RATIO)
         self.outlier_log_theta = outlier_log_theta.clamp(-4, 4)
         self.library_size = library_size.to(log_rates.device)
 
@@ -55,27 +59,41 @@ class NegativeBinomialMixture:
         """
         Starting point of the fit: bias of each head and value of each gene parameter, `(genes + 1,)`. Rates are the
         means of the training cells. θ follows from the variance of each gene, and is raised a little, because
-        outliers contribute to the variance.
+        outliers contribute to the variance. Where a few cells hold most counts of a gene, they are its outliers.
         """
         genes = np.asarray(counts.sum(axis=0), dtype=np.float64).ravel()
-        totals = np.append(genes, library_size.sum() - genes.sum()) + 0.5
         # Variance beyond a Poisson distribution's, (library_size * share)² / θ, summed over cells
         share = genes / library_size.sum()
+        squares = np.asarray(counts.power(2, dtype=np.float64).sum(axis=0)).ravel()
         excess = (
-            np.asarray(counts.power(2, dtype=np.float64).sum(axis=0)).ravel()
+            squares
             - 2 * share * (counts.T @ library_size.astype(np.float64))
             + share**2 * (library_size**2).sum()
             - share * library_size.sum()
         )
         theta = share**2 * (library_size**2).sum() / np.maximum(excess, 1e-9)
-        log_theta = np.append(1 + np.log(np.maximum(theta, 1e-9)), 3).clip(0, 3)
-        return {
-            "log_rates": torch.from_numpy(np.log(totals / totals.sum())).float(),
-            "log_theta": torch.from_numpy(log_theta).float(),
-            "outlier_logits": torch.full((len(totals),), -3.0),  # one cell in twenty
-            "outlier_log_ratio": torch.full((len(totals),), 0.5),
-            "outlier_log_theta": torch.full((len(totals),), -0.5),
+        log_theta = 1 + np.log(np.maximum(theta, 1e-9)).clip(-1, 2)
+        logits, log_ratio = np.full((2, len(genes)), [[-3.0], [0.5]])  # one cell in twenty is an outlier
+        # A cell has many counts of a gene: at least a third of those in the cell of the gene's average molecule.
+        entries = counts.tocoo()
+        has_many = entries.data > (squares / np.maximum(genes, 1))[entries.col] / 3
+        in_many, many = entries.col[has_many], entries.data[has_many].astype(np.float64)
+        num_cells, num_counts = (np.bincount(in_many, of, len(genes)) for of in (None, many))
+        few = (theta < FEW_CELLS) & (num_cells < FEW_CELLS * counts.shape[0]) & (num_cells > 0)
+        others = np.maximum(genes - num_counts, 0.5)  # counts in the other cells
+        logits[few] = np.log(num_cells / (counts.shape[0] - num_cells))[few]
+        ratio = num_counts / np.maximum(num_cells, 1) / (others / counts.shape[0])
+        log_ratio[few] = np.log(ratio[few]).clip(0, MAX_LOG_RATIO)
+        log_theta[few] = 1.0
+        totals = np.append(np.where(few, others, genes + 0.5), library_size.sum() - genes.sum() + 0.5)
+        values = {
+            "log_rates": np.log(totals / totals.sum()),
+            "log_theta": np.append(log_theta, 3.0),
+            "outlier_logits": np.append(logits, -3.0),
+            "outlier_log_ratio": np.append(log_ratio, 0.5),
+            "outlier_log_theta": np.full(len(totals), -0.5),
         }
+        return {name: torch.from_numpy(value).float() for name, value in values.items()}
 
     @classmethod
     def initial_slopes(
@@ -103,11 +121,34 @@ class NegativeBinomialMixture:
             information = information + (rates * weights).T @ programs[cells] ** 2
         return {"log_rates": torch.from_numpy(score / information)}
 
+    def bin_means(self) -> torch.Tensor:
+        """Expected counts of the genes, and of all other genes together, `(cells, genes + 1)`."""
+        rates = self.log_proportions.exp() * self.library_size[:, None]
+        return rates * (1 + torch.sigmoid(self.outlier_logits) * torch.expm1(self.outlier_log_ratio))
+
     def mean(self) -> torch.Tensor:
         """Expected counts of the genes, `(cells, genes)`."""
-        outliers = torch.sigmoid(self.outlier_logits)
-        rates = self.log_proportions.exp() * self.library_size[:, None]  # (cells, genes + 1)
-        return (rates * (1 + outliers * torch.expm1(self.outlier_log_ratio)))[:, :-1]
+        return self.bin_means()[:, :-1]
+
+    def scaled_means(self, factor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Gene parameters that multiply each bin's mean by `factor` `(genes + 1,)`, and `log_rates`, the change of these.
+        Where few cells are outliers, they carry the change: a higher rate would put the gene into all cells.
+        """
+        log_ratio, log_theta = self.outlier_log_ratio, self.outlier_log_theta
+        weight = torch.sigmoid(self.outlier_logits)
+        wanted = factor * (1 + weight * torch.expm1(log_ratio))  # the mean relative to the rate
+        few = (factor != 1) & (log_ratio > 0) & (weight < FEW_CELLS) & (wanted > 1)
+        new_ratio = torch.where(few, torch.log1p((wanted - 1) / weight).clamp(max=MAX_LOG_RATIO), log_ratio)
+        new_weight = torch.where(few, (wanted - 1) / torch.expm1(new_ratio), weight)
+        return {
+            "log_rates": torch.where(few, 0.0, factor.log()),
+            "outlier_logits": torch.where(few, torch.logit(new_weight), self.outlier_logits),
+            "outlier_log_ratio": new_ratio,
+            "outlier_log_theta": torch.where(
+                few, log_theta.clamp(min=0), log_theta
+            ),  # or one cell would hold them all
+        }
 
     def expression(self) -> torch.Tensor:
         """The expected counts as log1p(CP10k), `(cells, genes)`."""
