@@ -6,8 +6,8 @@
     python benchmarks/speed.py --against ../old-checkout --output lab/results/speed_cpu.json
 
 `--against` compares this checkout with another one in CPU seconds: import, a training step, and 5,000 cells of the
-pipeline in the package. Fresh processes take turns, and medians are compared. Without it, `--parts` chooses what to
-measure (all by default):
+pipeline in the package, beside the excess of each on held-out cells, by this checkout's judges. Fresh processes take
+turns, and medians are compared. Without it, `--parts` chooses what to measure (all by default):
 
 - `network`: training steps and forward passes at the paper's shape. `reference` is benchmarks/reference.py in eager
   float32, as the authors run it. The variants take turns, and medians are compared. FLOP are those of the matrix
@@ -38,6 +38,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from wbdit_diffusers import ScRNAGenerationPipeline, WhiteBoxDiTModel
+from wbdit_diffusers.data import CellSplit, load_pbmc, read_cells
+from wbdit_diffusers.evaluation import evaluate_cells
 from wbdit_diffusers.training import TrainingConfig, train
 
 
@@ -50,6 +52,8 @@ AGAINST = {
     "a training step": """
 import tempfile, time
 from wbdit_diffusers.data import load_pbmc
+from wbdit_diffusers.data import CellSplit, load_pbmc, read_cells
+from wbdit_diffusers.evaluation import evaluate_cells
 from wbdit_diffusers.training import TrainingConfig, train
 def seconds(steps):
     start, few = time.process_time(), dict(num_programs=16, codec_max_steps=5, decoder_steps=0, validation_steps=10**6)
@@ -60,7 +64,7 @@ seconds(5)
 print((seconds(105) - seconds(5)) / 100)
 """,
     **{
-        f"5,000 cells, {steps} steps": f"""
+        f"5,000 cells, {name}": f"""
 import time
 from wbdit_diffusers import ScRNAGenerationPipeline
 pipe = ScRNAGenerationPipeline.from_pretrained("pbmc68k_reduced")
@@ -69,9 +73,23 @@ start = time.process_time()
 pipe(num_cells=5000, num_inference_steps={steps})
 print(time.process_time() - start)
 """
-        for steps in (20, 10)
+        for name, steps in {"the default": None, "20 steps": 20, "10 steps": 10}.items()
     },
 }
+# A cell for each held-out cell, with its label
+DRAW = """
+import json, sys
+from pathlib import Path
+import torch, wbdit_diffusers
+from wbdit_diffusers.data import load_pbmc
+pipe = wbdit_diffusers.ScRNAGenerationPipeline.from_pretrained("pbmc68k_reduced")
+split = Path(wbdit_diffusers.__file__).parent / "pretrained/pbmc68k_reduced/split.json"
+labels = {"cell_type": load_pbmc()[json.loads(split.read_text())["test"]].obs["cell_type"].tolist()}
+for seed in range(int(sys.argv[2])):
+    cells = pipe(conditions=labels, generator=torch.Generator().manual_seed(seed)).cells
+    cells.write_h5ad(Path(sys.argv[1], f"{seed}.h5ad"))
+"""
+SAMPLES = 6
 
 # Otherwise glibc returns freed memory to the kernel. How often depends on chance, and costs up to a third of the time.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
@@ -311,16 +329,28 @@ def number_printed_by(code: str, *arguments: object, environment: dict[str, str]
 
 
 def compare_checkouts(other: Path, repeats: int) -> dict:
-    """CPU seconds of this and another checkout, each on one thread."""
-    rows = {}
-    for name, code in AGAINST.items():
-        seconds: dict[Path, list[float]] = {other: [], Path(__file__).parents[1]: []}
+    """CPU seconds of this and another checkout, each on one thread, and the excess of their pipelines."""
+    checkouts, rows = {"other checkout": other, "this checkout": Path(__file__).parents[1]}, {}
+    environments = {
+        name: os.environ | {"PYTHONPATH": str((path / "src").resolve()), "OMP_NUM_THREADS": "1"} | KEEP_MEMORY
+        for name, path in checkouts.items()
+    }
+    for task, code in AGAINST.items():
+        seconds = {name: [] for name in checkouts}
         for _ in range(repeats):
-            for checkout, values in seconds.items():
-                settings = {"PYTHONPATH": str((checkout / "src").resolve()), "OMP_NUM_THREADS": "1"}
-                values.append(number_printed_by(code, environment=os.environ | settings | KEEP_MEMORY))
-        theirs, ours = (statistics.median(values) for values in seconds.values())
-        rows[name] = {"other checkout": theirs, "this checkout": ours, "ratio": ours / theirs}
+            for name, environment in environments.items():
+                seconds[name].append(number_printed_by(code, environment=environment))
+        row = rows[task] = {name: statistics.median(values) for name, values in seconds.items()}
+        row["ratio"] = row["this checkout"] / row["other checkout"]
+    row = rows["excess (AUC) of the default pipeline"] = {}
+    for name, environment in environments.items():
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, "-c", DRAW, folder, str(SAMPLES)], env=environment, check=True)
+            samples = [read_cells(Path(folder, f"{seed}.h5ad")) for seed in range(SAMPLES)]
+        split = CellSplit.load(checkouts[name] / "src/wbdit_diffusers/pretrained/pbmc68k_reduced")
+        report = evaluate_cells({name: samples}, *split.apply(load_pbmc()), label_key=["cell_type"])
+        row[name] = report["excess"][name]["mean"]
+        row[f"{name}, SD"] = report["excess"][name]["sd"]
     return rows
 
 

@@ -51,9 +51,10 @@ def test_number_of_parameters_at_the_published_shape(block_type, num_parameters)
 
 def test_defaults_are_those_of_a_training():
     config, trained = WhiteBoxDiTModel().config, TrainingConfig(output_dir=Path("model"))
-    for name in ("block_type", "num_layers", "num_attention_heads", "attention_head_dim", "condition_dropout"):
+    shape = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
+    for name in ("block_type", "condition_dropout", *shape):
         assert config[name] == getattr(trained, name)
-    assert (config.sample_size, config.patch_size) == (17, 1)  # 16 programs and the library size
+    assert config.sample_size == 17  # 16 programs and the library size
 
 
 # ==================== As a Diffusers model ====================

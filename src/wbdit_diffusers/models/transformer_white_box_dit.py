@@ -301,7 +301,7 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
         sample_size (`int`, defaults to 17):
             Number of values per cell, the codec's `num_features`: programs and library size of a [`ProgramCodec`],
             genes (and library size) of an [`ExpressionCodec`]. It need not be a multiple of `patch_size`.
-        patch_size (`int`, defaults to 1): Number of consecutive values per token.
+        patch_size (`int`, defaults to 2): Number of consecutive values per token.
         num_layers (`int`, defaults to 4): Number of blocks.
         num_attention_heads (`int`, defaults to 4): Number of heads, each of which is a subspace.
         attention_head_dim (`int`, defaults to 16):
@@ -326,7 +326,7 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
     def __init__(
         self,
         sample_size: int = 17,
-        patch_size: int = 1,
+        patch_size: int = 2,
         num_layers: int = 4,
         num_attention_heads: int = 4,
         attention_head_dim: int = 16,

@@ -19,7 +19,7 @@ SHIPPED_CONFIGS = resources.files(__package__) / "configs"
 # Defaults that depend on the codec. With an expression codec they are those of the published network.
 CODEC_DEFAULTS: dict[str, dict[str, Any]] = {
     "block_type": {"program": "descent", "expression": "white_box"},
-    "patch_size": {"program": None, "expression": 10},
+    "patch_size": {"program": 2, "expression": 10},
     "num_layers": {"program": 4, "expression": 3},
     "num_attention_heads": {"program": 4, "expression": 8},
     "attention_head_dim": {"program": 16, "expression": 96},
@@ -102,7 +102,7 @@ class DenoiserConfig:
     """Block of the network: "descent", whose steps descend on their objective; "white_box", the published block (MSSA
     and ISTA); or "dit", the plain DiT block as a baseline."""
     patch_size: PositiveInt | None = None
-    """Number of values of a cell in a token. Default: 10 for expression; 1 for up to 31 programs, then more."""
+    """Number of values of a cell in a token. Default: 2 for gene programs, 10 for expression."""
     num_layers: Annotated[int, Field(gt=0, le=256)] | None = None
     """Number of blocks."""
     num_attention_heads: Annotated[int, Field(gt=0, le=256)] | None = None

@@ -25,7 +25,6 @@ from .processes import TrainingInterrupted, stop_signal, sync_errors
 
 logger = get_logger(__name__)
 
-MAX_TOKENS = 32  # of a cell, if no patch size is given. With more tokens a step takes too long on a CPU.
 VALIDATION_CELLS, VALIDATION_DRAWS = 512, 4  # each cell with so many draws of noise and timestep
 LOG_COLUMNS = ["step", "epoch", "seconds", "learning_rate", "loss", "validation_loss"]
 
@@ -92,10 +91,9 @@ class DenoiserTraining:
         self.train_cells, self.order = train_cells, CellOrder(len(train_cells), config.seed)
         self.noise_scheduler = training_scheduler(config.prediction_type)
         self.log_path = config.output_dir / "training_log.csv"
-        sample_size = train_cells.values.shape[1]
         model = WhiteBoxDiTModel(
-            sample_size=sample_size,
-            patch_size=config.patch_size or math.ceil(sample_size / MAX_TOKENS),
+            sample_size=train_cells.values.shape[1],
+            patch_size=config.patch_size,
             num_layers=config.num_layers,
             num_attention_heads=config.num_attention_heads,
             attention_head_dim=config.attention_head_dim,
