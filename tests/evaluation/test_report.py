@@ -89,6 +89,23 @@ def test_markdown(report):
     assert len(widths) == 1
 
 
+def test_genes_with_a_wrong_mean_are_named(split):
+    """In report.json all of them, in the table the first ones, beside those of real training cells."""
+    sample = real_sample(split)[:, :200].copy()
+    often = np.argsort(-np.asarray(sample.X.sum(axis=0)).ravel())[:8]
+    sample.X = sample.X.multiply(np.where(np.isin(np.arange(200), often), 2, 1)).tocsr()
+    sample.obs["library_size"] = np.asarray(real_sample(split).X.sum(axis=1)).ravel()
+    report = evaluate_cells([sample], *split, label_key="cell_type")
+    genes, real = (report["wrong_means"][name] for name in ("generated", "real reference"))
+    assert set(sample.var_names[often]) <= {gene["gene"] for gene in genes} and len(genes) < 12 and len(real) < 4
+    first, total = genes[0], split[1].X.sum()
+    assert first["held_out"] == pytest.approx(split[1][:, first["gene"]].X.mean(), rel=1e-5)
+    share = sample[:, first["gene"]].X.sum() / sample.obs["library_size"].sum()
+    assert first["generated"] == pytest.approx(share * total / split[1].n_obs, rel=1e-5)
+    text = f"Genes with a wrong mean, of 200: generated {len(genes)} ({first['gene']} {first['generated']:.3g} instead"
+    assert text in to_markdown(report) and f"real reference {len(real)}" in to_markdown(report)
+
+
 def test_several_generators_over_their_common_genes(split):
     train, test = (side[:, :100] for side in split)
     real = real_sample(split)[:, :120].copy()

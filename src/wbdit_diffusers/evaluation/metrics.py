@@ -23,6 +23,7 @@ from .cells import CellArrays
 MARKERS_PER_TYPE = 50
 MIN_TRAIN_CELLS = 30  # of a label
 NUM_NEIGHBORS = 5
+WRONG_MEAN, STANDARD_ERRORS = 0.1, 3  # relative and statistical limit of a gene's mean
 
 
 def wasserstein2(real: np.ndarray, generated: np.ndarray) -> float:
@@ -64,6 +65,35 @@ def gene_statistics(real: np.ndarray, generated: np.ndarray) -> dict[str, float]
         "zero_fraction_error": float(np.abs((real == 0).mean(axis=0) - (generated == 0).mean(axis=0)).mean()),
         "gene_correlation": float(np.corrcoef(*correlations)[0, 1]),
     }
+
+
+def wrong_means(real: CellArrays, samples: list[CellArrays]) -> list[tuple[int, float, float]]:
+    """
+    Genes whose mean count over all samples differs from that of real cells by more than 10% and 3 standard errors:
+    position, real mean and mean, the largest error first. A mean is the gene's share of all counts, times the mean
+    library size of the real cells, so that depth alone makes no mean wrong. Of log values, it is their mean.
+    """
+
+    def shares(cells: list[CellArrays]) -> tuple[np.ndarray, np.ndarray, float]:
+        """Each gene's share of all counts and sum of squared residuals, `(genes,)`, and the number of counts."""
+        sizes = [np.ones(len(one)) if one.library_size is None else one.library_size for one in cells]
+        total = max(sum(size.sum() for size in sizes), 1)
+        share = sum(one.matrix.sum(axis=0, dtype=np.float64) for one in cells) / total
+        return (
+            share,
+            sum(((x.matrix - np.outer(size, share)) ** 2).sum(axis=0) for x, size in zip(cells, sizes)),
+            total,
+        )
+
+    (expected, squares, total), (share, others, other_total) = shares([real]), shares(samples)
+    # A side without a count of a rare gene has no variance of its own: that of both sides together is a lower bound.
+    pooled = (squares + others) / (total + other_total) * (1 / total + 1 / other_total)
+    standard_error = np.sqrt(np.maximum(squares / total**2 + others / other_total**2, pooled))
+    error, depth = np.abs(share - expected), total / len(real)
+    is_wrong = (error > WRONG_MEAN * expected) & (error > STANDARD_ERRORS * standard_error)
+    wrong = np.flatnonzero(is_wrong)
+    wrong = wrong[np.argsort(-error[wrong] / (share + expected)[wrong], kind="stable")]  # twice is as wrong as half
+    return [(int(gene), float(depth * expected[gene]), float(depth * share[gene])) for gene in wrong]
 
 
 def manifold_metrics(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
