@@ -71,6 +71,8 @@ def describe_samples(report: dict) -> str:
         f" same labels, judged in the same way. With {num_test} cells a side, classifiers overlook small differences:"
         " an excess near 0 does not prove that cells are like real ones."
     )
+    if report.get("num_copies"):
+        text += f" {report['num_copies']} more held-out cells are left out: they have the values of training cells."
     if report["within_genes"]:
         text += f" All cells are normalised within these {num_genes} genes: the real cells have no others, or the"
         text += " counts of generated cells in others are unknown."
