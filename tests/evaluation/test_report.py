@@ -1,5 +1,6 @@
 """Reports: every column, their excess, and what is refused."""
 
+import itertools
 import json
 
 import anndata as ad
@@ -174,10 +175,11 @@ def test_bad_input_is_refused(split, arguments, message):
     alien.obs["cell_type"] = "alien"
     with pytest.raises(ValueError, match="'generated' has the unknown type 'alien'"):
         evaluate_cells([alien], *split, label_key="cell_type")
-    alien = alien[:, :40].copy()
-    alien.obs["library_size"] = np.nan
-    with pytest.raises(ValueError, match="Some library sizes of the generated cells are NaN, infinite or negative"):
-        evaluate_cells([alien], *split)
+    message = "Some library sizes of the generated cells are NaN, infinite or negative, or 0 in a cell with counts"
+    for cells, wrong in itertools.product((alien, alien[:, :40].copy()), (np.nan, 0, -5)):
+        cells.obs["library_size"] = np.where(np.arange(cells.n_obs) == 3, wrong, 1000.0)
+        with pytest.raises(ValueError, match=message):
+            evaluate_cells([cells], *split)
 
 
 def test_samples_and_baselines_have_the_labels_of_the_held_out_cells(split, monkeypatch):
