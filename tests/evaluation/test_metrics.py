@@ -1,6 +1,7 @@
 """Metrics: what each finds, and what it does not."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.decomposition import PCA
 
@@ -45,24 +46,28 @@ def test_genes_with_a_wrong_mean_are_found():
     """Regardless of depth and of rarity: by chance, few genes pass the limit of 3 standard errors."""
     rng = np.random.default_rng(0)
     rates = rng.gamma(0.3, 2.0, 300)
+    genes = pd.Index([f"gene {i}" for i in np.argsort(np.argsort(-rates))])  # gene 0 has most counts
 
     def sample(rates, cells=150, depth=1.0):
         sizes = depth * rng.lognormal(0, 0.5, (cells, 1))
         counts = rng.poisson(sizes * rates)
         return CellArrays(counts, np.log1p(counts), counts.sum(axis=1) + rng.poisson(100 * sizes[:, 0]))
 
-    real, changed = sample(rates), np.argsort(rates)[-3:]
-    assert len(metrics.wrong_means(real, [sample(rates, depth=2.0) for _ in range(3)])) <= 4
+    def find(real, *samples):
+        return {found.pop("gene"): found for found in metrics.wrong_means(real, list(samples), genes)}
+
+    real, frequent = sample(rates), np.argsort(-rates)[:3]
+    assert len(find(real, *(sample(rates, depth=2.0) for _ in range(3)))) <= 4
     wrong = rates.copy()
-    wrong[changed] *= [1.3, 3.0, 0.5]
-    found = metrics.wrong_means(real, [sample(wrong, depth=2.0) for _ in range(3)])
-    assert [gene for gene, *_ in found if gene in changed] == [changed[1], changed[2], changed[0]]
+    wrong[frequent] *= [1.3, 3.0, 0.5]
+    found = find(real, *(sample(wrong, depth=2.0) for _ in range(3)))
+    assert [gene for gene in found if gene in ("gene 0", "gene 1", "gene 2")] == ["gene 1", "gene 2", "gene 0"]
     assert len(found) <= 7
-    means = {gene: (expected, mean) for gene, expected, mean in found}[changed[1]]
-    assert means == pytest.approx((real.matrix[:, changed[1]].mean(), 3 * rates[changed[1]] * 1.13), rel=0.15)
+    assert found["gene 1"]["held_out"] == pytest.approx(real.matrix[:, frequent[1]].mean())
+    assert found["gene 1"]["generated"] == pytest.approx(3 * rates[frequent[1]] * np.exp(0.5**2 / 2), rel=0.15)
     logs = [CellArrays(cells.expression, cells.expression) for cells in (real, sample(wrong))]
-    assert set(changed) <= {gene for gene, *_ in metrics.wrong_means(logs[0], logs[1:])}
-    assert metrics.wrong_means(real, [real]) == [] and len(metrics.wrong_means(real, [sample(0 * rates)])) > 100
+    assert {"gene 0", "gene 1", "gene 2"} <= set(find(*logs))
+    assert find(real, real) == {} and len(find(real, sample(0 * rates))) > 100
 
 
 def test_known_distances():

@@ -4,7 +4,10 @@ They take log-normalised expression `(cells, genes)` or, for distances, its prin
 of held-out cells (`real`) and of generated cells. No metric is meaningful alone: compare it with the real reference.
 """
 
+from typing import Any
+
 import numpy as np
+import pandas as pd
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist, pdist
 from scipy.special import softmax
@@ -67,18 +70,18 @@ def gene_statistics(real: np.ndarray, generated: np.ndarray) -> dict[str, float]
     }
 
 
-def wrong_means(real: CellArrays, samples: list[CellArrays]) -> list[tuple[int, float, float]]:
+def wrong_means(real: CellArrays, samples: list[CellArrays], genes: pd.Index) -> list[dict[str, Any]]:
     """
-    Genes whose mean count over all samples differs from that of real cells by more than 10% and 3 standard errors:
-    position, real mean and mean, the largest error first. A mean is the gene's share of all counts, times the mean
-    library size of the real cells, so that depth alone makes no mean wrong. Of log values, it is their mean.
+    Genes whose mean count over all samples differs from that of real cells by more than 10% and 3 standard errors, the
+    largest error first. A mean is the gene's share of all counts times the mean library size of the real cells, so
+    that depth alone makes no mean wrong. Of log values, it is the mean of the values.
     """
 
     def shares(cells: list[CellArrays]) -> tuple[np.ndarray, np.ndarray, float]:
         """Each gene's share of all counts and sum of squared residuals, `(genes,)`, and the number of counts."""
-        sizes = [np.ones(len(one)) if one.library_size is None else one.library_size for one in cells]
+        sizes = [np.ones(len(x)) if x.library_size is None else x.library_size for x in cells]
         total = max(sum(size.sum() for size in sizes), 1)
-        share = sum(one.matrix.sum(axis=0, dtype=np.float64) for one in cells) / total
+        share = sum(x.matrix.sum(axis=0, dtype=np.float64) for x in cells) / total
         return (
             share,
             sum(((x.matrix - np.outer(size, share)) ** 2).sum(axis=0) for x, size in zip(cells, sizes)),
@@ -89,11 +92,11 @@ def wrong_means(real: CellArrays, samples: list[CellArrays]) -> list[tuple[int, 
     # A side without a count of a rare gene has no variance of its own: that of both sides together is a lower bound.
     pooled = (squares + others) / (total + other_total) * (1 / total + 1 / other_total)
     standard_error = np.sqrt(np.maximum(squares / total**2 + others / other_total**2, pooled))
-    error, depth = np.abs(share - expected), total / len(real)
-    is_wrong = (error > WRONG_MEAN * expected) & (error > STANDARD_ERRORS * standard_error)
-    wrong = np.flatnonzero(is_wrong)
+    error = np.abs(share - expected)
+    wrong = np.flatnonzero((error > WRONG_MEAN * expected) & (error > STANDARD_ERRORS * standard_error))
     wrong = wrong[np.argsort(-error[wrong] / (share + expected)[wrong], kind="stable")]  # twice is as wrong as half
-    return [(int(gene), float(depth * expected[gene]), float(depth * share[gene])) for gene in wrong]
+    means = (np.array([expected, share]) * total / len(real))[:, wrong].tolist()
+    return [{"gene": gene, "held_out": mean, "generated": own} for gene, mean, own in zip(genes[wrong], *means)]
 
 
 def manifold_metrics(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:

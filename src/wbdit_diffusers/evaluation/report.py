@@ -81,8 +81,7 @@ def evaluate_cells(
     Returns:
         `dict`: the settings and numbers of cells; `generators`, their names (`"generated"` for a list); `excess` of
         each column; `metrics`, each metric of each column as a list over samples; `per_type`, the same for each cell
-        type that has at least 30 training cells; `wrong_means`, the genes of [`metrics.wrong_means`] by generator, and
-        those of one sample of training cells.
+        type that has at least 30 training cells; `wrong_means`, genes by generator, and for one real reference.
 
     Raises a `ValueError` if columns have other cells or genes, or a type does not occur in the real cells.
     """
@@ -99,6 +98,7 @@ def evaluate_cells(
         arrays[name] = [generated_cells(sample[:, genes], values, label_keys, within_genes) for sample in drawn]
     evaluator = _Evaluator(real_train, real_test, donors, parity, seed)
     rows, per_type = evaluator.measure_all(arrays)
+    compared = {name: arrays[name] for name in generators} | {REFERENCE: [evaluator.reference]}
     return {
         "num_train": train.n_obs,
         "num_test": test.n_obs,
@@ -111,7 +111,7 @@ def evaluate_cells(
         "excess": {name: excess(row, rows[REFERENCE]) for name, row in rows.items() if name != REFERENCE},
         "metrics": rows,
         "per_type": per_type,
-        "wrong_means": evaluator.wrong_means({name: arrays[name] for name in generators}, genes),
+        "wrong_means": {name: metrics.wrong_means(real_test, drawn, genes) for name, drawn in compared.items()},
     }
 
 
@@ -163,6 +163,8 @@ class _Evaluator:
         fitted, self.other_half = split_halves(self.train.labels, self.seed)
         self.fitted = self.train[fitted]
         self.pca = PCA(min(30, *self.fitted.expression.shape), random_state=self.seed).fit(self.fitted.expression)
+        labels, rng = (self.train.labels, self.test.labels), np.random.default_rng([self.seed, 0])
+        self.reference = self.train[draw_matching(*labels, rng, self.other_half)]  # of the first draw
         self.train_pcs, self.test_pcs = (self.pca.transform(cells.expression) for cells in (self.train, self.test))
 
     def measure_all(self, columns: dict[str, list[CellArrays]]) -> tuple[dict[str, dict], dict[str, dict]]:
@@ -173,12 +175,14 @@ class _Evaluator:
                 raise ValueError(f"{name!r} has the unknown type {str(unknown[0])!r}: rename it as in the real cells.")
         all_cells: dict[str, dict] = {}
         per_type: dict[str, dict] = {}
-        draws = list(zip(*columns.values()))
+        labels, draws = (self.train.labels, self.test.labels), list(zip(*columns.values()))
         total = len(draws) * (len(columns) + 1)
         with tqdm(total=total, desc="Judging", unit=" samples", disable=None) as progress_bar:  # only at a terminal
             for i, draw in enumerate(draws):
-                reference, members = self.draw_training_cells(i)
-                for name, cells in zip([*columns, REFERENCE], [*draw, self.train[reference]]):
+                rng = np.random.default_rng([self.seed, i])
+                reference = self.train[draw_matching(*labels, rng, self.other_half)]
+                members = draw_matching(*labels, rng, self.other_half)
+                for name, cells in zip([*columns, REFERENCE], [*draw, reference]):
                     row, by_type = self.measure(cells, None if name == REFERENCE else members, self.seed + i)
                     _append(all_cells.setdefault(name, {}), row)
                     for label, row in by_type.items():
@@ -187,20 +191,6 @@ class _Evaluator:
                         _append(per_type.setdefault(label, entry)["metrics"].setdefault(name, {}), row)
                     progress_bar.update()
         return all_cells, per_type
-
-    def draw_training_cells(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of the training cells of a draw: those of the real reference, and those to find."""
-        labels, rng = (self.train.labels, self.test.labels), np.random.default_rng([self.seed, number])
-        return draw_matching(*labels, rng, self.other_half), draw_matching(*labels, rng, self.other_half)
-
-    def wrong_means(self, columns: dict[str, list[CellArrays]], genes: pd.Index) -> dict[str, list[dict]]:
-        """Genes with a wrong mean in each column. The reference is one draw, as cells occur again in the others."""
-        columns = columns | {REFERENCE: [self.train[self.draw_training_cells(0)[0]]]}
-        keys = "gene", "held_out", "generated"
-        return {
-            name: [dict(zip(keys, (genes[gene], *means))) for gene, *means in metrics.wrong_means(self.test, drawn)]
-            for name, drawn in columns.items()
-        }
 
     def measure(self, cells: CellArrays, members: np.ndarray | None, seed: int) -> tuple[dict, dict[str, dict]]:
         """All metrics, and those by type. `members` are training cells to find; the reference consists of some."""

@@ -88,8 +88,8 @@ def describe_means(report: dict) -> str:
         named += ["…"] * (len(genes) > len(named))
         counts.append(f"{name} {len(genes)}" + (f" ({', '.join(named)})" if named else ""))
     return (
-        f"Genes with a wrong mean, of {report['num_genes']}: {'; '.join(counts)}. Its mean count differs from"
-        " that of held-out cells by more than 10% and 3 standard errors, at the same library size."
+        f"Genes with a wrong mean, of {report['num_genes']}: {'; '.join(counts)}. The mean count of these"
+        " differs from that of held-out cells by more than 10% and 3 standard errors, at the same library size."
     )
 
 

@@ -18,9 +18,8 @@ def encode_request(
 ) -> tuple[int, torch.Tensor, torch.Tensor | None, list[str]]:
     """
     Returns the number of cells, their label codes `(cells, num_label_keys)`, -1 where no label is asked for, their
-    library sizes `(cells,)`, if they are given, and the combinations of labels that no training cell has, with a
-    warning. `lists` are other arguments that may have one entry per cell; a `generator` that is a `CellNoise` belongs
-    to a part of a request that was checked before. Raises a `ValueError` if lengths differ, a label is unknown, or a
+    library sizes `(cells,)`, if they are given, and the combinations of labels that no training cell has. `lists` are
+    other arguments that may have one entry per cell. Raises a `ValueError` if lengths differ, a label is unknown, or a
     library size is not positive.
     """
     conditions = dict(conditions or {})
@@ -46,6 +45,7 @@ def encode_request(
         for row in (class_labels[: expected if lengths else 1].unique(dim=0) if processor.label_keys else [])
         if not ((row == processor.label_combinations) | (row < 0)).all(dim=1).any()
     ]
+    # A part of a stream has `CellNoise`: the whole request was checked before.
     if unseen and not isinstance(lists.get("generator"), CellNoise):
         which = f"Combinations of labels that no training cell has: {len(unseen)} ({unseen[0]} first)"
         logger.warning(f"{which}. Compare such cells with real ones before you use them.")
