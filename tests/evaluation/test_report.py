@@ -1,5 +1,6 @@
 """Reports: every column, their excess, and what is refused."""
 
+import itertools
 import json
 
 import anndata as ad
@@ -89,6 +90,23 @@ def test_markdown(report):
     assert len(widths) == 1
 
 
+def test_genes_with_a_wrong_mean_are_named(split):
+    """In report.json all of them, in the table the first ones, beside those of real training cells."""
+    sample = real_sample(split)[:, :200].copy()
+    often = np.argsort(-np.asarray(sample.X.sum(axis=0)).ravel())[:8]
+    sample.X = sample.X.multiply(np.where(np.isin(np.arange(200), often), 2, 1)).tocsr()
+    sample.obs["library_size"] = np.asarray(real_sample(split).X.sum(axis=1)).ravel()
+    report = evaluate_cells([sample], *split, label_key="cell_type")
+    genes, real = (report["wrong_means"][name] for name in ("generated", "real reference"))
+    assert set(sample.var_names[often]) <= {gene["gene"] for gene in genes} and len(genes) < 12 and len(real) < 4
+    first, total = genes[0], split[1].X.sum()
+    assert first["held_out"] == pytest.approx(split[1][:, first["gene"]].X.mean(), rel=1e-5)
+    share = sample[:, first["gene"]].X.sum() / sample.obs["library_size"].sum()
+    assert first["generated"] == pytest.approx(share * total / split[1].n_obs, rel=1e-5)
+    text = f"Genes with a wrong mean, of 200: generated {len(genes)} ({first['gene']} {first['generated']:.3g} instead"
+    assert text in to_markdown(report) and f"real reference {len(real)}" in to_markdown(report)
+
+
 def test_several_generators_over_their_common_genes(split):
     train, test = (side[:, :100] for side in split)
     real = real_sample(split)[:, :120].copy()
@@ -157,10 +175,11 @@ def test_bad_input_is_refused(split, arguments, message):
     alien.obs["cell_type"] = "alien"
     with pytest.raises(ValueError, match="'generated' has the unknown type 'alien'"):
         evaluate_cells([alien], *split, label_key="cell_type")
-    alien = alien[:, :40].copy()
-    alien.obs["library_size"] = np.nan
-    with pytest.raises(ValueError, match="Some library sizes of the generated cells are NaN, infinite or negative"):
-        evaluate_cells([alien], *split)
+    message = "Some library sizes of the generated cells are NaN, infinite or negative, or 0 in a cell with counts"
+    for cells, wrong in itertools.product((alien, alien[:, :40].copy()), (np.nan, 0, -5)):
+        cells.obs["library_size"] = np.where(np.arange(cells.n_obs) == 3, wrong, 1000.0)
+        with pytest.raises(ValueError, match=message):
+            evaluate_cells([cells], *split)
 
 
 def test_samples_and_baselines_have_the_labels_of_the_held_out_cells(split, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pytest
 from conftest import make_pipeline
@@ -36,6 +37,10 @@ def folder(pbmc, tmp_path_factory) -> Path:
     for seed, name in enumerate(("fake", "fake2")):
         files[name].X = np.random.default_rng(seed).permuted(test.X.toarray(), axis=0)
     del files["unlabelled"].obs["cell_type"]
+    files["copies"] = ad.concat([train[:70], test[:10]], merge="same")
+    files["copies"].obs_names, files["copies"].X = [f"x{i}" for i in range(80)], files["copies"].X.astype(np.float64)
+    files["copies"] = files["copies"][:, ::-1].copy()
+    files["only_copies"] = files["copies"][:70]
     files["nan"].X.data[3] = np.nan
     files["fractions"].X = files["fractions"].X * 0.5
     files["genes"].var_names = [f"x{name}" for name in test.var_names]
@@ -92,6 +97,13 @@ def test_a_generator_has_the_same_numbers_in_every_report(folder, tmp_path):
         (["@model", "@unlabelled.h5ad"], {"dataset": "pbmc.h5ad"}, "'unlabelled' has no column 'cell_type' in obs"),
         (["@fake.h5ad"], {"label_keys": ["kind"]}, "The training data has no column 'kind'"),
         (["@fake.h5ad"], {"test": "pbmc.h5ad"}, "--train and --test both have the cell"),
+        (["a=@model", "b=@other"], {"train": "train.h5ad", "test": "test.h5ad"}, "'b' was trained on .* than --train"),
+        (["@model"], {"dataset": "copies.h5ad"}, "The data have no cell '.*', nor .* others of the split"),
+        (
+            ["@model"],
+            {"train": "train.h5ad", "test": "only_copies.h5ad"},
+            "70 of 70 held-out cells have the values of",
+        ),
         (["@genes.h5ad"], {}, "765 generated genes are not among the genes of the real cells, e.g. 'x"),
         (["@nan.h5ad"], {}, "Some values of the generated cells are NaN, infinite or negative"),
         (["@fractions.h5ad"], {}, "not integer counts: give counts, or --values log"),
@@ -103,6 +115,17 @@ def test_mistakes_are_refused_and_nothing_is_written(folder, tmp_path, generator
     with pytest.raises((ValueError, OSError), match=message) as error:
         evaluate(folder, tmp_path / "report", generators, **kwargs)
     assert "\n" not in str(error.value) and not (tmp_path / "report").exists()
+
+
+def test_held_out_cells_that_training_has_under_other_names_are_left_out(folder, tmp_path, monkeypatch):
+    """Also with genes in another order. A file of generated cells has a cell for each, and keeps the others."""
+    messages: list[str] = []
+    monkeypatch.setattr("wbdit_diffusers.evaluation.run.logger.warning", messages.append)
+    given = {"train": "train.h5ad", "test": "copies.h5ad"}
+    report = evaluate(folder, tmp_path, ["ours=@model", "file=@copies.h5ad"], **given)
+    assert (report["num_test"], report["num_copies"]) == (10, 70)
+    assert messages == ["70 of 80 held-out cells have the values of a training cell ('x0' first): they are left out."]
+    assert "70 more held-out cells are left out" in (tmp_path / "report.md").read_text()
 
 
 def test_an_output_dir_that_is_a_file_is_refused(folder):

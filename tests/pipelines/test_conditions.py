@@ -2,12 +2,16 @@
 
 import re
 
+import anndata as ad
 import diffusers
 import numpy as np
 import pytest
 import torch
 from conftest import make_pipeline
 from diffusers import DPMSolverMultistepScheduler
+
+from wbdit_diffusers.data import write_cells
+from wbdit_diffusers.pipelines.generate import GenerateConfig, generate
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +128,34 @@ def test_messages_name_the_closest_of_many_labels(pbmc):
     pipe = make_pipeline(adata, codec="program", label_keys=["cell_type"], num_genes=30)
     with pytest.raises(ValueError, match=re.escape("knows type 69, ") + r".* and 50 others\. Did you mean 'type 69'"):
         pipe(cell_types="typ 69")
+
+
+def test_combinations_that_training_did_not_see_are_named_once(pbmc, tmp_path, monkeypatch):
+    """In a call, a stream and a command. Labels that were left open are drawn from seen combinations."""
+    messages: list[str] = []
+    monkeypatch.setattr("wbdit_diffusers.pipelines.conditions.logger.warning", messages.append)
+    seen = pbmc[(pbmc.obs["cell_type"] != "CD34+") | (pbmc.obs["phase"] != "S")]
+    pipe = make_pipeline(seen, codec="program", label_keys=["cell_type", "phase"], num_genes=30)
+    for conditions in ({}, {"cell_type": "CD34+"}, {"phase": "S"}, {"cell_type": "CD34+", "phase": "G1"}):
+        assert "unseen_combinations" not in pipe(num_cells=3, conditions=conditions).cells.uns["wbdit"]
+    assert messages == []
+    new, text = {"cell_types": "CD34+", "conditions": {"phase": "S"}}, "cell_type=CD34+, phase=S"
+    cells = pipe(num_cells=6, batch_size=2, **new).cells
+    assert len(messages) == 1 and f"no training cell has: 1 ({text} first)" in messages[0]
+    cells.write_h5ad(tmp_path / "call.h5ad")
+    write_cells(tmp_path / "stream.h5ad", pipe.stream(num_cells=6, batch_size=2, **new))
+    assert len(messages) == 2
+    pipe.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("wbdit_diffusers.pipelines.generate.CELLS_PER_PART", 2)
+    command = GenerateConfig(
+        model=str(tmp_path / "model"), output=tmp_path / "command.h5ad", num_cells=6, batch_size=2, device="cpu", **new
+    )
+    generate(command)
+    assert len(messages) == 3
+    for name in ("call", "stream", "command"):
+        assert list(ad.read_h5ad(tmp_path / f"{name}.h5ad").uns["wbdit"]["unseen_combinations"]) == [text]
+    pipe(cell_types=["CD34+", "CD34+", "Dendritic"], conditions={"phase": ["S", "G1", "S"]})
+    assert messages[1:] == [messages[0]] * 3
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,14 @@ def generated_cells(
     their genes. Cells without one of the label columns have no labels.
     """
     library_size = _library_size(adata, None, values, "generated")
-    if values == "counts" and not within_genes and "library_size" in adata.obs:
+    if values == "counts" and "library_size" in adata.obs:
         sizes, is_empty = adata.obs["library_size"].to_numpy(dtype=np.float64), library_size == 0
-        _check_numbers(np.where(sizes + is_empty == 0, np.nan, sizes), "library sizes of the generated cells")
-        library_size = sizes
+        if not (np.isfinite(sizes) & ((sizes > 0) | (is_empty & (sizes == 0)))).all():
+            which = (
+                "Some library sizes of the generated cells are NaN, infinite or negative, or 0 in a cell with counts"
+            )
+            raise ValueError(f"{which}: give the total counts in obs['library_size'], or remove the column.")
+        library_size = library_size if within_genes else sizes
     has_labels = all(key in adata.obs for key in label_keys)
     return _arrays(adata, None, library_size, values, label_keys if has_labels else ())
 

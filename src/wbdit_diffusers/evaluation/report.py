@@ -81,7 +81,7 @@ def evaluate_cells(
     Returns:
         `dict`: the settings and numbers of cells; `generators`, their names (`"generated"` for a list); `excess` of
         each column; `metrics`, each metric of each column as a list over samples; `per_type`, the same for each cell
-        type that has at least 30 training cells.
+        type that has at least 30 training cells; `wrong_means`, genes by generator, and for one real reference.
 
     Raises a `ValueError` if columns have other cells or genes, or a type does not occur in the real cells.
     """
@@ -96,7 +96,9 @@ def evaluate_cells(
     arrays: dict[str, list[CellArrays]] = {}
     for name, drawn in columns.items():
         arrays[name] = [generated_cells(sample[:, genes], values, label_keys, within_genes) for sample in drawn]
-    rows, per_type = _Evaluator(real_train, real_test, donors, parity, seed).measure_all(arrays)
+    evaluator = _Evaluator(real_train, real_test, donors, parity, seed)
+    rows, per_type = evaluator.measure_all(arrays)
+    compared = {name: arrays[name] for name in generators} | {REFERENCE: [evaluator.reference]}
     return {
         "num_train": train.n_obs,
         "num_test": test.n_obs,
@@ -109,6 +111,7 @@ def evaluate_cells(
         "excess": {name: excess(row, rows[REFERENCE]) for name, row in rows.items() if name != REFERENCE},
         "metrics": rows,
         "per_type": per_type,
+        "wrong_means": {name: metrics.wrong_means(real_test, drawn, genes) for name, drawn in compared.items()},
     }
 
 
@@ -160,6 +163,8 @@ class _Evaluator:
         fitted, self.other_half = split_halves(self.train.labels, self.seed)
         self.fitted = self.train[fitted]
         self.pca = PCA(min(30, *self.fitted.expression.shape), random_state=self.seed).fit(self.fitted.expression)
+        labels, rng = (self.train.labels, self.test.labels), np.random.default_rng([self.seed, 0])
+        self.reference = self.train[draw_matching(*labels, rng, self.other_half)]  # of the first draw
         self.train_pcs, self.test_pcs = (self.pca.transform(cells.expression) for cells in (self.train, self.test))
 
     def measure_all(self, columns: dict[str, list[CellArrays]]) -> tuple[dict[str, dict], dict[str, dict]]:

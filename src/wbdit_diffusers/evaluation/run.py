@@ -5,9 +5,12 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+from diffusers.utils import logging
+from scipy import sparse
 
 from ..configs import EvaluateConfig
 from ..data import CellSplit, read_cells
+from ..data.cells import AnnDataSource, check_unique, find_matrix, first_copies, sorted_csr
 from ..files import write_whole
 from ..pipelines import ScRNAGenerationPipeline
 from ..pipelines.generate import choose_device
@@ -16,6 +19,11 @@ from .cells import combined_labels
 from .report import common_genes, evaluate_cells
 from .samples import cells_to_judge, draw_baselines, draw_samples
 from .table import GENERATED, by_excess, excess_and_sd, to_json, to_markdown
+
+
+logger = logging.get_logger(__name__)
+
+MIN_GENES = 20  # expressed: cells with fewer may be equal by chance
 
 
 def run(config: EvaluateConfig) -> tuple[dict, str]:
@@ -39,7 +47,8 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
     label_keys, values, layer = kinds[0] if kinds else (config.label_keys, config.values, None)
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"{', '.join(pipes)} have different labels or values: judge them one by one.")
-    samples, test = _samples(config, paths, pipes, train, test, label_keys)
+    is_copy = _copies(train, test, layer)
+    samples, test = _samples(config, paths, pipes, train, test, label_keys, is_copy)
     if len(samples) == 1:
         samples = {GENERATED: samples.popitem()[1]}
     baselines = None
@@ -49,6 +58,7 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
     report = evaluate_cells(
         samples, train, test, label_keys, layer, values, baselines, config.donor_key, config.parity, config.seed
     )
+    report["num_copies"] = int(is_copy.sum())
     first = {f"{name}: excess {excess_and_sd(report, name)}": samples[name][0] for name in by_excess(report)}
     figure = report_figure(test, first, report["label_key"], values, layer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,12 +98,31 @@ def _read_split(config: EvaluateConfig, models: dict[str, str]) -> tuple[ad.AnnD
         if split != splits[first] or (config.dataset is None and set(split.train) != set(train.obs_names)):
             other = "--train" if config.dataset is None else repr(first)
             raise ValueError(f"{name!r} was trained on other cells than {other}: give --dataset, and use one --split.")
-    shared = test.obs_names[test.obs_names.isin(train.obs_names)][:20]
-    comparable = train.obs_names.is_unique and test.obs_names.is_unique and train.var_names.equals(test.var_names)
-    # Names such as "0" occur in unrelated files: the values must agree too.
-    if len(shared) and comparable and abs(train[shared].X - test[shared].X).sum() == 0:
-        raise ValueError(f"--train and --test both have the cell {shared[0]!r}: remove it from one of them.")
     return train, test
+
+
+def _copies(train: ad.AnnData, test: ad.AnnData, layer: str | None) -> np.ndarray:
+    """
+    Mask `(cells,)` of the held-out cells with the values of a training cell, with a warning. Raises a `ValueError` if
+    one has its name as well, or no other cell remains.
+    """
+    genes, parts = train.var_names.intersection(test.var_names), []
+    for name, adata in (("training", train), ("held-out", test)):
+        check_unique(adata.var_names, "gene", f" in the {name} cells")
+        part = adata[:, genes]
+        parts.append(sorted_csr(find_matrix(part.X, part.layers, layer, f"The data of {name} cells")))
+    matrix = sparse.vstack(parts, format="csr")
+    first = first_copies(AnnDataSource(ad.AnnData(matrix)))[train.n_obs :]
+    is_copy = (first < train.n_obs) & (np.diff(matrix.indptr)[train.n_obs :] >= MIN_GENES)
+    same = test.obs_names[is_copy][test.obs_names[is_copy] == train.obs_names[first[is_copy]]]
+    if len(same):  # names such as "0" occur in unrelated files, with other values
+        raise ValueError(f"--train and --test both have the cell {same[0]!r}: remove it from one of them.")
+    which = f"{is_copy.sum()} of {test.n_obs} held-out cells have the values of a training cell"
+    if is_copy.all():
+        raise ValueError(f"{which}: give held-out cells that training has not seen.")
+    if is_copy.any():
+        logger.warning(f"{which} ({test.obs_names[is_copy][0]!r} first): they are left out.")
+    return is_copy
 
 
 def _samples(
@@ -103,6 +132,7 @@ def _samples(
     train: ad.AnnData,
     test: ad.AnnData,
     label_keys: list[str],
+    is_copy: np.ndarray,
 ) -> tuple[dict[str, list[ad.AnnData]], ad.AnnData]:
     """Samples of each generator, and the held-out cells that correspond to them."""
     for name, adata in (("The training data", train), ("The held-out data", test)):
@@ -110,7 +140,8 @@ def _samples(
     known = np.ones(test.n_obs, dtype=bool)
     for pipe in pipes.values():
         known &= pipe.processor.knows_labels(test)
-    judged, samples = cells_to_judge(known), {}
+    fresh, samples = np.flatnonzero(~is_copy), {}
+    judged = fresh[cells_to_judge(known[fresh])]
     for name in [name for name in paths if name not in pipes]:
         drawn = [read_cells(path) for path in paths[name]]
         # Files have a cell for each held-out cell, including those that are not judged.

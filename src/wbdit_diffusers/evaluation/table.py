@@ -43,7 +43,7 @@ TITLES = {
 
 def to_markdown(report: dict) -> str:
     """A report of [`evaluate_cells`] as Markdown. For one generator, it has a table of cell types."""
-    parts = [headline(report), describe_samples(report), metric_table(report)]
+    parts = [headline(report), describe_samples(report), describe_means(report), metric_table(report)]
     if report["per_type"] and GENERATED in report["generators"]:
         parts.append(_table_of_types(report))
     return "\n\n".join(parts) + "\n"
@@ -71,10 +71,26 @@ def describe_samples(report: dict) -> str:
         f" same labels, judged in the same way. With {num_test} cells a side, classifiers overlook small differences:"
         " an excess near 0 does not prove that cells are like real ones."
     )
+    if report.get("num_copies"):
+        text += f" {report['num_copies']} more held-out cells are left out: they have the values of training cells."
     if report["within_genes"]:
         text += f" All cells are normalised within these {num_genes} genes: the real cells have no others, or the"
         text += " counts of generated cells in others are unknown."
     return text
+
+
+def describe_means(report: dict) -> str:
+    """A paragraph that counts the genes with a wrong mean, and names the first ones."""
+    counts = []
+    for name in [*by_excess(report), REFERENCE]:
+        genes = report["wrong_means"][name]
+        named = [f"{gene['gene']} {gene['generated']:.3g} instead of {gene['held_out']:.3g}" for gene in genes[:5]]
+        named += ["…"] * (len(genes) > len(named))
+        counts.append(f"{name} {len(genes)}" + (f" ({', '.join(named)})" if named else ""))
+    return (
+        f"Genes with a wrong mean, of {report['num_genes']}: {'; '.join(counts)}. The mean count of these"
+        " differs from that of held-out cells by more than 10% and 3 standard errors, at the same library size."
+    )
 
 
 def metric_table(report: dict, metrics: Sequence[str] = tuple(TITLES)) -> str:

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ..configs import GenerateConfig
 from ..data.write import check_output, write_cells
 from ..files import one_line, remove, write_whole
+from ..sampling.noise import CellNoise
 from ..sampling.schedulers import make_scheduler
 from ..version import __version__
 from .pipeline_scrna_generation import ScRNAGenerationPipeline
@@ -49,7 +50,9 @@ def generate(config: GenerateConfig) -> tuple[int, int]:
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=None)
     if config.scheduler is not None:
         pipe.scheduler = make_scheduler(config.scheduler, pipe.scheduler.config)
-    _stream(config, pipe, range(config.num_cells))  # checks the arguments before anything is written
+    # Checks the arguments before anything is written. The parts have checked noise, and warn of nothing again.
+    _stream(config, pipe, range(config.num_cells), None)
+    noise = CellNoise(torch.Generator().manual_seed(config.seed))
     folder, batch_size = path.with_name(f"{path.name}.parts"), config.batch_size or pipe.default_batch_size
     size = batch_size * max(1, CELLS_PER_PART // batch_size)
     cells = range(config.num_cells)
@@ -66,7 +69,7 @@ def generate(config: GenerateConfig) -> tuple[int, int]:
             with state.split_between_processes(list(parts)) as own, _progress(parts) as bar:
                 for part in own:
                     if not part.exists():
-                        write_cells(part, _stream(config, pipe, parts[part]))
+                        write_cells(part, _stream(config, pipe, parts[part], noise))
                         bar.update(_count(parts) - bar.n)
             state.wait_for_everyone()
             if state.is_main_process:
@@ -84,12 +87,13 @@ def generate(config: GenerateConfig) -> tuple[int, int]:
     return config.num_cells, len(pipe.processor.var_names)
 
 
-def _stream(config: GenerateConfig, pipe: ScRNAGenerationPipeline, cells: range) -> Iterator[ad.AnnData]:
+def _stream(
+    config: GenerateConfig, pipe: ScRNAGenerationPipeline, cells: range, noise: CellNoise | None
+) -> Iterator[ad.AnnData]:
     """The cells of a range, batch by batch."""
     names = ("cell_types", "conditions", "library_size", "guidance_scale", "num_inference_steps", "batch_size")
     arguments = {name: getattr(config, name) for name in names}
-    generator = torch.Generator().manual_seed(config.seed)
-    return pipe.stream(num_cells=len(cells), first_cell=cells.start, generator=generator, **arguments)
+    return pipe.stream(num_cells=len(cells), first_cell=cells.start, generator=noise, **arguments)
 
 
 def _claim(folder: Path, config: GenerateConfig, pipe: ScRNAGenerationPipeline):

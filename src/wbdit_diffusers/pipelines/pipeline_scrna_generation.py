@@ -183,11 +183,11 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         self.check_inputs(num_inference_steps, batch_size, latents, output_type, callback_on_step_end_tensor_inputs)
         request = {"cell_types": cell_types, "conditions": conditions, "library_size": library_size}
         lists = {"generator": generator, "latents": latents}
-        num_cells, class_labels, library_sizes = encode_request(self.processor, num_cells, **request, **lists)
+        num_cells, class_labels, library_sizes, unseen = encode_request(self.processor, num_cells, **request, **lists)
 
         # 2. Random numbers belong to cells, batches only bound the memory
         noise = generator if isinstance(generator, CellNoise) else CellNoise(generator)
-        provenance = self._provenance(num_inference_steps, guidance_scale, noise)
+        provenance = self._provenance(num_inference_steps, guidance_scale, noise, unseen)
         first_number, device = 0 if noise.one_per_cell else first_cell, self._execution_device
         batch_size = batch_size or self.default_batch_size
         starts, outputs = range(0, num_cells, batch_size), []
@@ -244,7 +244,7 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         self,
         num_cells: int | None = None,
         batch_size: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | list[torch.Generator] | CellNoise | None = None,
         first_cell: int = 0,
         **call_kwargs,
     ) -> Iterator[ad.AnnData]:
@@ -257,8 +257,8 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         batch_size = batch_size or self.default_batch_size
         names = ("cell_types", "conditions", "library_size", "latents")
         per_cell = {name: call_kwargs.pop(name, None) for name in names}
-        num_cells, _, _ = encode_request(self.processor, num_cells, **per_cell, generator=generator)
-        noise = generator if isinstance(generator, list) else CellNoise(generator)
+        num_cells, *_ = encode_request(self.processor, num_cells, **per_cell, generator=generator)
+        noise = generator if isinstance(generator, list | CellNoise) else CellNoise(generator)
 
         def batches() -> Iterator[ad.AnnData]:
             for start in range(0, num_cells, batch_size):

@@ -171,7 +171,9 @@ class ScRNAPipeline(DiffusionPipeline):
             batches.append(self._draw_cells(latents[rows], labels, sizes, batch, uniform, first_cell=start))
         return ad.concat(batches, merge="same")
 
-    def _provenance(self, num_inference_steps: int, guidance_scale: float, noise: CellNoise) -> dict[str, Any]:
+    def _provenance(
+        self, num_inference_steps: int, guidance_scale: float, noise: CellNoise, unseen: list[str]
+    ) -> dict[str, Any]:
         """The contents of `uns["wbdit"]`: everything needed to make the cells again, as an .h5ad file can hold it."""
         provenance = {
             "model_id": public_name(self.config.get("_name_or_path")),
@@ -184,6 +186,8 @@ class ScRNAPipeline(DiffusionPipeline):
         if noise.initial_seeds:
             seeds = np.array(noise.initial_seeds, dtype=np.uint64)
             provenance["seed"] = seeds if noise.one_per_cell else noise.initial_seeds[0]
+        if unseen:
+            provenance["unseen_combinations"] = unseen
         return provenance
 
     def _draw_cells(
