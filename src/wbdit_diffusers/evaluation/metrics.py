@@ -82,11 +82,10 @@ def wrong_means(real: CellArrays, samples: list[CellArrays], genes: pd.Index) ->
         sizes = [np.ones(len(x)) if x.library_size is None else x.library_size for x in cells]
         total = max(sum(size.sum() for size in sizes), 1)
         share = sum(x.matrix.sum(axis=0, dtype=np.float64) for x in cells) / total
-        return (
-            share,
-            sum(((x.matrix - np.outer(size, share)) ** 2).sum(axis=0) for x, size in zip(cells, sizes)),
-            total,
-        )
+        squares = share**2 * sum(size @ size for size in sizes)
+        for x, size in zip(cells, sizes):
+            squares += np.einsum("cg,cg->g", x.matrix, x.matrix, dtype=np.float64) - 2 * share * (size @ x.matrix)
+        return share, squares, total
 
     (expected, squares, total), (share, others, other_total) = shares([real]), shares(samples)
     # A side without a count of a rare gene has no variance of its own: that of both sides together is a lower bound.
