@@ -5,6 +5,7 @@ import re
 import anndata as ad
 import numpy as np
 import pytest
+from conftest import awkward
 from scipy import sparse
 from tiny import tiny_config
 
@@ -63,6 +64,22 @@ def test_a_large_file_gives_the_cells_of_memory(suffix, layer, kind, pbmc, tmp_p
     for others in (found["small file"], found["large file"]):
         for value, expected in zip(others, found["AnnData"]):
             np.testing.assert_equal(value, expected)
+
+
+def test_raw_decimal_counts_next_to_antibodies(pbmc, tmp_path, monkeypatch):
+    """A cell that has no counts once they are rounded is empty."""
+    few = with_an_empty_cell(pbmc)[:100]
+    cells, settings = awkward(few)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    with open_cells(few, config_of(tmp_path)) as (train_cells, _, split):
+        processor = ScRNAProcessor(num_genes=60).fit(train_cells)
+        expected = processor.select(train_cells)[0]
+    reader = ScRNAProcessor(var_names=list(processor.var_names), **settings)
+    for source, limit in ((cells, 1000), (tmp_path / "cells.h5ad", 1000), (tmp_path / "cells.h5ad", 50)):
+        monkeypatch.setattr("wbdit_diffusers.data.cells.MAX_CELLS_IN_MEMORY", limit)
+        with open_cells(source, config_of(tmp_path, **settings)) as (train_cells, test_cells, again):
+            assert again == split and (reader.select(train_cells)[0] != expected).nnz == 0
+            assert (reader.select(test_cells)[0] != processor.select(few[test_cells.obs_names])[0]).nnz == 0
 
 
 def test_held_out_cells_are_at_most_as_many_as_a_loss_needs(pbmc, pbmc_path, tmp_path, monkeypatch):

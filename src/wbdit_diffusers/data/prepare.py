@@ -39,6 +39,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     output, paths = config.output, config.files
     if output.exists():
         raise FileExistsError(f"{output} exists: remove it, or name another folder.")
+    if config.round_counts and config.values == "log":
+        raise ValueError("--round_counts is for counts: leave it out with --values log.")
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"Two files are called {max(names, key=names.count)!r}: rename one of them.")
@@ -86,7 +88,7 @@ def _read_names(paths: list[Path], config: PrepareConfig) -> tuple[pd.DataFrame,
     """`obs` of all cells, and `var` of the genes of the dataset."""
     all_obs, all_var = [], []
     for path in paths:
-        with BackedSource(path, config.layer) as file:
+        with BackedSource(path, config.layer, config.round_counts) as file:
             obs, var = file.obs.drop(columns="total_counts", errors="ignore"), file.var  # is counted again
         check_unique(obs.index, "cell", f" in {path}")
         check_unique(var.index, "gene", f" in {path}")
@@ -124,7 +126,7 @@ def _chunks(paths: list[Path], obs: pd.DataFrame, var: pd.DataFrame, config: Pre
     first = 0
     with tqdm(total=len(obs), desc="Reading", unit=" cells", mininterval=1) as progress_bar:
         for path in paths:
-            with BackedSource(path, config.layer) as file:
+            with BackedSource(path, config.layer, config.round_counts) as file:
                 places = var.index.get_indexer(file.var.index.astype(str))
                 for start in range(0, len(file.obs), CHUNK_SIZE):
                     matrix = sorted_csr(file.read_rows(np.arange(start, min(start + CHUNK_SIZE, len(file.obs)))))

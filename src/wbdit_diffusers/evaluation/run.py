@@ -7,7 +7,7 @@ import anndata as ad
 import numpy as np
 
 from ..configs import EvaluateConfig
-from ..data import CellSplit, read_cells
+from ..data import AnnDataSource, CellSplit, read_cells
 from ..files import write_whole
 from ..pipelines import ScRNAGenerationPipeline
 from ..pipelines.generate import choose_device
@@ -35,10 +35,12 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
     device = choose_device(config.device)
     pipes = {name: ScRNAGenerationPipeline.from_pretrained(path).to(device) for name, path in models.items()}
     configs = (pipe.processor.config for pipe in pipes.values())
-    kinds = [(list(own.label_keys), own.values, own.layer) for own in configs]
-    label_keys, values, layer = kinds[0] if kinds else (config.label_keys, config.values, None)
+    kinds = [(list(own.label_keys), own.values, own.layer, own.round_counts) for own in configs]
+    label_keys, values, layer, round_counts = kinds[0] if kinds else (config.label_keys, config.values, None, False)
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"{', '.join(pipes)} have different labels or values: judge them one by one.")
+    sources = [AnnDataSource(cells, layer, "The data of real cells", round_counts) for cells in (train, test)]
+    train, test = (source.read() for source in sources)
     samples, test = _samples(config, paths, pipes, train, test, label_keys)
     if len(samples) == 1:
         samples = {GENERATED: samples.popitem()[1]}

@@ -35,7 +35,7 @@ def open_cells(
     if not isinstance(source, ad.AnnData) and not Path(source).is_file() and is_prepared(source):
         yield _open_prepared(source, config)
         return
-    with _open(source, config.layer) as cells:
+    with _open(source, config) as cells:
         _check_number(len(cells.obs))
         is_empty = cells.empty_cells()
         if is_empty.any() and not is_empty.all():  # if all are, the processor says so
@@ -55,20 +55,21 @@ def open_cells(
         yield cells.take(train), cells.take(test).read(), split
 
 
-def _open(source: str | Path | ad.AnnData, layer: str | None):
+def _open(source: str | Path | ad.AnnData, config: TrainingConfig):
     """A source of all cells for a `with` block. A file of many cells stays on disk."""
+    layer, round_counts = config.layer, config.round_counts
     if isinstance(source, ad.AnnData):
-        return nullcontext(AnnDataSource(source, layer))
+        return nullcontext(AnnDataSource(source, layer, round_counts=round_counts))
     if Path(source).suffix in (".h5ad", ".zarr"):
         try:
-            file = BackedSource(source, layer)
+            file = BackedSource(source, layer, round_counts)
             if len(file.obs) > data_cells.MAX_CELLS_IN_MEMORY:
                 return file
             with file:
                 return nullcontext(AnnDataSource(file.read(), layer, str(source)))
         except NotByCellError as error:
             logger.warning(f"The whole file is read into memory: {error}")
-    return nullcontext(AnnDataSource(read_cells(source), layer, str(source)))
+    return nullcontext(AnnDataSource(read_cells(source), layer, str(source), round_counts))
 
 
 def _open_prepared(folder: str | Path, config: TrainingConfig) -> tuple[PreparedCells, ad.AnnData, CellSplit]:
