@@ -104,6 +104,10 @@ class AnnDataSource:
         """Mask `(cells,)` of the cells in which nothing was measured."""
         return np.concatenate([np.diff(sorted_csr(self.read_rows(rows)).indptr) == 0 for rows in self.groups])
 
+    def hash_cells(self) -> np.ndarray:
+        """A number for each cell `(cells,)`, the same for copies."""
+        return np.concatenate([hash_rows(sorted_csr(self.read_rows(rows))) for rows in self.groups])
+
     def take(self, rows: np.ndarray) -> "AnnDataSource":
         """The cells at these positions, which must be increasing, without a copy."""
         part = copy.copy(self)
@@ -247,21 +251,20 @@ def label_column(obs: pd.DataFrame, label_key: str) -> pd.Series:
 
 def check_unique(names: pd.Index, what: str = "cell", where: str = ""):
     """Raises a `ValueError` unless each cell or gene has a name of its own."""
+    attribute = "obs_names" if what == "cell" else "var_names"
+    if names.isna().any() or "nan" in names:  # NaN is text in files
+        raise ValueError(f"A {what} name is NaN{where}: give each {what} a name in `adata.{attribute}`.")
     if not names.is_unique:
-        twice, fix = names[names.duplicated()][0], f"{'obs' if what == 'cell' else 'var'}_names_make_unique"
-        raise ValueError(f"The {what} name {twice!r} occurs more than once{where}: call `adata.{fix}()`.")
+        twice, fix = names[names.duplicated()][0], f"call `adata.{attribute}_make_unique()`"
+        raise ValueError(f"The {what} name {twice!r} occurs more than once{where}: {fix}.")
 
 
-def first_copies(source: AnnDataSource) -> np.ndarray:
-    """The position of the first cell with the same values, for each cell `(cells,)`."""
-    first: dict[bytes, int] = {}
-    positions: list[int] = []
-    for rows in source.groups:
-        matrix = sorted_csr(source.read_rows(rows))
-        for start, stop in zip(matrix.indptr[:-1], matrix.indptr[1:]):
-            content = matrix.indices[start:stop].tobytes() + matrix.data[start:stop].tobytes()
-            positions.append(first.setdefault(hashlib.blake2b(content, digest_size=16).digest(), len(positions)))
-    return np.array(positions)
+def hash_rows(matrix: sparse.csr_matrix) -> np.ndarray:
+    """A number for each row `(cells,)`, the same for copies. The matrix comes from [`sorted_csr`]."""
+    indices, values = matrix.indices.astype(np.int64), matrix.data.astype(np.float64)
+    parts = [slice(start, stop) for start, stop in zip(matrix.indptr[:-1], matrix.indptr[1:])]
+    rows = (indices[part].tobytes() + values[part].tobytes() for part in parts)
+    return np.frombuffer(b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in rows), dtype=np.uint64)
 
 
 def place_genes(matrix: sparse.csr_matrix, places: np.ndarray, num_genes: int) -> sparse.csr_matrix:

@@ -10,7 +10,7 @@ import numpy as np
 from diffusers.utils import logging
 
 from ..data import cells as data_cells
-from ..data.cells import AnnDataSource, BackedSource, CellSource, NotByCellError, first_copies
+from ..data.cells import AnnDataSource, BackedSource, CellSource, NotByCellError
 from ..data.prepared import PreparedCells, is_prepared
 from ..data.read import read_cells
 from ..data.split import CellSplit
@@ -44,9 +44,7 @@ def open_cells(
         split = _split_to_keep(config)
         if split is None:
             label_key = config.label_keys[0] if config.label_keys else None
-            copies = None if isinstance(cells, BackedSource) else first_copies(cells)
-            if copies is not None and (number := len(copies) - len(set(copies))):
-                logger.warning(f"{number} cells are copies of others. They stay on one side of the split.")
+            copies = None if isinstance(cells, BackedSource) else cells.hash_cells()
             split = CellSplit.draw(cells, config.test_fraction, label_key, config.seed, copies)
         train, test = (np.sort(rows) for rows in split.rows(cells.obs.index))  # in the order of the file
         _check_number(len(train))
