@@ -146,6 +146,14 @@ def test_copies_in_other_files_stay_on_one_side(pbmc, tmp_path, small_files, cap
     assert "601 cells are copies of others. They stay on one side of the split." in caplog.text
 
 
+def test_labels_called_position_survive(pbmc, tmp_path, small_files):
+    cells = pbmc.copy()
+    cells.obs["position"] = cells.obs["phase"].astype(str)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    prepare(PrepareConfig(files=[tmp_path / "cells.h5ad"], output=tmp_path / "out", label_keys=["position"]))
+    assert_same_cells(read_cells(tmp_path / "out"), cells)
+
+
 def test_poor_cells_are_left_out(pbmc, tmp_path):
     adata = pbmc.copy()
     counts = adata.X.toarray()
