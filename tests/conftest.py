@@ -6,9 +6,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side share the core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import anndata as ad
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hub_server import HubServer
+from scipy import sparse
 
 from wbdit_diffusers import ExpressionCodec, ProgramCodec, ScRNAGenerationPipeline, ScRNAProcessor, WhiteBoxDiTModel
 from wbdit_diffusers.data import CellDataset, encode_cells, load_pbmc
@@ -54,6 +57,23 @@ def hub():
 def hub_environment(hub, tmp_path) -> dict[str, str]:
     """The environment of a process that takes the local server for the Hub, with an empty cache."""
     return {**os.environ, **hub.environment(tmp_path / "hf-home")}
+
+
+def awkward(cells: ad.AnnData) -> tuple[ad.AnnData, dict]:
+    """The same counts in `raw`, as decimals and next to antibodies, and the settings that read them."""
+    rng = np.random.default_rng(0)
+    counts = cells.X.toarray() + rng.uniform(-0.4, 0.4, cells.shape)
+    antibodies = rng.poisson(50, (cells.n_obs, 12))
+    names = [*cells.var_names[:12], *cells.var_names]  # antibodies have the names of genes
+    kinds = pd.Categorical(["Antibody Capture"] * 12 + ["Gene Expression"] * cells.n_vars)
+    raw = ad.AnnData(
+        sparse.csr_matrix(np.maximum(np.hstack([antibodies, counts]), 0), dtype=np.float32),
+        obs=cells.obs,
+        var=pd.DataFrame({"feature_types": kinds}, index=names),
+    )
+    normalised = ad.AnnData(cells.X.log1p(), obs=cells.obs, var=cells.var)[:, :50].copy()
+    normalised.raw = raw
+    return normalised, {"layer": "raw", "round_counts": True}
 
 
 def randomize(model: torch.nn.Module, std: float = 0.05, seed: int = 0) -> torch.nn.Module:

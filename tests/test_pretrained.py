@@ -1,6 +1,7 @@
 """The pipeline that comes with the package, as someone meets it who has trained nothing."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -57,6 +58,17 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
     assert locate(PBMC) == str(FOLDER / PBMC) and locate("me/cells") == "me/cells"
     (tmp_path / PBMC).mkdir()
     assert locate(PBMC) == PBMC
+
+
+@pytest.mark.slow
+def test_it_needs_no_writable_home(tmp_path):
+    (tmp_path / "file").touch()
+    home = str(tmp_path / "file")  # root may write to every folder
+    code = f"from wbdit_diffusers import ScRNAGenerationPipeline as P; P.from_pretrained({PBMC!r})(num_cells=2)"
+    environment = {**os.environ, "HOME": home, "XDG_CACHE_HOME": f"{home}/cache"}
+    environment.pop("HF_HOME", None)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow

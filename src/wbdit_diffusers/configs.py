@@ -95,9 +95,11 @@ class PrepareConfig:
     hub_dataset_id: str | None = None
     """Dataset to upload to. Default: the name of --output in your namespace."""
     layer: str | None = None
-    """Layer that holds the matrix. Default: X."""
+    """Layer that holds the matrix. raw is also adata.raw, with its own genes. Default: X."""
     values: Literal["counts", "log"] = "counts"
     """Content of the matrix: integer counts, which are kept bit by bit, or log values, kept in float32."""
+    round_counts: bool = False
+    """Round decimal counts to integers, such as those of SoupX or alevin."""
     label_keys: list[str] = Field(default_factory=list)
     """Columns of obs to treat as labels, the cell type first. The split is stratified by the first one. Categories
     and strings are labels anyway."""

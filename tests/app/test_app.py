@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import anndata as ad
 import h5py
+import numpy as np
 import pytest
 import torch
 from conftest import make_pipeline
@@ -58,6 +59,50 @@ def second_name(file):
     file["uns/secret"] = file["X"]
 
 
+def nested_names(file):
+    """2²⁰ paths of 20 groups."""
+    group = file["uns"]
+    for _ in range(20):
+        group["b"] = inner = group.create_group("a")
+        group = inner
+
+
+def link_to_root(file):
+    file["uns/root"] = file["/"]
+
+
+def tall(file):
+    """30 million cells without values."""
+    names = file["obs"].attrs["_index"]
+    del file["X"], file["obs"][names]
+    shape, encoding = (3 * 10**7, 30), {"encoding-type": "csc_matrix", "encoding-version": "0.1.0"}
+    file.create_group("X").attrs.update({**encoding, "shape": shape})
+    file["X"].update({"data": np.ones(1, "f4"), "indices": np.zeros(1, "i4"), "indptr": np.array([0] + [1] * 30)})
+    column = file["obs"].create_dataset(names, shape[:1], dtype="S8", chunks=(10**6,), compression="gzip")
+    column.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+
+
+def one_string_often(file):
+    """4,096 references to one string of a megabyte."""
+    text = file.create_dataset("uns/text", data=["x" * 2**20] + [""] * 4095, dtype=h5py.string_dtype())
+    file.flush()
+    offset, path = text.id.get_offset(), file.filename
+    file.close()
+    with open(path, "r+b") as content:
+        content.seek(offset)
+        first = content.read(16)
+        content.seek(offset)
+        content.write(first * 4096)
+
+
+def sequences(file):
+    file.create_dataset("uns/odd", (3,), dtype=h5py.vlen_dtype("i4"))
+
+
+def references(file):
+    file.create_dataset("uns/odd", (3,), dtype=[("names", h5py.string_dtype()), ("of", h5py.ref_dtype)])
+
+
 def damaged(file):
     file["X/indptr"][3] = 10**6
 
@@ -72,7 +117,13 @@ LINK = "uns/secret is a link"
         (external, LINK),
         (virtual, LINK),
         (second_name, "is a link"),
-        (large, "holds 4.0 GB"),
+        (nested_names, "is a link"),
+        (link_to_root, "uns/root is a link"),
+        (large, "holds more than 2 GB"),
+        (tall, "holds more than 2 GB"),
+        (one_string_often, "holds more than 2 GB"),
+        (sequences, "uns/odd holds neither numbers nor a list of names"),
+        (references, "uns/odd holds neither numbers nor a list of names"),
         (damaged, "cells.h5ad can't be read"),
     ],
 )
@@ -82,6 +133,15 @@ def test_unsafe_files_are_refused(add, message, pbmc, tmp_path):
         add(file)
     with pytest.raises(gr.Error, match=message):
         handlers.choose_file(str(tmp_path / "cells.h5ad"))
+
+
+def test_tables_of_scanpy_are_read(pbmc, tmp_path):
+    """They have names of genes in several columns."""
+    cells = pbmc[:60, :30].copy()
+    cells.uns["rank_genes_groups"] = {"names": np.array([("CD3E", "NKG7")] * 5, dtype=[("B", "O"), ("T", "O")])}
+    cells.uns["title"] = "PBMCs"
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    assert handlers.choose_file(str(tmp_path / "cells.h5ad")) == "60 cells × 30 genes in cells.h5ad"
 
 
 @pytest.mark.parametrize("size", [0, 3000])

@@ -3,6 +3,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import awkward
 from forms import in_form
 from scipy import sparse
 
@@ -35,6 +36,46 @@ def test_every_form_of_the_matrix_is_the_same(form, processor, pbmc, pbmc_path, 
     np.testing.assert_allclose(totals, library_size)
 
 
+@pytest.mark.parametrize("place", ["memory", "backed", "csc", "h5ad", "zarr", "dense", "prepared"])
+def test_raw_decimal_counts_next_to_antibodies(place, pbmc, processor, tmp_path, caplog):
+    expected, library_size = processor.select(pbmc[:100])
+    cells, settings = awkward(pbmc[:100])
+    path = tmp_path / ("cells.zarr" if place == "zarr" else "cells.h5ad")
+    if place in ("csc", "dense"):
+        raw = cells.raw.to_adata()
+        raw.X = sparse.csc_matrix(raw.X) if place == "csc" else raw.X.toarray()
+        cells.raw = raw
+    if place not in ("memory", "csc"):
+        cells.write_zarr(path) if place == "zarr" else cells.write_h5ad(path)
+    reader = ScRNAProcessor(var_names=list(processor.var_names), **settings)
+    if place == "backed":
+        cells = ad.read_h5ad(path, backed="r")
+    elif place in ("h5ad", "zarr", "dense"):
+        cells = BackedSource(path, **settings)
+    elif place == "prepared":
+        prepare(PrepareConfig(files=[path], output=tmp_path / "out", test_fraction=0, **settings))
+        cells, reader = read_cells(tmp_path / "out")[pbmc.obs_names[:100]], processor
+    matrix, totals = reader.select(cells)
+    assert (matrix != expected).nnz == 0
+    np.testing.assert_array_equal(totals, library_size)
+    if place in ("h5ad", "prepared"):  # opened once, and twice
+        assert caplog.text.count(f"12 features of {path} are Antibody Capture, not genes, and are left out.") == 1
+
+
+@pytest.mark.parametrize("kind", ["Peaks", "Gene Expression", np.nan])
+def test_features_of_one_kind_stay(kind, pbmc):
+    cells = pbmc[:20, :700].copy()
+    cells.var["feature_types"] = kind
+    assert len(AnnDataSource(cells).var_names) == 700
+
+
+def test_rounding_is_for_counts(pbmc_path, tmp_path):
+    with pytest.raises(ValueError, match="round_counts.* is for counts: leave it out with values='log'"):
+        ScRNAProcessor(values="log", round_counts=True)
+    with pytest.raises(ValueError, match="--round_counts is for counts: leave it out with --values log"):
+        prepare(PrepareConfig(files=[pbmc_path], output=tmp_path / "out", values="log", round_counts=True))
+
+
 # ==================== Files ====================
 
 
@@ -63,7 +104,7 @@ def sources(pbmc, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["h5ad", "zarr", "dense", "parquet", "fsspec"])
 def test_a_processor_learns_the_same_from_every_source(name, sources):
-    expected = ScRNAProcessor(label_keys=["cell_type"], num_genes=100).fit(sources["memory"].cells)
+    expected = ScRNAProcessor(label_keys=["cell_type"], num_genes=100).fit(sources["memory"])
     fitted = ScRNAProcessor(label_keys=["cell_type"], num_genes=100).fit(sources[name])
     assert fitted.config.var_names == expected.config.var_names
     assert fitted.config.categories == expected.config.categories
@@ -91,7 +132,7 @@ VALUES = [
     (np.nan, "counts", "holds nan .cell '{cell}'., which can't be modelled: remove or replace"),
     (np.inf, "counts", "holds inf .cell '{cell}'."),
     (-1, "counts", "holds -1 .cell '{cell}'., but expression is never negative: .*values='log'"),
-    (0.5, "counts", "holds 0.5 .cell '{cell}'., which is not an integer count: name the layer"),
+    (0.5, "counts", "holds 0.5 .cell '{cell}'., which is not an integer count: name .* with --round_counts, or"),
     (3e38, "counts", "holds 3e.38 .cell '{cell}'., which is not a count"),
     (51, "log", "holds 51 .cell '{cell}'., which is not a logarithm of expression: use values='counts'"),
 ]

@@ -134,6 +134,26 @@ def test_several_files(genes, pbmc, tmp_path, small_files):
     np.testing.assert_array_equal(cells[expected.obs_names].obs["total_counts"], totals)
 
 
+def test_copies_in_other_files_stay_on_one_side(pbmc, tmp_path, small_files, caplog):
+    """The same counts in other types, places and orders of genes."""
+    again = pbmc[600::-1, ::-1].copy()
+    again.X = again.X.astype(np.int64).toarray()
+    for name, cells in (("a", pbmc), ("b", again)):
+        cells.write_h5ad(tmp_path / f"{name}.h5ad")
+    prepare(PrepareConfig(files=[tmp_path / "a.h5ad", tmp_path / "b.h5ad"], output=tmp_path / "out"))
+    train, test = (read_cells(tmp_path / "out", split).obs_names.str[:-2] for split in ("train", "test"))
+    assert len(train) + len(test) == 1301 and len(test) > 40 and not set(train) & set(test)
+    assert "601 cells are copies of others. They stay on one side of the split." in caplog.text
+
+
+def test_labels_called_position_survive(pbmc, tmp_path, small_files):
+    cells = pbmc.copy()
+    cells.obs["position"] = cells.obs["phase"].astype(str)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    prepare(PrepareConfig(files=[tmp_path / "cells.h5ad"], output=tmp_path / "out", label_keys=["position"]))
+    assert_same_cells(read_cells(tmp_path / "out"), cells)
+
+
 def test_poor_cells_are_left_out(pbmc, tmp_path):
     adata = pbmc.copy()
     counts = adata.X.toarray()
@@ -197,8 +217,14 @@ def write_spoiled(cells: ad.AnnData, name: str, path):
         cells.var_names = ["A", "A", *cells.var_names[2:]]
     elif name == "cells":
         cells.obs_names = ["A", "A", *cells.obs_names[2:]]
+    elif name in ("cell", "expressions", "total_counts"):
+        cells.obs[name] = "A"
     elif name == "column":
         cells.obs["genes"] = 1
+    elif name == "nan_cell":
+        cells.obs_names = [np.nan, *cells.obs_names[1:]]
+    elif name == "nan_gene":
+        cells.var_names = [np.nan, *cells.var_names[1:]]
     elif name == "missing":
         cells.obs["cell_type"] = [None] + ["B"] * 49
     elif name == "other":
@@ -224,6 +250,13 @@ def write_spoiled(cells: ad.AnnData, name: str, path):
         (["genes.h5ad"], "gene name 'A' occurs more than once in genes.h5ad.*var_names_make_unique"),
         (["cells.h5ad"], "cell name 'A' occurs more than once in cells.h5ad.*obs_names_make_unique"),
         (["column.h5ad"], "obs column 'genes' has a name that parquet files need"),
+        (["cell.h5ad"], "obs column 'cell' has a name that parquet files need: rename it"),
+        (["expressions.h5ad"], "obs column 'expressions' has a name that parquet files need: rename it"),
+        (["total_counts.h5ad"], "`total_counts` of total_counts.h5ad can't be a label.*: rename it"),
+        (["good.h5ad", "--label_keys", "total_counts"], "`total_counts` of good.h5ad can't be a label.*: rename it"),
+        (["good.h5ad", "--file_key", "total_counts"], "`total_counts` of good.h5ad can't be a label.*: rename it"),
+        (["nan_cell.h5ad"], "A cell name is NaN in nan_cell.h5ad: give each cell a name in `adata.obs_names`"),
+        (["nan_gene.h5ad"], "A gene name is NaN in nan_gene.h5ad: give each gene a name in `adata.var_names`"),
         (["good.h5ad", "--label_keys", "louvain"], "no column 'louvain'; it has"),
         (["missing.h5ad", "--label_keys", "cell_type"], "is missing for 1 cells"),
         (["good.h5ad", "good.h5ad"], "Two files are called 'good'"),

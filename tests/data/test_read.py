@@ -90,8 +90,10 @@ def test_damaged_files_are_named(layout, name, write):
 
 
 def test_an_unknown_entry_of_uns_does_not_stop_the_reading(pbmc, tmp_path, caplog):
-    pbmc.write_h5ad(tmp_path / "cells.h5ad")
+    with_raw = pbmc[:, :50].copy()
+    with_raw.raw = pbmc
+    with_raw.write_h5ad(tmp_path / "cells.h5ad")
     with h5py.File(tmp_path / "cells.h5ad", "a") as file:
         file["uns"].create_group("odd").attrs.update({"encoding-type": "other", "encoding-version": "9"})
     cells = read_cells(tmp_path / "cells.h5ad")
-    assert (cells.X != pbmc.X).nnz == 0 and cells.obs.equals(pbmc.obs)
+    assert (cells.X != with_raw.X).nnz == 0 and (cells.raw.X != pbmc.X).nnz == 0 and cells.obs.equals(pbmc.obs)

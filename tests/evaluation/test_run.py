@@ -1,12 +1,13 @@
 """`wbdit evaluate` in Python: models and files in one report, and the mistakes that people make."""
 
 import json
+import shutil
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pytest
-from conftest import make_pipeline
+from conftest import awkward, make_pipeline
 
 from wbdit_diffusers.data import CellSplit
 from wbdit_diffusers.evaluation.run import EvaluateConfig, run
@@ -81,6 +82,18 @@ def test_a_generator_has_the_same_numbers_in_every_report(folder, tmp_path):
     without_model = evaluate(folder, tmp_path, ["@fake.h5ad"], label_keys=["cell_type"], **given)
     assert without_model["generators"] == ["generated"] and without_model["num_genes"] == 765
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "report.json", "report.md", "report.png"}
+
+
+def test_cells_are_judged_as_the_model_reads_them(folder, pbmc, tmp_path):
+    """The same numbers as with the same counts in `X`."""
+    cells, settings = awkward(pbmc)
+    cells.write_h5ad(tmp_path / "awkward.h5ad")
+    shutil.copytree(folder / "model", tmp_path / "model")
+    config = tmp_path / "model/processor/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    expected = evaluate(folder, tmp_path / "a", ["@model"], dataset="pbmc.h5ad")
+    found = evaluate(tmp_path, tmp_path / "b", ["@model"], dataset="awkward.h5ad")
+    assert without_forest(found["metrics"]["generated"]) == without_forest(expected["metrics"]["generated"])
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,10 @@ def spoiled(cells: ad.AnnData, what: str) -> ad.AnnData:
         cells.obs_names = ["cell", "cell", *cells.obs_names[2:]]
     elif what == "genes twice":
         cells.var_names = ["gene", "gene", *cells.var_names[2:]]
+    elif what == "cell nan":
+        cells.obs_names = [np.nan, *cells.obs_names[1:]]
+    elif what == "gene nan":
+        cells.var_names = [np.nan, *cells.var_names[1:]]
     elif what == "a label each":
         cells.obs["cell_type"] = [f"type {number}" for number in range(cells.n_obs)]
     elif what == "labels missing":
@@ -61,6 +65,8 @@ CELLS = [
     ("no genes", "× 0 genes"),
     ("cells twice", "The cell name 'cell' occurs more than once"),
     ("genes twice", "The gene name 'gene' occurs more than once"),
+    ("cell nan", "A cell name is NaN: give each cell a name in `adata.obs_names`"),
+    ("gene nan", "A gene name is NaN: give each gene a name in `adata.var_names`"),
     ("a label each", "too few to hold out a fraction of 0.2: the largest label has 1"),
     ("labels missing", "is missing for 1 cells: name or remove them"),
     ("only layers", "has no matrix in X; its layers are ['raw']"),

@@ -164,6 +164,17 @@ def test_one_training_writes_at_a_time(pbmc, tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(38, "Function not implemented")])
+def test_a_file_system_without_locks_is_warned_of(error, pbmc, tmp_path, monkeypatch, caplog):
+    def acquire(self):
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    train(pbmc, tiny_config(tmp_path / "out", **FEW))
+    assert (tmp_path / "out" / "model_index.json").is_file()
+    assert "can't be locked" in caplog.text and "start no other training there" in caplog.text
+
+
 # ==================== Checkpoints ====================
 
 

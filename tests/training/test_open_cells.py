@@ -5,6 +5,7 @@ import re
 import anndata as ad
 import numpy as np
 import pytest
+from conftest import awkward
 from scipy import sparse
 from tiny import tiny_config
 
@@ -38,7 +39,8 @@ def with_an_empty_cell(pbmc) -> ad.AnnData:
 
 
 @pytest.mark.parametrize(
-    "suffix, layer, kind", [("h5ad", None, "csr"), ("zarr", "raw", "csr"), ("h5ad", None, "dense")]
+    "suffix, layer, kind",
+    [("h5ad", None, "csr"), ("zarr", "raw", "csr"), ("h5ad", None, "dense"), ("h5ad", None, "nullable names")],
 )
 def test_a_large_file_gives_the_cells_of_memory(suffix, layer, kind, pbmc, tmp_path, monkeypatch):
     cells = with_an_empty_cell(pbmc)
@@ -46,12 +48,21 @@ def test_a_large_file_gives_the_cells_of_memory(suffix, layer, kind, pbmc, tmp_p
         cells.X = cells.X.toarray()
     if layer is not None:
         cells.layers[layer], cells.X = cells.X.copy(), cells.X * 0.5
+    elif kind == "nullable names":  # as pandas 3 has them
+        cells.obs_names, cells.var_names = (names.astype("string") for names in (cells.obs_names, cells.var_names))
     path = tmp_path / f"cells.{suffix}"
-    cells.write_h5ad(path) if suffix == "h5ad" else cells.write_zarr(path)
+    with ad.settings.override(allow_write_nullable_strings=True):
+        cells.write_h5ad(path) if suffix == "h5ad" else cells.write_zarr(path)
+    in_file = ad.read_h5ad(path, backed="r") if suffix == "h5ad" else cells
     config = config_of(tmp_path, layer=layer)
     processor = ScRNAProcessor(layer=layer, label_keys=["cell_type"], num_genes=100)
     found = {}
-    for name, source, limit in (("AnnData", cells, 1000), ("small file", path, 1000), ("large file", path, 100)):
+    for name, source, limit in (
+        ("AnnData", cells, 1000),
+        ("backed AnnData", in_file, 1000),
+        ("small file", path, 1000),
+        ("large file", path, 100),
+    ):
         monkeypatch.setattr("wbdit_diffusers.data.cells.MAX_CELLS_IN_MEMORY", limit)
         with open_cells(source, config) as (train_cells, test_cells, split):
             assert isinstance(train_cells, BackedSource) == (name == "large file")
@@ -60,9 +71,25 @@ def test_a_large_file_gives_the_cells_of_memory(suffix, layer, kind, pbmc, tmp_p
             labels = list(train_cells.obs["cell_type"])
             found[name] = split, list(processor.var_names), *(matrix.toarray() for matrix in matrices), labels
     assert len(found["AnnData"][0].train) + len(found["AnnData"][0].test) == 699
-    for others in (found["small file"], found["large file"]):
+    for others in found.values():
         for value, expected in zip(others, found["AnnData"]):
             np.testing.assert_equal(value, expected)
+
+
+def test_raw_decimal_counts_next_to_antibodies(pbmc, tmp_path, monkeypatch):
+    """A cell that has no counts once they are rounded is empty."""
+    few = with_an_empty_cell(pbmc)[:100]
+    cells, settings = awkward(few)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    with open_cells(few, config_of(tmp_path)) as (train_cells, _, split):
+        processor = ScRNAProcessor(num_genes=60).fit(train_cells)
+        expected = processor.select(train_cells)[0]
+    reader = ScRNAProcessor(var_names=list(processor.var_names), **settings)
+    for source, limit in ((cells, 1000), (tmp_path / "cells.h5ad", 1000), (tmp_path / "cells.h5ad", 50)):
+        monkeypatch.setattr("wbdit_diffusers.data.cells.MAX_CELLS_IN_MEMORY", limit)
+        with open_cells(source, config_of(tmp_path, **settings)) as (train_cells, test_cells, again):
+            assert again == split and (reader.select(train_cells)[0] != expected).nnz == 0
+            assert (reader.select(test_cells)[0] != processor.select(few[test_cells.obs_names])[0]).nnz == 0
 
 
 def test_held_out_cells_are_at_most_as_many_as_a_loss_needs(pbmc, pbmc_path, tmp_path, monkeypatch):

@@ -12,13 +12,15 @@ from ..files import one_line
 
 
 MAX_UNPACKED_BYTES = 2 * 2**30  # a compressed file may hold a thousand times its size
+STRING_BYTES = 100  # of a string in Python, without its characters
+READ_BYTES = 2**28  # of strings at once
 
 
 def read_upload(path: str | Path) -> ad.AnnData:
     """The cells of an .h5ad file or a 10x .h5 file. Raises a `ValueError` that does not name the file's folder."""
     path = Path(path)
     try:
-        with h5py.File(path) as file:
+        with h5py.File(path, rdcc_nbytes=MAX_UNPACKED_BYTES) as file:  # no chunk is unpacked twice
             _check_contents(file)
         cells = read_cells(path)
         for matrix in (cells.X, *cells.layers.values()):
@@ -38,7 +40,7 @@ def label_columns(cells: ad.AnnData) -> list[str]:
 
 
 def _check_contents(file: h5py.File):
-    """Raises a `ValueError` if the file has links, or unpacks to more than the limit."""
+    """Raises a `ValueError` if the file has links or odd values, or unpacks to more than the limit."""
     links: dict[str, Any] = {}
     items: dict[str, Any] = {}
     file.visititems_links(links.__setitem__)
@@ -48,6 +50,25 @@ def _check_contents(file: h5py.File):
     linked += [name for name, array in arrays.items() if array.external or array.is_virtual]
     if linked:
         raise ValueError(f"{linked[0]} is a link. Write the cells again with AnnData's `write_h5ad`.")
-    unpacked = sum((array.size or 0) * array.dtype.itemsize for array in arrays.values())
+    unpacked, texts = 0, []
+    for name, array in arrays.items():
+        fields = {key: array.dtype[key] for key in array.dtype.names or ()} or {None: array.dtype}
+        for key, dtype in fields.items():
+            is_text = h5py.check_string_dtype(dtype) is not None
+            if dtype.hasobject and (not is_text or array.ndim > 1):
+                raise ValueError(f"{name} holds neither numbers nor a list of names. Remove it.")
+            if dtype.hasobject and array.size:
+                texts.append((array, array if key is None else array.fields(key)))
+            unpacked += (array.size or 0) * (dtype.itemsize + STRING_BYTES * is_text)
+    _check_size(unpacked)
+    # Many strings of a file may be one. A string is at most as long as the file.
+    step = max(1, READ_BYTES // file.id.get_filesize())
+    for array, text in texts:
+        for start in range(0, array.size, step):
+            unpacked += sum(map(len, text[start : start + step] if array.ndim else [text[()]]))
+            _check_size(unpacked)
+
+
+def _check_size(unpacked: int):
     if unpacked > MAX_UNPACKED_BYTES:
-        raise ValueError(f"it holds {unpacked / 2**30:.1f} GB once unpacked. Upload fewer cells.")
+        raise ValueError(f"it holds more than {MAX_UNPACKED_BYTES / 2**30:.0f} GB once unpacked. Upload fewer cells.")

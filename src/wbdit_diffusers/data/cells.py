@@ -4,19 +4,24 @@ import copy
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
+from diffusers.utils import logging
 from scipy import sparse
 
 from ..files import one_line
 
 
+logger = logging.get_logger(__name__)
+
 CHUNK_SIZE = 4096  # cells read at once, so that a file is never whole in memory
+GENES = "Gene Expression"  # among the feature types of 10x Genomics
 MAX_CELLS_IN_MEMORY = 100_000  # larger files stay on disk
 MAX_COUNT = 2**31 - 1  # int32, and more molecules than any protocol reads
 MAX_LOG_VALUE = 50  # 2⁵⁰ is more counts than any cell has
@@ -39,21 +44,33 @@ class CellSource(Protocol):
 
 
 class AnnDataSource:
-    """Cells of an AnnData (CSR, CSC, dense or backed), with the matrix in `X` or a layer. `name` is for messages."""
+    """
+    Genes of the cells of an AnnData (CSR, CSC, dense or backed). Other features, such as antibodies, are left out.
+
+    Args:
+        cells (`AnnData`): The cells.
+        layer (`str`, *optional*): Layer that holds the matrix; `"raw"` also for `cells.raw`. Default: `X`.
+        name (`str`, defaults to `"adata"`): Name of the cells in messages.
+        round_counts (`bool`, defaults to `False`): Whether to round values to integers.
+    """
 
     groups_per_chunk = 1
 
-    def __init__(self, cells: ad.AnnData, layer: str | None = None, name: str = "adata"):
-        self.cells = cells
-        matrix = find_matrix(cells.X if layer is None else None, cells.layers, layer, name)
+    def __init__(self, cells: ad.AnnData, layer: str | None = None, name: str = "adata", round_counts: bool = False):
+        is_raw = layer == "raw" and "raw" not in cells.layers and cells.raw is not None
+        holder, key = (cells.raw, None) if is_raw else (cells, layer)
+        matrix = find_matrix(holder.X if key is None else None, cells.layers, key, name)
         if sparse.issparse(matrix):
             check_indices(matrix, name)  # slicing crashes on wrong ones
             matrix = matrix.tocsr()
-        self._set_up(cells.obs, cells.var_names, matrix, layer, name)
+        self._set_up(cells.obs, holder.var, matrix, layer, name, round_counts)
 
-    def _set_up(self, obs: pd.DataFrame, var_names: pd.Index, matrix, layer: str | None, name: str):
+    def _set_up(self, obs: pd.DataFrame, var: pd.DataFrame, matrix, layer: str | None, name: str, round_counts: bool):
         """A matrix in memory or on disk, with names."""
-        self.all_obs, self.var_names, self.matrix, self.layer, self.name = obs, var_names, matrix, layer, name
+        self.all_obs, self.matrix, self.layer, self.name, self.round_counts = obs, matrix, layer, name, round_counts
+        self.is_gene = find_genes(var, name)
+        self.var = var if self.is_gene.all() else var[self.is_gene]
+        self.var_names = self.var.index
         dtype = np.dtype(matrix.dtype)
         if dtype.kind not in "iuf" or dtype == np.float16:  # SciPy has no sparse float16
             raise ValueError(f"{name} holds values of type {dtype}: convert them by `adata.X.astype('float32')`.")
@@ -75,11 +92,21 @@ class AnnDataSource:
         first, last = int(rows[0]), int(rows[-1]) + 1
         matrix = sparse.csr_matrix(self.matrix[first:last])
         check_indices(matrix, self.name)
-        return matrix if len(rows) == last - first else matrix[rows - first]
+        if len(rows) < last - first:
+            matrix = matrix[rows - first]
+        if not self.is_gene.all():
+            matrix = matrix[:, self.is_gene]
+        if self.round_counts and matrix.dtype.kind == "f":
+            matrix.data = np.rint(matrix.data)
+        return matrix
 
     def empty_cells(self) -> np.ndarray:
         """Mask `(cells,)` of the cells in which nothing was measured."""
         return np.concatenate([np.diff(sorted_csr(self.read_rows(rows)).indptr) == 0 for rows in self.groups])
+
+    def hash_cells(self) -> np.ndarray:
+        """A number for each cell `(cells,)`, the same for copies."""
+        return np.concatenate([hash_rows(sorted_csr(self.read_rows(rows))) for rows in self.groups])
 
     def take(self, rows: np.ndarray) -> "AnnDataSource":
         """The cells at these positions, which must be increasing, without a copy."""
@@ -88,8 +115,11 @@ class AnnDataSource:
         return part
 
     def read(self) -> ad.AnnData:
-        """The cells in memory, as a view."""
-        return self.cells[self.rows]
+        """The cells in memory: `obs`, `var`, and the matrix that was asked for."""
+        parts = [self.read_rows(rows) for rows in self.groups] or [sparse.csr_matrix((0, len(self.var)))]
+        matrix = sparse.vstack(parts, format="csr")
+        layers = {} if self.layer is None else {self.layer: matrix}
+        return ad.AnnData(matrix if self.layer is None else None, obs=self.obs, var=self.var, layers=layers)
 
 
 class NotByCellError(ValueError):
@@ -98,13 +128,14 @@ class NotByCellError(ValueError):
 
 class BackedSource(AnnDataSource, AbstractContextManager):
     """
-    Cells of an .h5ad file or .zarr folder, whose values stay on disk. Use it with `with`. Raises a `NotByCellError` if
-    the file is stored by gene (CSC).
+    An [`AnnDataSource`] of an .h5ad file or .zarr folder, whose values stay on disk. Use it with `with`. Raises a
+    `NotByCellError` if the file is stored by gene (CSC).
     """
 
     groups_per_chunk = 16  # neighbours in a file often have the same label
+    file: Any  # of HDF5 or zarr
 
-    def __init__(self, path: str | Path, layer: str | None = None):
+    def __init__(self, path: str | Path, layer: str | None = None, round_counts: bool = False):
         self.path = find_file(path)
         try:
             if self.path.suffix == ".zarr":
@@ -113,17 +144,20 @@ class BackedSource(AnnDataSource, AbstractContextManager):
                 self.file = zarr.open_group(str(path), mode="r")
             else:
                 self.file = h5py.File(path, "r")
-            obs, self.var = ad.io.read_elem(self.file["obs"]), ad.io.read_elem(self.file["var"])
+            layers = self.file.get("layers", {})
+            is_raw = layer == "raw" and "raw" not in layers and "raw" in self.file
+            holder, key = (self.file["raw"], None) if is_raw else (self.file, layer)
+            obs, var = ad.io.read_elem(self.file["obs"]), ad.io.read_elem(holder["var"])
         except Exception as error:
             raise ValueError(f"{path} cannot be read as an .h5ad or .zarr file: {one_line(error)}") from error
-        self.element = find_matrix(self.file.get("X"), self.file.get("layers", {}), layer, str(path))
+        self.element = find_matrix(holder.get("X"), layers, key, str(path))
         kind = self.element.attrs.get("encoding-type")
         if kind in (None, "csc_matrix"):
             what = "by gene (CSC)" if kind else "as AnnData did before 0.7"
             raise NotByCellError(f"{path} is stored {what}: use `adata.X = adata.X.tocsr()` and write it again.")
         self.is_sparse = kind == "csr_matrix"
         matrix = ad.io.sparse_dataset(self.element) if self.is_sparse else self.element
-        self._set_up(obs, self.var.index, matrix, layer, str(path))
+        self._set_up(obs, var, matrix, layer, str(path), round_counts)
 
     def __exit__(self, *error):
         if hasattr(self.file, "close"):  # zarr has nothing to close
@@ -131,18 +165,26 @@ class BackedSource(AnnDataSource, AbstractContextManager):
 
     def empty_cells(self) -> np.ndarray:
         """Mask `(cells,)` of the cells in which nothing was measured: of a CSR file, the ones without values."""
-        return np.diff(self.element["indptr"][:])[self.rows] == 0 if self.is_sparse else super().empty_cells()
-
-    def read(self) -> ad.AnnData:
-        """The cells in memory: `obs`, `var`, and the matrix that was asked for."""
-        matrix = sparse.vstack([self.read_rows(rows) for rows in self.groups], format="csr")
-        layers = {} if self.layer is None else {self.layer: matrix}
-        return ad.AnnData(matrix if self.layer is None else None, obs=self.obs, var=self.var, layers=layers)
+        if not self.is_sparse or self.round_counts or not self.is_gene.all():
+            return super().empty_cells()
+        return np.diff(self.element["indptr"][:])[self.rows] == 0
 
 
-def as_source(cells: ad.AnnData | CellSource, layer: str | None = None) -> CellSource:
-    """An AnnData as a [`CellSource`]. A source stays as it is: it was opened with its layer."""
-    return AnnDataSource(cells, layer) if isinstance(cells, ad.AnnData) else cells
+def find_genes(var: pd.DataFrame, name: str) -> np.ndarray:
+    """Mask `(features,)` of the genes, where `var["feature_types"]` distinguishes them from other features."""
+    kinds = np.asarray(var.get("feature_types", np.full(len(var), GENES)), dtype=str)
+    is_gene = np.isin(kinds, [GENES, "nan"])
+    if is_gene.all() or GENES not in kinds:
+        return np.ones(len(var), dtype=bool)
+    others = ", ".join(np.unique(kinds[~is_gene]))
+    _warn_once(f"{(~is_gene).sum()} features of {name} are {others}, not genes, and are left out.")
+    return is_gene
+
+
+@lru_cache
+def _warn_once(message: str):
+    """Warns once, although a command may open a file several times."""
+    logger.warning(message)
 
 
 def iter_groups(
@@ -185,10 +227,11 @@ def check_values(matrix: sparse.csr_matrix, name: str, obs_names: pd.Index, inte
         limit, too_large = MAX_COUNT, "which is not a count: no protocol reads a molecule so often"
     else:
         limit, too_large = MAX_LOG_VALUE, "which is not a logarithm of expression: use values='counts' for counts"
+    fix = "name the layer of counts, round them with --round_counts, or use values='log'"
     for wrong, problem in (
         (~np.isfinite(values), "which can't be modelled: remove or replace NaN and infinite values"),
         (values < 0, "but expression is never negative: give counts, or log1p values with values='log'"),
-        (is_fraction, "which is not an integer count: name the layer of counts, round them, or use values='log'"),
+        (is_fraction, f"which is not an integer count: {fix}"),
         (values > limit, too_large),
     ):
         if wrong.any():
@@ -208,21 +251,20 @@ def label_column(obs: pd.DataFrame, label_key: str) -> pd.Series:
 
 def check_unique(names: pd.Index, what: str = "cell", where: str = ""):
     """Raises a `ValueError` unless each cell or gene has a name of its own."""
+    attribute = "obs_names" if what == "cell" else "var_names"
+    if names.isna().any() or "nan" in names:  # NaN is text in files
+        raise ValueError(f"A {what} name is NaN{where}: give each {what} a name in `adata.{attribute}`.")
     if not names.is_unique:
-        twice, fix = names[names.duplicated()][0], f"{'obs' if what == 'cell' else 'var'}_names_make_unique"
-        raise ValueError(f"The {what} name {twice!r} occurs more than once{where}: call `adata.{fix}()`.")
+        twice, fix = names[names.duplicated()][0], f"call `adata.{attribute}_make_unique()`"
+        raise ValueError(f"The {what} name {twice!r} occurs more than once{where}: {fix}.")
 
 
-def first_copies(source: AnnDataSource) -> np.ndarray:
-    """The position of the first cell with the same values, for each cell `(cells,)`."""
-    first: dict[bytes, int] = {}
-    positions: list[int] = []
-    for rows in source.groups:
-        matrix = sorted_csr(source.read_rows(rows))
-        for start, stop in zip(matrix.indptr[:-1], matrix.indptr[1:]):
-            content = matrix.indices[start:stop].tobytes() + matrix.data[start:stop].tobytes()
-            positions.append(first.setdefault(hashlib.blake2b(content, digest_size=16).digest(), len(positions)))
-    return np.array(positions)
+def hash_rows(matrix: sparse.csr_matrix) -> np.ndarray:
+    """A number for each row `(cells,)`, the same for copies. The matrix comes from [`sorted_csr`]."""
+    indices, values = matrix.indices.astype(np.int64), matrix.data.astype(np.float64)
+    parts = [slice(start, stop) for start, stop in zip(matrix.indptr[:-1], matrix.indptr[1:])]
+    rows = (indices[part].tobytes() + values[part].tobytes() for part in parts)
+    return np.frombuffer(b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in rows), dtype=np.uint64)
 
 
 def place_genes(matrix: sparse.csr_matrix, places: np.ndarray, num_genes: int) -> sparse.csr_matrix:

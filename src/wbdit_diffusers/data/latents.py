@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..files import write_whole
-from .cells import MAX_CELLS_IN_MEMORY, CellSource, as_source, choose_groups
+from .cells import MAX_CELLS_IN_MEMORY, CellSource, choose_groups
 
 
 if TYPE_CHECKING:  # they import data/
@@ -36,7 +36,7 @@ class CellDataset:
         self.is_counts = processor.is_counts
         self.class_labels = processor.encode_labels(cells) if with_labels else None  # (cells, num_label_keys)
         if groups is not None and self.class_labels is not None:
-            by_group = self.class_labels.split(as_source(cells, processor.config.layer).group_sizes.tolist())
+            by_group = self.class_labels.split(processor.source(cells).group_sizes.tolist())
             self.class_labels = torch.cat([by_group[group] for group in groups])
         self.condition_sizes = processor.condition_sizes if with_labels else ()
 
@@ -68,7 +68,7 @@ class Latents:
 
 def sample_cells(cells: ad.AnnData | CellSource, processor: ScRNAProcessor, seed: int) -> CellDataset:
     """Reads all cells, or random groups of them if they do not fit in memory."""
-    source = as_source(cells, processor.config.layer)
+    source = processor.source(cells)
     max_cells = min(MAX_CELLS_IN_MEMORY, MAX_VALUES_IN_MEMORY // len(processor.var_names))
     return CellDataset(source, processor, groups=choose_groups(source.group_sizes, max_cells, seed))
 
@@ -90,7 +90,7 @@ def encode_source(
     Encodes cells group by group, so that their values are never in memory at the same time. The latents are mapped
     from a .npy file, which is read if it exists.
     """
-    source = as_source(cells, processor.config.layer)
+    source = processor.source(cells)
 
     def write(partial: Path):
         shape, start = (int(source.group_sizes.sum()), codec.num_features), 0

@@ -16,7 +16,16 @@ from tqdm.auto import tqdm
 from ..configs import PrepareConfig
 from ..files import write_whole
 from ..markdown import as_text
-from .cells import CHUNK_SIZE, BackedSource, check_unique, check_values, label_column, place_genes, sorted_csr
+from .cells import (
+    CHUNK_SIZE,
+    BackedSource,
+    check_unique,
+    check_values,
+    hash_rows,
+    label_column,
+    place_genes,
+    sorted_csr,
+)
 from .prepared import ROW_GROUP_SIZE, make_features, make_table, read_metadata, write_file, write_metadata
 from .split import held_out
 
@@ -39,6 +48,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     output, paths = config.output, config.files
     if output.exists():
         raise FileExistsError(f"{output} exists: remove it, or name another folder.")
+    if config.round_counts and config.values == "log":
+        raise ValueError("--round_counts is for counts: leave it out with --values log.")
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"Two files are called {max(names, key=names.count)!r}: rename one of them.")
@@ -50,10 +61,12 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         raise OSError(f"{output.parent} has {free / 1e9:.1f} GB free, but {output} needs {needed / 1e9:.1f} GB.")
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
         # 1. One pass over the files: check, filter, and append to one file of Arrow
-        arrow, parts, cells_per_gene = f"{temporary}/cells.arrow", [], np.zeros(len(var), dtype=np.int64)
+        arrow, parts, copies = f"{temporary}/cells.arrow", [], []
+        cells_per_gene = np.zeros(len(var), dtype=np.int64)
         with ArrowWriter(path=arrow, features=features) as writer:
             for cells in _chunks(paths, obs, var, config):
                 parts.append(cells.obs)
+                copies.append(hash_rows(cells.X))
                 cells_per_gene += cells.X.getnnz(axis=0)
                 if cells.n_obs:
                     writer.write_table(make_table(cells, features))
@@ -68,7 +81,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         def write(folder: Path):
             (folder / "data").mkdir(parents=True)
             splits: dict[str, dict[str, list[int]]] = {}
-            for split, order in _split_and_shuffle(cells.obs, config).items():
+            for split, order in _split_and_shuffle(cells.obs, np.concatenate(copies), config).items():
                 starts, splits[split] = range(0, len(order), CELLS_PER_FILE), {}
                 for number, start in enumerate(tqdm(starts, desc=f"Writing {split}", unit=" files")):
                     shard = dataset.select(order[start : start + CELLS_PER_FILE]).with_format("arrow")
@@ -86,8 +99,12 @@ def _read_names(paths: list[Path], config: PrepareConfig) -> tuple[pd.DataFrame,
     """`obs` of all cells, and `var` of the genes of the dataset."""
     all_obs, all_var = [], []
     for path in paths:
-        with BackedSource(path, config.layer) as file:
-            obs, var = file.obs.drop(columns="total_counts", errors="ignore"), file.var  # is counted again
+        with BackedSource(path, config.layer, config.round_counts) as file:
+            obs, var = file.obs, file.var
+        given = obs.get("total_counts", pd.Series(0))
+        if given.dtype.kind not in "iuf" or "total_counts" in [*config.label_keys, config.file_key]:
+            raise ValueError(f"`total_counts` of {path} can't be a label, because it holds counts here: rename it.")
+        obs = obs.drop(columns="total_counts", errors="ignore")  # is counted again
         check_unique(obs.index, "cell", f" in {path}")
         check_unique(var.index, "gene", f" in {path}")
         for key in config.label_keys:
@@ -124,7 +141,7 @@ def _chunks(paths: list[Path], obs: pd.DataFrame, var: pd.DataFrame, config: Pre
     first = 0
     with tqdm(total=len(obs), desc="Reading", unit=" cells", mininterval=1) as progress_bar:
         for path in paths:
-            with BackedSource(path, config.layer) as file:
+            with BackedSource(path, config.layer, config.round_counts) as file:
                 places = var.index.get_indexer(file.var.index.astype(str))
                 for start in range(0, len(file.obs), CHUNK_SIZE):
                     matrix = sorted_csr(file.read_rows(np.arange(start, min(start + CHUNK_SIZE, len(file.obs)))))
@@ -141,11 +158,13 @@ def _chunks(paths: list[Path], obs: pd.DataFrame, var: pd.DataFrame, config: Pre
                     progress_bar.update(len(chunk))
 
 
-def _split_and_shuffle(obs: pd.DataFrame, config: PrepareConfig) -> dict[str, np.ndarray]:
-    """The cells of each split in random order."""
+def _split_and_shuffle(obs: pd.DataFrame, copies: np.ndarray, config: PrepareConfig) -> dict[str, np.ndarray]:
+    """The cells of each split in random order. `copies` `(cells,)` are the same for copies."""
     label = config.label_keys[0] if config.label_keys else None
     codes = np.zeros(len(obs), np.int64) if label is None else obs[label].cat.codes.to_numpy(dtype=np.int64)
-    is_test = held_out(codes, config.test_fraction, config.seed) if config.test_fraction else np.zeros(len(obs), bool)
+    is_test = np.zeros(len(obs), dtype=bool)
+    if config.test_fraction:
+        is_test = held_out(codes, config.test_fraction, config.seed, copies)
     rng = np.random.default_rng([config.seed, len(obs)])
     splits = {"train": ~is_test, "test": is_test}
     return {split: rng.permutation(np.flatnonzero(mask)) for split, mask in splits.items() if mask.any()}

@@ -45,9 +45,11 @@ def _read_h5ad(path: Path) -> ad.AnnData:
         return ad.read_h5ad(path)
     except Exception:  # the rest decides whether it is an AnnData file
         with h5py.File(path) as file:
-            parts = {key: ad.io.read_elem(file[key]) for key in file if key not in ("uns", "raw")}
+            parts = {key: ad.io.read_elem(file[key]) for key in file if key != "uns"}
         logger.warning(f"`uns` of {path} can't be read, and is left out.")
-        return ad.AnnData(**parts)
+        raw, cells = parts.pop("raw", None), ad.AnnData(**parts)
+        cells.raw = raw
+        return cells
 
 
 def _read_10x(path: Path) -> ad.AnnData:

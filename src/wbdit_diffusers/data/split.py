@@ -7,12 +7,16 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+from diffusers.utils import logging
 
 from ..files import one_line, write_whole
 from ..pretrained import locate
 from .cells import CellSource, check_unique, label_column
 from .prepared import is_prepared, read_metadata
 from .read import read_cells
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,12 @@ class CellSplit:
     ) -> "CellSplit":
         """
         Splits cells at random, stratified by label. The only cell of a label is a training cell. So are the copies of
-        a training cell, of which `copies` `(cells,)` has the position of the first one.
+        a training cell, which have the same number in `copies` `(cells,)`.
         """
         names = cells.obs.index
         check_unique(names)
         labels = np.zeros(len(names)) if label_key is None else label_column(cells.obs, label_key).astype(str)
-        is_test = held_out(np.unique(np.asarray(labels), return_inverse=True)[1], test_fraction, seed)
-        if copies is not None:
-            is_test &= ~np.isin(copies, copies[~is_test])
+        is_test = held_out(np.unique(np.asarray(labels), return_inverse=True)[1], test_fraction, seed, copies)
         return cls(names[~is_test].tolist(), names[is_test].tolist(), seed)
 
     @classmethod
@@ -96,8 +98,11 @@ class CellSplit:
         return rows[: len(self.train)], rows[len(self.train) :]
 
 
-def held_out(labels: np.ndarray, test_fraction: float, seed: int) -> np.ndarray:
-    """Draws held-out cells, stratified by label: a mask `(cells,)`. `labels` are numbers `(cells,)`."""
+def held_out(labels: np.ndarray, test_fraction: float, seed: int, copies: np.ndarray | None = None) -> np.ndarray:
+    """
+    Draws held-out cells, stratified by label, without copies of other cells: a mask `(cells,)`. `labels` `(cells,)`
+    are numbers, and so are `copies` `(cells,)`, the same for copies.
+    """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
     sizes = np.bincount(labels)
@@ -109,4 +114,7 @@ def held_out(labels: np.ndarray, test_fraction: float, seed: int) -> np.ndarray:
     if is_test.all() or not is_test.any():
         largest = f"the largest label has {sizes.max(initial=0)}"
         raise ValueError(f"{len(labels)} cells are too few to hold out a fraction of {test_fraction}: {largest}.")
+    if copies is not None and (number := len(copies) - len(np.unique(copies))):
+        logger.warning(f"{number} cells are copies of others. They stay on one side of the split.")
+        is_test &= ~np.isin(copies, copies[~is_test])
     return is_test

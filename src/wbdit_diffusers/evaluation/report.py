@@ -36,6 +36,7 @@ def evaluate(
     `train` and `test` are its training cells and held-out cells, with all their genes. `num_samples` is also the
     number of draws of the real reference. `call_kwargs` are further arguments of the pipeline's call.
     """
+    train, test = (pipe.processor.source(cells).read() for cells in (train, test))
     samples, test = draw_samples(pipe, test, num_samples, seed, **call_kwargs)
     drawn = draw_baselines(pipe, train, test, num_samples, seed) if baselines else None
     own = pipe.processor.config

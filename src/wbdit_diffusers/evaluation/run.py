@@ -5,12 +5,12 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 from diffusers.utils import logging
-from scipy import sparse
 
 from ..configs import EvaluateConfig
-from ..data import CellSplit, read_cells
-from ..data.cells import AnnDataSource, check_unique, find_matrix, first_copies, sorted_csr
+from ..data import AnnDataSource, CellSplit, read_cells
+from ..data.cells import check_unique, find_matrix, hash_rows, sorted_csr
 from ..files import write_whole
 from ..pipelines import ScRNAGenerationPipeline
 from ..pipelines.generate import choose_device
@@ -43,10 +43,12 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
     device = choose_device(config.device)
     pipes = {name: ScRNAGenerationPipeline.from_pretrained(path).to(device) for name, path in models.items()}
     configs = (pipe.processor.config for pipe in pipes.values())
-    kinds = [(list(own.label_keys), own.values, own.layer) for own in configs]
-    label_keys, values, layer = kinds[0] if kinds else (config.label_keys, config.values, None)
+    kinds = [(list(own.label_keys), own.values, own.layer, own.round_counts) for own in configs]
+    label_keys, values, layer, round_counts = kinds[0] if kinds else (config.label_keys, config.values, None, False)
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"{', '.join(pipes)} have different labels or values: judge them one by one.")
+    sources = [AnnDataSource(cells, layer, "The data of real cells", round_counts) for cells in (train, test)]
+    train, test = (source.read() for source in sources)
     is_copy = _copies(train, test, layer)
     samples, test = _samples(config, paths, pipes, train, test, label_keys, is_copy)
     if len(samples) == 1:
@@ -106,17 +108,16 @@ def _copies(train: ad.AnnData, test: ad.AnnData, layer: str | None) -> np.ndarra
     Mask `(cells,)` of the held-out cells with the values of a training cell, with a warning. Raises a `ValueError` if
     one has its name as well, or no other cell remains.
     """
-    genes, parts = train.var_names.intersection(test.var_names), []
+    genes, matrices, cells = train.var_names.intersection(test.var_names), [], []
     for name, adata in (("training", train), ("held-out", test)):
         check_unique(adata.var_names, "gene", f" in the {name} cells")
         part = adata[:, genes]
-        parts.append(sorted_csr(find_matrix(part.X, part.layers, layer, f"The data of {name} cells")))
-    matrix = sparse.vstack(parts, format="csr")
-    first = first_copies(AnnDataSource(ad.AnnData(matrix)))[train.n_obs :]
-    is_copy = (first < train.n_obs) & (np.diff(matrix.indptr)[train.n_obs :] >= MIN_GENES)
-    same = test.obs_names[is_copy][test.obs_names[is_copy] == train.obs_names[first[is_copy]]]
-    if len(same):  # names such as "0" occur in unrelated files, with other values
-        raise ValueError(f"--train and --test both have the cell {same[0]!r}: remove it from one of them.")
+        matrices.append(sorted_csr(find_matrix(part.X, part.layers, layer, f"The data of {name} cells")))
+        cells.append(pd.Series(hash_rows(matrices[-1]), adata.obs_names))
+    is_copy = cells[1].isin(cells[0]).to_numpy() & (np.diff(matrices[1].indptr) >= MIN_GENES)
+    same = set(cells[0].items()) & set(cells[1][is_copy].items())
+    if same:  # names such as "0" occur in unrelated files, with other values
+        raise ValueError(f"--train and --test both have the cell {min(same)[0]!r}: remove it from one of them.")
     which = f"{is_copy.sum()} of {test.n_obs} held-out cells have the values of a training cell"
     if is_copy.all():
         raise ValueError(f"{which}: give held-out cells that training has not seen.")

@@ -52,6 +52,7 @@ def explain(
         raise ValueError(f"The pipeline has no gene programs: it was trained with {type(pipe.codec).__name__}.")
     if not isinstance(pipe.denoiser, WhiteBoxDiTModel):
         raise ValueError(f"The pipeline has no network to explain: its denoiser is a {type(pipe.denoiser).__name__}.")
+    train, test = (pipe.processor.source(cells).read() for cells in (train, test))
     test = test[pipe.processor.knows_labels(test)]
     if test.n_obs < 20:
         raise ValueError(f"{test.n_obs} held-out cells have labels that the model knows: at least 20 are needed.")

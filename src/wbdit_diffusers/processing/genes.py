@@ -18,8 +18,6 @@ def check_names(source: CellSource):
     num_cells, var_names = int(source.group_sizes.sum()), source.var_names
     if num_cells == 0 or len(var_names) == 0:
         raise ValueError(f"`adata` is empty: {num_cells} cells × {len(var_names)} genes.")
-    if var_names.isna().any() or "nan" in var_names:
-        raise ValueError("A gene name is NaN: give each gene a name in `adata.var_names`.")
     check_unique(var_names, "gene")
 
 

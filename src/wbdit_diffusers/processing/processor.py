@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from scipy import sparse
 
 from ..data import cells as data_cells
-from ..data.cells import CellSource, as_source, choose_groups, iter_groups, place_genes
+from ..data.cells import AnnDataSource, CellSource, choose_groups, iter_groups, place_genes
 from ..files import one_line
 from . import labels, library_size
 from .genes import align_genes, check_names, choose_genes
@@ -40,7 +40,8 @@ class ScRNAProcessor(ConfigMixin):
         recover_counts (`bool`, defaults to `True`):
             Whether to recover the counts behind log values. Counts that are found are modelled; otherwise there are no
             library sizes.
-        layer (`str`, *optional*): Layer that holds the matrix. Default: `X`.
+        layer (`str`, *optional*): Layer that holds the matrix; `"raw"` also for `adata.raw`. Default: `X`.
+        round_counts (`bool`, defaults to `False`): Whether to round decimal counts to integers.
         label_keys (`list[str]`, defaults to `()`): Columns of `obs` that condition the cells, the cell type first.
         num_genes (`int`, *optional*, defaults to 2000): Number of highly variable genes to model; `None` for all.
         min_cells (`int`, defaults to 3): Minimum number of training cells that express a modelled gene.
@@ -58,6 +59,7 @@ class ScRNAProcessor(ConfigMixin):
         values: str = "counts",
         recover_counts: bool = True,
         layer: str | None = None,
+        round_counts: bool = False,
         label_keys: tuple[str, ...] = (),
         num_genes: int | None = 2000,
         min_cells: int = 3,
@@ -67,6 +69,8 @@ class ScRNAProcessor(ConfigMixin):
     ):
         if values not in VALUES:
             raise ValueError(f"`values` is 'counts' or 'log', not {values!r}.")
+        if round_counts and values != "counts":
+            raise ValueError("`round_counts` is for counts: leave it out with values='log'.")
         if isinstance(label_keys, str):
             raise ValueError(f"`label_keys` is a list of obs keys: write [{label_keys!r}].")
         self.label_keys = list(label_keys)
@@ -83,13 +87,19 @@ class ScRNAProcessor(ConfigMixin):
         """Number of categories of each label key: the denoiser's `condition_sizes`."""
         return tuple(len(names) for names in self.config.categories)
 
+    def source(self, cells: ad.AnnData | CellSource) -> CellSource:
+        """Cells as this processor reads them. A source stays as it is: it was opened with its layer."""
+        if not isinstance(cells, ad.AnnData):
+            return cells
+        return AnnDataSource(cells, self.config.layer, round_counts=self.config.round_counts)
+
     def fit(self, cells: ad.AnnData | CellSource) -> "ScRNAProcessor":
         """
         Chooses the genes, and stores the labels and library sizes of the training cells. Cells are read once, in
         groups; at most about 100,000 of them are kept in memory to choose the genes. Raises a `ValueError` if a value
         can't be modelled, a cell is empty, or a label or the name of a gene is missing.
         """
-        source, config = as_source(cells, self.config.layer), self.config
+        source, config = self.source(cells), self.config
         check_names(source)
         num_cells, num_genes = len(source.obs), len(source.var_names)
         categories = [labels.read_labels(source.obs, key)[0] for key in self.label_keys]
@@ -129,7 +139,7 @@ class ScRNAProcessor(ConfigMixin):
         if none were recovered, as CSR `(cells, modelled genes)`, and library sizes `(cells,)` over all genes of
         `cells`. Missing genes are zero, with a warning. Raises a `ValueError` as [`~ScRNAProcessor.fit`] does.
         """
-        source = as_source(cells, self.config.layer)
+        source = self.source(cells)
         check_names(source)
         places = align_genes(source.var_names, self.var_names)  # (genes of the cells,)
         matrices, totals = [], []

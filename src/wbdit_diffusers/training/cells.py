@@ -10,7 +10,7 @@ import numpy as np
 from diffusers.utils import logging
 
 from ..data import cells as data_cells
-from ..data.cells import AnnDataSource, BackedSource, CellSource, NotByCellError, first_copies
+from ..data.cells import AnnDataSource, BackedSource, CellSource, NotByCellError
 from ..data.prepared import PreparedCells, is_prepared
 from ..data.read import read_cells
 from ..data.split import CellSplit
@@ -35,7 +35,7 @@ def open_cells(
     if not isinstance(source, ad.AnnData) and not Path(source).is_file() and is_prepared(source):
         yield _open_prepared(source, config)
         return
-    with _open(source, config.layer) as cells:
+    with _open(source, config) as cells:
         _check_number(len(cells.obs))
         is_empty = cells.empty_cells()
         if is_empty.any() and not is_empty.all():  # if all are, the processor says so
@@ -44,9 +44,7 @@ def open_cells(
         split = _split_to_keep(config)
         if split is None:
             label_key = config.label_keys[0] if config.label_keys else None
-            copies = None if isinstance(cells, BackedSource) else first_copies(cells)
-            if copies is not None and (number := len(copies) - len(set(copies))):
-                logger.warning(f"{number} cells are copies of others. They stay on one side of the split.")
+            copies = None if isinstance(cells, BackedSource) else cells.hash_cells()
             split = CellSplit.draw(cells, config.test_fraction, label_key, config.seed, copies)
         train, test = (np.sort(rows) for rows in split.rows(cells.obs.index))  # in the order of the file
         _check_number(len(train))
@@ -55,20 +53,21 @@ def open_cells(
         yield cells.take(train), cells.take(test).read(), split
 
 
-def _open(source: str | Path | ad.AnnData, layer: str | None):
+def _open(source: str | Path | ad.AnnData, config: TrainingConfig):
     """A source of all cells for a `with` block. A file of many cells stays on disk."""
+    layer, round_counts = config.layer, config.round_counts
     if isinstance(source, ad.AnnData):
-        return nullcontext(AnnDataSource(source, layer))
+        return nullcontext(AnnDataSource(source, layer, round_counts=round_counts))
     if Path(source).suffix in (".h5ad", ".zarr"):
         try:
-            file = BackedSource(source, layer)
+            file = BackedSource(source, layer, round_counts)
             if len(file.obs) > data_cells.MAX_CELLS_IN_MEMORY:
                 return file
             with file:
                 return nullcontext(AnnDataSource(file.read(), layer, str(source)))
         except NotByCellError as error:
             logger.warning(f"The whole file is read into memory: {error}")
-    return nullcontext(AnnDataSource(read_cells(source), layer, str(source)))
+    return nullcontext(AnnDataSource(read_cells(source), layer, str(source), round_counts))
 
 
 def _open_prepared(folder: str | Path, config: TrainingConfig) -> tuple[PreparedCells, ad.AnnData, CellSplit]:

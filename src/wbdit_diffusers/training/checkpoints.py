@@ -3,12 +3,13 @@
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from diffusers.utils import logging
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,8 @@ from ..hub.facts import TRAINING_NAME
 from .config import OutputConfig, TrainingConfig, config_without_places
 from .processes import sync_errors
 
+
+logger = logging.get_logger(__name__)
 
 RUN_NAME, LATENTS_NAME, STAGE_ONE_NAME = "run.json", "latents.npy", "stage_one"
 # All outputs of a training but its checkpoints. run.json is removed last, because it permits to remove the others.
@@ -57,10 +60,13 @@ def start_run(config: TrainingConfig, split: CellSplit, replaced: list[Path]) ->
     """Locks the folder, removes what the run replaces, and writes run.json and split.json."""
     folder = config.output_dir
     folder.mkdir(parents=True, exist_ok=True)
+    lock: AbstractContextManager = nullcontext()
     try:
         lock = FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout as error:
         raise ValueError(f"--output_dir {folder}: another training writes there. Use another one.") from error
+    except (OSError, NotImplementedError) as error:  # of some network file systems
+        logger.warning(f"{folder} can't be locked ({one_line(error)}): start no other training there.")
     with lock:
         _discard(replaced)
         for path in folder.glob(".*.partial"):

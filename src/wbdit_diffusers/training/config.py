@@ -43,9 +43,11 @@ class DataConfig:
     dataset: Address | None = None
     """Training data: an .h5ad or .zarr file, or a prepared folder, here or on the Hub (hf://datasets/me/cells)."""
     layer: Name | None = None
-    """Layer that holds the matrix. Default: X."""
+    """Layer that holds the matrix. raw is also adata.raw, with its own genes. Default: X."""
     values: Literal["counts", "log"] = "counts"
     """Content of the matrix: integer counts, or values on a log scale."""
+    round_counts: bool = False
+    """Round decimal counts to integers, such as those of SoupX or alevin."""
     label_keys: Labels = Field(default_factory=list)
     """Columns of obs that condition the cells, the cell type first."""
     num_genes: Annotated[int, Field(ge=0)] = 2000

@@ -64,6 +64,7 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
                 values=config.values,
                 recover_counts=config.codec != "expression",
                 layer=config.layer,
+                round_counts=config.round_counts,
                 label_keys=config.label_keys,
                 num_genes=config.num_genes or None,
             ).fit(train_cells)
