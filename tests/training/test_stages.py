@@ -81,7 +81,7 @@ def test_the_model_card_says_what_was_trained(trained, pbmc):
         "held-out cells": len(split.test),
         "steps": 8,
         "cells per step": 64,
-        "learning rate": 0.002,
+        "learning rate": 0.003,
         "seed": 0,
         "mixed precision": "no",
         "validation loss": rows[-1]["validation_loss"],

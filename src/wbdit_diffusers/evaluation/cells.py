@@ -79,12 +79,11 @@ def generated_cells(
     """
     library_size = _library_size(adata, None, values, "generated")
     if values == "counts" and "library_size" in adata.obs:
-        sizes, is_empty = adata.obs["library_size"].to_numpy(dtype=np.float64), library_size == 0
-        if not (np.isfinite(sizes) & ((sizes > 0) | (is_empty & (sizes == 0)))).all():
-            which = (
-                "Some library sizes of the generated cells are NaN, infinite or negative, or 0 in a cell with counts"
-            )
-            raise ValueError(f"{which}: give the total counts in obs['library_size'], or remove the column.")
+        sizes = adata.obs["library_size"].to_numpy(dtype=np.float64)
+        is_size = np.isfinite(sizes) & ((sizes > 0) | (library_size == 0) & (sizes == 0))
+        if not is_size.all():
+            wrong = f"Generated cell {adata.obs_names[~is_size][0]!r} has a library size of {sizes[~is_size][0]:g}"
+            raise ValueError(f"{wrong}: give total counts in obs['library_size'], or remove the column.")
         library_size = library_size if within_genes else sizes
     has_labels = all(key in adata.obs for key in label_keys)
     return _arrays(adata, None, library_size, values, label_keys if has_labels else ())

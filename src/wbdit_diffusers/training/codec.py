@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..data.latents import CellDataset, encode_cells
 from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
-from ..models.likelihoods import LIKELIHOODS, NegativeBinomialMixture
+from ..models.likelihoods import LIKELIHOODS
 from .config import TrainingConfig
 from .processes import fit_once
 
@@ -198,10 +198,7 @@ def match_means(cells: CellDataset, codec: ProgramCodec, programs: torch.Tensor)
             batch = slice(start, start + 1024)
             library_size = torch.from_numpy(cells.library_size[batch]).float().to(codec.device)
             class_labels = None if cells.class_labels is None else cells.class_labels[batch]
-            decoded = cast(
-                NegativeBinomialMixture,
-                codec.decode_programs(programs[batch].to(codec.device), library_size, class_labels),
-            )
+            decoded: Any = codec.decode_programs(programs[batch].to(codec.device), library_size, class_labels)
             expected += decoded.bin_means().double().sum(0).cpu()
         factor = (observed / expected).clamp(*MEAN_FACTORS)
         is_off |= factor.log().abs() > MEAN_TOLERANCE
