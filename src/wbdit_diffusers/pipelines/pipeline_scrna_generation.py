@@ -48,7 +48,7 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         codec ([`ProgramCodec`] or [`ExpressionCodec`]):
             Maps cells to latents and back: gene programs under a likelihood of counts or, as in arXiv 2411.06785,
             expression itself.
-        num_inference_steps (`int`, defaults to 10): Number of denoising steps when a call gives none.
+        num_inference_steps (`int`, defaults to 12): Number of denoising steps when a call gives none.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         scheduler: SchedulerMixin,
         processor: ScRNAProcessor,
         codec: ProgramCodec | ExpressionCodec,
-        num_inference_steps: int = 10,
+        num_inference_steps: int = 12,
     ):
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler, processor=processor, codec=codec)

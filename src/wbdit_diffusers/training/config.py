@@ -118,9 +118,9 @@ class DenoiserConfig:
     """Fraction of the cells that are trained without labels, as guidance requires."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     """Output of the network: the noise, the velocity or the clean cell."""
-    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
+    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"] = "unipc"
     """Solver of the finished pipeline."""
-    num_inference_steps: Annotated[int, Field(gt=0, le=1000)] = 10
+    num_inference_steps: Annotated[int, Field(gt=0, le=1000)] = 12
     """Default number of denoising steps of the finished pipeline."""
 
 
