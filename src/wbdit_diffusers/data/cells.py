@@ -19,6 +19,7 @@ from ..files import one_line
 
 
 logger = logging.get_logger(__name__)
+warn_once = lru_cache(logger.warning)  # a command may open a file several times
 
 CHUNK_SIZE = 4096  # cells read at once, so that a file is never whole in memory
 GENES = "Gene Expression"  # among the feature types of 10x Genomics
@@ -177,14 +178,8 @@ def find_genes(var: pd.DataFrame, name: str) -> np.ndarray:
     if is_gene.all() or GENES not in kinds:
         return np.ones(len(var), dtype=bool)
     others = ", ".join(np.unique(kinds[~is_gene]))
-    _warn_once(f"{(~is_gene).sum()} features of {name} are {others}, not genes, and are left out.")
+    warn_once(f"{(~is_gene).sum()} features of {name} are {others}, not genes, and are left out.")
     return is_gene
-
-
-@lru_cache
-def _warn_once(message: str):
-    """Warns once, although a command may open a file several times."""
-    logger.warning(message)
 
 
 def iter_groups(
