@@ -186,8 +186,8 @@ def refit_decoder(
 @torch.no_grad()
 def match_means(cells: CellDataset, codec: ProgramCodec, programs: torch.Tensor):
     """
-    Corrects the mean of each gene that is off by more than `MEAN_TOLERANCE` in the decoded training cells. A fit by
-    likelihood loses most counts of a gene that fills a few cells: a red blood cell's haemoglobin is an outlier.
+    Corrects the mean of each gene that is off by more than `MEAN_TOLERANCE` in the decoded training cells, unless they
+    have most counts. A fit by likelihood loses most counts of a gene that fills a few cells, as haemoglobin does.
     """
     observed = np.asarray(cells.matrix.sum(axis=0), dtype=np.float64).ravel()
     observed = torch.from_numpy(np.append(observed, cells.library_size.sum() - observed.sum()))  # (genes + 1,)
@@ -202,6 +202,8 @@ def match_means(cells: CellDataset, codec: ProgramCodec, programs: torch.Tensor)
             expected += decoded.bin_means().double().sum(0).cpu()
         factor = (observed / expected).clamp(*MEAN_FACTORS)
         is_off |= factor.log().abs() > MEAN_TOLERANCE
+        if observed[:-1][is_off[:-1]].sum() > observed[:-1].sum() / 2:  # as for reads of full-length protocols
+            return  # the likelihood does not fit the counts, and cells with the right means would be less real
         factor = torch.where(is_off, factor, 1.0).to(codec.heads["log_rates"].bias)
         for name, values in decoded.scaled_means(factor).items():
             if name in codec.heads:
