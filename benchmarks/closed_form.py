@@ -22,7 +22,7 @@ import torch
 from common import load_run, make_parser, markdown, parse, read_results, write_results
 from quality import run_name
 
-from wbdit_diffusers.interpretation import fit_mixture
+from wbdit_diffusers.interpretation import fit_gaussian_mixture
 from wbdit_diffusers.sampling import training_scheduler
 
 
@@ -58,7 +58,10 @@ def measure(folder: Path, dataset: Path, seed: int) -> dict:
     pipe, train_cells, test_cells = load_run(folder, dataset)
     latents, labels = pipe.encode_cells(test_cells), pipe.processor.encode_labels(test_cells)
     labels = labels if labels.shape[1] else None
-    mixture, gaussian = fit_mixture(pipe, train_cells), fit_mixture(pipe, train_cells, max_components=1)
+    mixture, gaussian = (
+        fit_gaussian_mixture(pipe, train_cells),
+        fit_gaussian_mixture(pipe, train_cells, max_components=1),
+    )
     denoisers = {"gaussian": gaussian, "mixture": mixture, "network": pipe.denoiser}
     per_cell, errors = held_out_losses(denoisers, latents, labels, seed)
     averages = [
