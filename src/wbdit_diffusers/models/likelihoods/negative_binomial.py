@@ -81,9 +81,9 @@ class NegativeBinomialMixture:
         num_cells, num_counts = (np.bincount(in_many, of, len(genes)) for of in (None, many))
         few = (theta < FEW_CELLS) & (num_cells < FEW_CELLS * counts.shape[0]) & (num_cells > 0)
         others = np.maximum(genes - num_counts, 0.5)  # counts in the other cells
-        logits[few] = np.log(num_cells / (counts.shape[0] - num_cells))[few]
-        ratio = num_counts / np.maximum(num_cells, 1) / (others / counts.shape[0])
-        log_ratio[few] = np.log(ratio[few]).clip(0, MAX_LOG_RATIO)
+        logits[few] = np.log(num_cells[few] / (counts.shape[0] - num_cells[few]))
+        ratio = num_counts[few] / num_cells[few] / (others[few] / counts.shape[0])
+        log_ratio[few] = np.log(ratio).clip(0, MAX_LOG_RATIO)
         log_theta[few] = 1.0
         totals = np.append(np.where(few, others, genes + 0.5), library_size.sum() - genes.sum() + 0.5)
         values = {
