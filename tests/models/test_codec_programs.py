@@ -88,6 +88,16 @@ def test_a_fit_starts_at_the_mean_of_each_gene(processor, pbmc):
     np.testing.assert_allclose(start.mean()[0], shares, rtol=0.1)
 
 
+def test_a_fit_can_start_where_rounding_leaves_fewer_counts_than_the_genes_have(pbmc):
+    """Single precision rounds sums of large counts, so the bin of other genes may seem to have less than none."""
+    counts = pbmc.X.toarray()
+    counts[:, 0] = 99 * counts.sum(axis=1) + 1
+    matrix = sparse.csr_matrix(counts)
+    codec = ProgramCodec(num_genes=matrix.shape[1])
+    codec.fit_statistics(matrix, counts.sum(axis=1) * np.float32(1 - 1e-6))
+    assert all(parameter.isfinite().all() for parameter in codec.parameters())
+
+
 def test_dispersions_start_above_the_moments_of_each_gene():
     """Outliers, which have their own component, contribute to the moments."""
     rng = np.random.default_rng(0)

@@ -190,7 +190,8 @@ def match_means(cells: CellDataset, codec: ProgramCodec, programs: torch.Tensor)
     have most counts. A fit by likelihood loses most counts of a gene that fills a few cells, as haemoglobin does.
     """
     observed = np.asarray(cells.matrix.sum(axis=0), dtype=np.float64).ravel()
-    observed = torch.from_numpy(np.append(observed, cells.library_size.sum() - observed.sum()))  # (genes + 1,)
+    others = max(cells.library_size.sum(dtype=np.float64) - observed.sum(), 0)
+    observed = torch.from_numpy(np.append(observed, others))  # (genes + 1,)
     is_off = torch.zeros(len(observed), dtype=torch.bool)
     for _ in range(NUM_CORRECTIONS):
         expected = torch.zeros_like(observed)

@@ -85,7 +85,8 @@ class NegativeBinomialMixture:
         ratio = num_counts[few] / num_cells[few] / (others[few] / counts.shape[0])
         log_ratio[few] = np.log(ratio).clip(0, MAX_LOG_RATIO)
         log_theta[few] = 1.0
-        totals = np.append(np.where(few, others, genes + 0.5), library_size.sum() - genes.sum() + 0.5)
+        of_other_genes = max(library_size.sum(dtype=np.float64) - genes.sum(), 0)  # sums may be rounded
+        totals = np.append(np.where(few, others, genes + 0.5), of_other_genes + 0.5)
         values = {
             "log_rates": np.log(totals / totals.sum()),
             "log_theta": np.append(log_theta, 3.0),
