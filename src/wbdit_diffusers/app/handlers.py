@@ -119,8 +119,7 @@ def generate(
         if not model or not num_cells or (source == FILE and not upload):
             raise ValueError("Choose a pipeline and the number of cells, and upload the file to compare with.")
         pipe = load_pipeline(model)
-        real = None if source == NOTHING else pbmc() if source == PBMC else read(upload)
-        real = None if real is None else pipe.processor.source(real).read()
+        real = None if source == NOTHING else pipe.processor.source(pbmc() if source == PBMC else read(upload)).read()
         steps, num_batches = itertools.count(1), -(-num_cells // BATCH_SIZE)
 
         def on_step_end(pipe, step, timestep, tensors) -> dict:

@@ -58,8 +58,7 @@ class AnnDataSource:
     groups_per_chunk = 1
 
     def __init__(self, cells: ad.AnnData, layer: str | None = None, name: str = "adata", round_counts: bool = False):
-        is_raw = layer == "raw" and "raw" not in cells.layers and cells.raw is not None
-        holder, key = (cells.raw, None) if is_raw else (cells, layer)
+        holder, key = find_layer(cells, cells.raw, cells.layers, layer)
         matrix = find_matrix(holder.X if key is None else None, cells.layers, key, name)
         if sparse.issparse(matrix):
             check_indices(matrix, name)  # slicing crashes on wrong ones
@@ -146,8 +145,7 @@ class BackedSource(AnnDataSource, AbstractContextManager):
             else:
                 self.file = h5py.File(path, "r")
             layers = self.file.get("layers", {})
-            is_raw = layer == "raw" and "raw" not in layers and "raw" in self.file
-            holder, key = (self.file["raw"], None) if is_raw else (self.file, layer)
+            holder, key = find_layer(self.file, self.file.get("raw"), layers, layer)
             obs, var = ad.io.read_elem(self.file["obs"]), ad.io.read_elem(holder["var"])
         except Exception as error:
             raise ValueError(f"{path} cannot be read as an .h5ad or .zarr file: {one_line(error)}") from error
@@ -274,6 +272,11 @@ def place_genes(matrix: sparse.csr_matrix, places: np.ndarray, num_genes: int) -
     placed = sparse.csr_matrix(arrays, shape=(matrix.shape[0], num_genes))
     placed.sort_indices()
     return placed
+
+
+def find_layer(cells, raw, layers, layer: str | None) -> tuple[Any, str | None]:
+    """What holds the layer and its genes, and the layer's name there: `raw` unless a layer has this name."""
+    return (raw, None) if layer == "raw" and layer not in layers and raw is not None else (cells, layer)
 
 
 def find_matrix(x, layers, layer: str | None, name: str):

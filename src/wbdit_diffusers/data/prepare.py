@@ -99,7 +99,7 @@ def _read_names(paths: list[Path], config: PrepareConfig) -> tuple[pd.DataFrame,
     """`obs` of all cells, and `var` of the genes of the dataset."""
     all_obs, all_var = [], []
     for path in paths:
-        with BackedSource(path, config.layer, config.round_counts) as file:
+        with BackedSource(path, config.layer) as file:
             obs, var = file.obs, file.var
         given = obs.get("total_counts", pd.Series(0))
         if given.dtype.kind not in "iuf" or "total_counts" in [*config.label_keys, config.file_key]:

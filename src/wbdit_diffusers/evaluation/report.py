@@ -99,7 +99,7 @@ def evaluate_cells(
         arrays[name] = [generated_cells(sample[:, genes], values, label_keys, within_genes) for sample in drawn]
     evaluator = _Evaluator(real_train, real_test, donors, parity, seed)
     rows, per_type = evaluator.measure_all(arrays)
-    compared = {name: arrays[name] for name in generators} | {REFERENCE: [evaluator.reference]}
+    compared = {name: arrays[name] for name in generators} | {REFERENCE: [real_train[evaluator.draw(0)[0]]]}
     return {
         "num_train": train.n_obs,
         "num_test": test.n_obs,
@@ -164,9 +164,12 @@ class _Evaluator:
         fitted, self.other_half = split_halves(self.train.labels, self.seed)
         self.fitted = self.train[fitted]
         self.pca = PCA(min(30, *self.fitted.expression.shape), random_state=self.seed).fit(self.fitted.expression)
-        labels, rng = (self.train.labels, self.test.labels), np.random.default_rng([self.seed, 0])
-        self.reference = self.train[draw_matching(*labels, rng, self.other_half)]  # of the first draw
         self.train_pcs, self.test_pcs = (self.pca.transform(cells.expression) for cells in (self.train, self.test))
+
+    def draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Training cells of a draw with the labels of the held-out ones: the real reference, and cells to find."""
+        labels, rng = (self.train.labels, self.test.labels), np.random.default_rng([self.seed, number])
+        return draw_matching(*labels, rng, self.other_half), draw_matching(*labels, rng, self.other_half)
 
     def measure_all(self, columns: dict[str, list[CellArrays]]) -> tuple[dict[str, dict], dict[str, dict]]:
         """All metrics of each column and of a new reference for each draw, as lists over draws; also by type."""
@@ -176,14 +179,12 @@ class _Evaluator:
                 raise ValueError(f"{name!r} has the unknown type {str(unknown[0])!r}: rename it as in the real cells.")
         all_cells: dict[str, dict] = {}
         per_type: dict[str, dict] = {}
-        labels, draws = (self.train.labels, self.test.labels), list(zip(*columns.values()))
+        draws = list(zip(*columns.values()))
         total = len(draws) * (len(columns) + 1)
         with tqdm(total=total, desc="Judging", unit=" samples", disable=None) as progress_bar:  # only at a terminal
             for i, draw in enumerate(draws):
-                rng = np.random.default_rng([self.seed, i])
-                reference = self.train[draw_matching(*labels, rng, self.other_half)]
-                members = draw_matching(*labels, rng, self.other_half)
-                for name, cells in zip([*columns, REFERENCE], [*draw, reference]):
+                reference, members = self.draw(i)
+                for name, cells in zip([*columns, REFERENCE], [*draw, self.train[reference]]):
                     row, by_type = self.measure(cells, None if name == REFERENCE else members, self.seed + i)
                     _append(all_cells.setdefault(name, {}), row)
                     for label, row in by_type.items():

@@ -207,10 +207,8 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
             step = 0.1
             raised, lowered = (self.decode(sign * step * axes.T).mean() for sign in (1, -1))
             return ((raised - lowered) / (2 * step)).detach().T
-        weight = (
-            self.heads["log_rates"].weight.detach().float() * self.latents_std[:-1].float()
-        )  # (genes + 1, num_programs)
-        loadings = weight @ axes
+        weight = self.heads["log_rates"].weight.detach().float()  # (genes + 1, num_programs)
+        loadings = weight * self.latents_std[:-1].float() @ axes
         return (loadings - self._mean_proportions() @ loadings)[:-1]
 
     @property

@@ -146,9 +146,8 @@ class NegativeBinomialMixture:
             "log_rates": torch.where(few, 0.0, factor.log()),
             "outlier_logits": torch.where(few, torch.logit(new_weight), self.outlier_logits),
             "outlier_log_ratio": new_ratio,
-            "outlier_log_theta": torch.where(
-                few, log_theta.clamp(min=0), log_theta
-            ),  # or one cell would hold them all
+            # With a smaller θ', one cell would hold nearly all counts.
+            "outlier_log_theta": torch.where(few, log_theta.clamp(min=0), log_theta),
         }
 
     def expression(self) -> torch.Tensor:
