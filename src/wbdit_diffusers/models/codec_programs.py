@@ -36,6 +36,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
 
     Args:
         num_genes (`int`): Number of modelled genes.
+        num_encoder_genes (`int`, *optional*): Number of genes that the encoder reads. Default: all modelled genes.
         num_programs (`int`, defaults to 16): Number of gene programs.
         hidden_size (`int`, defaults to 256): Width of the encoder's hidden layer.
         likelihood (`str`, defaults to `"nb_mixture"`):
@@ -54,6 +55,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         likelihood: str = "nb_mixture",
         condition_sizes: tuple[int, ...] = (),
         num_levels: int = 0,
+        num_encoder_genes: int | None = None,
     ):
         super().__init__()
         if likelihood not in LIKELIHOODS:
@@ -61,7 +63,8 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         self.is_counts = self.models_library_size = LIKELIHOODS[likelihood].is_counts
         self.num_features = num_programs + self.is_counts  # for counts, the log library size is one more latent
         num_bins = num_genes + self.is_counts
-        self.encoder = nn.Sequential(nn.Linear(num_bins, hidden_size), nn.SiLU())
+        num_inputs = num_bins if num_encoder_genes is None else num_encoder_genes + self.is_counts
+        self.encoder = nn.Sequential(nn.Linear(num_inputs, hidden_size), nn.SiLU())
         self.to_mean = nn.Linear(hidden_size, num_programs)
         self.to_log_variance = nn.Linear(hidden_size, num_programs)
         nn.init.zeros_(self.to_log_variance.weight)
@@ -88,6 +91,8 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
             self.register_buffer("levels", torch.zeros(num_levels))
         for name, size in LIKELIHOODS[likelihood].TABLES.items():
             self.register_buffer(name, torch.zeros(num_genes, size))
+        if num_encoder_genes is not None:
+            self.register_buffer("encoder_genes", torch.zeros(num_encoder_genes, dtype=torch.long))  # their positions
         # Axes of the named programs in the space of the standardised ones, which keep the axes of the fit
         self.register_buffer("program_axes", torch.eye(num_programs))
 
@@ -231,6 +236,8 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
 
     def posterior(self, matrix: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log variance of the programs given the cells, `(cells, num_programs)` each; see `forward`."""
+        if self.config.num_encoder_genes is not None:
+            matrix = matrix[:, self.encoder_genes]
         if self.is_counts:
             expression = log_normalize(_bins(matrix, library_size), library_size)
         else:

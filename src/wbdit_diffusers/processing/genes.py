@@ -34,18 +34,21 @@ def choose_genes(
         raise ValueError(f"No gene is expressed in {min_cells} cells: lower `min_cells`.")
     if num_genes is None or len(expressed) <= num_genes:
         return expressed
-    import scanpy as sc  # slow to import
-
     parts = []
     while expression:  # frees memory
         parts.append(expression.pop(0)[:, expressed])
-    cells = ad.AnnData(sparse.vstack(parts, format="csr"))
-    del parts
-    check_variation(cells.X)
+    return expressed[most_variable(sparse.vstack(parts, format="csr"), num_genes)]
+
+
+def most_variable(expression: sparse.csr_matrix, num_genes: int) -> np.ndarray:
+    """Sorted positions of the `num_genes` most variable genes in log values `(cells, genes)`, as Scanpy finds them."""
+    import scanpy as sc  # slow to import
+
+    check_variation(expression)
     num_threads = torch.get_num_threads()
-    table = sc.pp.highly_variable_genes(cells, n_top_genes=num_genes, flavor="seurat", inplace=False)
+    table = sc.pp.highly_variable_genes(ad.AnnData(expression), n_top_genes=num_genes, flavor="seurat", inplace=False)
     torch.set_num_threads(num_threads)  # Numba changes them for all of OpenMP
-    return expressed[table["highly_variable"].to_numpy()]
+    return np.flatnonzero(table["highly_variable"])
 
 
 def check_variation(matrix: sparse.csr_matrix):

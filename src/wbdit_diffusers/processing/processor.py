@@ -43,7 +43,7 @@ class ScRNAProcessor(ConfigMixin):
         layer (`str`, *optional*): Layer that holds the matrix; `"raw"` also for `adata.raw`. Default: `X`.
         round_counts (`bool`, defaults to `False`): Whether to round decimal counts to integers.
         label_keys (`list[str]`, defaults to `()`): Columns of `obs` that condition the cells, the cell type first.
-        num_genes (`int`, *optional*, defaults to 2000): Number of highly variable genes to model; `None` for all.
+        num_genes (`int`, *optional*): Number of highly variable genes to model. Default: all genes.
         min_cells (`int`, defaults to 3): Minimum number of training cells that express a modelled gene.
         var_names (`list[str]`, *optional*): Modelled genes in order; set by [`~ScRNAProcessor.fit`].
         categories (`list[list[str]]`, *optional*): Labels of each label key; set by [`~ScRNAProcessor.fit`].
@@ -61,7 +61,7 @@ class ScRNAProcessor(ConfigMixin):
         layer: str | None = None,
         round_counts: bool = False,
         label_keys: tuple[str, ...] = (),
-        num_genes: int | None = 2000,
+        num_genes: int | None = None,
         min_cells: int = 3,
         var_names: list[str] | None = None,
         categories: list[list[str]] | None = None,
@@ -238,20 +238,20 @@ class ScRNAProcessor(ConfigMixin):
         matrix: sparse.csr_matrix,
         class_labels: torch.Tensor | None = None,
         library_size: torch.Tensor | None = None,
-        first_cell: int = 0,
+        obs_names: Iterable[str] | None = None,
     ) -> ad.AnnData:
         """
-        Puts names to counts or log values of the modelled genes, `(cells, genes)`. The cells are named by number, from
-        `first_cell` on. Recovered counts become log values in `X`, and stay in `layers["counts"]`.
+        Puts names to counts or log values of the modelled genes, `(cells, genes)`. `obs["generated"]` is true.
+        Recovered counts become log values in `X`, and stay in `layers["counts"]`.
         """
-        layers = {}
+        layers, index = {}, pd.RangeIndex(matrix.shape[0]) if obs_names is None else pd.Index(obs_names)
         if self.config.log_scale is not None and library_size is not None:
             layers["counts"] = matrix
             matrix = LogScale(**self.config.log_scale).apply(matrix, library_size.cpu().numpy())
         cells = ad.AnnData(
             matrix,
             layers=layers,
-            obs=pd.DataFrame(index=[f"cell_{first_cell + i}" for i in range(matrix.shape[0])]),
+            obs=pd.DataFrame({"generated": np.ones(matrix.shape[0], dtype=bool)}, index=index.astype(str)),
             var=pd.DataFrame(index=self.var_names.rename(None)),
         )
         if class_labels is not None:

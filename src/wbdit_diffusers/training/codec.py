@@ -19,12 +19,16 @@ from ..data.latents import CellDataset, encode_cells
 from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
 from ..models.likelihoods import LIKELIHOODS
+from ..processing.genes import most_variable
+from ..processing.normalize import log_normalize
 from .config import TrainingConfig
+from .other_genes import add_genes
 from .processes import fit_once
 
 
 logger = get_logger(__name__)
 
+NUM_VARIABLE_GENES = 2000  # that define the programs; the decoder has all genes
 # The number of programs is doubled while that lowers the validation loss by this fraction. Log values have a density,
 # whose logarithm has no zero point: their fractions are of the improvement since the start of the fit.
 MIN_PROGRAMS = 16
@@ -66,6 +70,10 @@ def fit_program_codec(
     search_deadline = deadline
     if config.decoder_steps > 0 and math.isfinite(deadline):
         search_deadline -= REFIT_FRACTION * max(0.0, deadline - time.monotonic())
+    all_cells, variable = cells, None
+    if cells.is_counts and cells.matrix.shape[1] > NUM_VARIABLE_GENES:
+        variable = most_variable(log_normalize(cells.matrix, cells.library_size), NUM_VARIABLE_GENES)
+        cells = all_cells.select_genes(variable)
     max_programs = min(config.num_programs or config.max_programs, cells.matrix.shape[1])
     num_programs = max_programs if config.num_programs else min(MIN_PROGRAMS, max_programs)
     codec, best_loss = fit_programs(config, cells, num_programs, device, search_deadline)
@@ -75,9 +83,12 @@ def fit_program_codec(
             break
         codec, best_loss, num_programs = larger, loss, 2 * num_programs
     latents = encode_cells(cells, codec)  # (cells, num_features), not standardised yet
-    refit_decoder(config, cells, codec, latents[:, :num_programs], deadline)
+    programs = latents[:, :num_programs]
+    refit_decoder(config, cells, codec, programs, deadline)
+    if variable is not None:
+        codec = add_genes(config, all_cells, codec, variable, programs)
     if cells.is_counts:
-        match_means(cells, codec, latents[:, :num_programs])
+        match_means(all_cells, codec, programs)
     codec.standardize_latents(latents)
     latents = (latents - codec.latents_mean.cpu()) / codec.latents_std.cpu()  # as `codec.encode` returns them now
     find_program_axes(codec, latents[:, :num_programs])

@@ -18,6 +18,7 @@ SHIPPED_CONFIGS = resources.files(__package__) / "configs"
 
 # Defaults that depend on the codec. With an expression codec they are those of the published network.
 CODEC_DEFAULTS: dict[str, dict[str, Any]] = {
+    "num_genes": {"program": 0, "expression": 2000},
     "block_type": {"program": "descent", "expression": "white_box"},
     "patch_size": {"program": 2, "expression": 10},
     "num_layers": {"program": 4, "expression": 3},
@@ -50,8 +51,8 @@ class DataConfig:
     """Round decimal counts to integers, such as those of SoupX or alevin."""
     label_keys: Labels = Field(default_factory=list)
     """Columns of obs that condition the cells, the cell type first."""
-    num_genes: Annotated[int, Field(ge=0)] = 2000
-    """Number of most variable genes to model. 0 for all genes."""
+    num_genes: Annotated[int, Field(ge=0)] | None = None
+    """Number of most variable genes to model. Default: all genes (0) for gene programs, 2,000 for expression."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Fraction of the cells that is held out from training, within each label of the first label key."""
     split: Path | None = None

@@ -10,6 +10,7 @@ from ...processing.normalize import log_normalize
 
 MAX_LOG_RATIO = 9.0  # of outliers: haemoglobin fills red blood cells, and one molecule of it floats into others
 FEW_CELLS = 0.05  # fraction of cells that may be outliers of a gene; θ, if they hold all its counts
+MAX_SUMMED = 64  # larger counts are found by bisection
 
 
 class NegativeBinomialMixture:
@@ -234,7 +235,7 @@ def _invert_mixture(tail: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray, 
     probability = [weight * p**theta for weight, theta, p in parts]  # of k - 1
     above = 1 - sum(probability)  # P(count > k - 1)
     # Nearly all counts are small, and a sum finds them together. SciPy needs microseconds for each of the others.
-    while k <= 16 and len(unfinished):
+    while k <= MAX_SUMMED and len(unfinished):
         probability = [last * (1 - p) * (theta + k - 1) / k for last, (_, theta, p) in zip(probability, parts)]
         above = above - sum(probability)
         counts[unfinished[above <= tail]] = k
