@@ -172,7 +172,8 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
 
         Returns:
             [`ScRNAPipelineOutput`], or a tuple whose first element is the cells. Label columns of `obs` have all
-            categories of the training cells, so colours and concatenated cells agree.
+            categories of the training cells, so colours and concatenated cells agree. `obs_names` are unique by seed,
+            `obs["generated"]` is true, and `uns["wbdit"]` records how the cells were made.
 
         Raises:
             ValueError: If a label is unknown to the model, or arguments don't fit each other.
@@ -187,7 +188,7 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
 
         # 2. Random numbers belong to cells, batches only bound the memory
         noise = generator if isinstance(generator, CellNoise) else CellNoise(generator)
-        provenance = self._provenance(num_inference_steps, guidance_scale, noise, unseen)
+        provenance = self._provenance(request, num_inference_steps, guidance_scale, noise, unseen)
         first_number, device = 0 if noise.one_per_cell else first_cell, self._execution_device
         batch_size = batch_size or self.default_batch_size
         starts, outputs = range(0, num_cells, batch_size), []
@@ -226,7 +227,8 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
                     outputs.append(denoised)
                 elif output_type == "anndata":
                     sizes = library_sizes if library_sizes is None else library_sizes[rows]
-                    cells = self._draw_cells(denoised, labels, sizes, batch_noise, uniform[:, 1], first_cell + start)
+                    names = noise.names(first_number + rows.start, first_number + rows.stop)
+                    cells = self._draw_cells(denoised, labels, sizes, batch_noise, uniform[:, 1], names)
                     cells.uns["wbdit"] = provenance
                     outputs.append(cells)
                 else:

@@ -1,5 +1,6 @@
 """`ScRNAPipeline`: what all pipelines share. Components, saving and loading, cells to latents and back."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,11 @@ class ScRNAPipeline(DiffusionPipeline):
         class_labels: torch.Tensor | None = None,
         library_size: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
+        obs_names: Sequence[str] | None = None,
     ) -> ad.AnnData:
         """
-        Draws cells for given latents, as a call does at its end. The result has no `uns["wbdit"]`.
+        Draws cells for given latents, as a call does at its end. The result has no `uns["wbdit"]`. Cells that were
+        encoded keep their names with `obs_names=adata.obs_names`.
 
         Latents `(cells, num_features)` are denoised or encoded cells. Effects of class labels `(cells,
         num_label_keys)` on genes are added. Library sizes `(cells,)` replace those in the latents. Raises a
@@ -168,14 +171,24 @@ class ScRNAPipeline(DiffusionPipeline):
             batch = noise.batch(rows.start, rows.stop)
             uniform = batch.uniform(1).cpu()[:, 0]
             labels, sizes = (None if values is None else values[rows] for values in (class_labels, library_size))
-            batches.append(self._draw_cells(latents[rows], labels, sizes, batch, uniform, first_cell=start))
+            names = noise.names(rows.start, rows.stop) if obs_names is None else obs_names[rows]
+            batches.append(self._draw_cells(latents[rows], labels, sizes, batch, uniform, names))
         return ad.concat(batches, merge="same")
 
     def _provenance(
-        self, num_inference_steps: int, guidance_scale: float, noise: CellNoise, unseen: list[str]
+        self, request: dict[str, Any], num_inference_steps: int, guidance_scale: float, noise: CellNoise, unseen: list
     ) -> dict[str, Any]:
-        """The contents of `uns["wbdit"]`: everything needed to make the cells again, as an .h5ad file can hold it."""
+        """
+        The contents of `uns["wbdit"]`: everything needed to make the cells again, as an .h5ad file can hold it. What
+        differs between cells is in their `obs`.
+        """
+        asked = {
+            **(request["conditions"] or {}),
+            "cell_types": request["cell_types"],
+            "library_size": request["library_size"],
+        }
         provenance = {
+            "request": {key: value for key, value in asked.items() if value is not None and not np.ndim(value)},
             "model_id": public_name(self.config.get("_name_or_path")),
             "scheduler": type(self.scheduler).__name__,
             "num_inference_steps": num_inference_steps,
@@ -197,7 +210,7 @@ class ScRNAPipeline(DiffusionPipeline):
         library_size: torch.Tensor | None,
         noise: NoiseBatch,
         uniform: torch.Tensor,
-        first_cell: int = 0,
+        obs_names: Sequence[str],
     ) -> ad.AnnData:
         """Draws the cells of a batch of latents, a few blocks at a time, as dense cells are large."""
         latents = latents.to(self.codec.device)  # a `device_map` may have placed the codec elsewhere
@@ -215,7 +228,7 @@ class ScRNAPipeline(DiffusionPipeline):
             sizes.append(values.sum(1) if values.shape[1] > num_genes else distribution.library_size)
         matrix = sparse.vstack(matrices, format="csr")
         all_sizes = torch.cat(sizes) if processor.is_counts else None
-        cells = processor.to_anndata(matrix, class_labels, all_sizes, first_cell=first_cell)
+        cells = processor.to_anndata(matrix, class_labels, all_sizes, obs_names)
         if isinstance(self.codec, ProgramCodec):
             add_programs(cells, self.codec, latents)
         return cells

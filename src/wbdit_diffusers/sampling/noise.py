@@ -32,6 +32,13 @@ class CellNoise:
             self.initial_seeds = []
         self.seeds = [int(torch.randint(2**62, (1,), generator=one, device=self.device)) for one in generators]
 
+    def names(self, start: int, stop: int) -> list[str]:
+        """Names of the cells from `start` to `stop`. Cells of another seed have other names."""
+        seeds = self.initial_seeds or self.seeds
+        if self.one_per_cell:
+            return [f"wbdit_{seed}_0" for seed in seeds[start:stop]]
+        return [f"wbdit_{seeds[0]}_{number}" for number in range(start, stop)]
+
     def batch(self, start: int, stop: int) -> "NoiseBatch":
         """The random numbers of the cells from `start` to `stop`."""
         if self.one_per_cell:
