@@ -131,10 +131,10 @@ def test_membership_of_donors():
 
 def judge_types(train, real, generated):
     """Metrics over all labels that can be judged."""
-    labels = metrics.judged_labels(train, real, generated)
+    labels, frequent = (metrics.judged_labels(train, real, generated, number) for number in (2, 30))
     pca = PCA(30, random_state=0).fit(train.expression)
     pcs = [pca.transform(cells.expression) for cells in (real, generated)]
-    return metrics.compare_labels(train, real, generated, pcs, labels)
+    return metrics.compare_labels(train, real, generated, pcs, labels, frequent)
 
 
 def typed_cells(seed, cells=300, genes=80, strength=3.0):
@@ -171,13 +171,28 @@ def test_wrong_labels_and_other_label_counts():
     assert pooled["f1"] < 0.5 and per_label["a"]["lfc_slope"] < 0.1
 
 
-def test_rare_types_are_left_out():
+def test_rare_types_have_their_row_alone():
     train, real, generated = (typed_cells(seed, cells=90) for seed in range(3))
-    assert metrics.judged_labels(train, real, generated) == ["a", "b", "c"]
-    assert metrics.judged_labels(train[:80], real, generated) == ["a", "b"]
+    assert metrics.judged_labels(train, real, generated, 30) == ["a", "b", "c"]
+    assert metrics.judged_labels(train[:80], real, generated, 30) == ["a", "b"]
+    without_c = judge_types(train[:60], real, generated)[0]
+    pooled, per_label = judge_types(train[:80], real, generated)
+    assert set(per_label) == {"a", "b", "c"} and pooled["f1"] == without_c["f1"]
     generated.types = np.repeat(["a", "b"], [89, 1])
     assert metrics.judged_labels(train, real, generated) == ["a"]
     assert judge_types(train, real, generated) == ({}, {})  # a single type differs from nothing
+
+
+def test_markers_that_a_figure_names_are_specific():
+    """Rather than genes of all cells, which a test with many cells finds significant."""
+    train = typed_cells(0, cells=900, strength=4.0)
+    counts = train.matrix.copy()
+    counts[:, 60:70] = 50 * (1 + (train.types == "a"))[:, None]  # everywhere, and twice as high in a
+    x = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4)
+    counts[:, :20] = np.where((train.types == "a")[:, None], counts[:, :20], 0)
+    x = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4)
+    assert set(metrics.name_markers(x, train.types, "a")[:20]) == set(range(20))
+    assert set(metrics.rank_markers(x, train.types, "a")[:10]) & set(range(60, 70))
 
 
 def test_parity_metrics_reward_collapse(samples):

@@ -14,7 +14,17 @@ from wbdit_diffusers.evaluation.cells import generated_cells, needs_common_genes
 from wbdit_diffusers.evaluation.classifiers import JUDGES
 from wbdit_diffusers.evaluation.references import draw_matching
 from wbdit_diffusers.evaluation.samples import BASELINES
-from wbdit_diffusers.evaluation.table import TITLES, mean_and_sd, to_json
+from wbdit_diffusers.evaluation.table import (
+    CLASSIFIERS,
+    MIXTURE,
+    NOT_FIT,
+    TITLES,
+    excess_and_sd,
+    mean_and_sd,
+    summary,
+    to_json,
+    verdict,
+)
 from wbdit_diffusers.processing.normalize import log_normalize
 
 
@@ -56,7 +66,9 @@ def test_every_column_has_its_metrics(report, split):
         assert all(len(values) == 2 and np.isfinite(values).all() for values in column.values())
     assert (report["num_test"], report["num_genes"], report["num_samples"]) == (split[1].n_obs, NUM_GENES, 2)
     assert report["label_key"] == "cell_type" and report["donor_key"] == "donor" and not report["within_genes"]
-    assert all(entry["num_train"] >= 30 for entry in report["per_type"].values())
+    assert set(report["per_type"]) == set(split[0].obs["cell_type"])  # rare types have their row
+    rare = min(report["per_type"].values(), key=lambda entry: entry["num_train"])
+    assert rare["num_train"] < 30 and np.isfinite(rare["metrics"]["real reference"]["library_size_w1"]).all()
     assert list(report["excess"]) == ["generated", *BASELINES]
     for name, entry in report["excess"].items():
         ours, real = (np.mean(columns[column][f"auc_{entry['judge']}"]) for column in (name, "real reference"))
@@ -80,14 +92,47 @@ def test_real_cells_reach_the_reference(report, split):
     assert ours["other_genes_w1"][0] < 0.05
 
 
-def test_markdown(report):
-    table, best = to_markdown(report), report["excess"]["generated"]
-    assert f"by **{best['mean']:.3f} ± {best['sd']:.3f}** (AUC)" in table and f"({best['judge']})" in table
+def test_a_report_begins_with_a_verdict(report):
+    """Then come six rows. All else is folded."""
+    shown, folded = to_markdown(report).split("<details>", 1)
+    best = report["excess"]["generated"]
+    assert shown.startswith(f"**{NOT_FIT}** {CLASSIFIERS[best['judge']]} separates generated cells from 142 held-out")
+    assert f"the excess, **{best['mean']:.3f} ± {best['sd']:.3f}**" in shown
+    assert f"Train longer: the Gaussian mixture is better ({excess_and_sd(report, MIXTURE)})" in shown
     columns = ["metric", "generated", "real reference", *BASELINES, "generated minus reference"]
-    assert f"| {' | '.join(columns)} |" in table
-    assert all(f"| {title} | " in table for title in [*TITLES.values(), *report["per_type"]])
-    widths = {line.count("|") for line in table.split("By `cell_type`")[0].splitlines() if line.startswith("|")}
-    assert len(widths) == 1
+    assert f"| {' | '.join(columns)} |" in shown and summary(report) == shown.strip()
+    assert len([line for line in shown.splitlines() if line.startswith("|")]) == 2 + 6
+    assert all(f"| {title} | " in folded for title in [*TITLES.values(), *report["per_type"]])
+    assert folded.count("</details>") == 2 and "<summary>By cell_type</summary>" in folded
+
+
+def test_the_verdict_follows_the_excess(report):
+    def verdict_of(mean: float, mixture: float) -> str:
+        excess = report["excess"]["generated"] | {"mean": mean, "sd": 0.01}
+        columns = {"generated": excess, MIXTURE: excess | {"mean": mixture}}
+        return verdict(report | {"excess": report["excess"] | columns})
+
+    assert verdict_of(0.02, 0.1).startswith("**As real as training cells") and "longer" not in verdict_of(0.02, 0.1)
+    assert verdict_of(0.08, 0.1).startswith("**Close to real cells.**")
+    assert "Distinguishable" in verdict_of(0.2, 0.1) and "Train longer: the Gaussian" in verdict_of(0.2, 0.1)
+    assert "Train longer" not in verdict_of(0.105, 0.1)  # within the spread
+
+
+def test_the_judged_genes_are_chosen_on_both_sides(split, monkeypatch):
+    """All genes count for library sizes and means."""
+    monkeypatch.setattr("wbdit_diffusers.evaluation.report.MAX_JUDGED_GENES", 50)
+    sample = real_sample(split)[:, :400].copy()
+    sample.obs["library_size"] = np.asarray(real_sample(split).X.sum(axis=1)).ravel()
+    doubled = int(np.argmax(np.asarray(sample.X.sum(axis=0))))
+    sample.X = sample.X.multiply(np.where(np.arange(400) == doubled, 2, 1)).tocsr()
+    report = evaluate_cells([sample], *split, label_key="cell_type")
+    assert (report["num_genes"], report["num_judged_genes"]) == (400, 50)
+    assert sample.var_names[doubled] in {gene["gene"] for gene in report["wrong_means"]["generated"]}
+    assert report["metrics"]["generated"]["library_size_w1"][0] < 0.1
+    assert "The genes are those of 400 that vary most in real cells." in to_markdown(report)
+    # Copies of training cells are as good as the reference, as both are drawn from the same cells.
+    copies = evaluate_cells([real_sample(split)], *split, label_key="cell_type")
+    assert copies["num_judged_genes"] == 50 and abs(copies["excess"]["generated"]["mean"]) < 0.15
 
 
 def test_genes_with_a_wrong_mean_are_named(split):
@@ -115,7 +160,8 @@ def test_several_generators_over_their_common_genes(split):
     generators = {"shuffled": [shuffled[:, :90]], "real": 2 * [real[:, :100]]}
     report = evaluate_cells(generators, train, test, label_key="cell_type")
     assert report["generators"] == list(report["excess"]) == ["shuffled", "real"]
-    assert report["num_genes"] == 90 and report["num_samples"] == 1 and report["within_genes"]
+    assert report["num_genes"] == 90 and report["num_samples"] == 2 and report["within_genes"]
+    assert [len(report["metrics"][name]["w2"]) for name in ("shuffled", "real", "real reference")] == [1, 2, 2]
     assert report["excess"]["shuffled"]["mean"] > report["excess"]["real"]["mean"] + 0.1
     assert all({"shuffled", "real"} <= set(entry["metrics"]) for entry in report["per_type"].values())
     text = to_markdown(report)
@@ -142,7 +188,7 @@ def test_without_library_sizes_only_common_genes_count(split):
     report = evaluate_cells([real_sample(split)[:, :40].copy()], *split)
     assert report["within_genes"] and report["label_key"] is None and report["per_type"] == {}
     assert report["metrics"]["generated"]["other_genes_w1"][0] == pytest.approx(0, abs=1e-6)
-    assert "normalised within these 40 genes" in to_markdown(report)
+    assert "normalised within 40 genes" in to_markdown(report)
     assert "purity" not in report["metrics"]["generated"]
 
 

@@ -11,6 +11,7 @@ from conftest import awkward, make_pipeline
 
 from wbdit_diffusers.data import CellSplit
 from wbdit_diffusers.evaluation.run import EvaluateConfig, run
+from wbdit_diffusers.evaluation.table import summary, to_markdown
 
 
 QUICK = {"num_inference_steps": 2, "num_samples": 1, "baselines": False, "device": "cpu"}
@@ -55,7 +56,8 @@ def evaluate(folder: Path, output_dir: Path, generators: list[str], **kwargs) ->
     paths = {name: str(folder / kwargs.pop(name)) for name in ("dataset", "train", "test") if name in kwargs}
     report, text = run(EvaluateConfig(generators=generators, output_dir=output_dir, **paths, **QUICK | kwargs))
     assert json.loads((output_dir / "report.json").read_text())["excess"] == report["excess"]
-    assert (output_dir / "report.md").read_text() in text and (output_dir / "report.png").stat().st_size > 30_000
+    assert summary(report) in text and (output_dir / "report.md").read_text() == to_markdown(report)
+    assert (output_dir / "report.png").stat().st_size > 30_000
     return report
 
 
@@ -75,6 +77,7 @@ def test_a_generator_has_the_same_numbers_in_every_report(folder, tmp_path):
     files = ["fake=@fake.h5ad", "fake=@fake2.h5ad"]
     both = evaluate(folder, tmp_path, ["ours=@model", *files], dataset="pbmc.h5ad", num_samples=1)
     assert both["generators"] == list(both["excess"]) == ["ours", "fake"] and both["num_samples"] == 2
+    assert both["excess"]["ours"] == alone["excess"]["generated"]
     halves = evaluate(folder, tmp_path, ["ours=@model", "@fake.h5ad"], **given)
     for name in ("ours", "fake"):
         for metric, values in without_forest(halves["metrics"][name]).items():

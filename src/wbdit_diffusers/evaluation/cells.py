@@ -25,7 +25,7 @@ class CellArrays:
         self.labels = np.full(len(self), "") if self.labels is None else self.labels
 
     def __len__(self) -> int:
-        return len(self.matrix)
+        return self.matrix.shape[0]
 
     def __getitem__(self, cells: np.ndarray) -> "CellArrays":
         arrays = (getattr(self, field.name) for field in fields(self))
@@ -71,11 +71,15 @@ def real_cells(
 
 
 def generated_cells(
-    adata: ad.AnnData, values: str = "counts", label_keys: Sequence[str] = (), within_genes: bool = False
+    adata: ad.AnnData,
+    values: str = "counts",
+    label_keys: Sequence[str] = (),
+    within_genes: bool = False,
+    genes: pd.Index | None = None,
 ) -> CellArrays:
     """
-    Arrays of generated cells, as [`real_cells`]. Their library size is `obs["library_size"]`, or else the sum over
-    their genes. Cells without one of the label columns have no labels.
+    Arrays of generated cells, as [`real_cells`], over all their genes or some. Their library size is
+    `obs["library_size"]`, or else the sum over their genes. Cells without one of the label columns have no labels.
     """
     library_size = _library_size(adata, None, values, "generated")
     if values == "counts" and "library_size" in adata.obs:
@@ -86,7 +90,8 @@ def generated_cells(
             raise ValueError(f"{wrong}: give total counts in obs['library_size'], or remove the column.")
         library_size = library_size if within_genes else sizes
     has_labels = all(key in adata.obs for key in label_keys)
-    return _arrays(adata, None, library_size, values, label_keys if has_labels else ())
+    judged = adata if genes is None else adata[:, genes]
+    return _arrays(judged, None, library_size, values, label_keys if has_labels else ())
 
 
 def _library_size(adata: ad.AnnData, layer: str | None, values: str, whose: str) -> np.ndarray | None:

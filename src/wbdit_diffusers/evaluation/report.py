@@ -8,15 +8,22 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+from scipy import sparse
 from sklearn.decomposition import PCA
 from tqdm.auto import tqdm
 
+from ..data.cells import find_matrix
+from ..processing.genes import most_variable
+from ..processing.normalize import to_expression, total_counts
 from . import metrics
 from .cells import CellArrays, combined_labels, generated_cells, needs_common_genes, real_cells
 from .classifiers import JUDGES, judge
 from .references import draw_matching, split_halves
 from .samples import draw_baselines, draw_samples
 from .table import GENERATED, REFERENCE
+
+
+MAX_JUDGED_GENES = 2000
 
 
 def evaluate(
@@ -62,10 +69,10 @@ def evaluate_cells(
 
     They are compared with the real reference: training cells with the label counts of the held-out cells. Principal
     components and the cell type classifier are fitted on one half of the training cells. The reference is drawn from
-    the other half, anew for each sample. All generators are judged on the same number of samples.
+    the other half, anew for each sample. Of more than 2,000 genes, the most variable ones are judged.
 
     The library size of a real cell is the sum of its row, and that of a generated cell is `obs["library_size"]`. If a
-    sample has no such column, or all genes of the real cells, all cells are normalised within the judged genes.
+    sample has no such column, or all genes of the real cells, all cells are normalised within the common genes.
 
     Args:
         samples (`list[AnnData]` or `dict[str, list[AnnData]]`):
@@ -82,29 +89,38 @@ def evaluate_cells(
     Returns:
         `dict`: the settings and numbers of cells; `generators`, their names (`"generated"` for a list); `excess` of
         each column; `metrics`, each metric of each column as a list over samples; `per_type`, the same for each cell
-        type that has at least 30 training cells; `wrong_means`, genes by generator, and for one real reference.
+        type; `wrong_means`, genes by generator, and for one real reference.
 
     Raises a `ValueError` if columns have other cells or genes, or a type does not occur in the real cells.
     """
     generators = samples if isinstance(samples, dict) else {GENERATED: samples}
     columns = generators | (baselines or {})
     label_keys = [] if label_key is None else [label_key] if isinstance(label_key, str) else list(label_key)
-    genes = common_genes(columns, train, test)
+    common = common_genes(columns, train, test)
     within_genes = any(needs_common_genes(sample, test) for drawn in columns.values() for sample in drawn)
-    settings = values, layer, label_keys, within_genes
-    real_train, real_test = real_cells(train, genes, *settings), real_cells(test, genes, *settings)
     donors = None if donor_key is None else [combined_labels(adata, [donor_key]) for adata in (train, test)]
+    if within_genes:
+        train, test = train[:, common], test[:, common]
+    genes = judged_genes(train[:, common], test[:, common], values, layer)
+    settings = values, layer, label_keys
+    real_train, real_test = real_cells(train, genes, *settings), real_cells(test, genes, *settings)
     arrays: dict[str, list[CellArrays]] = {}
     for name, drawn in columns.items():
-        arrays[name] = [generated_cells(sample[:, genes], values, label_keys, within_genes) for sample in drawn]
+        arrays[name] = [generated_cells(x[:, common], values, label_keys, within_genes, genes) for x in drawn]
     evaluator = _Evaluator(real_train, real_test, donors, parity, seed)
     rows, per_type = evaluator.measure_all(arrays)
-    compared = {name: arrays[name] for name in generators} | {REFERENCE: [real_train[evaluator.draw(0)[0]]]}
+    compared = {
+        name: [_sparse(x[:, common], None, y) for x, y in zip(columns[name], arrays[name])] for name in generators
+    }
+    reference = evaluator.draw(0)[0]
+    compared[REFERENCE] = [_sparse(train[reference, common], layer, real_train[reference])]
+    held_out = _sparse(test[:, common], layer, real_test)
     return {
         "num_train": train.n_obs,
         "num_test": test.n_obs,
-        "num_genes": len(genes),
-        "num_samples": min(map(len, columns.values())),
+        "num_genes": len(common),
+        "num_judged_genes": len(genes),
+        "num_samples": max(map(len, columns.values())),
         "label_key": label_keys[0] if label_keys else None,
         "donor_key": donor_key,
         "within_genes": within_genes,
@@ -112,7 +128,7 @@ def evaluate_cells(
         "excess": {name: excess(row, rows[REFERENCE]) for name, row in rows.items() if name != REFERENCE},
         "metrics": rows,
         "per_type": per_type,
-        "wrong_means": {name: metrics.wrong_means(real_test, drawn, genes) for name, drawn in compared.items()},
+        "wrong_means": {name: metrics.wrong_means(held_out, drawn, common) for name, drawn in compared.items()},
     }
 
 
@@ -121,7 +137,8 @@ def excess(column: dict[str, list[float]], reference: dict[str, list[float]]) ->
     How much more easily a classifier separates a column than the real reference from held-out cells: the mean and sd
     over draws of the difference of AUC, for the `judge` with the largest mean.
     """
-    differences = {name: np.subtract(column[f"auc_{name}"], reference[f"auc_{name}"]) for name in JUDGES}
+    number = len(column["auc_forest"])
+    differences = {name: np.subtract(column[f"auc_{name}"], reference[f"auc_{name}"][:number]) for name in JUDGES}
     by_judge = {name: float(values.mean()) for name, values in differences.items()}
     worst = max(by_judge, key=lambda name: by_judge[name])
     return {"judge": worst, "mean": by_judge[worst], "sd": float(differences[worst].std()), "by_judge": by_judge}
@@ -148,6 +165,25 @@ def common_genes(columns: dict[str, list[ad.AnnData]], train: ad.AnnData, test: 
             which = f"{len(missing)} generated genes are not among the genes of the real cells, e.g. {missing[0]!r}"
         raise ValueError(f"{which}: give cells with the same gene names.")
     return genes
+
+
+def judged_genes(train: ad.AnnData, test: ad.AnnData, values: str, layer: str | None) -> pd.Index:
+    """
+    The genes that classifiers and metrics see: at most 2,000, the most variable ones of training and held-out cells
+    together. Genes chosen on one side alone would help to separate real cells from real cells.
+    """
+    if train.n_vars <= MAX_JUDGED_GENES:
+        return train.var_names
+    matrices = [sparse.csr_matrix(find_matrix(x.X, x.layers, layer, "The data of real cells")) for x in (train, test)]
+    matrix = sparse.vstack(matrices, format="csr")
+    expression = to_expression(matrix, total_counts(matrix, values), values)
+    return train.var_names[most_variable(sparse.csr_matrix(expression, dtype=np.float32), MAX_JUDGED_GENES)]
+
+
+def _sparse(adata: ad.AnnData, layer: str | None, cells: CellArrays) -> CellArrays:
+    """All common genes of judged cells, for their means."""
+    matrix = sparse.csr_matrix(find_matrix(adata.X, adata.layers, layer, "The data"))
+    return CellArrays(matrix, matrix, cells.library_size)
 
 
 @dataclass
@@ -179,18 +215,21 @@ class _Evaluator:
                 raise ValueError(f"{name!r} has the unknown type {str(unknown[0])!r}: rename it as in the real cells.")
         all_cells: dict[str, dict] = {}
         per_type: dict[str, dict] = {}
-        draws = list(zip(*columns.values()))
-        total = len(draws) * (len(columns) + 1)
+        if self.train.types is not None:  # rare types have a row, if only with their number of cells
+            for label in np.unique(np.append(self.train.types, self.test.types)):
+                numbers = (int(np.sum(real.types == label)) for real in (self.train, self.test))
+                per_type[str(label)] = {**dict(zip(("num_train", "num_test"), numbers)), "metrics": {}}
+        num_draws = max(map(len, columns.values()))
+        total = num_draws + sum(map(len, columns.values()))
         with tqdm(total=total, desc="Judging", unit=" samples", disable=None) as progress_bar:  # only at a terminal
-            for i, draw in enumerate(draws):
+            for i in range(num_draws):
                 reference, members = self.draw(i)
-                for name, cells in zip([*columns, REFERENCE], [*draw, self.train[reference]]):
+                draws = {name: drawn[i] for name, drawn in columns.items() if i < len(drawn)}
+                for name, cells in (draws | {REFERENCE: self.train[reference]}).items():
                     row, by_type = self.measure(cells, None if name == REFERENCE else members, self.seed + i)
                     _append(all_cells.setdefault(name, {}), row)
                     for label, row in by_type.items():
-                        num_train, num_test = (int(np.sum(real.types == label)) for real in (self.train, self.test))
-                        entry: dict = {"num_train": num_train, "num_test": num_test, "metrics": {}}
-                        _append(per_type.setdefault(label, entry)["metrics"].setdefault(name, {}), row)
+                        _append(per_type[label]["metrics"].setdefault(name, {}), row)
                     progress_bar.update()
         return all_cells, per_type
 
@@ -215,8 +254,11 @@ class _Evaluator:
             row |= metrics.paper_parity(test.expression, cells.expression)
         if cells.types is None:
             return row, {}
-        labels = metrics.judged_labels(self.train, test, cells)
-        pooled, by_type = metrics.compare_labels(self.fitted, test, cells, (self.test_pcs, pcs), labels, seed)
+        labels = metrics.judged_labels(self.fitted, test, cells)
+        frequent = metrics.judged_labels(self.train, test, cells, metrics.MIN_TRAIN_CELLS)
+        pooled, by_type = metrics.compare_labels(
+            self.fitted, test, cells, (self.test_pcs, pcs), labels, frequent, seed
+        )
         return row | pooled, by_type
 
 

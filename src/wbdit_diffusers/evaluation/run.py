@@ -18,7 +18,7 @@ from ..pretrained import locate
 from .cells import combined_labels
 from .report import common_genes, evaluate_cells
 from .samples import cells_to_judge, draw_baselines, draw_samples
-from .table import GENERATED, by_excess, excess_and_sd, to_json, to_markdown
+from .table import GENERATED, by_excess, excess_and_sd, summary, to_json, to_markdown
 
 
 logger = logging.get_logger(__name__)
@@ -55,8 +55,8 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
         samples = {GENERATED: samples.popitem()[1]}
     baselines = None
     if config.baselines and len(pipes) == 1:
-        pipe, num_samples = next(iter(pipes.values())), min(map(len, samples.values()))
-        baselines = draw_baselines(pipe, train, test, num_samples, config.seed)
+        pipe = next(iter(pipes.values()))
+        baselines = draw_baselines(pipe, train, test, config.num_samples, config.seed)
     report = evaluate_cells(
         samples, train, test, label_keys, layer, values, baselines, config.donor_key, config.parity, config.seed
     )
@@ -64,11 +64,10 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
     first = {f"{name}: excess {excess_and_sd(report, name)}": samples[name][0] for name in by_excess(report)}
     figure = report_figure(test, first, report["label_key"], values, layer)
     folder.mkdir(parents=True, exist_ok=True)
-    table = to_markdown(report)
     write_whole(folder / "report.json", lambda path: path.write_text(to_json(report)))
-    write_whole(folder / "report.md", lambda path: path.write_text(table))
+    write_whole(folder / "report.md", lambda path: path.write_text(to_markdown(report)))
     write_whole(folder / "report.png", lambda path: figure.savefig(path, dpi=110, format="png"))
-    return report, f"{table}\nWritten to {folder}: report.json, report.md, report.png."
+    return report, f"{summary(report)}\n\nAll metrics are in {folder}: report.json, report.md, report.png."
 
 
 def _paths_by_name(generators: list[str]) -> dict[str, list[str]]:
@@ -150,11 +149,10 @@ def _samples(
         for sample in drawn:
             combined_labels(sample, label_keys, repr(name))
     test = test[judged]
-    num_samples = min((len(drawn) for drawn in samples.values()), default=config.num_samples)
     if samples:
         common_genes(samples, train, test)
     call = {"guidance_scale": config.guidance_scale, "num_inference_steps": config.num_inference_steps}
     for name, pipe in pipes.items():
         pipe.set_progress_bar_config(desc=f"Generating {name}", unit=" steps", disable=None)  # only at a terminal
-        samples[name], _ = draw_samples(pipe, test, num_samples, config.seed, **call)
+        samples[name], _ = draw_samples(pipe, test, config.num_samples, config.seed, **call)
     return {name: samples[name] for name in paths}, test

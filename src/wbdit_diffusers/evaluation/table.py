@@ -41,40 +41,73 @@ TITLES = {
 }
 
 
+SUMMARY = ("coverage", "purity", "lfc_slope", "gene_correlation", "variance_ratio", "membership_auc")
+CLASSIFIERS = {"forest": "A random forest", "boosting": "Gradient boosting", "regression": "Logistic regression"}
+MIXTURE = "Gaussian mixture per label"
+# What an excess means, up to a limit. Beyond the last one, cells are not fit for use.
+VERDICTS = {
+    0.03: "As real as training cells, as far as three classifiers can see.",
+    0.1: "Close to real cells.",
+    0.25: "Distinguishable from real cells.",
+}
+NOT_FIT = "Easily distinguished from real cells: do not use them."
+
+
 def to_markdown(report: dict) -> str:
-    """A report of [`evaluate_cells`] as Markdown. For one generator, it has a table of cell types."""
-    parts = [headline(report), describe_samples(report), describe_means(report), metric_table(report)]
+    """A report of [`evaluate_cells`] as Markdown: the [`summary`], and all numbers, folded."""
+    details = [("All metrics", "\n\n".join([describe_samples(report), describe_means(report), metric_table(report)]))]
     if report["per_type"] and GENERATED in report["generators"]:
-        parts.append(_table_of_types(report))
-    return "\n\n".join(parts) + "\n"
+        details.insert(0, (f"By {report['label_key']}", _table_of_types(report)))
+    folded = [f"<details><summary>{title}</summary>\n\n{text}\n\n</details>" for title, text in details]
+    return "\n\n".join([summary(report), *folded]) + "\n"
 
 
-def headline(report: dict) -> str:
-    """The excess of the generator with the smallest one."""
+def summary(report: dict) -> str:
+    """The [`verdict`], and a table of six rows."""
+    judges = dict.fromkeys(f"auc_{report['excess'][name]['judge']}" for name in by_excess(report)[:1])
+    shown = [metric for metric in SUMMARY if metric in report["metrics"][by_excess(report)[0]]]
+    return f"{verdict(report)}\n\n{metric_table(report, [*judges, *shown[:4]])}"
+
+
+def verdict(report: dict) -> str:
+    """How real the cells of the best generator are, compared with real cells and with the Gaussian mixture."""
     name = by_excess(report)[0]
-    judge = report["excess"][name]["judge"]
+    excess, judge = report["excess"][name], report["excess"][name]["judge"]
+    words = next((words for limit, words in VERDICTS.items() if excess["mean"] <= limit), NOT_FIT)
     ours, real = (np.nanmean(report["metrics"][column][f"auc_{judge}"]) for column in (name, REFERENCE))
     cells = "generated cells" if name == GENERATED else f"cells of {name}"
-    return (
-        f"The best of three classifiers separates {cells} from {report['num_test']} held-out cells more easily than it"
-        f" separates real training cells from them, by **{excess_and_sd(report, name)}** (AUC). Its AUC is {ours:.3f}"
-        f" ({judge}), and {real:.3f} for real cells. An excess of 0 is as good as real, 0.5 is completely separable."
+    text = (
+        f"**{words}** {CLASSIFIERS[judge]} separates {cells} from {report['num_test']} held-out cells with an AUC of"
+        f" {ours:.3f} (0.5: not at all, 1: always). For real training cells the AUC is {real:.3f}. The difference is"
+        f" the excess, **{excess_and_sd(report, name)}**; 0 is as good as real."
     )
+    if MIXTURE in report["excess"]:
+        mixture = excess_and_sd(report, MIXTURE)
+        is_worse = excess["mean"] > report["excess"][MIXTURE]["mean"] + excess["sd"]
+        text += f" Train longer: the Gaussian mixture is better ({mixture})." if is_worse else ""
+        text += "" if is_worse else f" The Gaussian mixture, a baseline without the network, has {mixture}."
+    return text
 
 
 def describe_samples(report: dict) -> str:
     """A paragraph that explains the numbers of a table."""
-    number, num_test, num_genes = report["num_samples"], report["num_test"], report["num_genes"]
+    number, num_test, num_genes = (
+        report["num_samples"],
+        report["num_test"],
+        report.get("num_judged_genes", report["num_genes"]),
+    )
     samples = f"Mean ± standard deviation of {number} samples" if number > 1 else "One sample"
     text = (
         f"{samples} of {num_test} cells and {num_genes} genes. The real reference consists of training cells with the"
         f" same labels, judged in the same way. With {num_test} cells a side, classifiers overlook small differences:"
         " an excess near 0 does not prove that cells are like real ones."
     )
+    if num_genes < report["num_genes"]:
+        text += f" The genes are those of {report['num_genes']} that vary most in real cells."
     if report.get("num_copies"):
         text += f" {report['num_copies']} more held-out cells are left out: they have the values of training cells."
     if report["within_genes"]:
-        text += f" All cells are normalised within these {num_genes} genes: the real cells have no others, or the"
+        text += f" All cells are normalised within {report['num_genes']} genes: the real cells have no others, or the"
         text += " counts of generated cells in others are unknown."
     return text
 
@@ -107,8 +140,8 @@ def metric_table(report: dict, metrics: Sequence[str] = tuple(TITLES)) -> str:
     if len(generators) == 1:
         differences = ["generated minus reference", "–"]
         for metric in shown:
-            ours, real = (np.array(columns[name].get(metric, np.nan), dtype=float) for name in names[:2])
-            differences.append(mean_and_sd(ours - real))
+            ours, real = (np.array(columns[name].get(metric, [np.nan]), dtype=float) for name in names[:2])
+            differences.append(mean_and_sd(ours - real[: len(ours)]))
         rows = [[*row, difference] for row, difference in zip(rows, differences)]
     return _table(rows)
 
@@ -116,7 +149,8 @@ def metric_table(report: dict, metrics: Sequence[str] = tuple(TITLES)) -> str:
 def excess_and_sd(report: dict, name: str) -> str:
     """The excess of a column: `0.112 ± 0.058`, or `0.112` for a single sample."""
     excess = report["excess"][name]
-    return f"{excess['mean']:.3f} ± {excess['sd']:.3f}" if report["num_samples"] > 1 else f"{excess['mean']:.3f}"
+    is_one = len(report["metrics"][name]["auc_forest"]) == 1
+    return f"{excess['mean']:.3f}" if is_one else f"{excess['mean']:.3f} ± {excess['sd']:.3f}"
 
 
 def mean_and_sd(values: Sequence[float | None] | None) -> str:
@@ -153,7 +187,7 @@ def _table_of_types(report: dict) -> str:
             values, real = (entry["metrics"].get(name, {}).get(metric) for name in (GENERATED, REFERENCE))
             row.append(f"{mean_and_sd(values)} ({mean_and_sd(real).split(' ')[0]})")
         rows.append(row)
-    return f"By `{key}`, types with at least 30 training cells; the real reference in brackets.\n\n{_table(rows)}"
+    return f"By `{key}`, with the real reference in brackets. Numbers of few cells are noisy.\n\n{_table(rows)}"
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -24,10 +24,10 @@ def read_report(path: Path, num_genes: int) -> dict[str, Any]:
 
 
 def quality_table(report: dict[str, Any]) -> str:
-    """The headline and the card's metrics as Markdown."""
-    from ..evaluation.table import describe_samples, headline, metric_table
+    """The verdict and the card's metrics as Markdown."""
+    from ..evaluation.table import describe_samples, metric_table, verdict
 
-    described = f"{headline(report)} {describe_samples(report)} All metrics are in `report.json`."
+    described = f"{verdict(report)} {describe_samples(report)} All metrics are in `report.json`."
     return f"{described}\n\n{metric_table(report, METRICS)}"
 
 
