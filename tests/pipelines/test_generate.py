@@ -54,9 +54,10 @@ def cells_of_a_call(model: Path, **arguments) -> ad.AnnData:
 
 
 def test_the_cells_of_one_call(model, config, tmp_path):
-    given = {"cell_types": ["CD34+"], "library_size": 900.0, "guidance_scale": 1.5, "num_inference_steps": 3}
-    assert generate(config(**given, seed=3)) == (250, 20)
-    assert_equal(tmp_path / "a.h5ad", cells_of_a_call(model, num_cells=250, batch_size=50, **given))
+    given = {"library_size": 900.0, "guidance_scale": 1.5, "num_inference_steps": 3}
+    assert generate(config(**given, cell_types=["CD34+"], seed=3)) == (250, 20)
+    expected = cells_of_a_call(model, num_cells=250, cell_types="CD34+", batch_size=50, **given)
+    assert_equal(tmp_path / "a.h5ad", expected)
 
 
 def test_several_types_take_turns(config, tmp_path):

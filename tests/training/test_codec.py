@@ -50,8 +50,8 @@ def searched(dataset, tmp_path, caplog, monkeypatch):
         caplog.clear()
         with caplog.at_level("INFO", logger="wbdit_diffusers"):
             codec = fit_program_codec(config, dataset, CPU)
-        losses = re.findall(r"Gene programs \((\d+)\): validation loss ([\d.]+) nats", caplog.text)
-        return codec, {int(programs): float(loss) for programs, loss in losses}
+        losses = re.findall(r"validation loss ([\d.]+) nats per cell \((\d+) programs", caplog.text)
+        return codec, {int(programs): float(loss) for loss, programs in losses}
 
     return fit
 
