@@ -89,7 +89,7 @@ def scale(num_cells: int, args: argparse.Namespace, folder: Path) -> dict:
     generation = ["--num_cells", num_generated, "--num_inference_steps", args.num_inference_steps]
     commands = {
         "make": [*stage, "make", "--dataset", args.dataset, "--num_cells", num_cells, "--output", source],
-        "prepare": [*wbdit, "prepare", source, "--output", prepared, "--label_keys", args.label_key],
+        "prepare": [*wbdit, "prepare", source, "--output_dir", prepared, "--label_keys", args.label_key],
         "read": [*stage, "read", "--dataset", prepared],
         "train": [*wbdit, "train", *training],
         "generate": [*wbdit, "generate", model, *generation, "--output", generated],

@@ -67,6 +67,7 @@ MISTAKES = [
     (f"{GENERATE} --seed -1", "--seed -1: Input should be greater than or equal to 0"),
     (f"{GENERATE} --guidance_scale nan", "--guidance_scale nan: Input should be a finite number"),
     (f"{GENERATE} --scheduler euler", "--scheduler euler: Input should be 'ddpm', 'ddim'"),
+    (f"{GENERATE} --scheduler ddpmm", "--scheduler ddpmm: .* Did you mean ddpm\\?"),
     (f"{GENERATE} --conditions phase", "--conditions phase: .*KEY=NAME"),
     (f"{EXPLAIN} FILES/pbmc.h5ad --max_cells 3", "--max_cells 3: Input should be greater than or equal to 20"),
     ("push MODEL --repo_id me/x --variant fp8", "--variant fp8: Input should be 'bf16'"),
@@ -89,10 +90,12 @@ MISTAKES = [
     (f"{TRAIN} FILES/absent.h5ad", "no file .*absent.h5ad"),
     (f"{TRAIN} FILES/halves.h5ad", "integer"),
     (f"{TRAIN} FILES/nan.h5ad", "NaN"),
-    ("prepare FILES/absent.h5ad --output OUT/prepared", "absent.h5ad"),
+    ("prepare FILES/absent.h5ad --output_dir OUT/prepared", "absent.h5ad"),
     ("fetch nothing --folder OUT/published", "no recipe for 'nothing'"),
     # Models
-    ("generate FILES/absent --output OUT/a.h5ad", "absent"),
+    ("generate FILES/modle --output OUT/a.h5ad", "no folder or file .*modle. Did you mean .*model"),
+    ("generate wbdit-pbmc --output OUT/a.h5ad", "no folder or file wbdit-pbmc. A Hub id has the form user/name"),
+    ("generate pbmc68k_reducd --output OUT/a.h5ad", "Did you mean pbmc68k_reduced"),
     ("generate FILES/full --output OUT/a.h5ad", "full"),
     ("generate FILES/truncated --output OUT/a.h5ad", "truncated"),
     ("programs FILES/expression", "has no gene programs"),
@@ -103,7 +106,7 @@ MISTAKES = [
     (f"{GENERATE} --output OUT/a.csv", "a.csv"),
     (f"{GENERATE} --output FILES/full", "full"),
     (f"{GENERATE} --output FILES/text.h5ad/a.h5ad", "text.h5ad"),
-    ("prepare FILES/pbmc.h5ad --output FILES/full", "full"),
+    ("prepare FILES/pbmc.h5ad --output_dir FILES/full", "full"),
     (f"{TRAIN} FILES/pbmc.h5ad --output_dir FILES/model", "model"),
 ]
 

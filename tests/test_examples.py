@@ -13,6 +13,18 @@ from wbdit_diffusers import ScRNAGenerationPipeline
 
 
 @pytest.mark.slow
+def test_own_training_loop(tmp_path):
+    script = ROOT / "examples" / "own_training_loop.py"
+    assert len(script.read_text().splitlines()) <= 40
+    result = subprocess.run([sys.executable, script, "3"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "Epoch 2: loss" in result.stdout
+    cells = ad.read_h5ad(tmp_path / "own_cells.h5ad")
+    assert cells.shape == (100, 765) and set(cells.obs["cell_type"]) == {"CD19+ B"}
+    assert 50 < cells.obs["library_size"].median() < 50_000
+
+
+@pytest.mark.slow
 def test_quickstart(tmp_path):
     command = [sys.executable, ROOT / "examples" / "quickstart.py", "--output_dir", tmp_path]
     command += ["--max_train_minutes", "0.05", "--num_cells", "150", "--num_samples", "1"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from wbdit_diffusers import ScRNAGenerationPipeline
+from wbdit_diffusers import ProgramCodec, ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit
 from wbdit_diffusers.pretrained import FOLDER, PBMC, locate
 
@@ -82,3 +82,25 @@ def test_it_is_in_the_wheel(tmp_path):
     files = [path.relative_to(FOLDER).as_posix() for path in (FOLDER / PBMC).rglob("*") if path.is_file()]
     assert {f"wbdit_diffusers/pretrained/{name}" for name in files} <= set(names) and len(files) > 10
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
+
+
+@pytest.mark.parametrize("name", ["wbdit-pbmx", "./wbdit-pbmx", "models/wbdit-pbmx", "/no/such/model", "a/b/c"])
+@pytest.mark.parametrize("loader", [ScRNAGenerationPipeline, ProgramCodec, CellSplit])
+def test_a_mistyped_folder_fails_at_once(name, loader, tmp_path, monkeypatch):
+    """The Hub is not asked, and similar folders are named."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("wbdit-pbmc", "models/wbdit-pbmc"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.utils._http.get_session", lambda: 1 / 0)
+    hint = r"Did you mean (models/)?wbdit-pbmc\?" if "pbmx" in name else "A Hub id has the form user/name"
+    with pytest.raises(FileNotFoundError, match=f"There is no folder or file {name}. {hint}"):
+        (loader.load if loader is CellSplit else loader.from_pretrained)(name)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again(monkeypatch, caplog):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match="no folder me/absent, .* cannot be loaded as a pipeline: .*onnection refused"):
+        ScRNAGenerationPipeline.from_pretrained("me/absent")
+    assert "Retrying" not in caplog.text

@@ -36,8 +36,12 @@ def main():
         wbdit("train", dataset=cells, label_keys="cell_type", output_dir=model)
         wbdit("evaluate", str(model), dataset=cells, output_dir=report)
         wbdit("push", str(model), repo_id=PBMC, report=report, dry_run=work / "repository", **DATA)
-        # Which cells were held out: the report can be made again, and the network looked into.
-        shutil.copyfile(model / CellSplit.FILE_NAME, work / "repository" / CellSplit.FILE_NAME)
+        # Which cells were held out: the report can be made again, and the network looked into. The index of the model
+        # names no remote code, which is for the Hub.
+        for name in (CellSplit.FILE_NAME, "model_index.json"):
+            shutil.copyfile(model / name, work / "repository" / name)
+        for path in (work / "repository").rglob("*.py"):
+            path.unlink()
         size = sum(path.stat().st_size for path in (work / "repository").rglob("*") if path.is_file())
         if size > MAX_BYTES:
             sys.exit(f"{size:,} bytes are more than the {MAX_BYTES:,} that a wheel should carry.")

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ._lazy import lazy_exports
+from ._registration import register
 from .version import __version__
 
 
@@ -15,7 +16,9 @@ _MODELS = ("ExpressionCodec", "GaussianMixtureDenoiser", "ProgramCodec", "WhiteB
 _PIPELINES = ("ScRNAGenerationPipeline", "ScRNAPipeline", "ScRNAPipelineOutput")
 _HOMES = dict.fromkeys(_MODELS, "models") | dict.fromkeys(_PIPELINES, "pipelines") | {"ScRNAProcessor": "processing"}
 
-__getattr__ = lazy_exports(__name__, _HOMES)  # Diffusers looks up the components of a saved pipeline here
+# Diffusers looks up the classes of a saved pipeline here, and their base class.
+__getattr__ = lazy_exports(__name__, _HOMES | {"ModelMixin": "models.loading"})
+register()
 __all__ = [*_HOMES, "__version__"]
 
 

@@ -28,7 +28,7 @@ def generate(config: GenerateConfig) -> Result:
     If the command is interrupted, run it again: it continues where it stopped.
 
         wbdit generate pbmc68k_reduced --num_cells 5000 --output cells.h5ad
-        wbdit generate wbdit-cells --cell_types "B cell" --conditions condition=STIM --output b.h5ad
+        wbdit generate wbdit-cells --cell_types "B cell" NK --conditions condition=STIM --output b.h5ad
     """
     from .pipelines.generate import generate
 
@@ -56,7 +56,8 @@ def train(config: TrainingConfig) -> Result:
     limit_threads()
     train(None, config)
     folder = str(config.output_dir)
-    return {"output_dir": folder}, f"The pipeline is in {folder}: wbdit generate {folder} --output new-cells.h5ad"
+    steps = [f"wbdit generate {folder} --output new-cells.h5ad", f"wbdit evaluate {folder} --dataset {config.dataset}"]
+    return {"output_dir": folder}, "\n    ".join([f"The pipeline is in {folder}. Next:", *steps])
 
 
 def evaluate(config: EvaluateConfig) -> Result:
@@ -151,8 +152,6 @@ class PushConfig:
     """Make a private repository."""
     variant: Literal["bf16"] | None = None
     """Add a copy of the denoiser in bfloat16."""
-    with_code: bool = False
-    """Add the modules that `DiffusionPipeline.from_pretrained` needs with trust_remote_code=True."""
     dry_run: Path | None = None
     """New folder to write instead of uploading."""
     data_name: str | None = None
@@ -189,20 +188,20 @@ def prepare(config: PrepareConfig) -> Result:
 
     `wbdit train --dataset FOLDER` trains on it, and `datasets.load_dataset` reads it.
 
-        wbdit prepare atlas/*.h5ad --label_keys cell_type --file_key sample --output atlas-prepared
+        wbdit prepare atlas/*.h5ad --label_keys cell_type --file_key sample --output_dir atlas-prepared
     """
     from huggingface_hub import create_repo, upload_folder
 
     from .data.prepare import prepare
 
-    metadata = prepare(config)
+    metadata, folder = prepare(config), config.output_dir
     sizes = {split: sum(map(sum, files.values())) for split, files in metadata["splits"].items()}
-    result = {"output": str(config.output), "num_genes": metadata["num_genes"], "num_cells": sizes}
+    result = {"output_dir": str(folder), "num_genes": metadata["num_genes"], "num_cells": sizes}
     text = ", ".join(f"{number} {split}" for split, number in sizes.items())
-    text = f"{sum(sizes.values())} cells ({text}) × {metadata['num_genes']} genes in {config.output}."
+    text = f"{sum(sizes.values())} cells ({text}) × {metadata['num_genes']} genes in {folder}."
     if config.push_to_hub:
-        repo_id = create_repo(config.hub_dataset_id or config.output.name, repo_type="dataset", exist_ok=True).repo_id
-        upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=config.output, commit_message="wbdit prepare")
+        repo_id = create_repo(config.repo_id or folder.name, repo_type="dataset", exist_ok=True).repo_id
+        upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message="wbdit prepare")
         result["address"] = f"hf://datasets/{repo_id}"
         text += f"\nUploaded: {result['address']}"
     return result, text

@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from .flags import Seed, pydantic_config
+from .pretrained import locate
 
 
 MODEL_HELP = "Folder that `wbdit train` wrote, Hub id, or the pipeline in this package: pbmc68k_reduced."
-Model = Annotated[str, Field(description=MODEL_HELP)]
+# A mistyped folder fails before PyTorch is imported.
+Model = Annotated[str, Field(description=MODEL_HELP), AfterValidator(lambda name: name if locate(name) else name)]
 
 
 @dataclass(config=pydantic_config, kw_only=True)
@@ -24,8 +26,8 @@ class GenerateConfig:
     """Number of cells."""
     num_processes: PositiveInt = 1
     """Number of processes that share the work."""
-    cell_types: str | None = None
-    """Type of all cells. Default: the label frequencies of the training cells."""
+    cell_types: list[str] = Field(default_factory=list)
+    """Types of the cells, in turn: equally many of each. Default: the frequencies of the training cells."""
     conditions: dict[str, str] = Field(default_factory=dict)
     """Labels of other obs keys, such as condition=stim."""
     library_size: PositiveFloat | None = None
@@ -88,12 +90,12 @@ class PrepareConfig:
 
     files: list[Path]
     """.h5ad or .zarr files."""
-    output: Path
+    output_dir: Path
     """New folder to write."""
     push_to_hub: bool = False
     """Upload the folder to the Hugging Face Hub as a dataset."""
-    hub_dataset_id: str | None = None
-    """Dataset to upload to. Default: the name of --output in your namespace."""
+    repo_id: str | None = None
+    """Dataset to upload to. Default: the name of --output_dir in your namespace."""
     layer: str | None = None
     """Layer that holds the matrix. raw is also adata.raw, with its own genes. Default: X."""
     values: Literal["counts", "log"] = "counts"

@@ -68,6 +68,9 @@ def make_config(config_class: type[Config], values: dict[str, Any], positional: 
             flag = name if name in positional else f"--{name}"
             is_missing = problem["type"] == "missing"
             message = f"{flag} is required." if is_missing else f"{flag} {problem['input']}: {message}."
+            choices = re.findall("'(.*?)'", problem.get("ctx", {}).get("expected", ""))  # of a Literal
+            if close := difflib.get_close_matches(str(problem["input"]), choices, n=1):
+                message += f" Did you mean {close[0]}?"
         raise ValueError(message) from error
 
 

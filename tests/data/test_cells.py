@@ -53,7 +53,7 @@ def test_raw_decimal_counts_next_to_antibodies(place, pbmc, processor, tmp_path,
     elif place in ("h5ad", "zarr", "dense"):
         cells = BackedSource(path, **settings)
     elif place == "prepared":
-        prepare(PrepareConfig(files=[path], output=tmp_path / "out", test_fraction=0, **settings))
+        prepare(PrepareConfig(files=[path], output_dir=tmp_path / "out", test_fraction=0, **settings))
         cells, reader = read_cells(tmp_path / "out")[pbmc.obs_names[:100]], processor
     matrix, totals = reader.select(cells)
     assert (matrix != expected).nnz == 0
@@ -73,7 +73,7 @@ def test_rounding_is_for_counts(pbmc_path, tmp_path):
     with pytest.raises(ValueError, match="round_counts.* is for counts: leave it out with values='log'"):
         ScRNAProcessor(values="log", round_counts=True)
     with pytest.raises(ValueError, match="--round_counts is for counts: leave it out with --values log"):
-        prepare(PrepareConfig(files=[pbmc_path], output=tmp_path / "out", values="log", round_counts=True))
+        prepare(PrepareConfig(files=[pbmc_path], output_dir=tmp_path / "out", values="log", round_counts=True))
 
 
 # ==================== Files ====================
@@ -84,7 +84,7 @@ def sources(pbmc, tmp_path_factory):
     """The same training cells in memory, in files that stay on disk, and prepared."""
     folder = tmp_path_factory.mktemp("sources")
     pbmc.write_h5ad(folder / "pbmc.h5ad")
-    prepare(PrepareConfig(files=[folder / "pbmc.h5ad"], output=folder / "prepared", label_keys=["cell_type"]))
+    prepare(PrepareConfig(files=[folder / "pbmc.h5ad"], output_dir=folder / "prepared", label_keys=["cell_type"]))
     train = read_cells(folder / "prepared", "train")
     train.X = train.X.astype(np.float32)
     with_others = ad.concat([pbmc[:20], train], index_unique="-")  # whose first cells are left out again

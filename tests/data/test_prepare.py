@@ -42,7 +42,7 @@ def test_counts_survive_bit_by_bit(form, pbmc, tmp_path, small_files):
     expected.var["symbol"] = expected.var_names.str.lower()
     adata, layer = in_form(expected, form)
     adata.write_zarr(path) if form == "zarr" else adata.write_h5ad(path)
-    metadata = prepare(PrepareConfig(files=[path], output=tmp_path / "out", layer=layer, label_keys=["cell_type"]))
+    metadata = prepare(PrepareConfig(files=[path], output_dir=tmp_path / "out", layer=layer, label_keys=["cell_type"]))
     assert len(metadata["splits"]["train"]) > 3
     cells = read_cells(tmp_path / "out")
     assert_same_cells(cells, expected)
@@ -58,10 +58,10 @@ def test_log_values_are_kept_in_float32_and_need_no_split(pbmc, tmp_path):
     adata.X = sparse.csr_matrix(np.log1p(pbmc.X.toarray() * 1.37).astype(np.float32))
     adata.write_h5ad(tmp_path / "log.h5ad")
     with pytest.raises(ValueError, match="not an integer count.*values='log'"):
-        prepare(PrepareConfig(files=[tmp_path / "log.h5ad"], output=tmp_path / "out", label_keys=[]))
+        prepare(PrepareConfig(files=[tmp_path / "log.h5ad"], output_dir=tmp_path / "out", label_keys=[]))
     prepare(
         PrepareConfig(
-            files=[tmp_path / "log.h5ad"], output=tmp_path / "out", label_keys=[], values="log", test_fraction=0
+            files=[tmp_path / "log.h5ad"], output_dir=tmp_path / "out", label_keys=[], values="log", test_fraction=0
         )
     )
     assert_same_cells(read_cells(tmp_path / "out"), adata)
@@ -71,12 +71,12 @@ def test_log_values_are_kept_in_float32_and_need_no_split(pbmc, tmp_path):
 
 def test_labels_are_not_needed(pbmc, tmp_path):
     ad.AnnData(pbmc.X, var=pbmc.var).write_h5ad(tmp_path / "cells.h5ad")
-    prepare(PrepareConfig(files=[tmp_path / "cells.h5ad"], output=tmp_path / "out"))
+    prepare(PrepareConfig(files=[tmp_path / "cells.h5ad"], output_dir=tmp_path / "out"))
     assert len(PreparedCells(tmp_path / "out").obs) == 560
 
 
 def test_datasets_reads_it_with_labels(pbmc_path, pbmc, tmp_path):
-    main(["prepare", str(pbmc_path), "--output", str(tmp_path / "out"), "--label_keys", "cell_type"])
+    main(["prepare", str(pbmc_path), "--output_dir", str(tmp_path / "out"), "--label_keys", "cell_type"])
     loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
     assert {split: len(rows) for split, rows in loaded.items()} == {"train": 558, "test": 142}
     row = loaded["test"][3]
@@ -96,7 +96,7 @@ def test_the_split_is_that_of_a_training_and_the_order_is_random(pbmc, tmp_path,
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         prepare(
             PrepareConfig(
-                files=[tmp_path / "sorted.h5ad"], output=tmp_path / name, label_keys=["cell_type"], seed=seed
+                files=[tmp_path / "sorted.h5ad"], output_dir=tmp_path / name, label_keys=["cell_type"], seed=seed
             )
         )
         train, test = (read_cells(tmp_path / name, split) for split in ("train", "test"))
@@ -119,7 +119,7 @@ def test_several_files(genes, pbmc, tmp_path, small_files):
     first.write_h5ad(tmp_path / "a.h5ad")
     second.write_zarr(tmp_path / "b.zarr")
     files, output = [tmp_path / "a.h5ad", tmp_path / "b.zarr"], tmp_path / "out"
-    config = PrepareConfig(files=files, output=output, label_keys=["cell_type"], genes=genes, file_key="sample")
+    config = PrepareConfig(files=files, output_dir=output, label_keys=["cell_type"], genes=genes, file_key="sample")
     metadata = prepare(config)
     first.obs_names, second.obs_names = first.obs_names + "-a", second.obs_names + "-b"
     expected = ad.concat([first, second], join={"intersection": "inner", "union": "outer"}[genes], fill_value=0)
@@ -140,7 +140,7 @@ def test_copies_in_other_files_stay_on_one_side(pbmc, tmp_path, small_files, cap
     again.X = again.X.astype(np.int64).toarray()
     for name, cells in (("a", pbmc), ("b", again)):
         cells.write_h5ad(tmp_path / f"{name}.h5ad")
-    prepare(PrepareConfig(files=[tmp_path / "a.h5ad", tmp_path / "b.h5ad"], output=tmp_path / "out"))
+    prepare(PrepareConfig(files=[tmp_path / "a.h5ad", tmp_path / "b.h5ad"], output_dir=tmp_path / "out"))
     train, test = (read_cells(tmp_path / "out", split).obs_names.str[:-2] for split in ("train", "test"))
     assert len(train) + len(test) == 1301 and len(test) > 40 and not set(train) & set(test)
     assert "601 cells are copies of others. They stay on one side of the split." in caplog.text
@@ -150,7 +150,7 @@ def test_labels_called_position_survive(pbmc, tmp_path, small_files):
     cells = pbmc.copy()
     cells.obs["position"] = cells.obs["phase"].astype(str)
     cells.write_h5ad(tmp_path / "cells.h5ad")
-    prepare(PrepareConfig(files=[tmp_path / "cells.h5ad"], output=tmp_path / "out", label_keys=["position"]))
+    prepare(PrepareConfig(files=[tmp_path / "cells.h5ad"], output_dir=tmp_path / "out", label_keys=["position"]))
     assert_same_cells(read_cells(tmp_path / "out"), cells)
 
 
@@ -169,7 +169,7 @@ def test_poor_cells_are_left_out(pbmc, tmp_path):
     ):
         prepare(
             PrepareConfig(
-                files=[tmp_path / "cells.h5ad"], output=tmp_path / output, label_keys=["cell_type"], **config
+                files=[tmp_path / "cells.h5ad"], output_dir=tmp_path / output, label_keys=["cell_type"], **config
             )
         )
         expected = adata[np.r_[kept, 5:700]]
@@ -179,7 +179,7 @@ def test_poor_cells_are_left_out(pbmc, tmp_path):
 def test_the_card_names_files_and_splits_as_text(pbmc_path, tmp_path):
     path = tmp_path / "`<b>`\n# Title.h5ad"
     path.write_bytes(pbmc_path.read_bytes())
-    prepare(PrepareConfig(files=[path], output=tmp_path / "out", label_keys=["cell_type"]))
+    prepare(PrepareConfig(files=[path], output_dir=tmp_path / "out", label_keys=["cell_type"]))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "<b>" not in card and "\n# Title" not in card and "&lt;b&gt;" in card
     assert "split: test, path" in card and "700 cells (558 in train, 142 in test)" in card
@@ -191,14 +191,14 @@ def test_the_card_names_files_and_splits_as_text(pbmc_path, tmp_path):
 def test_a_failure_leaves_nothing(pbmc, pbmc_path, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="there exists: remove it"):
-        prepare(PrepareConfig(files=[pbmc_path], output=tmp_path / "there", label_keys=[]))
+        prepare(PrepareConfig(files=[pbmc_path], output_dir=tmp_path / "there", label_keys=[]))
 
     def disk_is_full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pyarrow.parquet.ParquetWriter.write_table", disk_is_full)
     with pytest.raises(OSError, match="No space left"):
-        prepare(PrepareConfig(files=[pbmc_path], output=tmp_path / "out", label_keys=[]))
+        prepare(PrepareConfig(files=[pbmc_path], output_dir=tmp_path / "out", label_keys=[]))
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
@@ -269,7 +269,7 @@ def test_bad_files_and_flags_end_with_one_line(arguments, message, pbmc, tmp_pat
     for name in {argument.removesuffix(".h5ad") for argument in arguments if argument.endswith(".h5ad")} - {"absent"}:
         write_spoiled(pbmc[:50].copy(), name, tmp_path / f"{name}.h5ad")
     with pytest.raises(SystemExit) as error:
-        main(["prepare", *arguments, "--output", "out"])
+        main(["prepare", *arguments, "--output_dir", "out"])
     assert error.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("wbdit prepare: ")]
     assert len(lines) == 1 and pd.Series(lines).str.contains(message).all(), lines
@@ -278,7 +278,7 @@ def test_bad_files_and_flags_end_with_one_line(arguments, message, pbmc, tmp_pat
 
 @pytest.fixture
 def folder(pbmc_path, tmp_path, small_files):
-    prepare(PrepareConfig(files=[pbmc_path], output=tmp_path / "out", label_keys=["cell_type"]))
+    prepare(PrepareConfig(files=[pbmc_path], output_dir=tmp_path / "out", label_keys=["cell_type"]))
     return tmp_path / "out"
 
 

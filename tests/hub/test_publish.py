@@ -54,7 +54,7 @@ def test_dry_run_writes_the_pipeline_its_card_and_report_only(folder, pbmc, tmp_
     arguments = ["push", str(folder), "--repo_id", "me/wbdit-pbmc", "--dry_run", str(target)]
     main([*arguments, "--data_license", "CC BY 4.0", "--data_source", "GSE0"])
     assert "nothing was uploaded" in capsys.readouterr().out
-    assert files_in(target) == PIPELINE | {"training.json", "report.json", "report.png"}
+    assert files_in(target) == PIPELINE | CODE | {"training.json", "report.json", "report.png"}
     card = ModelCard.load(target / "README.md")
     assert "| name | PBMC 68k |\n| license | CC BY 4.0 |\n| accession or source | GSE0 |" in card.text
     assert "wbdit train --seed 3" in card.text and "| steps | 8 |" in card.text
@@ -134,13 +134,13 @@ def test_an_upload_replaces_files_of_an_earlier_one(folder, hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     pipe = ScRNAGenerationPipeline.from_pretrained(folder)
-    address = publish(pipe, folder, "twice", variant="bf16", with_code=True, token="hf_test")
+    address = publish(pipe, folder, "twice", variant="bf16", token="hf_test")
     assert address.endswith("/me/twice")
     half = "denoiser/diffusion_pytorch_model.bf16.safetensors"
     assert set(hub.repos["me/twice"]) == PIPELINE | CODE | {half, "training.json", "report.json", "report.png"}
     assert b'from_pretrained("me/twice")' in hub.repos["me/twice"]["README.md"]
     hub.repos["me/twice"]["notes.md"] = b"someone's own"
     publish(pipe, folder, "twice", token="hf_test")
-    files = PIPELINE | {"training.json", "report.json", "report.png", "notes.md"}
-    assert set(hub.repos["me/twice"]) == files  # no code or weights of the first upload
+    files = PIPELINE | CODE | {"training.json", "report.json", "report.png", "notes.md"}
+    assert set(hub.repos["me/twice"]) == files  # no weights of the first upload
     ModelCard(hub.repos["me/twice"]["README.md"].decode()).validate()

@@ -147,10 +147,8 @@ def test_combinations_that_training_did_not_see_are_named_once(pbmc, tmp_path, m
     assert len(messages) == 2
     pipe.save_pretrained(tmp_path / "model")
     monkeypatch.setattr("wbdit_diffusers.pipelines.generate.CELLS_PER_PART", 2)
-    command = GenerateConfig(
-        model=str(tmp_path / "model"), output=tmp_path / "command.h5ad", num_cells=6, batch_size=2, device="cpu", **new
-    )
-    generate(command)
+    flags = {"model": str(tmp_path / "model"), "output": tmp_path / "command.h5ad", **new, "cell_types": ["CD34+"]}
+    generate(GenerateConfig(**flags, num_cells=6, batch_size=2, device="cpu"))
     assert len(messages) == 3
     for name in ("call", "stream", "command"):
         assert list(ad.read_h5ad(tmp_path / f"{name}.h5ad").uns["wbdit"]["unseen_combinations"]) == [text]

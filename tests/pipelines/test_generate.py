@@ -54,9 +54,18 @@ def cells_of_a_call(model: Path, **arguments) -> ad.AnnData:
 
 
 def test_the_cells_of_one_call(model, config, tmp_path):
-    given = {"cell_types": "CD34+", "library_size": 900.0, "guidance_scale": 1.5, "num_inference_steps": 3}
-    assert generate(config(**given, seed=3)) == (250, 20)
-    assert_equal(tmp_path / "a.h5ad", cells_of_a_call(model, num_cells=250, batch_size=50, **given))
+    given = {"library_size": 900.0, "guidance_scale": 1.5, "num_inference_steps": 3}
+    assert generate(config(**given, cell_types=["CD34+"], seed=3)) == (250, 20)
+    expected = cells_of_a_call(model, num_cells=250, cell_types="CD34+", batch_size=50, **given)
+    assert_equal(tmp_path / "a.h5ad", expected)
+
+
+def test_several_types_take_turns(config, tmp_path):
+    """Equally many of each, in one process or several."""
+    types = ["CD34+", "CD19+ B", "Dendritic"]
+    generate(config(cell_types=types, num_cells=120))
+    cells = ad.read_h5ad(tmp_path / "a.h5ad")
+    assert cells.obs["cell_type"].tolist() == types * 40
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
@@ -84,7 +93,7 @@ def test_an_interrupted_run_keeps_its_parts_and_continues(model, config, tmp_pat
 
 
 def test_a_request_that_fails_at_once_leaves_nothing(config, tmp_path, monkeypatch):
-    for values, message in (({"cell_types": "none"}, "none"), ({"device": "cuda:99"}, "no such device")):
+    for values, message in (({"cell_types": ["none"]}, "none"), ({"device": "cuda:99"}, "no such device")):
         with pytest.raises(ValueError, match=message):
             generate(config(**values))
     monkeypatch.setattr(module, "write_cells", lambda path, batches: (_ for _ in ()).throw(OSError("disk")))

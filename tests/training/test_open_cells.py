@@ -22,7 +22,7 @@ def folder(pbmc, tmp_path_factory):
     path = tmp_path_factory.mktemp("prepared")
     by_type = pbmc[np.argsort(pbmc.obs["cell_type"].cat.codes, kind="stable")].copy()
     by_type.write_h5ad(path / "pbmc.h5ad")
-    prepare(PrepareConfig(files=[path / "pbmc.h5ad"], output=path / "prepared", label_keys=["cell_type"]))
+    prepare(PrepareConfig(files=[path / "pbmc.h5ad"], output_dir=path / "prepared", label_keys=["cell_type"]))
     return path / "prepared"
 
 
@@ -148,7 +148,7 @@ def test_what_a_prepared_folder_is_not(changes, message, folder, pbmc, tmp_path,
 
 
 def test_another_prepared_folder(folder, pbmc_path, tmp_path):
-    prepare(PrepareConfig(files=[pbmc_path], output=tmp_path / "all", label_keys=[], test_fraction=0))
+    prepare(PrepareConfig(files=[pbmc_path], output_dir=tmp_path / "all", label_keys=[], test_fraction=0))
     with (
         pytest.raises(ValueError, match="has no split 'test', only train"),
         open_cells(tmp_path / "all", config_of(tmp_path, label_keys=[])),

@@ -1,6 +1,7 @@
 """`train`: from cells to a complete pipeline."""
 
 import json
+import re
 from pathlib import Path
 
 import anndata as ad
@@ -10,6 +11,8 @@ import pytest
 import scanpy as sc
 import torch
 from accelerate.utils import DistributedType
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from huggingface_hub import hf_api
 from scipy import sparse
 from tiny import assert_same_weights, column, read_log, tiny_config
@@ -18,7 +21,7 @@ from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, write_cells
 from wbdit_diffusers.data.latents import Latents
 from wbdit_diffusers.processing import log_normalize
-from wbdit_diffusers.training import TrainingConfig, train
+from wbdit_diffusers.training import TrainingConfig, fit_codec, train
 from wbdit_diffusers.training.config import read_config
 
 
@@ -152,6 +155,55 @@ def test_log_normalised_counts_are_modelled_as_counts(pbmc, tmp_path):
     assert (written.layers["counts"] != counts).nnz == 0 and (written.X != cells.X).nnz == 0
 
 
+# ==================== Parts of one's own ====================
+
+
+class OwnDenoiser(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, sample_size: int, condition_sizes: tuple = ()):
+        super().__init__()
+        self.linear = torch.nn.Linear(sample_size + len(condition_sizes), sample_size)
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        return (self.linear(torch.cat([sample, class_labels.to(sample)], dim=1)),)
+
+
+def test_a_denoiser_and_callbacks_of_a_user(pbmc, tmp_path):
+    """The network is in the pipeline, callbacks get the rows of the log, and a resumed run continues both."""
+    rows, steps = [], {"validation_steps": 2, "checkpointing_steps": 4, "label_keys": ["cell_type"]}
+    train(pbmc, tiny_config(tmp_path / "a", max_train_steps=4, **steps), OwnDenoiser, [rows.append])
+    assert [row["step"] for row in rows] == [2, 4]
+    config = tiny_config(tmp_path / "a", max_train_steps=6, resume_from_checkpoint="latest", **steps)
+    pipe = train(pbmc, config, OwnDenoiser, [rows.append])
+    assert [{name: str(value) for name, value in row.items()} for row in rows] == read_log(tmp_path / "a")
+    assert type(pipe.denoiser) is OwnDenoiser and generate(load(tmp_path / "a")).n_obs == 5
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "| denoiser | OwnDenoiser |" in card and "wbdit train" not in card.split("## Training")[1]
+
+
+def test_stage_one_alone_gives_the_codec_of_a_training(pbmc, tmp_path):
+    config = tiny_config(tmp_path, label_keys=["cell_type"], max_train_steps=2)
+    pipe = train(pbmc, config)
+    processor, codec = fit_codec(pbmc[CellSplit.load(tmp_path).train], config)
+    assert processor.var_names.equals(pipe.processor.var_names) and codec.device.type == "cpu"
+    for name, values in pipe.codec.state_dict().items():
+        assert torch.equal(values, codec.state_dict()[name]), name
+
+
+def test_the_log_names_the_three_steps(pbmc, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        train(pbmc, tiny_config(tmp_path, max_train_steps=60, checkpointing_steps=60, validation_steps=60))
+    for line in (
+        r"560 training cells, 140 held out, 100 genes\.",
+        r"Step 1 of 3, gene programs: validation loss [\d.]+ nats per cell \(8 programs, \d+ steps, \d+ s\)\.",
+        r"Step 2 of 3, decoder: fitted to the final programs \(\d+ s\)\.",
+        r"Step 3 of 3, denoiser: up to 60 steps of 64 cells\.",
+        r"Step 3 of 3, denoiser: about \d+ s left\.",
+        r"Step 3 of 3, denoiser: 60 steps, \d+ s\.",
+    ):
+        assert re.search(line, caplog.text), line
+
+
 # ==================== Sources ====================
 
 
@@ -254,7 +306,7 @@ def test_push_to_hub(pbmc, hub, tmp_path, monkeypatch):
     monkeypatch.setattr(hf_api.api, "token", "hf_test")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    changes = {"checkpointing_steps": 1, "push_to_hub": True, "hub_model_id": "me/trained"}
+    changes = {"checkpointing_steps": 1, "push_to_hub": True, "repo_id": "me/trained"}
     train(pbmc, tiny_config(tmp_path / "out", **TWO_STEPS, **changes))
     files = set(hub.repos["me/trained"])
     assert {"model_index.json", "README.md", "training.json", "processor/config.json"} <= files

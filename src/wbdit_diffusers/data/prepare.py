@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..configs import PrepareConfig
 from ..files import write_whole
 from ..markdown import as_text
+from ..progress import bar_options
 from .cells import (
     CHUNK_SIZE,
     BackedSource,
@@ -45,7 +46,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     from datasets import Dataset
     from datasets.arrow_writer import ArrowWriter
 
-    output, paths = config.output, config.files
+    output, paths = config.output_dir, config.files
     if output.exists():
         raise FileExistsError(f"{output} exists: remove it, or name another folder.")
     if config.round_counts and config.values == "log":
@@ -83,7 +84,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             splits: dict[str, dict[str, list[int]]] = {}
             for split, order in _split_and_shuffle(cells.obs, np.concatenate(copies), config).items():
                 starts, splits[split] = range(0, len(order), CELLS_PER_FILE), {}
-                for number, start in enumerate(tqdm(starts, desc=f"Writing {split}", unit=" files")):
+                for number, start in enumerate(tqdm(starts, **bar_options(desc=f"Writing {split}", unit=" files"))):
                     shard = dataset.select(order[start : start + CELLS_PER_FILE]).with_format("arrow")
                     name = f"data/{split}-{number:05d}-of-{len(starts):05d}.parquet"
                     splits[split][name] = write_file(folder / name, shard.iter(ROW_GROUP_SIZE), features)
@@ -139,7 +140,7 @@ def _read_names(paths: list[Path], config: PrepareConfig) -> tuple[pd.DataFrame,
 def _chunks(paths: list[Path], obs: pd.DataFrame, var: pd.DataFrame, config: PrepareConfig) -> Iterator[ad.AnnData]:
     """The cells that are kept, some at a time."""
     first = 0
-    with tqdm(total=len(obs), desc="Reading", unit=" cells", mininterval=1) as progress_bar:
+    with tqdm(**bar_options(total=len(obs), desc="Reading", unit=" cells", mininterval=1)) as progress_bar:
         for path in paths:
             with BackedSource(path, config.layer, config.round_counts) as file:
                 places = var.index.get_indexer(file.var.index.astype(str))

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..data.cells import find_matrix
 from ..processing.genes import most_variable
 from ..processing.normalize import to_expression, total_counts
+from ..progress import bar_options
 from . import metrics
 from .cells import CellArrays, combined_labels, generated_cells, needs_common_genes, real_cells
 from .classifiers import JUDGES, judge
@@ -221,7 +222,7 @@ class _Evaluator:
                 per_type[str(label)] = {**dict(zip(("num_train", "num_test"), numbers)), "metrics": {}}
         num_draws = max(map(len, columns.values()))
         total = num_draws + sum(map(len, columns.values()))
-        with tqdm(total=total, desc="Judging", unit=" samples", disable=None) as progress_bar:  # only at a terminal
+        with tqdm(**bar_options(total=total, desc="Judging", unit=" samples")) as progress_bar:
             for i in range(num_draws):
                 reference, members = self.draw(i)
                 draws = {name: drawn[i] for name, drawn in columns.items() if i < len(drawn)}

@@ -15,6 +15,7 @@ from ..files import write_whole
 from ..pipelines import ScRNAGenerationPipeline
 from ..pipelines.generate import choose_device
 from ..pretrained import locate
+from ..progress import bar_options
 from .cells import combined_labels
 from .report import common_genes, evaluate_cells
 from .samples import cells_to_judge, draw_baselines, draw_samples
@@ -153,6 +154,6 @@ def _samples(
         common_genes(samples, train, test)
     call = {"guidance_scale": config.guidance_scale, "num_inference_steps": config.num_inference_steps}
     for name, pipe in pipes.items():
-        pipe.set_progress_bar_config(desc=f"Generating {name}", unit=" steps", disable=None)  # only at a terminal
+        pipe.set_progress_bar_config(**bar_options(desc=f"Generating {name}", unit=" steps"))
         samples[name], _ = draw_samples(pipe, test, config.num_samples, config.seed, **call)
     return {name: samples[name] for name in paths}, test

@@ -26,7 +26,6 @@ class CardFacts:
     report: dict[str, Any] | None = None  # of `wbdit evaluate`
     figure: str | None = None  # name of the report's file
     variant: str | None = None  # of additional weights, such as "bf16"
-    with_code: bool = False  # for `trust_remote_code=True`
 
 
 def read_facts(folder: Path, num_genes: int, report: Path | None = None, **given) -> CardFacts:
@@ -47,7 +46,7 @@ def report_path(folder: Path, report: Path | None) -> Path:
     return path / REPORT_NAME if path.is_dir() else path
 
 
-def write_training(folder: Path, config: dict[str, Any], command: str, num_cells: int, table: dict[str, Any]):
+def write_training(folder: Path, config: dict[str, Any], command: str | None, num_cells: int, table: dict[str, Any]):
     """Writes how a pipeline was trained into its folder, for the model card. `config` must not contain paths."""
     data = {name: config.get(name) for name in STATED[:3]}
     record = {"command": command, "num_cells": num_cells, "training": table, "config": config, **data}

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
 
 from ..markdown import as_code, as_text
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
+from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..version import __version__
 from .facts import CardFacts, read_facts
 from .quality import eval_results, memory, quality_table
@@ -41,7 +42,6 @@ def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFact
         repo_id=as_code(repo_id),
         version=__version__,
         cell_types=f", cell_types={as_code(processor.categories[0][0])}" if processor.categories else "",
-        with_code=facts.with_code,
         variant=facts.variant,
         figure=facts.figure,
         data=_data(facts),
@@ -105,6 +105,8 @@ def _network(pipeline: DiffusionPipeline) -> list[tuple[str, Any]]:
         about_codec = f"{codec.config.num_genes} genes, standardize={codec.config.standardize}"
     if isinstance(denoiser, GaussianMixtureDenoiser):
         network = [("denoiser", f"closed form of a Gaussian mixture with {config.num_components} components")]
+    elif not isinstance(denoiser, WhiteBoxDiTModel):
+        network = [("denoiser", as_text(type(denoiser).__name__))]
     else:
         network = [
             ("block", BLOCKS[config.block_type]),

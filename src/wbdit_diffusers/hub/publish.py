@@ -43,7 +43,7 @@ def publish(
         dry_run (`str` or `Path`, *optional*): New folder to write instead of uploading.
         report (`str` or `Path`, *optional*): Report of `wbdit evaluate`, if it is not in `folder`.
         facts: `data_name`, `data_license` and `data_source` of the training data. `variant="bf16"` adds the denoiser
-            in bfloat16. `with_code=True` adds the modules for `trust_remote_code=True`.
+            in bfloat16.
 
     Returns the address of the repository, or the folder of a dry run. Raises a `ValueError` or an `OSError` if an
     argument or a file is invalid, or the upload fails.
@@ -77,8 +77,7 @@ def _write(pipeline: DiffusionPipeline, target: Path, repo_id: str, facts: CardF
     if facts.variant is not None:
         half = copy.deepcopy(pipeline.denoiser).to(VARIANTS[facts.variant])
         half.save_pretrained(target / "denoiser", variant=facts.variant)
-    if facts.with_code:
-        remote_code.write_remote_code(pipeline, target)
+    remote_code.write_remote_code(pipeline, target)
     for source, name in files.items():
         if source.is_file():
             shutil.copyfile(source, target / name)

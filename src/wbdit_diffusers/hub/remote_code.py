@@ -1,7 +1,6 @@
-"""Modules with which `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` finds our package."""
+"""Modules of a repository with which Diffusers, given `trust_remote_code=True`, finds the classes of our package."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +8,30 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
 PACKAGE = __package__.split(".")[0]
-REMOTE = Path(__file__).parent / "remote"
 # Diffusers looks up the classes of components before it imports the pipeline's module, and with it our package. So the
 # folder of each component needs a module too.
 PIPELINE_MODULE, COMPONENT_MODULE = "pipeline", "wbdit"
 FILES = [f"{PIPELINE_MODULE}.py", f"*/{COMPONENT_MODULE}.py"]
+IMPORT = '"""Diffusers finds our classes in the package wbdit_diffusers."""\n\nfrom wbdit_diffusers import {}\n'
+# One text for all components: Diffusers keeps one module of this name for a repository.
+COMPONENTS = IMPORT.format("*") + "from wbdit_diffusers.models.loading import SafetensorsModel as AutoModel\n"
 
 
 def write_remote_code(pipeline: DiffusionPipeline, folder: Path):
-    """Adds the modules to the folder of a saved pipeline, and names them in its model_index.json."""
+    """
+    Adds the modules to the folder of a saved pipeline, and names them in its model_index.json. For a subclass of a
+    user, they name its nearest base class in our package, which all readers have.
+    """
     path = folder / pipeline.config_name
     index = json.loads(path.read_text())
-    index["_class_name"] = [PIPELINE_MODULE, type(pipeline).__name__]
-    shutil.copyfile(REMOTE / f"{PIPELINE_MODULE}.py", folder / f"{PIPELINE_MODULE}.py")
+    ours = next(one for one in type(pipeline).__mro__ if one.__module__.split(".")[0] == PACKAGE).__name__
+    index["_class_name"] = [PIPELINE_MODULE, ours]
+    index["auto_map"] = {"AutoModel": f"{COMPONENT_MODULE}.AutoModel"}
+    (folder / f"{PIPELINE_MODULE}.py").write_text(IMPORT.format(ours))
     for name, value in index.items():
         if isinstance(value, list) and value[0] == PACKAGE:
             value[0] = COMPONENT_MODULE
-            shutil.copyfile(REMOTE / f"{COMPONENT_MODULE}.py", folder / name / f"{COMPONENT_MODULE}.py")
+            (folder / name / f"{COMPONENT_MODULE}.py").write_text(COMPONENTS)
     path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
@@ -38,4 +44,4 @@ def without_remote_code(index: dict[str, Any]) -> dict[str, Any]:
         for name, value in index.items()
         if isinstance(value, list) and value[0] == COMPONENT_MODULE
     }
-    return index | ours | {"_class_name": index["_class_name"][-1]}
+    return {**index, **ours, "_class_name": index["_class_name"][-1]}

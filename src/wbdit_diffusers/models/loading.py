@@ -2,19 +2,22 @@
 
 import reprlib
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..files import one_line
+from ..pretrained import locate
 
 
 MAY_BE_INFINITE = ("log_library_size_range",)  # unbounded for log values
 
 
-class SafetensorsModel(ModelMixin):
+class SafetensorsModel(ModelMixin, ConfigMixin):
     """A [`ModelMixin`] that reads and writes safetensors only."""
 
     @classmethod
@@ -23,12 +26,17 @@ class SafetensorsModel(ModelMixin):
         Loads a model as [`ModelMixin.from_pretrained`]. Raises an `OSError` if weights are missing, don't fit the
         configuration, or hold NaN or infinite values.
         """
-        where = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if cls is SafetensorsModel:  # any model of this package, for `AutoModel`
+            config = cls.load_config(pretrained_model_name_or_path, **kwargs)
+            model_class = getattr(import_module(__package__), config["_class_name"])
+            return model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        name = locate(pretrained_model_name_or_path)
+        where = Path(name, kwargs.get("subfolder") or "")
         with_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"use_safetensors": True, "output_loading_info": True}
         dtype, default_dtype = kwargs.get("dtype", kwargs.get("torch_dtype")), torch.get_default_dtype()
         try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            model, info = super().from_pretrained(name, **kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
             raise OSError(f"{where} can't be loaded as a {cls.__name__}: {one_line(error)}") from error
         finally:

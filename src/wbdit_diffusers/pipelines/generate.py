@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ..configs import GenerateConfig
 from ..data.write import check_output, write_cells
 from ..files import one_line, remove, write_whole
+from ..progress import bar_options
 from ..sampling.noise import CellNoise
 from ..sampling.schedulers import make_scheduler
 from ..version import __version__
@@ -47,7 +48,7 @@ def generate(config: GenerateConfig) -> tuple[int, int]:
         threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     path = check_output(config.output)
     pipe = ScRNAGenerationPipeline.from_pretrained(config.model)
-    pipe.set_progress_bar_config(desc="Steps", leave=False, disable=None)
+    pipe.set_progress_bar_config(**bar_options(desc="Steps", leave=False))
     if config.scheduler is not None:
         pipe.scheduler = make_scheduler(config.scheduler, pipe.scheduler.config)
     # Checks the arguments before anything is written. The parts have checked noise, and warn of nothing again.
@@ -91,8 +92,10 @@ def _stream(
     config: GenerateConfig, pipe: ScRNAGenerationPipeline, cells: range, noise: CellNoise | None
 ) -> Iterator[ad.AnnData]:
     """The cells of a range, batch by batch."""
-    names = ("cell_types", "conditions", "library_size", "guidance_scale", "num_inference_steps", "batch_size")
+    names = ("conditions", "library_size", "guidance_scale", "num_inference_steps", "batch_size")
     arguments = {name: getattr(config, name) for name in names}
+    if types := config.cell_types:  # one for all cells, or the types in turn
+        arguments["cell_types"] = types[0] if len(types) == 1 else [types[cell % len(types)] for cell in cells]
     return pipe.stream(num_cells=len(cells), first_cell=cells.start, generator=noise, **arguments)
 
 
@@ -134,8 +137,8 @@ def _launch(config: GenerateConfig, parts: dict[Path, range]) -> str | None:
     command += ["--mixed_precision=no", "--dynamo_backend=no", "-m", "wbdit_diffusers.cli", "generate", config.model]
     flags = {key: value for key, value in asdict(config).items() if value is not None}
     conditions = [f"{key}={value}" for key, value in flags.pop("conditions").items()]
+    command += ["--cell_types", *flags.pop("cell_types"), "--conditions", *conditions]
     command += [f"--{key}={flags[key]}" for key in flags if key not in ("model", "num_processes")]
-    command += ["--conditions", *conditions] if conditions else []
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", LAUNCHED: "true"}
     with tempfile.TemporaryFile("w+") as output, _progress(parts) as bar:
         with subprocess.Popen(
@@ -159,9 +162,9 @@ def _count(parts: dict[Path, range]) -> int:
 
 
 def _progress(parts: dict[Path, range]) -> tqdm:
-    """A bar on a terminal."""
+    """A bar of all cells."""
     total = sum(map(len, parts.values()))
-    return tqdm(total=total, initial=_count(parts), desc="Generating", unit=" cells", disable=None)
+    return tqdm(**bar_options(total=total, initial=_count(parts), desc="Generating", unit=" cells"))
 
 
 def choose_device(name: str | None = None, rank: int = 0) -> torch.device:

@@ -1,19 +1,23 @@
 """`ScRNAPipeline`: what all pipelines share. Components, saving and loading, cells to latents and back."""
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import diffusers
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from scipy import sparse
 
+from .._registration import add_components
 from ..data.latents import CellDataset, encode_cells
 from ..files import one_line, partial_path, remove, write_whole
 from ..hub.model_card import push_model_card
-from ..hub.remote_code import without_remote_code
+from ..hub.remote_code import without_remote_code, write_remote_code
 from ..models.codec_programs import ProgramCodec
 from ..pretrained import locate
 from ..sampling.noise import CELLS_PER_BLOCK, CellNoise, NoiseBatch
@@ -39,6 +43,10 @@ class ScRNAPipeline(DiffusionPipeline):
     _exclude_from_cpu_offload = ["codec"]  # small, and Accelerate's hook needs parameters
     _callback_tensor_inputs = ["latents"]
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        setattr(diffusers, cls.__name__, cls)  # where `DiffusionPipeline.from_pretrained` looks for it
+
     # ==================== Saving and loading ====================
 
     @classmethod
@@ -49,7 +57,8 @@ class ScRNAPipeline(DiffusionPipeline):
         there is no complete pipeline, and a `ValueError` if it has no such `variant`.
         """
         where = locate(pretrained_model_name_or_path)
-        if Path(where).exists() and not Path(where, cls.config_name).is_file():
+        is_local = Path(where).exists()
+        if is_local and not Path(where, cls.config_name).is_file():
             raise OSError(
                 f"{where} is not a complete pipeline: it has no {cls.config_name}. Give the --output_dir of a finished"
                 " training, a folder written by `save_pretrained`, or a Hub id."
@@ -57,14 +66,22 @@ class ScRNAPipeline(DiffusionPipeline):
         try:
             return super().from_pretrained(where, **(kwargs | {"use_safetensors": True}))
         except Exception as error:  # Diffusers raises many kinds on damaged files
-            absent = "" if Path(where).exists() else f"There is no folder {where}, and as a Hub id "
+            absent = "" if is_local else f"There is no folder {where}, and as a Hub id "
             kind = ValueError if "variant" in kwargs and isinstance(error, ValueError) else OSError
-            raise kind(f"{absent}{where} cannot be loaded as a pipeline: {one_line(error)}") from error
+            reason = one_line(error if is_local else error.__cause__ or error)  # such as no connection
+            raise kind(f"{absent}{where} cannot be loaded as a pipeline: {reason}") from error
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path, **kwargs) -> dict[str, Any]:
         """A configuration in which this package takes the place of the repository's own modules."""
-        return without_remote_code(super()._dict_from_json_file(json_file, **kwargs))
+        index = without_remote_code(super()._dict_from_json_file(json_file, **kwargs))
+        add_components(index)
+        return index
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple:
+        """Leaves out the `auto_map` of a repository, which is for [`AutoModel`]."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs):
         """
@@ -101,6 +118,13 @@ class ScRNAPipeline(DiffusionPipeline):
         """Uploads the pipeline as [`DiffusionPipeline.push_to_hub`], with a card unless the repository has one."""
         push_model_card(self, repo_id, private=kwargs.get("private"), token=kwargs.get("token"))
         return super().push_to_hub(repo_id, **kwargs)
+
+    def _upload_folder(self, working_dir: str | Path, *args, **kwargs) -> Any:
+        """Uploads a saved pipeline together with the modules for `trust_remote_code=True`."""
+        with tempfile.TemporaryDirectory() as temporary:
+            staged = shutil.copytree(working_dir, Path(temporary, "repository"))
+            write_remote_code(self, staged)
+            return super()._upload_folder(staged, *args, **kwargs)
 
     def _check_components(self):
         """Raises a `ValueError` if `denoiser`, `codec` and `processor` come from different models."""

@@ -18,6 +18,7 @@ from scipy import sparse
 from ..data import cells as data_cells
 from ..data.cells import AnnDataSource, CellSource, choose_groups, iter_groups, place_genes
 from ..files import one_line
+from ..pretrained import locate
 from . import labels, library_size
 from .genes import align_genes, check_names, choose_genes
 from .normalize import VALUES, to_expression
@@ -278,7 +279,7 @@ class ScRNAProcessor(ConfigMixin):
         `OSError` if the files are missing or damaged.
         """
         kwargs.pop("variant", None)  # the tables have one form
-        name_or_path = pretrained_model_name_or_path
+        name_or_path = locate(pretrained_model_name_or_path)
         processor = cls.from_config(cls.load_config(name_or_path, subfolder=subfolder, **kwargs))
         path = str(Path(name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
         if not Path(name_or_path).is_dir():

@@ -1,5 +1,6 @@
 """Conditions of a batch, classifier-free guidance, and guides that move the clean estimate."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,17 +58,19 @@ def predict(
     and halves the cost.
     """
     inputs, kwargs, index = latents.to(denoiser.dtype), conditions.kwargs, conditions.index
-    if not kwargs:
-        output = denoiser(inputs, timestep, return_dict=False)[0]
-    elif guidance_scale == 1.0:
-        kwargs = {name: rows[:-1] for name, rows in kwargs.items()}
-        output = denoiser(inputs, timestep, **kwargs, label_index=index, return_dict=False)[0]
-    else:
+    is_guided = bool(kwargs) and guidance_scale != 1.0
+    if is_guided:
         null = torch.full_like(index, len(next(iter(kwargs.values()))) - 1)
-        both = denoiser(
-            torch.cat([inputs] * 2), timestep, **kwargs, label_index=torch.cat([null, index]), return_dict=False
-        )[0]
-        unconditional, conditional = both.chunk(2)
+        inputs, index = torch.cat([inputs] * 2), torch.cat([null, index])
+    else:
+        kwargs = {name: rows[:-1] for name, rows in kwargs.items()}
+    if kwargs and "label_index" in inspect.signature(denoiser.forward).parameters:
+        kwargs = {**kwargs, "label_index": index}
+    else:  # a user's denoiser
+        kwargs = {name: rows[index] for name, rows in kwargs.items()}
+    output = denoiser(inputs, timestep, **kwargs, return_dict=False)[0]
+    if is_guided:
+        unconditional, conditional = output.chunk(2)
         output = unconditional + guidance_scale * (conditional - unconditional)
     if guides:
         clean = to_clean(output, latents, timestep, scheduler)

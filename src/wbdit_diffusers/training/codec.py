@@ -4,12 +4,10 @@ import math
 import time
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from sklearn.decomposition import FastICA
 from sklearn.exceptions import ConvergenceWarning
@@ -21,9 +19,9 @@ from ..models.codec_programs import ProgramCodec
 from ..models.likelihoods import LIKELIHOODS
 from ..processing.genes import most_variable
 from ..processing.normalize import log_normalize
-from .config import TrainingConfig
+from ..progress import bar_options, duration
+from .config import CodecConfig
 from .other_genes import add_genes
-from .processes import fit_once
 
 
 logger = get_logger(__name__)
@@ -46,25 +44,19 @@ MEAN_FACTORS = (1e-3, 1e3)  # of one correction: a gene may have no counts
 SKEWED = 0.75  # skewness of the activities above which a program belongs to a few cells
 
 
-def prepare_codec(
-    config: TrainingConfig, accelerator: Accelerator, cells: CellDataset, folder: Path, deadline: float = math.inf
+def fit_any_codec(
+    config: CodecConfig, cells: CellDataset, device: torch.device, deadline: float = math.inf
 ) -> ProgramCodec | ExpressionCodec:
-    """The codec of a run, fitted by `deadline`, a time of `time.monotonic()`."""
-    path, device = folder / "codec", accelerator.device
+    """Fits gene programs, or measures the mean and standard deviation of each gene for an expression codec."""
     if config.codec == "program":
-        return fit_once(accelerator, path, ProgramCodec, lambda: fit_program_codec(config, cells, device, deadline))
-    return fit_once(accelerator, path, ExpressionCodec, lambda: fit_expression_codec(config, cells))
-
-
-def fit_expression_codec(config: TrainingConfig, cells: CellDataset) -> ExpressionCodec:
-    """Measures the mean and standard deviation of each gene."""
+        return fit_program_codec(config, cells, device, deadline)
     codec = ExpressionCodec(cells.matrix.shape[1], config.values, config.standardize, config.model_library_size)
     codec.fit_statistics(cells.matrix, cells.library_size)
     return codec
 
 
 def fit_program_codec(
-    config: TrainingConfig, cells: CellDataset, device: torch.device, deadline: float = math.inf
+    config: CodecConfig, cells: CellDataset, device: torch.device, deadline: float = math.inf
 ) -> ProgramCodec:
     """Fits gene programs, standardises the latents, and finds axes along which the programs can be read."""
     search_deadline = deadline
@@ -96,7 +88,7 @@ def fit_program_codec(
 
 
 def fit_programs(
-    config: TrainingConfig, cells: CellDataset, num_programs: int, device: torch.device, deadline: float = math.inf
+    config: CodecConfig, cells: CellDataset, num_programs: int, device: torch.device, deadline: float = math.inf
 ) -> tuple[ProgramCodec, float]:
     """Fits encoder and decoder together. Returns the codec and its best validation loss in nats per cell."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -118,8 +110,8 @@ def fit_programs(
     codec.start_programs(cells.matrix[train_cells], cells.library_size[train_cells], config.program_prior_precision)
     best_loss, improved_loss, improved_step = math.inf, math.inf, 0
     steps_between_validations = min(100, max(10, len(train_cells) // 10))  # a fit to few cells overfits soon
-    progress_bar = tqdm(desc=f"Gene programs ({num_programs})", unit=" steps", mininterval=1)
-    step, stop = 0, False
+    progress_bar = tqdm(**bar_options(desc=f"Gene programs ({num_programs})", unit=" steps", mininterval=1))
+    start, step, stop = time.monotonic(), 0, False
     while not stop:
         batch = train_cells[torch.randint(len(train_cells), (config.codec_batch_size,), generator=generator).numpy()]
         loss = _loss(config, cells, codec, batch).mean() + prior_loss(config, codec, len(train_cells))
@@ -141,13 +133,14 @@ def fit_programs(
             stop |= (is_worse and step >= MIN_STEPS) or step - improved_step >= PATIENCE
             progress_bar.set_postfix(loss=round(loss.item(), 2), validation_loss=round(validation_loss, 2))
     progress_bar.close()
-    logger.info(f"Gene programs ({num_programs}): validation loss {best_loss:.2f} nats per cell, {step} steps.")
+    facts = f"{num_programs} programs, {step} steps, {duration(time.monotonic() - start)}"
+    logger.info(f"Step 1 of 3, gene programs: validation loss {best_loss:.1f} nats per cell ({facts}).")
     # The weights stay the last ones: programs that follow their cells more closely give better cells once the decoder
     # is fitted to them (lab/experiments.md).
     return codec, best_loss - zero_point
 
 
-def _loss(config: TrainingConfig, cells: CellDataset, codec: ProgramCodec, indices: np.ndarray) -> torch.Tensor:
+def _loss(config: CodecConfig, cells: CellDataset, codec: ProgramCodec, indices: np.ndarray) -> torch.Tensor:
     """The loss of each of some cells, `(cells,)`."""
     values, library_size = cells.cells(indices)
     negative_log_likelihood, divergence = codec(values.to(codec.device), library_size.to(codec.device))
@@ -155,7 +148,7 @@ def _loss(config: TrainingConfig, cells: CellDataset, codec: ProgramCodec, indic
 
 
 @torch.no_grad()
-def _validation_loss(config: TrainingConfig, cells: CellDataset, codec: ProgramCodec, indices: np.ndarray) -> float:
+def _validation_loss(config: CodecConfig, cells: CellDataset, codec: ProgramCodec, indices: np.ndarray) -> float:
     """The mean loss of some cells, always with the same draws from the posterior."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -164,7 +157,7 @@ def _validation_loss(config: TrainingConfig, cells: CellDataset, codec: ProgramC
 
 
 def refit_decoder(
-    config: TrainingConfig, cells: CellDataset, codec: ProgramCodec, programs: torch.Tensor, deadline: float = math.inf
+    config: CodecConfig, cells: CellDataset, codec: ProgramCodec, programs: torch.Tensor, deadline: float = math.inf
 ):
     """
     Fits the decoder to the final `programs` `(cells, num_programs)`, which the denoiser imitates. Labels get their
@@ -175,7 +168,7 @@ def refit_decoder(
     optimizer = _optimizer(codec, parameters, config.decoder_learning_rate)
     highest = [group["lr"] for group in optimizer.param_groups]  # falls to zero by the last step or the deadline
     start = time.monotonic()
-    for step in tqdm(range(config.decoder_steps), desc="Decoder", unit=" steps", mininterval=1):
+    for step in tqdm(range(config.decoder_steps), **bar_options(desc="Decoder", unit=" steps", mininterval=1)):
         if step > 0 and time.monotonic() >= deadline:
             logger.warning(f"Decoder: time for {step} of {config.decoder_steps} steps. Raise --max_train_minutes.")
             break
@@ -192,6 +185,7 @@ def refit_decoder(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    logger.info(f"Step 2 of 3, decoder: fitted to the final programs ({duration(time.monotonic() - start)}).")
 
 
 @torch.no_grad()
@@ -250,7 +244,7 @@ def find_program_axes(codec: ProgramCodec, programs: torch.Tensor):
     codec.program_axes.copy_((signs[:, None] * codec.program_axes)[order])
 
 
-def prior_loss(config: TrainingConfig, codec: ProgramCodec, num_cells: int) -> torch.Tensor:
+def prior_loss(config: CodecConfig, codec: ProgramCodec, num_cells: int) -> torch.Tensor:
     """The Gaussian prior on the effects of programs and labels on a gene, in nats per cell."""
     squares = sum(head.weight.square().sum() for head in codec.heads.values()) * config.program_prior_precision
     for effects in codec.label_effects.values():

@@ -98,6 +98,23 @@ class ExpressionCodecConfig:
 
 
 @dataclass(config=pydantic_config, kw_only=True)
+class CodecConfig(ExpressionCodecConfig, ProgramCodecConfig, DataConfig):
+    """Cells, and the latents in which they are denoised."""
+
+    codec: Literal["program", "expression"] = "program"
+    """Space in which cells are denoised. "program": gene programs under a likelihood of counts, or of log values if no
+    counts can be recovered from them. "expression": expression itself, as in the paper."""
+    seed: Seed = 0
+    """Seed of the split, the weights and all random numbers of the training."""
+
+    def __post_init__(self):
+        """Checks the label keys."""
+        for key in self.label_keys:
+            if self.label_keys.count(key) > 1 or key in ("library_size", "_index") or "/" in key:
+                raise ValueError(f"--label_keys {key}: the name is given twice or reserved. Rename the column of obs.")
+
+
+@dataclass(config=pydantic_config, kw_only=True)
 class DenoiserConfig:
     """The network that denoises latents."""
 
@@ -157,8 +174,6 @@ class OptimizationConfig:
     """Precision of the forward pass. Default: the setting of `accelerate config`."""
     compile: bool = False
     """Whether to compile the blocks with torch.compile. The start is slower, the steps are faster."""
-    seed: Seed = 0
-    """Seed of the split, the weights and all random numbers of the training."""
 
 
 @dataclass(config=pydantic_config, kw_only=True)
@@ -182,7 +197,7 @@ class OutputConfig:
     """Tracker that Accelerate supports, such as tensorboard or wandb."""
     push_to_hub: bool = False
     """Whether to upload the finished pipeline to the Hugging Face Hub."""
-    hub_model_id: str | None = None
+    repo_id: str | None = None
     """Repository to upload to. Default: the name of output_dir in your namespace."""
     data_name: str | None = None
     """Name of the training data on the model card."""
@@ -193,26 +208,18 @@ class OutputConfig:
 
 
 @dataclass(config=pydantic_config, kw_only=True)
-class TrainingConfig(
-    OutputConfig, OptimizationConfig, DenoiserConfig, ExpressionCodecConfig, ProgramCodecConfig, DataConfig
-):
+class TrainingConfig(OutputConfig, OptimizationConfig, DenoiserConfig, CodecConfig):
     """
     The configuration of a training. All fields but `output_dir` have defaults; `wbdit train --help` describes them.
     Raises a `pydantic.ValidationError` (a `ValueError`) if a field is unknown, of another type or out of range.
     """
 
-    codec: Literal["program", "expression"] = "program"
-    """Space in which cells are denoised. "program": gene programs under a likelihood of counts, or of log values if no
-    counts can be recovered from them. "expression": expression itself, as in the paper."""
-
     def __post_init__(self):
         """Sets the defaults that depend on the codec, and checks fields against each other."""
+        super().__post_init__()
         for name, defaults in CODEC_DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[self.codec])
-        for key in self.label_keys:
-            if self.label_keys.count(key) > 1 or key in ("library_size", "_index") or "/" in key:
-                raise ValueError(f"--label_keys {key}: the name is given twice or reserved. Rename the column of obs.")
         if self.num_attention_heads * self.attention_head_dim % 4:
             raise ValueError("--num_attention_heads times --attention_head_dim must be a multiple of 4.")
 
@@ -233,7 +240,7 @@ def command_of(config: TrainingConfig) -> str:
         words += ["--split", config.split.name]
     defaults = vars(TrainingConfig(output_dir=config.output_dir, codec=config.codec)) | {"codec": "program"}
     for name, value in config_without_places(config).items():
-        if value == defaults[name] or name in ("push_to_hub", "hub_model_id", "report_to"):
+        if value == defaults[name] or name in ("push_to_hub", "repo_id", "report_to"):
             continue
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")

@@ -2,14 +2,17 @@
 
 import math
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, ModelMixin
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -17,6 +20,7 @@ from ..data.latents import CellOrder, Latents
 from ..files import write_whole
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
+from ..progress import bar_options, duration
 from ..sampling.schedulers import signal_and_noise, training_scheduler
 from .checkpoints import Progress, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
@@ -26,7 +30,9 @@ from .processes import TrainingInterrupted, stop_signal, sync_errors
 logger = get_logger(__name__)
 
 VALIDATION_CELLS, VALIDATION_DRAWS = 512, 4  # each cell with so many draws of noise and timestep
+STEPS_OF_ESTIMATE = 50  # of the time that is left
 LOG_COLUMNS = ["step", "epoch", "seconds", "learning_rate", "loss", "validation_loss"]
+Callback = Callable[[dict[str, float]], Any]
 
 
 def diffusion_loss(
@@ -85,22 +91,25 @@ class DenoiserTraining:
         test_cells: Latents,
         start_time: float,
         gaussian_mixture: GaussianMixtureDenoiser | None = None,
+        denoiser: Callable[..., ModelMixin] | None = None,
+        callbacks: Sequence[Callback] = (),
     ):
         self.config, self.accelerator, self.gaussian_mixture = config, accelerator, gaussian_mixture
-        self.start_time, self.progress = start_time, Progress()
+        self.start_time, self.progress, self.callbacks = start_time, Progress(), callbacks
         self.train_cells, self.order = train_cells, CellOrder(len(train_cells), config.seed)
         self.noise_scheduler = training_scheduler(config.prediction_type)
         self.log_path = config.output_dir / "training_log.csv"
-        model = WhiteBoxDiTModel(
-            sample_size=train_cells.values.shape[1],
+        self.has_our_denoiser = denoiser is None
+        denoiser = denoiser or partial(
+            WhiteBoxDiTModel,
             patch_size=config.patch_size,
             num_layers=config.num_layers,
             num_attention_heads=config.num_attention_heads,
             attention_head_dim=config.attention_head_dim,
             block_type=config.block_type,
-            condition_sizes=train_cells.condition_sizes,
             condition_dropout=config.condition_dropout,
         )
+        model = denoiser(sample_size=train_cells.values.shape[1], condition_sizes=train_cells.condition_sizes)
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
         ema_decay = config.ema_decay if config.use_ema else 0.0  # with decay 0 the average is the model itself
         self.ema = EMAModel(model.parameters(), decay=ema_decay, use_ema_warmup=True, power=2 / 3, foreach=True)
@@ -114,7 +123,7 @@ class DenoiserTraining:
         steps = round(config.max_train_epochs * len(train_cells) / self.cells_per_step)  # one may span two epochs
         self.max_train_steps = min(config.max_train_steps, max(1, steps))
 
-        self.validation_model = WhiteBoxDiTModel.from_config(model.config).to(accelerator.device).eval()
+        self.validation_model = type(model).from_config(model.config).to(accelerator.device).eval()
         # A random sample: files are often sorted by population.
         sample = np.random.default_rng(config.seed).permutation(len(test_cells))[:VALIDATION_CELLS]
         self.validation_batch = test_cells.batch(np.sort(sample), accelerator.device)
@@ -144,14 +153,19 @@ class DenoiserTraining:
             logger.info(f"{config.max_train_epochs:,} passes over the training cells {end}. Raise --max_train_epochs.")
         total = self.max_train_steps if config.max_train_minutes is None else None  # unknown with a time limit
         hidden = not self.accelerator.is_local_main_process
-        self.progress_bar = tqdm(
-            desc="Denoiser", total=total, initial=progress.step, unit=" steps", mininterval=1, disable=hidden
-        )
+        options = bar_options(desc="Denoiser", total=total, initial=progress.step, unit=" steps", mininterval=1)
+        self.progress_bar = tqdm(**options, disable=hidden)
+        name, start, first_step = "Step 3 of 3, denoiser", time.monotonic(), progress.step
+        logger.info(f"{name}: up to {self.max_train_steps:,} steps of {self.cells_per_step} cells.")
         self.model.train()
         self.losses = list(torch.tensor(progress.losses, device=self.accelerator.device))  # since the last log line
         with stop_signal.deferred(), self.progress_bar:
             while progress.step < self.max_train_steps and not self._step():
-                pass
+                if progress.step - first_step == STEPS_OF_ESTIMATE:
+                    left = (time.monotonic() - start) / STEPS_OF_ESTIMATE * (self.max_train_steps - progress.step)
+                    left = min(left, 60 * (config.max_train_minutes or math.inf) - self.seconds)
+                    logger.info(f"{name}: about {duration(left)} left.")
+        logger.info(f"{name}: {progress.step:,} steps, {duration(time.monotonic() - start)}.")
 
     def _step(self) -> bool:
         """Takes an optimizer step, writes what is due, and returns whether the training is over."""
@@ -234,13 +248,15 @@ class DenoiserTraining:
         step, epoch = self.progress.step, self.progress.num_seen // len(self.train_cells)
         losses = {"loss": torch.stack(self.losses).mean().item(), "validation_loss": self.validation_loss()}
         losses = {name: round(loss, 6) for name, loss in losses.items()}
-        rate = self.optimizer.param_groups[0]["lr"]
+        values = step, epoch, round(self.seconds, 1), self.optimizer.param_groups[0]["lr"], *losses.values()
         with self.log_path.open("a") as file:
-            print(step, epoch, round(self.seconds, 1), rate, *losses.values(), sep=",", file=file)
+            print(*values, sep=",", file=file)
         self.progress_bar.set_postfix(losses)
         self.accelerator.log(losses, step=step)
+        for callback in self.callbacks:
+            callback(dict(zip(LOG_COLUMNS, values)))
 
-    def averaged_model(self) -> WhiteBoxDiTModel:
+    def averaged_model(self) -> ModelMixin:
         """The denoiser with its averaged weights, on the CPU."""
         denoiser = self.accelerator.unwrap_model(self.model)
         self.ema.copy_to(denoiser.parameters())

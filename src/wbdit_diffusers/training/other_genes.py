@@ -1,5 +1,7 @@
 """The genes that do not define the programs: each is a regression on the programs."""
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from scipy import sparse
 
 from ..data.latents import CellDataset
 from ..models.codec_programs import ProgramCodec
-from .config import TrainingConfig
+from .config import CodecConfig
 
 
 MAX_CELLS, MAX_PRODUCTS = 10_000, 2**26  # more cells change little; products of two covariates, of all cells
@@ -21,7 +23,7 @@ NO_OUTLIERS = -12.0  # log odds
 
 @torch.no_grad()
 def add_genes(
-    config: TrainingConfig, cells: CellDataset, codec: ProgramCodec, variable: np.ndarray, programs: torch.Tensor
+    config: CodecConfig, cells: CellDataset, codec: ProgramCodec, variable: np.ndarray, programs: torch.Tensor
 ) -> ProgramCodec:
     """
     Adds all other genes to the decoder of a codec of the `variable` genes, which are positions. A gene's share of the
@@ -59,12 +61,13 @@ def add_genes(
     indicators = [F.one_hot(codes, size) for codes, size in zip([] if labels is None else labels.T, sizes)]
     design = torch.cat([torch.ones(len(chosen), 1), programs[chosen], *indicators], dim=1)
     library_size = torch.from_numpy(cells.library_size[chosen]).float()
-    share = codec.decode_programs(programs[chosen], library_size, labels).log_proportions[:, -1]
+    decoded: Any = codec.decode_programs(programs[chosen], library_size, labels)
+    offset = library_size.log() + decoded.log_proportions[:, -1]  # of the counts in all other genes
     matrix = cells.matrix[chosen.numpy()]
     unmodelled = np.maximum(cells.library_size[chosen] - np.asarray(matrix.sum(axis=1)).ravel(), 0)
     matrix = sparse.hstack([matrix, unmodelled[:, None]], format="csc")
     regressions = [
-        regress(torch.from_numpy(matrix[:, part].toarray()).float(), library_size.log() + share, design, precision)
+        regress(torch.from_numpy(matrix[:, part].toarray()).float(), offset, design, precision)
         for part in np.array_split(fitted, -(-len(fitted) // GENES_AT_ONCE))
     ]
     coefficients = torch.cat([one for one, _ in regressions], dim=1)  # (covariates, genes)

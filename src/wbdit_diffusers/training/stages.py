@@ -7,32 +7,38 @@ for resuming `run.json` (the flags), `stage_one/` and `checkpoint-N/`.
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import anndata as ad
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from diffusers import ModelMixin
 from huggingface_hub import create_repo
 
+from ..data.cells import CellSource
 from ..data.latents import MAX_VALUES_IN_MEMORY, CellDataset, Latents, encode_cells, encode_source, sample_cells
 from ..files import remove
 from ..hub.facts import write_training
 from ..hub.model_card import write_model_card
 from ..hub.publish import publish
+from ..models.codec_expression import ExpressionCodec
+from ..models.codec_programs import ProgramCodec
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..processing.genes import check_variation
 from ..processing.processor import ScRNAProcessor
 from ..sampling.schedulers import make_scheduler
 from .cells import open_cells
 from .checkpoints import LATENTS_NAME, STAGE_ONE_NAME, find_run, start_run
-from .codec import TIME_FRACTION, prepare_codec
-from .config import TrainingConfig, command_of, config_without_places
-from .denoiser import DenoiserTraining
+from .codec import TIME_FRACTION, fit_any_codec
+from .config import CodecConfig, TrainingConfig, command_of, config_without_places
+from .denoiser import Callback, DenoiserTraining
 from .gaussian_mixture import prepare_gaussian_mixture
-from .processes import stop_signal, sync_errors
+from .processes import fit_once, stop_signal, sync_errors
 
 
 logger = get_logger(__name__)
@@ -40,12 +46,55 @@ logger = get_logger(__name__)
 ENOUGH_STEPS = 1000  # with fewer, generated cells are easily distinguished from real ones
 
 
-def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScRNAGenerationPipeline:
+def fit_codec(
+    cells: ad.AnnData | CellSource, config: CodecConfig | None = None
+) -> tuple[ScRNAProcessor, ProgramCodec | ExpressionCodec]:
     """
-    Trains codec and denoiser on cells, and writes the pipeline to `config.output_dir`.
+    Fits a processor and a codec to training cells: the first stage of [`train`], for a denoiser of your own.
 
-    `source` are cells, their file, or a folder that `wbdit prepare` wrote; by default `config.dataset`. Returns the
-    trained pipeline, on the CPU.
+    `encode_cells(CellDataset(cells, processor), codec)` then gives the latents. Returns both on the CPU. Raises a
+    `ValueError` if the cells can't be modelled.
+    """
+    config, device = config or CodecConfig(), PartialState().device
+    processor, dataset = _fit_processor(cells, config)
+    return processor, fit_any_codec(config, dataset, device).cpu()
+
+
+def _fit_processor(cells: ad.AnnData | CellSource, config: CodecConfig) -> tuple[ScRNAProcessor, CellDataset]:
+    """A processor of the training cells, and those of them that stage one sees."""
+    processor = ScRNAProcessor(
+        values=config.values,
+        recover_counts=config.codec != "expression",
+        layer=config.layer,
+        round_counts=config.round_counts,
+        label_keys=config.label_keys,
+        num_genes=config.num_genes or None,
+    ).fit(cells)
+    dataset = sample_cells(cells, processor, config.seed)
+    check_variation(dataset.matrix)
+    return processor, dataset
+
+
+def train(
+    source: str | Path | ad.AnnData | None,
+    config: TrainingConfig,
+    denoiser: Callable[..., ModelMixin] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> ScRNAGenerationPipeline:
+    """
+    Trains codec and denoiser on cells, and writes the pipeline to `config.output_dir`. Returns it, on the CPU.
+
+    Args:
+        source (`str`, `Path` or `AnnData`, *optional*):
+            Cells, their file, or a folder that `wbdit prepare` wrote. Default: `config.dataset`.
+        config ([`TrainingConfig`]): All settings.
+        denoiser (`Callable`, *optional*):
+            Class or function that makes the network: `denoiser(sample_size=..., condition_sizes=...)` returns a
+            [`ModelMixin`] with these two in its config. It is called as [`WhiteBoxDiTModel`] with `(sample, timestep,
+            class_labels, return_dict)`. Default: a [`WhiteBoxDiTModel`] from `config`.
+        callbacks (`Sequence[Callable]`, defaults to `()`):
+            Functions that get each row of the log: a dict with `step`, `epoch`, `seconds`, `learning_rate`, `loss` and
+            `validation_loss`. They run in the main process.
 
     Raises:
         ValueError: If the cells can't be modelled, flags do not fit them, or `output_dir` holds another run.
@@ -60,29 +109,25 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
         with sync_errors(accelerator):
             checkpoint, replaced = find_run(config)
             train_cells, test_cells, split = stack.enter_context(open_cells(source, config))
-            processor = ScRNAProcessor(
-                values=config.values,
-                recover_counts=config.codec != "expression",
-                layer=config.layer,
-                round_counts=config.round_counts,
-                label_keys=config.label_keys,
-                num_genes=config.num_genes or None,
-            ).fit(train_cells)
-            train_dataset = sample_cells(train_cells, processor, config.seed)
-            check_variation(train_dataset.matrix)
+            processor, train_dataset = _fit_processor(train_cells, config)
             test_cells = test_cells[processor.knows_labels(test_cells)]
             if test_cells.n_obs == 0:
                 raise ValueError("No held-out cell has labels that a training cell has. Use another --split.")
             test_dataset = CellDataset(test_cells, processor)
         with sync_errors(accelerator):
             if accelerator.is_main_process:
-                repo_id = config.hub_model_id or folder.resolve().name
+                repo_id = config.repo_id or folder.resolve().name
                 if config.push_to_hub:  # fails before the work if nothing can be uploaded
                     repo_id = create_repo(repo_id, exist_ok=True).repo_id
                 stack.enter_context(start_run(config, split, replaced))
 
+        genes = f"{len(processor.var_names):,} of {len(train_cells.var_names):,} genes"
+        kind = "the most variable ones" if config.num_genes else "those that at least 3 training cells express"
+        logger.info(f"{len(train_cells.obs):,} training cells, {test_cells.n_obs:,} held out, {genes}: {kind}.")
         deadline = start_time + 60 * TIME_FRACTION * (config.max_train_minutes or math.inf)
-        codec = prepare_codec(config, accelerator, train_dataset, stage_one, deadline)
+        codec_class = ExpressionCodec if config.codec == "expression" else ProgramCodec
+        fit = partial(fit_any_codec, config, train_dataset, accelerator.device, deadline)
+        codec = fit_once(accelerator, stage_one / "codec", codec_class, fit)
         with accelerator.main_process_first():
             is_large = len(train_cells.obs) * codec.num_features > MAX_VALUES_IN_MEMORY
             if is_large or len(train_dataset) < len(train_cells.obs):
@@ -94,14 +139,14 @@ def train(source: str | Path | ad.AnnData | None, config: TrainingConfig) -> ScR
         gaussian_mixture = prepare_gaussian_mixture(config, accelerator, latents, stage_one)
 
         set_seed(config.seed)  # the initial weights are the same whether or not stage one ran in this process
-        training = DenoiserTraining(config, accelerator, latents, test_latents, start_time, gaussian_mixture)
+        inputs = latents, test_latents, start_time, gaussian_mixture, denoiser, callbacks
+        training = DenoiserTraining(config, accelerator, *inputs)
         accelerator.init_trackers("wbdit_diffusers", {key: str(value) for key, value in vars(config).items()})
         with sync_errors(accelerator):
             if checkpoint is not None:
                 training.resume(checkpoint)
             if accelerator.is_main_process:
                 training.start_log()
-        logger.info(f"{len(latents)} training cells, {test_cells.n_obs} held out, {training.cells_per_step} per step.")
         training.run()
 
         with sync_errors(accelerator), stop_signal.deferred():
@@ -160,7 +205,8 @@ def _save(
     if step < ENOUGH_STEPS:
         facts["warning"] = f"only {step} denoiser steps; with fewer than {ENOUGH_STEPS:,}, generated cells are poor."
         logger.warning(f"WARNING: {facts['warning']} Raise --max_train_steps or --max_train_minutes.")
-    write_training(folder, config_without_places(config), command_of(config), len(training.train_cells), facts)
+    command = command_of(config) if training.has_our_denoiser else None  # a command can't name another network
+    write_training(folder, config_without_places(config), command, len(training.train_cells), facts)
     write_model_card(pipeline, folder, repo_id)
     remove(folder / LATENTS_NAME)
     logger.info(f"Saved the pipeline to {folder}.")

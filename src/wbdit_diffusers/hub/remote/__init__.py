@@ -1,1 +1,0 @@
-"""The modules that `wbdit push --with_code` adds to a repository."""
