@@ -1,4 +1,4 @@
-"""Converts our docstrings, which have the style of Diffusers (Markdown with `Args:`), to reStructuredText for Sphinx."""
+"""Converts docstrings in the style of Diffusers (Markdown with `Args:`) to reStructuredText for Sphinx."""
 
 import re
 

@@ -1,7 +1,7 @@
 """Copies pages from elsewhere in the repository to the site, and turns links between files into links between pages.
 
-The links in our Markdown are valid in a clone. On the site, a link to a file with a page becomes a link to that page. A
-link to any other file, such as source code, becomes the name of the file.
+The links in our Markdown are valid in a clone. On the site, a link to a file with a page becomes a link to that page.
+A link to any other file, such as source code, becomes the name of the file.
 """
 
 import os
