@@ -45,7 +45,7 @@ def _section(name: str, *aliases: str, text: str) -> str:
     same = "".join(f" `wbdit {alias}` is the same command." for alias in aliases)
     usage = parser.format_usage().removeprefix("usage: ").strip()
     examples = inspect.cleandoc("    " + examples)
-    lines = [f"## {name}", "", f"{prose}{same}", "", "```bash", *(usage, "", examples), "```", ""]
+    lines = [f"## wbdit {name}", "", f"{prose}{same}", "", "```bash", *(usage, "", examples), "```", ""]
     lines += [f":::{{program}} wbdit {name}", ":::", ""]
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if action.help and action.dest != "help"]

@@ -28,11 +28,13 @@ sc.pp.pca(both, n_comps=20)
 sc.pp.neighbors(both)
 sc.tl.umap(both, random_state=0)
 
-plt.rcParams["font.size"] = 14
-figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", sharex=True, sharey=True)
+plt.rcParams["font.size"] = 16
+figure, axes = plt.subplots(1, 2, figsize=(10, 6), layout="constrained", sharex=True, sharey=True)
 for axis, source in zip(axes, panels):
-    shown, legend = both[both.obs["source"] == source].copy(), "right margin" if axis is axes[-1] else None
-    sc.pl.umap(shown, color="cell_type", palette="tab10", size=150, ax=axis, show=False, legend_loc=legend)
+    shown = both[both.obs["source"] == source].copy()
+    sc.pl.umap(shown, color="cell_type", palette="tab10", size=150, ax=axis, show=False)
     axis.set(title=f"{shown.n_obs} {source}", xlabel="", ylabel="")
     axis.set_frame_on(False)
+    axis.get_legend().remove()
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 figure.savefig(Path(__file__).with_name("first_figure.png"), dpi=110)
