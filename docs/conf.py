@@ -1,4 +1,4 @@
-"""The documentation site: `make docs`. Nothing is fetched while it is built."""
+"""The documentation site: `make docs`. The build downloads nothing."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import command_line  # noqa: E402
 import docstrings  # noqa: E402
 import elsewhere  # noqa: E402
 
@@ -13,7 +14,7 @@ import wbdit_diffusers  # noqa: E402
 from wbdit_diffusers.training import config  # noqa: E402
 
 
-config.DataConfig.label_keys = []  # shown as such, and not as what makes the list
+config.DataConfig.label_keys = []  # shown as a list and not as its factory
 
 
 project = "wbdit_diffusers"
@@ -25,25 +26,26 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
 ]
 exclude_patterns = ["_build"]
-suppress_warnings = ["myst.header"]  # the notebook's pages have their own depth of headings
+suppress_warnings = ["myst.header"]  # pages of the lab notebook skip levels of headings
 
 # Pages
 myst_enable_extensions = ["colon_fence", "attrs_inline"]
 myst_heading_anchors = 3
-nb_execution_mode = "cache"  # runs the tutorial anew where its cells have changed
-nb_execution_in_temp = True  # what the tutorial writes is no part of the site
-nb_execution_timeout = 1800  # seconds a cell, also where others work on the same machine
+nb_execution_mode = "cache"  # runs the tutorial again only if its cells have changed
+nb_execution_in_temp = True  # the tutorial's files are not part of the site
+nb_execution_timeout = 1800  # seconds per cell, enough on a busy machine
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_output_stderr = "remove"  # progress bars
 
 # API
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # docstrings have them, with shapes
+autodoc_typehints = "none"  # the docstrings state types and shapes
 autodoc_class_signature = "mixed"
 autodoc_default_options = {"members": True, "special-members": "__call__"}
 napoleon_google_docstring = True
@@ -76,7 +78,7 @@ pygments_dark_style = "monokai"
 
 
 def shorten_signature(app, what, name, obj, options, signature, return_annotation):
-    """A configuration's fields are listed below it, with their defaults: seventy of them are no signature to read."""
+    """Shortens the signature of a configuration. Its seventy fields are listed below it, with their defaults."""
     if obj is config.TrainingConfig:
         return "(*, output_dir, **fields)", None
     if what == "class" and obj.__module__ == config.__name__:
@@ -85,8 +87,10 @@ def shorten_signature(app, what, name, obj, options, signature, return_annotatio
 
 
 def setup(app):
-    elsewhere.bring_pages()
-    app.connect("source-read", elsewhere.mend_page_source)
-    # Before napoleon, which reads what this leaves.
+    elsewhere.copy_pages()
+    app.connect("source-read", elsewhere.fix_page_links)
+    app.connect("source-read", command_line.add_commands)
+    app.connect("env-get-outdated", command_line.always_outdated)
+    # Priority 100 puts this before napoleon, which reads the result.
     app.connect("autodoc-process-docstring", docstrings.to_rst, priority=100)
     app.connect("autodoc-process-signature", shorten_signature)

@@ -1,9 +1,9 @@
-"""Our docstrings, in the habit of Diffusers (Markdown with `Args:`), as the reStructuredText that Sphinx reads."""
+"""Converts docstrings in the style of Diffusers (Markdown with `Args:`) to reStructuredText for Sphinx."""
 
 import re
 
 
-# [`name`], or ``code`` that is reStructuredText already, or `code`
+# [`name`], or ``code`` that is already reStructuredText, or `code`
 MARKED = re.compile(r"\[`(?P<short>~?)(?P<name>[\w.]+)`\]|``[^`]+``|`(?P<code>[^`\n]+)`")
 FENCE = re.compile(r"^(\s*)```(\w*)\s*$")
 
@@ -24,12 +24,12 @@ def to_rst(app, what, name, obj, options, lines: list[str]):
         else:
             rst.append(inline(line))
     if what in ("attribute", "property") and rst and ":" in rst[0]:
-        rst[0] = f": {rst[0]}"  # napoleon would take what stands before a colon for the type
+        rst[0] = f": {rst[0]}"  # napoleon would read the text before a colon as the type
     lines[:] = rst
 
 
 def inline(line: str) -> str:
-    """``code`` for `code`, and a cross-reference for [`name`], which is code where nothing here has that name."""
+    """Turns `code` into ``code``, and [`name`] into a cross-reference, which is shown as code if it has no target."""
 
     def mark(match: re.Match) -> str:
         if match["name"]:
@@ -39,7 +39,7 @@ def inline(line: str) -> str:
             text = f"``{match['code']}``"
         else:
             return match[0]
-        # A letter right behind would be taken for the mark's inside: `Cell`s.
+        # In `Cell`s, the letter after the mark would otherwise hide its end.
         return text + ("\\ " if line[match.end() : match.end() + 1].isalnum() else "")
 
     return MARKED.sub(mark, line)

@@ -1,7 +1,7 @@
-"""Pages of the site that live elsewhere in the repository, and links between files as links between pages.
+"""Copies pages from elsewhere in the repository to the site, and turns links between files into links between pages.
 
-Links in our Markdown are right in a clone. On the site, one to a file that is a page here becomes a link to the page,
-and one to any other file, such as source code, names the file.
+The links in our Markdown are valid in a clone. On the site, a link to a file with a page becomes a link to that page.
+A link to any other file, such as source code, becomes the name of the file.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-# File in the repository -> page. The folders of these pages are written by each build, and belong to no commit.
+# File in the repository -> page. Each build writes the folders of these pages, and Git ignores them.
 PAGES = {
     "CHANGELOG.md": "project/changelog.md",
     "CONTRIBUTING.md": "project/contributing.md",
@@ -28,11 +28,11 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)((?:#[^)\s]*)?)\)")
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
-def bring_pages():
+def copy_pages():
     """Writes the pages that live elsewhere, with their figures."""
     for origin, page in PAGES.items():
         text = FRONT_MATTER.sub("", (ROOT / origin).read_text())  # a model card's metadata is for the Hub
-        text = mend(text, origin) + (NOTEBOOK_CONTENTS if page == "notebook/index.md" else "")
+        text = fix_links(text, origin) + (NOTEBOOK_CONTENTS if page == "notebook/index.md" else "")
         _write(DOCS / page, text)
     for figure in (ROOT / "lab").glob("*/*.png"):
         target = DOCS / "notebook" / figure.relative_to(ROOT / "lab")
@@ -41,16 +41,16 @@ def bring_pages():
 
 
 def _write(path: Path, text: str):
-    """Leaves a file alone that has this text, so that its page is not built again."""
+    """Writes a file if its text has changed. An unchanged file keeps its date, so its page is not built again."""
     if not path.is_file() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
 
-def mend(text: str, origin: str) -> str:
-    """The text of a file for the site, with links that hold there; `origin` is the file's path in the repository."""
+def fix_links(text: str, origin: str) -> str:
+    """Returns the text of a file with links that are valid on the site. `origin` is its path in the repository."""
 
-    def mend_link(match: re.Match) -> str:
+    def fix_link(match: re.Match) -> str:
         mark, label, target, anchor = match.groups()
         if ":" in target:  # an address
             return match[0]
@@ -61,16 +61,16 @@ def mend(text: str, origin: str) -> str:
         if page is None and path.startswith("docs/") and (ROOT / path).is_file():
             page = path.removeprefix("docs/")
         if page is not None:
-            # Where a file is named, a page has a title.
+            # An empty label shows the title of the page instead of the name of the file.
             return f"{mark}[{'' if label.endswith('.md') else label}](/{page}{anchor})"
         if not (ROOT / path).exists():
-            return match[0]  # left to the build, which fails on it
+            return match[0]  # the build fails on it
         return f"{label}" if path.strip("/") in label else f"{label} (`{path}`)"
 
-    return LINK.sub(mend_link, text).replace(" ± ", "\u00a0±\u00a0")  # one number, not three lines of a table
+    return LINK.sub(fix_link, text).replace(" ± ", "\u00a0±\u00a0")  # keeps a number on one line of a table
 
 
-def mend_page_source(app, docname: str, source: list[str]):
-    """[`mend`] for pages that live here, as they are read."""
+def fix_page_links(app, docname: str, source: list[str]):
+    """Applies [`fix_links`] to the pages of docs/ as they are read."""
     if not docname.startswith(("project/", "notebook/")):
-        source[0] = mend(source[0], f"docs/{docname}.md")
+        source[0] = fix_links(source[0], f"docs/{docname}.md")

@@ -1,4 +1,4 @@
-"""The newcomer's path, as docs/ten_minutes.md says it: from a file to a pipeline that a Hub's id loads."""
+"""The commands of docs/ten_minutes.md run: from a file to a pipeline that loads by its Hub id."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ from conftest import ROOT
 
 
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-# The same commands, with less work.
+# The same commands with less work
 SMALLER = {
     "--max_train_minutes 4": "--max_train_steps 5 --codec_max_steps 20 --decoder_steps 5 --num_programs 6",
     "--num_cells 5000": "--num_cells 50",
@@ -31,7 +31,7 @@ def test_the_page_leads_to_a_pipeline_on_the_hub(hub, hub_environment, tmp_path)
     text = (ROOT / "docs" / "ten_minutes.md").read_text().split("## Without a command line")[0]
     blocks = BLOCK.findall(text)
     commands = [line for kind, code in blocks if kind == "bash" for line in code.replace("\\\n", "").splitlines()]
-    assert len(commands) <= 10 and "hf auth login" in commands  # here HF_TOKEN
+    assert len(commands) <= 11 and "hf auth login" in commands  # here HF_TOKEN
     for whole, smaller in SMALLER.items():
         assert sum(whole in command for command in commands) == 1, f"the page has no {whole} any more: fix this test"
         commands = [command.replace(whole, smaller) for command in commands]
@@ -43,9 +43,10 @@ def test_the_page_leads_to_a_pipeline_on_the_hub(hub, hub_environment, tmp_path)
         assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
         return result.stdout
 
-    first = re.match(r'python -c "(.*)"$', commands[0])
+    assert commands[0].startswith('cd "$(mktemp -d ')  # a new folder, as `tmp_path` is here
+    first = re.match(r'python -c "(.*)"$', commands[1])
     run("-c", first.group(1))
-    # The look inside takes two minutes, and has tests of its own.
+    # `wbdit explain` takes two minutes and has its own tests.
     taken = [command for command in commands if command.startswith("wbdit ") and "explain" not in command]
     assert len(taken) == 5
     said = run("-c", RUN, given="\n".join(taken))
