@@ -26,7 +26,8 @@ THEME.set(**dict.fromkeys(CHOSEN, "*primary_700"), **{f"{name}_dark": "*primary_
 THEME.set(block_title_background_fill="none", block_label_background_fill="*background_fill_primary")
 # A figure keeps its size, so that its text can be read: one that is too wide scrolls.
 CSS = """
-.gradio-container {max-width: 1480px !important; margin: 0 auto !important;}
+.gradio-container {max-width: min(1480px, 100vw) !important; min-width: 0 !important; margin: 0 auto !important;}
+.dark {--color-accent: var(--primary-300) !important;}
 .facts p {font-size: 0.85rem; color: var(--body-text-color-subdued); margin: 0;}
 .prose blockquote {border-left: 4px solid #b45309; background: #fef3c7; padding: 0.5em 0.8em; margin: 0.5em 0;}
 .prose blockquote p {color: #451a03 !important; font-size: 0.9rem;}
@@ -67,7 +68,7 @@ def _generate_tab(model: str) -> tuple[gr.Dropdown, gr.Radio, gr.File]:
     """Choices on the left, cells and figures on the right."""
     line, dropdowns, num_steps, fitting, has_counts = handlers.describe(model)
     with gr.Row():
-        with gr.Column(scale=2, min_width=330):
+        with gr.Column(scale=2, min_width=240):
             info = "A folder that a training wrote, or a Hub id."
             pipeline = gr.Dropdown([(Path(model).name, model)], label="Pipeline", info=info, allow_custom_value=True)
             facts = gr.Markdown(line, elem_classes="facts")
@@ -117,7 +118,7 @@ def _generate_tab(model: str) -> tuple[gr.Dropdown, gr.Radio, gr.File]:
 def _train_tab(pipeline: gr.Dropdown, source: gr.Radio, upload: gr.File):
     """File and choices on the left, status and loss curve on the right."""
     with gr.Row():
-        with gr.Column(scale=2, min_width=330):
+        with gr.Column(scale=2, min_width=240):
             label = f"Counts of up to {handlers.MAX_TRAINING_CELLS:,} cells"
             cells = gr.File(label=label, file_types=FILE_TYPES, height=130)
             line = gr.Markdown("No file yet.", elem_classes="facts")
