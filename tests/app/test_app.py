@@ -399,7 +399,7 @@ def test_the_page_can_be_read(scheme, folder):
     try:
         with sync_api.sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            view = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+            view = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
             view.goto(f"{page.local_url}?__theme={scheme}")
             view.get_by_label("nothing").check()
             view.get_by_role("button", name="Generate", exact=True).click()
@@ -408,6 +408,7 @@ def test_the_page_can_be_read(scheme, folder):
             for tab in ("Markers", "Programs"):  # were not open when their figures were made
                 view.get_by_role("tab", name=tab).click()
                 view.locator(".figure:visible img").wait_for(timeout=60_000)
+            view.set_viewport_size({"width": 390, "height": 844})
             for tab in ("Generate", "Train on my cells", "About"):
                 view.get_by_role("tab", name=tab).click()
                 assert not view.evaluate(FAINT_TEXT)

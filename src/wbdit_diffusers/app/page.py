@@ -24,10 +24,12 @@ CHOSEN = "button_primary_background_fill checkbox_label_background_fill_selected
 THEME.set(**dict.fromkeys(SUBDUED, "*neutral_600"), **{f"{name}_dark": "*neutral_300" for name in SUBDUED})
 THEME.set(**dict.fromkeys(CHOSEN, "*primary_700"), **{f"{name}_dark": "*primary_700" for name in CHOSEN[:2]})
 THEME.set(block_title_background_fill="none", block_label_background_fill="*background_fill_primary")
+THEME.set(block_title_background_fill_dark="none", block_label_background_fill_dark="*background_fill_primary")
 # A figure keeps its size, so that its text can be read: one that is too wide scrolls.
 CSS = """
-.gradio-container {max-width: min(1480px, 100vw) !important; min-width: 0 !important; margin: 0 auto !important;}
+.gradio-container {width: 100%; min-width: 0 !important; max-width: 1480px !important; margin: 0 auto !important;}
 .dark {--color-accent: var(--primary-300) !important;}
+@media (max-width: 600px) {.main.fillable {padding: 1rem !important;}}
 .facts p {font-size: 0.85rem; color: var(--body-text-color-subdued); margin: 0;}
 .prose blockquote {border-left: 4px solid #b45309; background: #fef3c7; padding: 0.5em 0.8em; margin: 0.5em 0;}
 .prose blockquote p {color: #451a03 !important; font-size: 0.9rem;}
