@@ -1,5 +1,7 @@
 """The page in the browser, through what its controls do."""
 
+import json
+import shutil
 import zipfile
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ from conftest import make_pipeline
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.cli import main
 from wbdit_diffusers.data import CellSplit
+from wbdit_diffusers.evaluation.classifiers import JUDGES
 
 
 gr = pytest.importorskip("gradio")
@@ -21,6 +24,26 @@ from wbdit_diffusers.app import handlers, launch  # noqa: E402
 
 
 REQUEST = SimpleNamespace(session_hash="session")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+# Visible text with a contrast under 4.5, by the formula of WCAG
+FAINT_TEXT = """() => {
+  const context = Object.assign(document.createElement("canvas"), {width: 1, height: 1}).getContext("2d");
+  const rgba = colour => { context.clearRect(0, 0, 1, 1); context.fillStyle = colour; context.fillRect(0, 0, 1, 1);
+    return [...context.getImageData(0, 0, 1, 1).data]; };
+  const light = colour => rgba(colour).slice(0, 3).map(v => v / 255).map(v =>
+    v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((sum, v, i) =>
+    sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = node => { for (; node; node = node.parentElement) {
+    const colour = getComputedStyle(node).backgroundColor;
+    if (rgba(colour)[3] > 200) return colour; } return "white"; };
+  return [...document.querySelectorAll("body *")].filter(node => node.checkVisibility({visibilityProperty: true})
+      && !node.disabled && !node.closest(".sr-only") && node.getBoundingClientRect().width > 2
+      && [...node.childNodes].some(child => child.nodeType === 3 && child.textContent.trim())).map(node => {
+    const [low, high] = [light(getComputedStyle(node).color), light(behind(node))].sort((a, b) => a - b);
+    return [(high + 0.05) / (low + 0.05), node.textContent.trim().slice(0, 40), getComputedStyle(node).color,
+            behind(node)];
+  }).filter(([contrast]) => contrast < 4.5);
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +184,7 @@ def test_training_file_offers_its_label_columns(pbmc, tmp_path, monkeypatch):
     cells.write_h5ad(path)
     line, columns = handlers.choose_training_file(path)
     assert line == "700 cells × 100 genes in mine.h5ad"
-    assert columns["value"] == "cell_type" and columns["choices"] == ["cell_type", "phase", handlers.NO_TYPES]
+    assert columns["value"] == ["cell_type"] and columns["choices"] == ["cell_type", "phase"]
     monkeypatch.setattr(handlers, "MAX_TRAINING_CELLS", 100)
     with pytest.raises(gr.Error, match="at most 100 cells"):
         handlers.choose_training_file(path)
@@ -172,32 +195,76 @@ def test_training_file_offers_its_label_columns(pbmc, tmp_path, monkeypatch):
 
 def generate(model, **changes):
     """Everything that the button shows, and the file as it was when it appeared."""
-    arguments = {"cell_types": [], "num_cells": 30, "guidance_scale": 1.0, "num_inference_steps": 2, "seed": 0}
-    arguments |= {"method": "pca", "source": handlers.NOTHING, "upload": None} | changes
+    arguments = {f"labels_{i}": [] for i in range(1, 5)} | {"num_cells": 30, "library_size": None, "seed": 0}
+    arguments |= {"guidance_scale": 1.0, "num_inference_steps": 2, "method": "pca"}
+    arguments |= {"source": handlers.NOTHING, "upload": None} | changes
     outputs = handlers.generate(str(model), **arguments)
-    summary, download, *_ = next(outputs)
-    cells, (maps, markers, last) = ad.read_h5ad(download["value"]), outputs
-    return summary, cells, maps[2], markers[3], markers[4], last[5]
+    _, download, *_ = next(outputs)
+    cells, (*_, (summary, _, *last)) = ad.read_h5ad(download["value"]), outputs
+    return summary, cells, *last
 
 
 def test_choosing_a_pipeline_describes_it(folder):
-    line, types, num_steps, source = handlers.choose_pipeline(f" {folder} ", handlers.NOTHING)
-    assert line.startswith("60 genes · 10 cell types · 6 gene programs")
-    assert len(types["choices"]) == 10 and num_steps == 4 and source == handlers.PBMC
+    line, num_steps, source, _, *dropdowns = handlers.choose_pipeline(f" {folder} ", handlers.NOTHING)
+    assert line.startswith("60 genes · 10 cell types · 6 gene programs") and "not fit for use" not in line
+    assert len(dropdowns[0]["choices"]) == 10 and num_steps == 4 and source == handlers.PBMC
+    assert [dropdown["visible"] for dropdown in dropdowns] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("training.json", {"training": {"warning": "only 300 denoiser steps."}}, "only 300 denoiser steps."),
+        ("report.json", {"excess": {"generated": {"mean": 0.31}}}, "more easily than real cells, by 0.31"),
+    ],
+)
+def test_an_unfit_pipeline_has_a_warning_everywhere(name, content, reason, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "unfit")
+    (tmp_path / "unfit" / name).write_text(json.dumps(content))
+    line, *_ = handlers.choose_pipeline(str(tmp_path / "unfit"), handlers.NOTHING)
+    summary, cells, *_ = generate(tmp_path / "unfit", num_cells=3)
+    for text in (line, summary):
+        assert "\n\n> ⚠ This pipeline is not fit for use" in text and reason in text
+    assert reason in cells.uns["wbdit"]["warning"]
+    assert "excess" not in content or not handlers.read_warning(folder)
+
+
+def test_cells_by_type_and_condition_with_a_library_size(pbmc, tmp_path):
+    """Equally many of each combination; a combination that no training cell has is named."""
+    keys = ["cell_type", "phase"]
+    make_pipeline(pbmc, codec="program", label_keys=keys, num_genes=60).save_pretrained(tmp_path / "two")
+    line, _, _, _, *dropdowns = handlers.choose_pipeline(str(tmp_path / "two"), handlers.NOTHING)
+    assert [dropdown["label"] for dropdown in dropdowns] == [*keys, "", ""] and "3 × phase" in line
+    types, phases = ["CD34+", "Dendritic"], ["G1", "S"]
+    asked = {"labels_1": types, "labels_2": phases, "num_cells": 40}
+    summary, cells, *_ = generate(tmp_path / "two", **asked, library_size=5000)
+    assert (cells.obs.groupby(keys, observed=True).size() == 10).all() and cells.obs[keys].drop_duplicates().shape[
+        0
+    ] == 4
+    other = generate(tmp_path / "two", **asked, library_size=500)[1]
+    assert cells.obs["library_size"].mean() > 5 * other.obs["library_size"].mean()
+    unseen = cells.uns["wbdit"].get("unseen_combinations", [])
+    assert ("No training cell has" in summary) == bool(len(unseen))
 
 
 def test_generated_cells_are_compared_with_real_cells(folder, pbmc):
     types = ["Dendritic", "CD34+"]
     summary, cells, maps, markers, programs, verdict = generate(
-        folder, cell_types=types, num_cells=41, source=handlers.PBMC
+        folder, labels_1=types, num_cells=41, source=handlers.PBMC
     )
     assert "41 cells × 60 genes" in summary
     assert cells.obs["cell_type"].value_counts()[types].tolist() == [21, 20]
     assert [axis.get_title() for axis in maps.axes] == ["700 real cells", "41 generated cells"]
     assert markers is not None and len(programs.axes[0].get_yticks()) == 6
-    assert f"from {len(CellSplit.load(folder).test)} held-out real cells" in verdict and "did not see" in verdict
-    generated_auc, reference_auc = (float(part[:4]) for part in verdict.split("**")[1::2])
-    assert generated_auc > 0.75 > reference_auc  # random weights
+    assert f"{len(CellSplit.load(folder).test)} held-out cells were judged" in verdict and "did not see" in verdict
+    assert "much easier to distinguish" in verdict and "much easier to distinguish" in summary  # random weights
+    aucs = {row.split("|")[1].strip(): [float(n) for n in row.split("|")[2:4]] for row in verdict.split("\n")[6:9]}
+    excess = float(verdict.split("Excess: **")[1][:4])
+    assert set(aucs) == set(JUDGES) and excess == pytest.approx(max(a - b for a, b in aucs.values()), abs=0.011)
+    by_type = {c.get_label(): tuple(c.get_facecolor()[0]) for c in maps.axes[1].collections if len(c.get_offsets())}
+    squares = [c for c in markers.axes[0].collections if c.get_offsets()[0][0] == -1]
+    shown = [text.get_text() for text in markers.axes[0].get_yticklabels()]
+    assert shown and [tuple(c.get_facecolor()[0]) for c in squares] == [by_type[name] for name in shown]
     again = ScRNAGenerationPipeline.from_pretrained(folder)(
         num_cells=41,
         cell_types=cells.obs["cell_type"].tolist(),
@@ -213,7 +280,7 @@ def test_pipelines_without_types_and_programs(pbmc, tmp_path):
     upload = str(tmp_path / "cells.h5ad")
     *_, maps, markers, programs, verdict = generate(tmp_path / "plain", source=handlers.FILE, upload=upload)
     assert len(maps.axes) == 2 and markers is None and programs is None
-    assert "from 50 held-out real cells" in verdict and "Training may have seen" in verdict
+    assert "50 held-out cells were judged" in verdict and "Training may have seen" in verdict
 
 
 def test_few_cells_without_comparison(folder):
@@ -230,7 +297,7 @@ def test_wrong_input_is_a_message_of_one_line(folder, pbmc, tmp_path):
         ({"model": ""}, "Choose a pipeline"),
         ({"model": "/nowhere/<b>model</b>"}, "/nowhere/&lt;b&gt;model&lt;/b&gt; cannot be loaded"),
         ({"source": handlers.FILE}, "upload the file"),
-        ({"cell_types": ["Neuron"]}, "'Neuron'"),
+        ({"labels_1": ["Neuron"]}, "'Neuron'"),
     ]
     messages = ["genes of this model", "integer", "no column 'cell_type'"]
     for i, (cells, message) in enumerate(zip((foreign, scaled, unlabelled), messages)):
@@ -247,24 +314,29 @@ def test_wrong_input_is_a_message_of_one_line(folder, pbmc, tmp_path):
 
 @pytest.mark.slow
 def test_training_on_a_small_file(pbmc, tmp_path):
-    """From a file with an awkward name to a chosen pipeline and an archive without the names of cells."""
+    """From a file with an awkward name to a chosen pipeline and an archive that names no cell."""
     path = str(tmp_path / "--seed 7 'my' cells.h5ad")
     pbmc[:200, :100].write_h5ad(path)
-    *_, (status, losses, archive, pipeline, source, upload) = handlers.train(path, "cell_type", 0.05, REQUEST)
+    *_, (status, losses, archive, pipeline, source, upload) = handlers.train(path, ["cell_type"], 0.05, REQUEST)
     assert status.startswith("**Done**") and source == handlers.FILE and upload == path
-    assert [line.get_label() for line in losses.axes[0].lines] == ["training cells", "held-out cells"]
-    assert all(len(line.get_ydata()) for line in losses.axes[0].lines)
-    names = zipfile.ZipFile(archive["value"]).namelist()
-    assert "my-cells/model_index.json" in names and not any("split.json" in name for name in names)
-    zipfile.ZipFile(archive["value"]).extractall(tmp_path)
-    assert "10 cell types" in handlers.choose_pipeline(str(tmp_path / "my-cells"), source)[0]
+    assert "not fit for use" in status and "not fit for use" in handlers.choose_pipeline(pipeline["value"], source)[0]
+    (line,) = losses.axes[0].lines
+    assert len(line.get_ydata()) and losses.axes[0].get_ylabel() == "validation loss of the denoiser"
+    with zipfile.ZipFile(archive["value"]) as files:
+        contents = {name: files.read(name) for name in files.namelist()}
+        files.extractall(tmp_path)
+    assert "my-cells/model_index.json" in contents and "my-cells/training.json" in contents
+    barcodes = [name.encode() for name in pbmc.obs_names[:200]]
+    assert not [name for name, content in contents.items() if any(barcode in content for barcode in barcodes)]
+    line = handlers.choose_pipeline(str(tmp_path / "my-cells"), source)[0]
+    assert "10 cell types" in line and "not fit for use" in line
     *_, verdict = generate(pipeline["value"], source=source, upload=upload)
     assert "did not see" in verdict and not handlers.running
 
 
 @pytest.mark.slow
 def test_a_training_can_be_stopped(pbmc_path):
-    training = handlers.train(str(pbmc_path), "cell_type", 1, REQUEST)
+    training = handlers.train(str(pbmc_path), ["cell_type"], 1, REQUEST)
     assert next(training)[0].endswith("fitting the gene programs")
     run = handlers.running["session"]
     handlers.stop_training(REQUEST)
@@ -279,9 +351,9 @@ def test_a_training_that_fails_says_why(pbmc, tmp_path):
     cells.X = cells.X * 0.5
     cells.write_h5ad(tmp_path / "scaled.h5ad")
     with pytest.raises(gr.Error, match="Upload the counts of at most 5,000 cells"):
-        next(handlers.train(None, "", 1, REQUEST))
+        next(handlers.train(None, [], 1, REQUEST))
     with pytest.raises(gr.Error, match="integer") as error:
-        list(handlers.train(str(tmp_path / "scaled.h5ad"), "", 0.05, REQUEST))
+        list(handlers.train(str(tmp_path / "scaled.h5ad"), [], 0.05, REQUEST))
     assert "\n" not in error.value.message and not error.value.message.startswith("wbdit train")
 
 
@@ -303,7 +375,7 @@ def test_the_served_page_generates_cells(folder, tmp_path):
     page = launch(folder, wait=False)
     try:
         client = Client(page.local_url, download_files=str(tmp_path), verbose=False)
-        arguments = [str(folder), [], 40, 1.0, 4, 0, "pca", handlers.NOTHING, None]
+        arguments = [str(folder), [], [], [], [], 40, None, 1.0, 4, 0, "pca", handlers.NOTHING, None]
         job = client.submit(*arguments, api_name="/generate")
         job.result(timeout=120)
         (file,) = {
@@ -311,6 +383,36 @@ def test_the_served_page_generates_cells(folder, tmp_path):
         }
         assert ad.read_h5ad(file).shape == (40, 60)
         with pytest.raises(Exception, match="greater than maximum value 5000"):
-            client.predict(*arguments[:2], 10**7, *arguments[3:], api_name="/generate")
+            client.predict(*arguments[:5], 10**7, *arguments[6:], api_name="/generate")
+    finally:
+        page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_can_be_read(scheme, folder):
+    """Text has a contrast of 4.5, nothing overflows a phone, and a figure scrolls instead of shrinking."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("Chromium is not on this machine")
+    page = launch(folder, wait=False)
+    try:
+        with sync_api.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            view = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+            view.goto(f"{page.local_url}?__theme={scheme}")
+            view.get_by_label("nothing").check()
+            view.get_by_role("button", name="Generate", exact=True).click()
+            view.wait_for_selector(".figure img", timeout=120_000)
+            assert view.evaluate("document.querySelector('.figure img').getBoundingClientRect().height") > 300
+            for tab in ("Markers", "Programs"):  # were not open when their figures were made
+                view.get_by_role("tab", name=tab).click()
+                view.locator(".figure:visible img").wait_for(timeout=60_000)
+            view.set_viewport_size({"width": 390, "height": 844})
+            for tab in ("Generate", "Train on my cells", "About"):
+                view.get_by_role("tab", name=tab).click()
+                assert not view.evaluate(FAINT_TEXT)
+                assert view.evaluate("document.documentElement.scrollWidth") <= 390
+            browser.close()
     finally:
         page.close()

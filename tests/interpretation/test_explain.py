@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_pipeline
 
+from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.cli import main
 from wbdit_diffusers.data import CellSplit
 from wbdit_diffusers.interpretation import explain, fit_gaussian_mixture
@@ -20,6 +21,7 @@ from wbdit_diffusers.interpretation.denoising import (
     measure_type_stability,
 )
 from wbdit_diffusers.interpretation.interventions import with_denoiser
+from wbdit_diffusers.interpretation.page import find_warnings
 from wbdit_diffusers.sampling import make_scheduler, to_clean, training_scheduler
 
 
@@ -80,6 +82,26 @@ def test_the_page_holds_all_figures_and_escapes_names(explained):
     assert len(re.findall(r"data:image/png;base64,iVBOR", page)) == 7
     assert "<b>" not in page and "pipe &lt;b&gt;" in page
     assert "nan" not in re.sub(r"base64,[^\"]+", "", page).replace("nance", "")
+
+
+def test_every_figure_has_a_caption_and_nothing_is_claimed_of_an_unfit_model(explained):
+    page, captions = explained["page"], re.findall("<figcaption>(.*?)</figcaption>", explained["page"], re.DOTALL)
+    assert len(captions) == 7 and all("Look for" in caption for caption in captions)
+    # Random weights explain less than the closed form.
+    assert "Do not draw conclusions" in page and "variance than the closed form." in page
+    assert page.count('class="finding"') == page.count("Not a finding, because of the warning above.") > 3
+    assert "follows the descent that it is derived" not in page
+    fit = {"gain_of_network": 0.01, "explained_trained": 0.5, "explained_untrained": 0.4}
+    assert find_warnings({"warning": ""}, fit) == []
+    assert find_warnings({"warning": "This pipeline is not fit."}, fit) == ["This pipeline is not fit."]
+    assert len(find_warnings({"warning": ""}, fit | {"gain_of_network": -0.1, "explained_untrained": 0.6})) == 2
+
+
+def test_the_report_has_the_warning_of_the_folder(pbmc, tmp_path):
+    make_pipeline(pbmc, codec="program").save_pretrained(tmp_path)
+    (tmp_path / "training.json").write_text(json.dumps({"training": {"warning": "only 300 denoiser steps."}}))
+    report, _ = explain(ScRNAGenerationPipeline.from_pretrained(tmp_path), pbmc[:500], pbmc[500:530])
+    assert report["warning"].endswith("only 300 denoiser steps.")
 
 
 def test_a_model_without_labels_is_explained(pbmc):

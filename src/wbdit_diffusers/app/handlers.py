@@ -16,10 +16,12 @@ import torch
 from matplotlib.figure import Figure
 
 from ..data.read import load_pbmc
-from ..evaluation.figure import GENERATED, REAL
+from ..evaluation.figure import GENERATED
 from ..files import one_line
+from ..hub.facts import read_warning
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
-from .compare import DPI, make_groups, map_figure, marker_figure, program_figure, quick_test
+from ..pretrained import locate
+from .compare import DPI, compare_quality, make_groups, map_figure, marker_figure, program_figure
 from .run import TrainingRun
 from .uploads import label_columns, read_upload
 
@@ -27,7 +29,7 @@ from .uploads import label_columns, read_upload
 MAX_TRAINING_CELLS = 5000
 BATCH_SIZE = 256
 NOTHING, PBMC, FILE = "nothing", "PBMCs", "my file"  # to compare with
-NO_TYPES = ("(none)", "")  # a choice and its value
+MAX_LABEL_KEYS = 4  # dropdowns; labels of further keys are drawn
 
 running: dict[str, TrainingRun] = {}  # by browser session
 read = functools.lru_cache(maxsize=2)(read_upload)
@@ -55,23 +57,34 @@ def load_pipeline(model: str) -> ScRNAGenerationPipeline:
     return pipe
 
 
-def describe(model: str) -> tuple[str, list[str], int, str]:
-    """A line about a pipeline, its cell types, its number of steps, and the cells to compare with."""
+def describe(model: str) -> tuple[str, list[dict], int, str, bool]:
+    """A line about a pipeline, its dropdowns, number of steps, cells to compare with, and if it has counts."""
     pipe = load_pipeline(model)
-    types = list(pipe.processor.config.categories[0]) if pipe.processor.label_keys else []
+    named = dict(zip(pipe.processor.label_keys, pipe.processor.config.categories))
+    types = list(next(iter(named.values()), []))
     facts = [f"{len(pipe.processor.var_names):,} genes", f"{len(types)} cell types" if types else "no cell types"]
+    facts += [f"{len(categories)} × {key}" for key, categories in list(named.items())[1:]]
     if num_programs := pipe.codec.config.get("num_programs"):
         facts.append(f"{num_programs} gene programs")
     facts.append(f"{pipe.denoiser.num_parameters():,} parameters")
     is_of_pbmc = types and set(types) <= set(pbmc().obs["cell_type"].cat.categories)
-    return " · ".join(facts), types, pipe.config.num_inference_steps, PBMC if is_of_pbmc else NOTHING
+    source, line = PBMC if is_of_pbmc else NOTHING, " · ".join(facts) + as_quote(read_warning(locate(model)))
+    dropdowns = [{"label": key, "choices": list(names), "visible": True} for key, names in named.items()]
+    dropdowns += [{"label": "", "choices": [], "visible": False}] * MAX_LABEL_KEYS
+    return line, dropdowns[:MAX_LABEL_KEYS], pipe.config.num_inference_steps, source, pipe.processor.is_counts
+
+
+def as_quote(warning: str) -> str:
+    """A warning in Markdown, which the page shows in a coloured box."""
+    return f"\n\n> ⚠ {html.escape(warning, quote=False)}" if warning else ""
 
 
 @errors_on_page()
 def choose_pipeline(model: str | None, source: str):
-    """Describes the pipeline, and offers its cell types."""
-    line, types, num_steps, fitting = describe((model or "").strip())
-    return line, gr.update(choices=types, value=[]), num_steps, FILE if source == FILE else fitting
+    """Describes the pipeline, and offers its labels."""
+    line, dropdowns, num_steps, fitting, has_counts = describe((model or "").strip())
+    source, library_size = FILE if source == FILE else fitting, gr.update(value=None, visible=has_counts)
+    return line, num_steps, source, library_size, *(gr.update(value=[], **labels) for labels in dropdowns)
 
 
 @errors_on_page()
@@ -85,9 +98,9 @@ def choose_file(path: str | None):
 
 @errors_on_page()
 def choose_training_file(path: str | None):
-    """Describes the training cells, and offers their columns of cell types."""
+    """Describes the training cells, and offers their columns of labels."""
     columns = [] if path is None else label_columns(_read_training_cells(path))
-    return choose_file(path), gr.update(choices=[*columns, NO_TYPES], value=columns[0] if columns else "")
+    return choose_file(path), gr.update(choices=columns, value=columns[:1])
 
 
 def _read_training_cells(path: str | None) -> ad.AnnData:
@@ -103,8 +116,12 @@ def _read_training_cells(path: str | None) -> ad.AnnData:
 
 def generate(
     model: str | None,
-    cell_types: list[str],
+    labels_1: list[str],
+    labels_2: list[str],
+    labels_3: list[str],
+    labels_4: list[str],
     num_cells: int | None,
+    library_size: float | None,
     guidance_scale: float,
     num_inference_steps: int,
     seed: int | None,
@@ -115,7 +132,7 @@ def generate(
 ):
     """Yields the summary, the file, three figures and the verdict, each as soon as it is ready."""
     with errors_on_page(), tempfile.TemporaryDirectory() as folder:
-        model, seed, skip, start_time = (model or "").strip(), seed or 0, gr.skip(), time.monotonic()
+        model, seed, start_time = (model or "").strip(), seed or 0, time.monotonic()
         if not model or not num_cells or (source == FILE and not upload):
             raise ValueError("Choose a pipeline and the number of cells, and upload the file to compare with.")
         pipe = load_pipeline(model)
@@ -127,41 +144,60 @@ def generate(
             return tensors
 
         call = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        chosen = zip(pipe.processor.label_keys, (labels_1, labels_2, labels_3, labels_4))
         cells = pipe(
             num_cells=num_cells,
-            # Equally many cells of each type
-            cell_types=[cell_types[i % len(cell_types)] for i in range(num_cells)] if cell_types else None,
+            conditions=balance({key: labels for key, labels in chosen if labels}, num_cells),
+            library_size=library_size or None,
             batch_size=BATCH_SIZE,
             generator=torch.Generator().manual_seed(seed),
             callback_on_step_end=on_step_end,
             **call,
         ).cells
+        warning = read_warning(locate(model))
+        if unseen := cells.uns["wbdit"].get("unseen_combinations"):
+            warning += f" No training cell has {unseen[0]}" + (f", or {len(unseen) - 1} more." if unseen[1:] else ".")
+        if warning:
+            cells.uns["wbdit"]["warning"] = warning.strip()
         path = Path(folder) / f"wbdit-cells-seed-{seed}.h5ad"
         cells.write_h5ad(path)
         summary = f"### {cells.n_obs:,} cells × {cells.n_vars:,} genes\n{time.monotonic() - start_time:.1f} seconds"
         summary += f" · seed {seed} · {num_inference_steps} steps of {type(pipe.scheduler).__name__}"
-        yield summary, gr.update(value=str(path), interactive=True), None, None, None, ""
+        # Everything is yielded each time: a tab that was not opened yet loses what `gr.skip` follows.
+        cells_file, figures = gr.update(value=str(path), interactive=True), [None, None, None]
+        yield summary + as_quote(warning), cells_file, *figures, ""
 
         progress(0.2, desc="Drawing the map")
         groups, activities, genes = make_groups(pipe, cells, real)
-        yield skip, skip, map_figure(groups, method), skip, skip, skip
+        figures[0] = map_figure(groups, method)
+        yield summary + as_quote(warning), cells_file, *figures, ""
         progress(0.5, desc="Drawing markers and programs")
-        programs = program_figure(groups, activities, cells.uns["programs"]["name"]) if activities else None
-        yield skip, skip, skip, marker_figure(groups, genes), programs, skip
-        progress(0.7, desc="Comparing with real cells")
-        verdict = quick_test(pipe, real, model, seed, **call) if real is not None else "Choose real cells on the left."
-        yield skip, skip, skip, skip, skip, verdict
+        figures[1] = marker_figure(groups, genes)
+        figures[2] = program_figure(groups, activities, cells.uns["programs"]["name"]) if activities else None
+        yield summary + as_quote(warning), cells_file, *figures, ""
+        progress(0.7, desc="Three classifiers compare with real cells")
+        verdict = "Choose real cells to compare with, then generate again."
+        if real is not None:
+            verdict, poor = compare_quality(pipe, real, model, seed, **call)
+            warning = f"{warning} {poor}".strip()
+        yield summary + as_quote(warning), cells_file, *figures, verdict
+
+
+def balance(labels: dict[str, list[str]], num_cells: int) -> dict[str, list[str]]:
+    """A label of each key for each cell: equally many cells of each combination."""
+    rows = itertools.islice(itertools.cycle(itertools.product(*labels.values())), num_cells)
+    return dict(zip(labels, map(list, zip(*rows))))
 
 
 # ==================== Training ====================
 
 
-def train(path: str | None, label_key: str, minutes: float, request: gr.Request):
+def train(path: str | None, label_keys: list[str], minutes: float, request: gr.Request):
     """Yields status, loss curve and archive. At the end, the pipeline and the file are chosen for comparison."""
     with errors_on_page():
         _read_training_cells(path)
         session, skip, num_points = str(request.session_hash), gr.skip(), 0
-        run = running[session] = TrainingRun(str(path), label_key, minutes)
+        run = running[session] = TrainingRun(str(path), label_keys, minutes)
         try:
             while run.process.poll() is None:
                 log = run.log()
@@ -177,7 +213,8 @@ def train(path: str | None, label_key: str, minutes: float, request: gr.Request)
         finally:
             stop_training(request)
         yield (
-            f"**Done** in {run.seconds:.0f} s. The pipeline is chosen on the first tab, with your cells to compare.",
+            f"**Done** in {run.seconds:.0f} s. The pipeline is chosen on the first tab, with your cells to compare."
+            + as_quote(read_warning(run.folder)),
             loss_figure(run.log()),
             gr.update(value=str(archive), interactive=True),
             gr.update(choices=[("my cells, trained here", str(run.folder))], value=str(run.folder)),
@@ -194,13 +231,11 @@ def stop_training(request: gr.Request):
 
 
 def loss_figure(log: pd.DataFrame) -> Figure:
-    """The loss of training cells and of held-out cells by step."""
-    figure = Figure(figsize=(8.2, 3.6), dpi=DPI, layout="constrained")
+    """The validation loss. The training loss would rise, as its target changes from averages to single cells."""
+    figure = Figure(figsize=(7, 3.6), dpi=DPI, layout="constrained")
     axis = figure.subplots()
-    for column, name, colour in (("loss", "training", REAL), ("validation_loss", "held-out", GENERATED)):
-        if column in log:
-            axis.plot(log["step"], log[column], color=colour, marker="o", markersize=3, label=f"{name} cells")
-    axis.set(xlabel="step", ylabel="loss of the denoiser")
+    measured = log.reindex(columns=["step", "validation_loss"]).dropna()
+    axis.plot(measured["step"], measured["validation_loss"], color=GENERATED, marker="o", markersize=4)
+    axis.set(xlabel="step", ylabel="validation loss of the denoiser")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
     return figure

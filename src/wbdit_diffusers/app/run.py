@@ -10,22 +10,22 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from ..data.split import CellSplit
-from ..training.checkpoints import STAGE_ONE_NAME
+from ..hub.publish import publish
+from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 
 
 WORKSPACE = tempfile.TemporaryDirectory(prefix="wbdit-app-")  # is removed when the page ends
 
 
 class TrainingRun:
-    """Starts `wbdit train` on a file, with a column of cell types (or `""`) and a maximum number of minutes."""
+    """Starts `wbdit train` on a file, with columns of labels and a maximum number of minutes."""
 
-    def __init__(self, dataset: str, label_key: str, minutes: float):
+    def __init__(self, dataset: str, label_keys: list[str], minutes: float):
         self.folder, self.start_time = Path(tempfile.mkdtemp(dir=WORKSPACE.name), "my-cells"), time.monotonic()
         self.messages, config = self.folder.with_suffix(".txt"), self.folder.with_suffix(".yaml")
         fields = {
             "dataset": dataset,
-            "label_keys": [label_key] if label_key else [],
+            "label_keys": label_keys,
             "max_train_minutes": minutes,
             "output_dir": str(self.folder),
             "validation_steps": 25,  # a point of the curve every few seconds
@@ -51,11 +51,10 @@ class TrainingRun:
         self.process.wait()
 
     def archive(self) -> Path:
-        """The pipeline as a .zip file without cell names. Raises a `ValueError` if the training failed."""
+        """The files that `wbdit push` would upload, as a .zip file. Raises a `ValueError` if the training failed."""
         if self.process.returncode != 0:
             *_, message = ["The training failed.", *self.messages.read_text().splitlines()]
             raise ValueError(message.removeprefix("wbdit train: "))
-        public = self.folder.parent / "public"
-        names = shutil.ignore_patterns(CellSplit.FILE_NAME, STAGE_ONE_NAME)
-        shutil.copytree(self.folder, public / self.folder.name, ignore=names)
+        public, name = self.folder.parent / "public", self.folder.name
+        publish(ScRNAGenerationPipeline.from_pretrained(self.folder), self.folder, name, dry_run=public / name)
         return Path(shutil.make_archive(str(self.folder), "zip", public))

@@ -1,12 +1,12 @@
 """Figures of cells, drawn with matplotlib."""
 
+import itertools
 from collections.abc import Sequence
 from functools import reduce
 
 import anndata as ad
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
@@ -17,7 +17,9 @@ from .cells import generated_cells, needs_common_genes, real_cells
 from .metrics import log_fold_changes, rank_markers
 
 
-REAL, GENERATED, BACKGROUND = "#2563a8", "#e07b26", "#d5d9de"  # colours of every figure
+# The colours of every figure: seaborn's "colorblind", with an indigo instead of grey
+PALETTE = "#0173B2 #DE8F05 #029E73 #D55E00 #CC78BC #CA9161 #FBAFE4 #332288 #ECE133 #56B4E9".split()
+REAL, GENERATED, CONTROL, BACKGROUND = PALETTE[0], PALETTE[3], "#6B7280", "#D5D9DE"
 MAX_DOT_PLOT_TYPES = 12
 MAX_COLUMNS = 4  # panels in a row
 MIN_CELLS = 5  # of a type; fold changes of fewer cells are noise
@@ -45,7 +47,8 @@ def report_figure(
         types = [cells.obs[label_key].astype(str).to_numpy() for cells in (real, *samples.values())]
     num_panels = len(samples) if types is None else 3
     rows_of_maps = -(-num_panels // MAX_COLUMNS)
-    heights = [5.5 * rows_of_maps, 5, *([] if types is None else [6])]
+    shown = [] if types is None else common_types(types)[:MAX_DOT_PLOT_TYPES]
+    heights = [5.5 * rows_of_maps, 5, *([3 + 0.6 * len(shown)] if shown else [])]
     figure = plt.figure(figsize=(17, sum(heights)), layout="constrained")
     rows = figure.subfigures(len(heights), 1, height_ratios=heights)
 
@@ -60,7 +63,7 @@ def report_figure(
     for axis in axes[num_panels:]:
         axis.remove()
     statistics = rows[1].subplots(1, 3 if types is None else 4)
-    colours = [GENERATED] if len(ys) == 1 else [colormaps["tab10"](1 + i % 9) for i in range(len(ys))]
+    colours = [GENERATED] if len(ys) == 1 else list(type_colours([list(samples)], PALETTE[1:]).values())
     for name, y, colour in [("held-out", x, REAL), *zip(samples, ys, colours)]:
         statistics[2].scatter(y.mean(axis=0), y.var(axis=0), s=5, color=colour, alpha=0.5, linewidths=0, label=name)
     for y, colour in zip(ys, colours):
@@ -70,11 +73,11 @@ def report_figure(
     statistics[2].legend(markerscale=3, frameon=False)
     if types is not None:
         plot_types(axes[1:], points, types, [f"real cells by {label_key}", f"generated cells by {label_key}"])
-        for i, name in enumerate(common_types(types)):
+        by_type = type_colours(types)
+        for name in common_types(types):
             markers = rank_markers(x, types[0], name)[:50]  # chosen in the real cells
             change, ours = (log_fold_changes(matrix, of, name)[markers] for matrix, of in zip((x, ys[0]), types))
-            _plot_against_real(statistics[3], "markers: log2 fold change", change, ours, colormaps["tab20"](i % 20))
-        shown = common_types(types)[:MAX_DOT_PLOT_TYPES]
+            _plot_against_real(statistics[3], "markers: log2 fold change", change, ours, by_type[name])
         if shown:
             panels = {"held-out cells": (x, types[0]), "generated cells": (ys[0], types[1])}
             plot_markers(rows[2], panels, shown, genes.to_numpy())
@@ -97,19 +100,29 @@ def embedding(matrices: Sequence[np.ndarray], method: str = "umap") -> np.ndarra
     return UMAP(n_neighbors=min(15, len(x) - 1), random_state=0, n_jobs=1).fit_transform(pcs)
 
 
+def type_colours(types: Sequence[Sequence[str]], palette: Sequence[str] = PALETTE) -> dict[str, str]:
+    """A colour for each type in groups of cells, in alphabetic order: one of Scanpy's if the palette has too few."""
+    names = sorted(set(itertools.chain(*types)))
+    if len(names) > len(palette):
+        from scanpy.plotting import palettes  # slow to import
+
+        palette = palettes.default_20 if len(names) <= 20 else palettes.default_102
+    return dict(zip(names, itertools.cycle(palette)))
+
+
 def plot_types(axes: Sequence[Axes], points: Sequence[np.ndarray], types: Sequence[np.ndarray], titles: Sequence[str]):
     """
     One panel for each group of cells `(cells, 2)`, coloured by type, with the first group in grey behind the others.
     Cells of type `""` have the colour of their group.
     """
     order = list(dict.fromkeys(name for group in types for name in pd.Series(group).value_counts().index))
-    colours = colormaps["tab20" if len(order) > 10 else "tab10"]
+    colours = type_colours(types)
     size = _point_size(sum(map(len, points)))
     for i, (axis, own, own_types) in enumerate(zip(axes, points, types)):
         if i > 0:
             axis.scatter(*points[0].T, s=size, color=BACKGROUND, linewidths=0)
-        for j, name in enumerate(order):
-            colour = colours(j % colours.N) if name else GENERATED if i == len(points) - 1 else REAL
+        for name in order:
+            colour = colours[name] if name else GENERATED if i == len(points) - 1 else REAL
             axis.scatter(*own[own_types == name].T, s=size, color=colour, linewidths=0, label=name)
         axis.set(title=titles[i], xticks=[], yticks=[])
     if order != [""]:
@@ -120,12 +133,14 @@ def plot_types(axes: Sequence[Axes], points: Sequence[np.ndarray], types: Sequen
 def plot_markers(figure: Figure | SubFigure, panels: dict[str, tuple], cell_types: list[str], var_names: np.ndarray):
     """
     Dot plots of the first three markers of each type: colour is the mean, size the fraction of expressing cells.
-    `panels` are expression `(cells, genes)` and types `(cells,)` by title. The first one defines the markers.
+    `panels` are expression `(cells, genes)` and types `(cells,)` by title. The first one defines the markers. A square
+    before each type has its colour in [`plot_types`].
     """
+    colours = type_colours([types for _, types in panels.values()])
     x, labels = next(iter(panels.values()))
     markers = list(dict.fromkeys(int(gene) for name in cell_types for gene in rank_markers(x, labels, name)[:3]))
     highest = max(x[labels == name][:, markers].mean(0).max() for name in cell_types)
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (title, (matrix, names)) in zip(axes, panels.items()):
         for row, name in enumerate(cell_types):
             of_type = matrix[names == name][:, markers]
@@ -133,10 +148,11 @@ def plot_markers(figure: Figure | SubFigure, panels: dict[str, tuple], cell_type
             sizes = 90 * (of_type > 0).mean(axis=0)
             dots = axis.scatter(*places, s=sizes, c=of_type.mean(axis=0), cmap="Reds", vmin=0, vmax=highest)
             dots.set(edgecolors="grey", linewidths=0.3)
+            axis.scatter(-1, row, marker="s", color=colours[name])
         axis.set_title(f"{title}: three markers of each type")
-        axis.set_xticks(np.arange(len(markers)), var_names[markers], rotation=90, fontsize=7)
-    axes[0].set_yticks(np.arange(len(cell_types)), cell_types)
-    axes[0].invert_yaxis()
+        axis.set_xticks(np.arange(len(markers)), var_names[markers], rotation=90, fontsize=9)
+        axis.set_yticks(np.arange(len(cell_types)), cell_types)
+        axis.invert_yaxis()
     figure.colorbar(dots, ax=axes, label="mean log1p(CP10k); size: fraction of cells", shrink=0.8)
 
 

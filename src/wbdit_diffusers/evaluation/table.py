@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ..hub.facts import HIGH_EXCESS
+
 
 GENERATED, REFERENCE = "generated", "real reference"
 EXCESS = "excess: AUC of the best classifier minus that of real training cells (0 = as good as real)"
@@ -48,7 +50,7 @@ MIXTURE = "Gaussian mixture per label"
 VERDICTS = {
     0.03: "As real as training cells, as far as three classifiers can see.",
     0.1: "Close to real cells.",
-    0.25: "Distinguishable from real cells.",
+    HIGH_EXCESS: "Distinguishable from real cells.",
 }
 NOT_FIT = "Easily distinguished from real cells: do not use them."
 

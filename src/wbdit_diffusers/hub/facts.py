@@ -10,6 +10,7 @@ from .quality import read_report
 
 TRAINING_NAME = "training.json"  # written at the end of a training
 REPORT_NAME, FIGURE_NAME = "report.json", "report.png"  # written by `wbdit evaluate`
+HIGH_EXCESS = 0.2  # of the AUC; then cells are easy to distinguish from real ones
 STATED = ("data_name", "data_license", "data_source", "num_cells", "command", "training")  # in training.json
 
 
@@ -44,6 +45,18 @@ def report_path(folder: Path, report: Path | None) -> Path:
     """The report.json of a pipeline: `report`, a file or folder, or the one in the pipeline's `folder`."""
     path = folder if report is None else report
     return path / REPORT_NAME if path.is_dir() else path
+
+
+def read_warning(folder: str | Path) -> str:
+    """Says why the pipeline in a folder is not fit for use: a short training or a high excess. `""` if neither."""
+    paths = (Path(folder, name) for name in (TRAINING_NAME, REPORT_NAME))
+    training, report = (json.loads(path.read_text()) if path.is_file() else {} for path in paths)
+    warning = (training.get("training") or {}).get("warning", "")
+    excess = report.get("excess", {}).get("generated", {}).get("mean") or 0
+    if excess > HIGH_EXCESS:
+        warning += " A classifier separates its cells from held-out cells more easily than real cells, by"
+        warning += f" {excess:.2f} (AUC)."
+    return f"This pipeline is not fit for use: {warning.strip()}" if warning else ""
 
 
 def write_training(folder: Path, config: dict[str, Any], command: str | None, num_cells: int, table: dict[str, Any]):

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ..evaluation.cells import combined_labels, real_cells
 from ..evaluation.metrics import rank_markers
+from ..hub.facts import read_warning
 from ..models.codec_programs import ProgramCodec
 from ..models.gaussian_mixture import within_labels
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
@@ -39,6 +40,7 @@ def explain(
         `tuple[dict, AnnData]`: the report and the held-out cells, with programs as generated cells have them, and a
         UMAP of their latents in `obsm["X_umap"]`. The report has
 
+        - `"warning"`: why the pipeline is not fit for use, if its folder says so, or `""`;
         - `"programs"`: their genes and mean activities; `"types"`: the program that best separates each type;
         - `"layers"`: what each layer of the trained and of an untrained network does, by timestep;
         - `"explained_variance"`: how well network and closed form predict the programs of noisy cells;
@@ -79,6 +81,7 @@ def explain(
             "num_cells": test.n_obs,
             "num_components": gaussian_mixture.config.num_components,
             "label_key": label_keys[0] if label_keys else None,
+            "warning": read_warning(pipe.config.get("_name_or_path") or ""),
             "programs": programs,
             "types": by_type,
         }

@@ -11,11 +11,11 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from ..evaluation.figure import plot_types
+from ..evaluation.figure import CONTROL, GENERATED, REAL, plot_types
 from ..version import __version__
 
 
-NETWORK, CONTROL = "tab:red", "tab:grey"
+NETWORK = GENERATED
 SOLID, DASHED = {"color": NETWORK}, {"color": CONTROL, "linestyle": "--"}
 CLOSED_FORM = "closed form of a Gaussian mixture"
 MAX_TYPES = 40
@@ -43,7 +43,9 @@ def write_report(folder: Path, report: dict, cells: ad.AnnData, title: str):
         plt.close(figure)
         images[name] = base64.b64encode(path.read_bytes()).decode()
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape())
-    names = {"report": report, "images": images, "title": title, "version": __version__, "facts": summarize(report)}
+    facts = summarize(report)
+    names = {"report": report, "images": images, "title": title, "version": __version__}
+    names |= {"facts": facts, "warnings": find_warnings(report, facts)}
     (folder / "explain.html").write_text(environment.get_template("page.html").render(names))
 
 
@@ -76,6 +78,16 @@ def summarize(report: dict) -> dict[str, float]:
     return facts
 
 
+def find_warnings(report: dict, facts: dict[str, float]) -> list[str]:
+    """Why nothing on the page may be claimed of the network."""
+    warnings = [report["warning"]] if report.get("warning") else []
+    if facts["gain_of_network"] < 0:
+        warnings.append("The network explains less of the programs' variance than the closed form.")
+    if facts["explained_trained"] <= facts["explained_untrained"]:
+        warnings.append("The trained layers explain no more of the clean cell than untrained ones.")
+    return warnings
+
+
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Correlation off the diagonal. Column means, which reflect the scale of a program, are subtracted first."""
     off = ~np.eye(len(a), dtype=bool)
@@ -88,7 +100,7 @@ def _programs_figure(report: dict, cells: ad.AnnData) -> Figure:
     key = report["label_key"]
     number = len(programs)
     shown = min(SHOWN_PROGRAMS, number)
-    figure = plt.figure(figsize=(15, 4.2 + 0.26 * number), layout="constrained")
+    figure = plt.figure(figsize=(13, 4.2 + 0.26 * number), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[3.6, 0.6 + 0.26 * number])
     axes = top.subplots(1, shown + (key is not None), squeeze=False)[0]
     points = cells.obsm["X_umap"]
@@ -99,7 +111,7 @@ def _programs_figure(report: dict, cells: ad.AnnData) -> Figure:
         values = cells.obsm["X_programs"][:, i]
         limit = np.quantile(np.abs(values), 0.98)
         dots = axis.scatter(*points.T, s=size, c=values, cmap="RdBu_r", vmin=-limit, vmax=limit, linewidths=0)
-        axis.set_title(f"program_{i}: {programs[i]['name']}", fontsize=9)
+        axis.set_title(f"program_{i}:\n{programs[i]['name']}")
         top.colorbar(dots, ax=axis, shrink=0.7)
     for axis in axes:
         axis.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
@@ -107,8 +119,8 @@ def _programs_figure(report: dict, cells: ad.AnnData) -> Figure:
     matrix = np.array([[row["mean_activity"][name] for name in types] for row in programs])
     axis = bottom.subplots()
     image = axis.imshow(matrix, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
-    axis.set_xticks(range(len(types)), types, rotation=45, ha="right", fontsize=8)
-    axis.set_yticks(range(number), [f"program_{i}: {row['name']}" for i, row in enumerate(programs)], fontsize=8)
+    axis.set_xticks(range(len(types)), types, rotation=45, ha="right")
+    axis.set_yticks(range(number), [f"program_{i}: {row['name']}" for i, row in enumerate(programs)])
     axis.set_title("mean activity of each program, in standard deviations of the training cells")
     bottom.colorbar(image, ax=axis)
     return figure
@@ -117,7 +129,7 @@ def _programs_figure(report: dict, cells: ad.AnnData) -> Figure:
 def _layers_figure(report: dict) -> Figure:
     layers = pd.DataFrame(report["layers"])
     timesteps = sorted(layers["timestep"].unique())
-    figure, axes = plt.subplots(1, len(timesteps), figsize=(15, 3.4), layout="constrained", sharex=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(timesteps), figsize=(13, 3.4), layout="constrained", sharex=True, squeeze=False)
     for axis, timestep in zip(axes[0], timesteps):
         for name, style in (("trained", SOLID), ("untrained", DASHED)):
             own = layers[(layers["timestep"] == timestep) & (layers["network"] == name)]
@@ -133,13 +145,13 @@ def _steps_figure(report: dict) -> Figure:
     layers = pd.DataFrame(report["layers"]).query("layer > 0").groupby(["network", "layer"]).mean()
     trained, untrained = layers.loc["trained"], layers.loc["untrained"]
     panels = [
-        ("coding rate: change by attention", [("own", "own subspaces"), ("random", "random subspaces")]),
-        ("attention's step and steepest descent: cosine", [("cosine", "trained")]),
-        ("objective of sparse coding: change by ISTA", [("objective", "trained")]),
-        ("size of a block's step relative to its tokens", [("step", "trained")]),
+        ("coding rate:\nchange by attention", [("own", "own subspaces"), ("random", "random subspaces")]),
+        ("attention's step and\nsteepest descent: cosine", [("cosine", "trained")]),
+        ("objective of sparse coding:\nchange by ISTA", [("objective", "trained")]),
+        ("size of a block's step\nrelative to its tokens", [("step", "trained")]),
     ]
     panels = [panel for panel in panels if panel[1][0][0] in layers]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.75 * len(panels), 3.4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.25 * len(panels), 3.6), layout="constrained", squeeze=False)
     for axis, (title, curves) in zip(axes[0], panels):
         for (key, label), colour, dark in zip(curves, (NETWORK, CONTROL), ("black", CONTROL)):
             axis.plot(trained[key], "o-", color=colour, label=label)
@@ -147,7 +159,6 @@ def _steps_figure(report: dict) -> Figure:
             axis.plot(untrained[key], "--", color=dark, linewidth=1, label=label)
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set(title=title, xlabel="block", xticks=trained.index)
-        axis.title.set_fontsize(9)
         low, high = axis.get_ylim()
         axis.set_ylim(low, high + 0.17 * len(curves) * (high - low))  # room for the legend
         axis.legend(frameon=False, fontsize=8, loc="upper left")
@@ -205,7 +216,7 @@ def _interventions_figure(report: dict) -> Figure:
     rows = {(row["program"], row["source"]): row for row in report["interventions"]}
     programs = sorted({program for program, _ in rows})
     sources = (
-        ("training cells", "black", "training cells", "x"),
+        ("training cells", REAL, "training cells", "x"),
         ("closed_form", CONTROL, "closed form, held", "o"),
         ("network", NETWORK, "network, held", "o"),
     )
