@@ -8,11 +8,18 @@ from matplotlib.figure import Figure
 
 from ..data.split import CellSplit
 from ..evaluation.cells import CellArrays, combined_labels, generated_cells, needs_common_genes, real_cells
-from ..evaluation.classifiers import judge
-from ..evaluation.figure import MAX_DOT_PLOT_TYPES, common_types, embedding, plot_markers, plot_types
-from ..evaluation.references import draw_matching, split_halves
-from ..evaluation.report import excess
+from ..evaluation.figure import (
+    MAX_DOT_PLOT_TYPES,
+    common_types,
+    embedding,
+    plot_markers,
+    plot_types,
+    sample_cells,
+)
+from ..evaluation.references import split_halves
+from ..evaluation.report import evaluate_cells
 from ..evaluation.samples import draw_samples
+from ..evaluation.table import GENERATED, NOT_FIT, summary
 from ..hub.facts import HIGH_EXCESS
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 
@@ -21,7 +28,6 @@ DPI = 130
 MAX_CELLS_SHOWN = 1000
 MAX_CELLS_JUDGED = 300
 MIN_CELLS_JUDGED = 10
-LOW_EXCESS = 0.05  # chance gives as much with 300 cells
 MAX_PROGRAMS = 16
 
 
@@ -30,10 +36,10 @@ def make_groups(
 ) -> tuple[dict[str, CellArrays], dict[str, np.ndarray], np.ndarray]:
     """Up to 1,000 real and 1,000 generated cells, the activities of their programs, and their common genes."""
     config, type_key = pipe.processor.config, pipe.processor.label_keys[:1]
-    cells, groups, activities = _sample(cells), {}, {}
+    cells, groups, activities = sample_cells(cells, MAX_CELLS_SHOWN), {}, {}
     genes, within_genes = cells.var_names, False
     if real is not None:
-        real = _sample(real)
+        real = sample_cells(real, MAX_CELLS_SHOWN)
         latents = pipe.encode_cells(real)
         if "X_programs" in cells.obsm:
             activities["real"] = pipe.codec.activities(latents).detach().numpy()
@@ -91,8 +97,8 @@ def compare_quality(
     pipe: ScRNAGenerationPipeline, real: ad.AnnData, model: str, seed: int, **call_kwargs
 ) -> tuple[str, str]:
     """
-    The verdict of the classifiers of `wbdit evaluate` on up to 300 held-out cells, and a warning if it is bad. The
-    held-out cells are those in the split.json of `model`, or else a random half of the real cells.
+    The verdict and six rows of `wbdit evaluate` on up to 300 held-out cells, and a warning if it is bad. The held-out
+    cells are those in the split.json of `model`, or else a random half of the real cells.
     """
     config, label_keys = pipe.processor.config, pipe.processor.label_keys
     rest, test = (real[rows] for rows in split_halves(combined_labels(real, label_keys)))
@@ -102,32 +108,11 @@ def compare_quality(
         known, held_out = (real[real.obs_names.isin(names)] for names in (split.train, split.test))
         if known.n_obs >= held_out.n_obs >= MIN_CELLS_JUDGED:
             rest, test, origin = known, held_out, "Training did not see the held-out cells."
-    (drawn,), test = draw_samples(pipe, _sample(test, MAX_CELLS_JUDGED), 1, seed, **call_kwargs)
-    labels = combined_labels(rest, label_keys), combined_labels(test, label_keys)
-    rest = rest[draw_matching(*labels, np.random.default_rng(seed))]
-    genes, within_genes = drawn.var_names[drawn.var_names.isin(real.var_names)], needs_common_genes(drawn, real)
-    generated = generated_cells(drawn[:, genes], config.values, label_keys, within_genes)
-    held_out, other = (
-        real_cells(cells, genes, config.values, config.layer, label_keys, within_genes) for cells in (test, rest)
+    (drawn,), test = draw_samples(pipe, sample_cells(test, MAX_CELLS_JUDGED), 1, seed, **call_kwargs)
+    report = evaluate_cells([drawn], rest, test, label_keys, config.layer, config.values, seed=seed)
+    is_bad = report["excess"][GENERATED]["mean"] > HIGH_EXCESS
+    note = f"With {test.n_obs} held-out cells, small differences are overlooked. {origin}"
+    return (
+        f"{summary(report)}\n\n{note} `wbdit evaluate` judges three samples of up to 5,000.",
+        NOT_FIT if is_bad else "",
     )
-    ours, theirs = (judge(held_out, cells, seed) for cells in (generated, other))
-    columns = ({f"auc_{name}": [auc] for name, auc in aucs.items()} for aucs in (ours, theirs))
-    worst = (result := excess(*columns))["judge"]
-    grade = "as hard to distinguish from held-out cells as real cells are"
-    if result["mean"] > LOW_EXCESS:
-        how = "much easier" if result["mean"] > HIGH_EXCESS else "easier"
-        grade = f"{how} to distinguish from held-out cells than real cells are"
-    rows = "".join(f"| {name} | {ours[name]:.2f} | {theirs[name]:.2f} |\n" for name in ours)
-    verdict = (
-        f"### Generated cells are {grade}\n\nThe best classifier finds the generated cell in **{ours[worst]:.0%}** of"
-        f" pairs of a generated and a held-out cell. It finds another real cell in **{theirs[worst]:.0%}** of pairs;"
-        f" 50% is chance.\n\n| classifier (AUC) | generated cells | real cells |\n|---|---|---|\n{rows}\nExcess:"
-        f" **{result['mean']:.2f}**, the largest difference. `wbdit evaluate` ranks pipelines by it, on three samples."
-        f" {test.n_obs} held-out cells were judged, and with so few, small differences are overlooked. {origin}"
-    )
-    return verdict, f"These cells are {grade}." if result["mean"] > HIGH_EXCESS else ""
-
-
-def _sample(cells: ad.AnnData, max_cells: int = MAX_CELLS_SHOWN) -> ad.AnnData:
-    """A random sample of the cells, in their order."""
-    return cells[np.sort(np.random.default_rng(0).permutation(cells.n_obs)[:max_cells])]

@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from .cells import generated_cells, needs_common_genes, real_cells
-from .metrics import log_fold_changes, rank_markers
+from .metrics import log_fold_changes, name_markers, rank_markers
 
 
 # The colours of every figure: seaborn's "colorblind", with an indigo instead of grey
@@ -22,6 +22,7 @@ PALETTE = "#0173B2 #DE8F05 #029E73 #D55E00 #CC78BC #CA9161 #FBAFE4 #332288 #ECE1
 REAL, GENERATED, CONTROL, BACKGROUND = PALETTE[0], PALETTE[3], "#6B7280", "#D5D9DE"
 MAX_DOT_PLOT_TYPES = 12
 MAX_COLUMNS = 4  # panels in a row
+MAX_CELLS = 2000  # of a group in the figure of a report
 MIN_CELLS = 5  # of a type; fold changes of fewer cells are noise
 
 
@@ -38,6 +39,7 @@ def report_figure(
     be several generators by title. The other arguments are those of [`evaluate_cells`], with one column of labels.
     """
     samples = generated if isinstance(generated, dict) else {"generated cells": generated}
+    real, samples = sample_cells(real), {name: sample_cells(cells) for name, cells in samples.items()}
     genes = reduce(lambda common, names: common[common.isin(names)], [sample.var_names for sample in samples.values()])
     within_genes = any(needs_common_genes(sample, real) for sample in samples.values())
     x = real_cells(real, genes, values, layer, within_genes=within_genes).expression
@@ -138,7 +140,7 @@ def plot_markers(figure: Figure | SubFigure, panels: dict[str, tuple], cell_type
     """
     colours = type_colours([types for _, types in panels.values()])
     x, labels = next(iter(panels.values()))
-    markers = list(dict.fromkeys(int(gene) for name in cell_types for gene in rank_markers(x, labels, name)[:3]))
+    markers = list(dict.fromkeys(int(gene) for name in cell_types for gene in name_markers(x, labels, name)[:3]))
     highest = max(x[labels == name][:, markers].mean(0).max() for name in cell_types)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (title, (matrix, names)) in zip(axes, panels.items()):
@@ -161,6 +163,11 @@ def common_types(types: Sequence[np.ndarray]) -> list[str]:
     names, numbers = np.unique(types[0], return_counts=True)
     order = names[np.argsort(-numbers, kind="stable")]
     return [str(name) for name in order if name and min((group == name).sum() for group in types) >= MIN_CELLS]
+
+
+def sample_cells(cells: ad.AnnData, max_cells: int = MAX_CELLS) -> ad.AnnData:
+    """A random sample of the cells, in their order."""
+    return cells[np.sort(np.random.default_rng(0).permutation(cells.n_obs)[:max_cells])]
 
 
 def _point_size(number: int) -> float:

@@ -26,7 +26,8 @@ from .other_genes import add_genes
 
 logger = get_logger(__name__)
 
-NUM_VARIABLE_GENES = 2000  # that define the programs; the decoder has all genes
+# Genes that define the programs: variable ones, and those with most counts, such as ribosomal ones
+NUM_VARIABLE_GENES, NUM_FREQUENT_GENES = 2000, 200
 # The number of programs is doubled while that lowers the validation loss by this fraction. Log values have a density,
 # whose logarithm has no zero point: their fractions are of the improvement since the start of the fit.
 MIN_PROGRAMS = 16
@@ -65,6 +66,8 @@ def fit_program_codec(
     all_cells, variable = cells, None
     if cells.is_counts and cells.matrix.shape[1] > NUM_VARIABLE_GENES:
         variable = most_variable(log_normalize(cells.matrix, cells.library_size), NUM_VARIABLE_GENES)
+        frequent = np.argsort(-np.asarray(cells.matrix.sum(axis=0)).ravel())[:NUM_FREQUENT_GENES]
+        variable = np.union1d(variable, frequent)
         cells = all_cells.select_genes(variable)
     max_programs = min(config.num_programs or config.max_programs, cells.matrix.shape[1])
     num_programs = max_programs if config.num_programs else min(MIN_PROGRAMS, max_programs)

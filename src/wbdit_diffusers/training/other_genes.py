@@ -16,8 +16,8 @@ MAX_CELLS, MAX_PRODUCTS = 10_000, 2**26  # more cells change little; products of
 GENES_AT_ONCE = 1000
 NUM_FITS, NUM_ITERATIONS = 2, 5  # of the dispersion, and of Fisher scoring after each
 MAX_STEP = 1.0  # of a coefficient in an iteration: one linear step goes too far on a log scale
-GRID = torch.linspace(-3, 7, 41)  # of the log inverse dispersion
-TYPICAL_LOG_THETA, SPREAD_LOG_THETA = 1.0, 1.5  # its prior: genes with few counts say little
+GRID = torch.linspace(-3, 7, 21)  # of the log inverse dispersion
+TYPICAL_LOG_THETA, SPREAD_LOG_THETA = 2.0, 1.5  # its prior: genes with few counts say little
 NO_OUTLIERS = -12.0  # log odds
 
 
