@@ -6,9 +6,9 @@
 generates 5,000 cells. The output folder then holds
 
     cells.h5ad      the generated cells: integer counts, gene names, cell types
-    figure.png      generated cells beside real ones
-    metrics.md      how real they are, beside what real cells themselves reach
-    inside/         explain.html, a look inside: programs, layers, decisions and interventions, beside their controls
+    figure.png      generated cells and held-out cells
+    metrics.md      how real they are, compared with real training cells
+    inside/         explain.html, a look inside: programs, layers and interventions, with controls
     wbdit-pbmc/     the pipeline, for `ScRNAGenerationPipeline.from_pretrained`
 """
 
@@ -22,6 +22,7 @@ import torch
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, load_pbmc
 from wbdit_diffusers.evaluation import evaluate, to_json, to_markdown
+from wbdit_diffusers.evaluation.table import summary
 from wbdit_diffusers.evaluation.figure import report_figure
 from wbdit_diffusers.hub import write_model_card
 from wbdit_diffusers.interpretation import explain
@@ -76,9 +77,8 @@ def main():
     report = evaluate(pipe, train_cells, test_cells, num_samples=args.num_samples)
     (folder / "report.json").write_text(to_json(report))
     write_model_card(pipe, folder)  # it says what was measured
-    table = to_markdown(report)
-    (args.output_dir / "metrics.md").write_text(table)
-    print(table)
+    (args.output_dir / "metrics.md").write_text(to_markdown(report))
+    print(summary(report))
 
     if args.inside:
         print("5. Looking inside", flush=True)
