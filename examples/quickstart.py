@@ -22,8 +22,8 @@ import torch
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, load_pbmc
 from wbdit_diffusers.evaluation import evaluate, to_json, to_markdown
-from wbdit_diffusers.evaluation.table import summary
 from wbdit_diffusers.evaluation.figure import report_figure
+from wbdit_diffusers.evaluation.table import summary
 from wbdit_diffusers.hub import write_model_card
 from wbdit_diffusers.interpretation import explain
 from wbdit_diffusers.interpretation.page import write_report

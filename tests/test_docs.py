@@ -67,7 +67,8 @@ def test_the_tutorial_runs_twice_in_one_folder(tmp_path):
     assert len(list(tmp_path.glob("wbdit-tutorial-*/model_index.json"))) == 2
 
 
-def test_the_code_for_developers_runs():
+def test_the_code_for_developers_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = BLOCK.findall((ROOT / "docs" / "developers.md").read_text())
     names: dict = {}
     exec("\n".join(code for kind, code in blocks if kind == "python"), names)
