@@ -9,6 +9,7 @@ import torch
 
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, load_pbmc
+from wbdit_diffusers.evaluation.figure import type_colours
 from wbdit_diffusers.pretrained import locate
 
 
@@ -32,7 +33,7 @@ plt.rcParams["font.size"] = 16
 figure, axes = plt.subplots(1, 2, figsize=(10, 6), layout="constrained", sharex=True, sharey=True)
 for axis, source in zip(axes, panels):
     shown = both[both.obs["source"] == source].copy()
-    sc.pl.umap(shown, color="cell_type", palette="tab10", size=150, ax=axis, show=False)
+    sc.pl.umap(shown, color="cell_type", palette=type_colours([types]), size=150, ax=axis, show=False)
     axis.set(title=f"{shown.n_obs} {source}", xlabel="", ylabel="")
     axis.set_frame_on(False)
     axis.get_legend().remove()
