@@ -19,7 +19,7 @@ from ..data import cells as data_cells
 from ..data.cells import AnnDataSource, CellSource, choose_groups, iter_groups, place_genes
 from ..files import one_line
 from ..pretrained import locate
-from . import labels, library_size
+from . import labels
 from .genes import align_genes, check_names, choose_genes
 from .normalize import VALUES, to_expression
 from .recover import LogScale, find_log_scale, recover_counts
@@ -27,6 +27,7 @@ from .recover import LogScale, find_log_scale, recover_counts
 
 logger = logging.get_logger(__name__)
 
+QUANTILES = np.linspace(0, 1, 101)  # of the log library size
 STATISTICS = ("library_size_quantiles", "label_combinations", "label_frequencies")
 
 
@@ -81,7 +82,7 @@ class ScRNAProcessor(ConfigMixin):
         # Of the combinations of labels that training cells have, and quantiles of their log library sizes
         self.label_combinations = torch.zeros(0, len(label_keys), dtype=torch.long)  # (combinations, num_label_keys)
         self.label_frequencies = torch.zeros(0)  # (combinations,)
-        self.library_size_quantiles = torch.zeros(0, len(library_size.QUANTILES))  # (combinations, 101)
+        self.library_size_quantiles = torch.zeros(0, len(QUANTILES))  # (combinations, 101)
 
     @property
     def condition_sizes(self) -> tuple[int, ...]:
@@ -126,10 +127,10 @@ class ScRNAProcessor(ConfigMixin):
         combinations, inverse, numbers = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
         self.label_combinations = torch.from_numpy(combinations)
         self.label_frequencies = torch.from_numpy(numbers / numbers.sum()).float()
-        quantiles = np.zeros((len(combinations), len(library_size.QUANTILES)))
         if self.is_counts:
-            quantiles = library_size.log_quantiles(np.concatenate(totals), inverse.ravel())
-        self.library_size_quantiles = torch.from_numpy(quantiles).float()
+            sizes, number = np.log(np.concatenate(totals)), inverse.ravel()
+            quantiles = [np.quantile(sizes[number == i], QUANTILES) for i in range(len(combinations))]
+            self.library_size_quantiles = torch.from_numpy(np.stack(quantiles)).float()
         return self
 
     def select(
@@ -229,10 +230,17 @@ class ScRNAProcessor(ConfigMixin):
         return completed
 
     def sample_library_size(self, class_labels: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """Draws library sizes from training cells with the same labels; see [`library_size.draw`]."""
-        return library_size.draw(
-            class_labels, uniform, self.label_combinations, self.label_frequencies, self.library_size_quantiles
-        )
+        """
+        Draws total counts `(cells,)` from training cells with the same labels `(cells, num_label_keys)`, by inverting
+        their cumulative distribution at the random numbers in [0, 1) of `uniform` `(cells,)`.
+        """
+        same = (class_labels[:, None].cpu() == self.label_combinations).all(dim=2).float()  # (cells, combinations)
+        # A combination without training cells gets the average over all of them.
+        weights = torch.where(same.any(dim=1, keepdim=True), same, self.label_frequencies)
+        quantiles = weights @ self.library_size_quantiles / weights.sum(dim=1, keepdim=True)  # (cells, 101)
+        position = uniform.cpu()[:, None] * (len(QUANTILES) - 1)
+        low = position.floor().long().clamp(max=len(QUANTILES) - 2)
+        return torch.lerp(quantiles.gather(1, low), quantiles.gather(1, low + 1), position - low).squeeze(1).exp()
 
     def to_anndata(
         self,
@@ -288,9 +296,7 @@ class ScRNAProcessor(ConfigMixin):
             arrays = load_file(path)
             for name in STATISTICS:
                 setattr(processor, name, arrays[name])
-                if not arrays[name].isfinite().all():
-                    raise ValueError(f"{name} holds NaN")
-        except (FileNotFoundError, SafetensorError, KeyError, ValueError) as error:
+        except (FileNotFoundError, SafetensorError, KeyError) as error:
             raise OSError(
                 f"{path} is missing, truncated or not a ScRNAProcessor's ({one_line(error)}): download it again."
             ) from error
