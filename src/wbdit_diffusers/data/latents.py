@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,12 +42,6 @@ class CellDataset:
 
     def __len__(self) -> int:
         return self.matrix.shape[0]
-
-    def select_genes(self, genes: np.ndarray) -> CellDataset:
-        """The same cells with some of the genes. Library sizes stay those over all genes."""
-        selected = copy.copy(self)
-        selected.matrix = self.matrix[:, genes]
-        return selected
 
     def cells(self, indices: np.ndarray | list[int] | slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns dense values `(batch, genes)` and library sizes `(batch,)` of some cells, both float32."""
