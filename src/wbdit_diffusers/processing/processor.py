@@ -154,10 +154,7 @@ class ScRNAProcessor(ConfigMixin):
         return selected.astype(np.float32) if selected.dtype.kind in "iu" else selected, np.concatenate(totals)
 
     def encode_labels(self, cells: ad.AnnData | CellSource) -> torch.Tensor:
-        """
-        Codes of the cells' labels, `torch.LongTensor` of shape `(cells, num_label_keys)`. Raises a `ValueError` if a
-        label is missing, or no training cell has it.
-        """
+        """Label codes `(cells, num_label_keys)`, int64. Raises a `ValueError` if a label is missing or unknown."""
         codes = np.zeros((len(cells.obs), len(self.label_keys)), dtype=np.int64)
         for column, (key, categories) in enumerate(zip(self.label_keys, self.config.categories)):
             names, of_cell = labels.read_labels(cells.obs, key)
@@ -230,10 +227,7 @@ class ScRNAProcessor(ConfigMixin):
         return completed
 
     def sample_library_size(self, class_labels: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """
-        Draws total counts `(cells,)` from training cells with the same labels `(cells, num_label_keys)`, by inverting
-        their cumulative distribution at the random numbers in [0, 1) of `uniform` `(cells,)`.
-        """
+        """Draws total counts `(cells,)` of training cells with the same labels, at `uniform` `(cells,)` in [0, 1)."""
         same = (class_labels[:, None].cpu() == self.label_combinations).all(dim=2).float()  # (cells, combinations)
         # A combination without training cells gets the average over all of them.
         weights = torch.where(same.any(dim=1, keepdim=True), same, self.label_frequencies)
@@ -282,10 +276,7 @@ class ScRNAProcessor(ConfigMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs
     ) -> "ScRNAProcessor":
-        """
-        Loads a processor from a folder, or from a pipeline on the Hub with `subfolder="processor"`. Raises an
-        `OSError` if the files are missing or damaged.
-        """
+        """Loads a folder, or with `subfolder="processor"` a Hub pipeline. Raises an `OSError` if files are missing."""
         kwargs.pop("variant", None)  # the tables have one form
         name_or_path = locate(pretrained_model_name_or_path)
         processor = cls.from_config(cls.load_config(name_or_path, subfolder=subfolder, **kwargs))
@@ -294,10 +285,8 @@ class ScRNAProcessor(ConfigMixin):
             path = hf_hub_download(str(name_or_path), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **kwargs)
         try:
             arrays = load_file(path)
-            for name in STATISTICS:
-                setattr(processor, name, arrays[name])
-        except (FileNotFoundError, SafetensorError, KeyError) as error:
-            raise OSError(
-                f"{path} is missing, truncated or not a ScRNAProcessor's ({one_line(error)}): download it again."
-            ) from error
+        except SafetensorError as error:
+            raise OSError(f"{path} is truncated or damaged ({one_line(error)}): download it again.") from error
+        for name in STATISTICS:
+            setattr(processor, name, arrays[name])
         return processor
