@@ -86,10 +86,7 @@ def encode_cells(dataset: CellDataset, codec: ProgramCodec | ExpressionCodec, ba
 def encode_source(
     cells: ad.AnnData | CellSource, processor: ScRNAProcessor, codec: ProgramCodec | ExpressionCodec, path: Path
 ) -> torch.Tensor:
-    """
-    Encodes cells group by group, so that their values are never in memory at the same time. The latents are mapped
-    from a .npy file, which is read if it exists.
-    """
+    """Encodes cells group by group into a .npy file, from which the latents are mapped. One that exists is read."""
     source = processor.source(cells)
 
     def write(partial: Path):

@@ -56,10 +56,7 @@ class ExpressionCodec(SafetensorsModel, ConfigMixin):
 
     @apply_forward_hook
     def encode(self, matrix: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
-        """
-        Latents `(cells, num_features)` of counts or log values `(cells, genes)` with total counts `(cells,)`:
-        standardised expression, and the log library size if it is modelled.
-        """
+        """Latents `(cells, num_features)` of cells `(cells, genes)` with total counts `(cells,)`, standardised."""
         features = to_expression(matrix, library_size, self.config.values)
         if self.models_library_size:
             features = torch.cat([features, library_size[:, None].log()], dim=1)

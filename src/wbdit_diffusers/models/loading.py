@@ -19,10 +19,7 @@ class SafetensorsModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> Any:
-        """
-        Loads a model as [`ModelMixin.from_pretrained`]. Raises an `OSError` if weights are missing or don't fit the
-        configuration.
-        """
+        """As [`ModelMixin.from_pretrained`]. Raises an `OSError` if weights are missing or don't fit the config."""
         if cls is SafetensorsModel:  # any model of this package, for `AutoModel`
             config = cls.load_config(pretrained_model_name_or_path, **kwargs)
             model_class = getattr(import_module(__package__), config["_class_name"])
