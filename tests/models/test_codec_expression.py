@@ -53,13 +53,6 @@ def test_round_trip_gives_the_same_counts_back(codec, cells, log_cp10k):
     torch.testing.assert_close(decoded.mean(), cells[0], atol=0.01, rtol=1e-3)
 
 
-def test_statistics_are_the_same_in_several_pieces(codec, processor, pbmc, monkeypatch):
-    monkeypatch.setattr("wbdit_diffusers.models.codec_expression.CHUNK_SIZE", 300)
-    pieces = make_expression_codec(processor, pbmc)
-    torch.testing.assert_close(pieces.latents_mean, codec.latents_mean)
-    torch.testing.assert_close(pieces.latents_std, codec.latents_std, rtol=1e-3, atol=0)  # sums in float32
-
-
 def test_a_gene_that_is_the_same_in_all_cells_is_not_scaled():
     codec = ExpressionCodec(num_genes=2, values="log")
     matrix = np.array([[0.5, 1.0], [0.5, 3.0]], dtype=np.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,12 +42,6 @@ class CellDataset:
 
     def __len__(self) -> int:
         return self.matrix.shape[0]
-
-    def select_genes(self, genes: np.ndarray) -> CellDataset:
-        """The same cells with some of the genes. Library sizes stay those over all genes."""
-        selected = copy.copy(self)
-        selected.matrix = self.matrix[:, genes]
-        return selected
 
     def cells(self, indices: np.ndarray | list[int] | slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns dense values `(batch, genes)` and library sizes `(batch,)` of some cells, both float32."""
@@ -93,10 +86,7 @@ def encode_cells(dataset: CellDataset, codec: ProgramCodec | ExpressionCodec, ba
 def encode_source(
     cells: ad.AnnData | CellSource, processor: ScRNAProcessor, codec: ProgramCodec | ExpressionCodec, path: Path
 ) -> torch.Tensor:
-    """
-    Encodes cells group by group, so that their values are never in memory at the same time. The latents are mapped
-    from a .npy file, which is read if it exists.
-    """
+    """Encodes cells group by group into a .npy file, from which the latents are mapped. One that exists is read."""
     source = processor.source(cells)
 
     def write(partial: Path):

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from ..files import one_line
-from .cells import check_indices, choose_groups, sorted_csr
+from .cells import check_indices, sorted_csr
 
 
 FORMAT_VERSION = 2
@@ -158,10 +158,6 @@ class PreparedCells:
         # float32, as the sum of a row of float32 is.
         totals = table["total_counts"].to_numpy().astype(np.float32) if is_counts else None
         return self._matrix([table], "expressions"), totals
-
-    def sample(self, num_cells: int, seed: int = 0) -> ad.AnnData:
-        """About `num_cells` cells from random groups, in memory."""
-        return self.read(choose_groups(self.group_sizes, num_cells, seed))
 
     def read(self, groups: Iterable[int] | None = None) -> ad.AnnData:
         """Cells of some groups, or all, in memory, with layers, `obsm` and `varm`."""

@@ -65,11 +65,7 @@ def _read_10x(path: Path) -> ad.AnnData:
 
 
 def load_pbmc() -> ad.AnnData:
-    """
-    700 PBMCs × 765 genes of 10x Genomics with integer counts, `cell_type` and `phase`, from Scanpy's own package.
-
-    Its `pbmc68k_reduced` holds log1p(count / n_counts × 10,000) in `raw`, which gives the counts back.
-    """
+    """700 PBMCs × 765 genes with integer counts, `cell_type` and `phase`: `pbmc68k_reduced` in Scanpy."""
     import scanpy as sc
 
     reduced = sc.datasets.pbmc68k_reduced()

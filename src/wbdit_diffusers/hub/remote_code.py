@@ -18,10 +18,7 @@ COMPONENTS = IMPORT.format("*") + "from wbdit_diffusers.models.loading import Sa
 
 
 def write_remote_code(pipeline: DiffusionPipeline, folder: Path):
-    """
-    Adds the modules to the folder of a saved pipeline, and names them in its model_index.json. For a subclass of a
-    user, they name its nearest base class in our package, which all readers have.
-    """
+    """Adds the modules to a saved pipeline. For a user's subclass they name its nearest base class in our package."""
     path = folder / pipeline.config_name
     index = json.loads(path.read_text())
     ours = next(one for one in type(pipeline).__mro__ if one.__module__.split(".")[0] == PACKAGE).__name__

@@ -7,12 +7,5 @@ from .layers import record_blocks
 
 
 # `interpretation.page` is imported where it is used: it needs matplotlib.
-__all__ = [
-    "LinearGuide",
-    "explain",
-    "fit_gaussian_mixture",
-    "hold_program",
-    "program_direction",
-    "program_table",
-    "record_blocks",
-]
+__all__ = ["LinearGuide", "explain", "fit_gaussian_mixture", "hold_program", "program_direction"]
+__all__ += ["program_table", "record_blocks"]

@@ -13,9 +13,6 @@ from .likelihoods import CellDistribution, PointMass
 from .loading import SafetensorsModel
 
 
-CHUNK_SIZE = 4096  # cells per step of a sum
-
-
 class ExpressionCodec(SafetensorsModel, ConfigMixin):
     r"""
     Maps counts to log1p(CP10k), or keeps log values as they are, and maps them back without noise. It learns means and
@@ -34,8 +31,6 @@ class ExpressionCodec(SafetensorsModel, ConfigMixin):
         self, num_genes: int, values: str = "counts", standardize: bool = True, model_library_size: bool = True
     ):
         super().__init__()
-        if values not in ("counts", "log"):
-            raise ValueError(f"`values` must be 'counts' or 'log', not {values!r}.")
         self.models_library_size = values == "counts" and model_library_size
         self.num_features = num_genes + self.models_library_size
         self.register_buffer("latents_mean", torch.zeros(self.num_features))
@@ -50,26 +45,18 @@ class ExpressionCodec(SafetensorsModel, ConfigMixin):
             self.log_library_size_range.copy_(torch.stack([log_library_size.min(), log_library_size.max()]))
         if not self.config.standardize:
             return
-        first, second = np.zeros(self.num_features), np.zeros(self.num_features)
-        for start in range(0, matrix.shape[0], CHUNK_SIZE):
-            rows = slice(start, start + CHUNK_SIZE)
-            features = to_expression(matrix[rows], library_size[rows], self.config.values)
-            if self.models_library_size:
-                features = sparse.hstack([features, np.log(library_size[rows]).astype(np.float32)[:, None]])
-            features = sparse.csr_matrix(features)
-            first += np.asarray(features.sum(axis=0), dtype=np.float64).ravel()
-            second += np.asarray(features.multiply(features).sum(axis=0), dtype=np.float64).ravel()
-        mean = first / matrix.shape[0]
-        std = np.sqrt(np.maximum(second / matrix.shape[0] - mean**2, 0))
-        self.latents_mean.copy_(torch.from_numpy(mean))
-        self.latents_std.copy_(torch.from_numpy(np.where(std > 0, std, 1)))  # a gene may be constant
+        from sklearn.preprocessing import StandardScaler  # slow to import
+
+        features = to_expression(matrix, library_size, self.config.values)
+        if self.models_library_size:
+            features = sparse.hstack([features, log_library_size.numpy()[:, None]])
+        scaler = StandardScaler(with_mean=False).fit(sparse.csr_matrix(features, dtype=np.float64))
+        self.latents_mean.copy_(torch.from_numpy(scaler.mean_))
+        self.latents_std.copy_(torch.from_numpy(scaler.scale_))  # 1 for a constant gene
 
     @apply_forward_hook
     def encode(self, matrix: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
-        """
-        Latents `(cells, num_features)` of counts or log values `(cells, genes)` with total counts `(cells,)`:
-        standardised expression, and the log library size if it is modelled.
-        """
+        """Latents `(cells, num_features)` of cells `(cells, genes)` with total counts `(cells,)`, standardised."""
         features = to_expression(matrix, library_size, self.config.values)
         if self.models_library_size:
             features = torch.cat([features, library_size[:, None].log()], dim=1)

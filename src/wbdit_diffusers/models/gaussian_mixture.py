@@ -170,14 +170,6 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
             floor=0.0,  # the variance along the direction is zero
         )
 
-    def sample(self, class_labels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draws latents `(cells, sample_size)` given labels `(cells, num_label_keys)`, without denoising."""
-        log_weights = self.log_weights + self._mask(class_labels, len(class_labels))
-        component = torch.multinomial(log_weights.softmax(-1), 1, generator=generator)[:, 0]
-        noise = torch.randn(len(component), self.config.sample_size, generator=generator)
-        scaled = self.variances[component].sqrt() * noise
-        return self.means[component] + torch.einsum("bd,bed->be", scaled, self.directions[component])
-
     def _fitted(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Means, directions and variances in float32: half precision would lose differences of likelihoods."""
         return self.means.float(), self.directions.float(), self.variances.float()

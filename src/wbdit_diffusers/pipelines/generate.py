@@ -62,10 +62,9 @@ def generate(config: GenerateConfig) -> tuple[int, int]:
     pipe.to(choose_device(config.device, state.local_process_index))
     with state.main_process_first():
         _claim(folder, config, pipe)
-    failure = None
     try:
         if config.num_processes > 1:
-            failure = _launch(config, parts)
+            _launch(config, parts)
         else:
             with state.split_between_processes(list(parts)) as own, _progress(parts) as bar:
                 for part in own:
@@ -80,11 +79,9 @@ def generate(config: GenerateConfig) -> tuple[int, int]:
         kept = _keep(folder, parts)
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(kept) from error
-        if isinstance(error, OSError):
-            raise OSError(f"{one_line(error)} {kept}".strip()) from error
+        if isinstance(error, OSError) and kept not in str(error):  # where a launched process has said so
+            raise OSError(f"{one_line(error)} {kept}") from error
         raise
-    if failure is not None:
-        raise OSError(failure)
     return config.num_cells, len(pipe.processor.var_names)
 
 
@@ -129,8 +126,8 @@ def _keep(folder: Path, parts: dict[Path, range]) -> str:
     return f"{done:,} of {total:,} cells are kept in {folder}: the same command continues from there."
 
 
-def _launch(config: GenerateConfig, parts: dict[Path, range]) -> str | None:
-    """Runs the same command in processes of `accelerate launch`. Returns the error of one that fails."""
+def _launch(config: GenerateConfig, parts: dict[Path, range]):
+    """Runs the same command in processes of `accelerate launch`. Raises the error of one that fails."""
     threads = max(1, torch.get_num_threads() // config.num_processes)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1"]
     command += [f"--num_processes={config.num_processes}", f"--num_cpu_threads_per_process={threads}"]
@@ -152,8 +149,9 @@ def _launch(config: GenerateConfig, parts: dict[Path, range]) -> str | None:
                 process.terminate()
         output.seek(0)
         text = output.read()
-    reasons = re.findall(r"^wbdit generate: (.*)$", text, re.MULTILINE) or text.splitlines()[-1:]
-    return f"{reasons[0]} (`accelerate launch` ended with code {process.returncode})" if process.returncode else None
+    if process.returncode:
+        reasons = re.findall(r"^wbdit generate: (.*)$", text, re.MULTILINE) or text.splitlines()[-1:]
+        raise OSError(f"{reasons[0]} (`accelerate launch` ended with code {process.returncode})")
 
 
 def _count(parts: dict[Path, range]) -> int:

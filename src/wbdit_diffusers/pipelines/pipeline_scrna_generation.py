@@ -81,37 +81,23 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         tensor_inputs: Sequence[str],
     ):
         """Raises a `ValueError` if an argument of a call has no meaning for this pipeline."""
-        scheduler, num_features = type(self.scheduler).__name__, self.denoiser.config.sample_size
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` is one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, not {batch_size}.")
+        if not hasattr(self.scheduler, "alphas_cumprod"):  # as for flow matching: the cells would be wrong
+            lacks = f"{type(self.scheduler).__name__} does not have the noise schedule of DDPM (`alphas_cumprod`)"
+            raise ValueError(f"{lacks}: take DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or the like.")
         most = self.scheduler.config.get("num_train_timesteps") or num_inference_steps
-        shape, unknown = getattr(latents, "shape", None), set(tensor_inputs) - set(self._callback_tensor_inputs)
-        for is_wrong, message in (
-            (
-                output_type not in OUTPUT_TYPES,
-                f"`output_type` is one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}",
-            ),
-            (batch_size is not None and batch_size < 1, f"`batch_size` must be at least 1, not {batch_size}"),
-            (
-                not hasattr(self.scheduler, "alphas_cumprod"),  # as for flow matching: the cells would be wrong
-                f"{scheduler} does not have the noise schedule of DDPM (`alphas_cumprod`): take DDPMScheduler,"
-                " DDIMScheduler, DPMSolverMultistepScheduler or another one that has it",
-            ),
-            (
-                not 1 <= num_inference_steps <= most,
-                f"`num_inference_steps` must be between 1 and the {most} timesteps of training, not"
-                f" {num_inference_steps}",
-            ),
-            (
-                shape is not None and tuple(shape[1:]) != (num_features,),
-                f"`latents` has shape {shape and tuple(shape)}, expected (num_cells, {num_features})",
-            ),
-            (
-                unknown,
-                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}: choose from"
-                f" {self._callback_tensor_inputs}",
-            ),
-        ):
-            if is_wrong:
-                raise ValueError(f"{message}.")
+        if not 1 <= num_inference_steps <= most:
+            allowed = f"between 1 and the {most} timesteps of training"
+            raise ValueError(f"`num_inference_steps` must be {allowed}, not {num_inference_steps}.")
+        num_features = self.denoiser.config.sample_size
+        if latents is not None and tuple(latents.shape[1:]) != (num_features,):
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, expected (num_cells, {num_features}).")
+        if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
+            known = f"choose from {self._callback_tensor_inputs}"
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}: {known}.")
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)

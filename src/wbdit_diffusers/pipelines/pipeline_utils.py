@@ -189,23 +189,14 @@ class ScRNAPipeline(DiffusionPipeline):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, expected {shape}.")
         noise = CellNoise(generator)
-        batches = []
-        for start in range(0, len(latents), MAX_CELLS_PER_BATCH):
-            rows = slice(start, min(start + MAX_CELLS_PER_BATCH, len(latents)))
-            batch = noise.batch(rows.start, rows.stop)
-            uniform = batch.uniform(1).cpu()[:, 0]
-            labels, sizes = (None if values is None else values[rows] for values in (class_labels, library_size))
-            names = noise.names(rows.start, rows.stop) if obs_names is None else obs_names[rows]
-            batches.append(self._draw_cells(latents[rows], labels, sizes, batch, uniform, names))
-        return ad.concat(batches, merge="same")
+        batch = noise.batch(0, len(latents))
+        names = noise.names(0, len(latents)) if obs_names is None else obs_names
+        return self._draw_cells(latents, class_labels, library_size, batch, batch.uniform(1).cpu()[:, 0], names)
 
     def _provenance(
         self, request: dict[str, Any], num_inference_steps: int, guidance_scale: float, noise: CellNoise, unseen: list
     ) -> dict[str, Any]:
-        """
-        The contents of `uns["wbdit"]`: everything needed to make the cells again, as an .h5ad file can hold it. What
-        differs between cells is in their `obs`.
-        """
+        """The contents of `uns["wbdit"]`: what makes the cells again, but for what differs between them (`obs`)."""
         asked = {
             **(request["conditions"] or {}),
             "cell_types": request["cell_types"],

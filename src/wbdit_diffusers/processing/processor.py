@@ -19,7 +19,7 @@ from ..data import cells as data_cells
 from ..data.cells import AnnDataSource, CellSource, choose_groups, iter_groups, place_genes
 from ..files import one_line
 from ..pretrained import locate
-from . import labels, library_size
+from . import labels
 from .genes import align_genes, check_names, choose_genes
 from .normalize import VALUES, to_expression
 from .recover import LogScale, find_log_scale, recover_counts
@@ -27,6 +27,7 @@ from .recover import LogScale, find_log_scale, recover_counts
 
 logger = logging.get_logger(__name__)
 
+QUANTILES = np.linspace(0, 1, 101)  # of the log library size
 STATISTICS = ("library_size_quantiles", "label_combinations", "label_frequencies")
 
 
@@ -81,7 +82,7 @@ class ScRNAProcessor(ConfigMixin):
         # Of the combinations of labels that training cells have, and quantiles of their log library sizes
         self.label_combinations = torch.zeros(0, len(label_keys), dtype=torch.long)  # (combinations, num_label_keys)
         self.label_frequencies = torch.zeros(0)  # (combinations,)
-        self.library_size_quantiles = torch.zeros(0, len(library_size.QUANTILES))  # (combinations, 101)
+        self.library_size_quantiles = torch.zeros(0, len(QUANTILES))  # (combinations, 101)
 
     @property
     def condition_sizes(self) -> tuple[int, ...]:
@@ -126,10 +127,10 @@ class ScRNAProcessor(ConfigMixin):
         combinations, inverse, numbers = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
         self.label_combinations = torch.from_numpy(combinations)
         self.label_frequencies = torch.from_numpy(numbers / numbers.sum()).float()
-        quantiles = np.zeros((len(combinations), len(library_size.QUANTILES)))
         if self.is_counts:
-            quantiles = library_size.log_quantiles(np.concatenate(totals), inverse.ravel())
-        self.library_size_quantiles = torch.from_numpy(quantiles).float()
+            sizes, number = np.log(np.concatenate(totals)), inverse.ravel()
+            quantiles = [np.quantile(sizes[number == i], QUANTILES) for i in range(len(combinations))]
+            self.library_size_quantiles = torch.from_numpy(np.stack(quantiles)).float()
         return self
 
     def select(
@@ -153,10 +154,7 @@ class ScRNAProcessor(ConfigMixin):
         return selected.astype(np.float32) if selected.dtype.kind in "iu" else selected, np.concatenate(totals)
 
     def encode_labels(self, cells: ad.AnnData | CellSource) -> torch.Tensor:
-        """
-        Codes of the cells' labels, `torch.LongTensor` of shape `(cells, num_label_keys)`. Raises a `ValueError` if a
-        label is missing, or no training cell has it.
-        """
+        """Label codes `(cells, num_label_keys)`, int64. Raises a `ValueError` if a label is missing or unknown."""
         codes = np.zeros((len(cells.obs), len(self.label_keys)), dtype=np.int64)
         for column, (key, categories) in enumerate(zip(self.label_keys, self.config.categories)):
             names, of_cell = labels.read_labels(cells.obs, key)
@@ -229,10 +227,14 @@ class ScRNAProcessor(ConfigMixin):
         return completed
 
     def sample_library_size(self, class_labels: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """Draws library sizes from training cells with the same labels; see [`library_size.draw`]."""
-        return library_size.draw(
-            class_labels, uniform, self.label_combinations, self.label_frequencies, self.library_size_quantiles
-        )
+        """Draws total counts `(cells,)` of training cells with the same labels, at `uniform` `(cells,)` in [0, 1)."""
+        same = (class_labels[:, None].cpu() == self.label_combinations).all(dim=2).float()  # (cells, combinations)
+        # A combination without training cells gets the average over all of them.
+        weights = torch.where(same.any(dim=1, keepdim=True), same, self.label_frequencies)
+        quantiles = weights @ self.library_size_quantiles / weights.sum(dim=1, keepdim=True)  # (cells, 101)
+        position = uniform.cpu()[:, None] * (len(QUANTILES) - 1)
+        low = position.floor().long().clamp(max=len(QUANTILES) - 2)
+        return torch.lerp(quantiles.gather(1, low), quantiles.gather(1, low + 1), position - low).squeeze(1).exp()
 
     def to_anndata(
         self,
@@ -274,10 +276,7 @@ class ScRNAProcessor(ConfigMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs
     ) -> "ScRNAProcessor":
-        """
-        Loads a processor from a folder, or from a pipeline on the Hub with `subfolder="processor"`. Raises an
-        `OSError` if the files are missing or damaged.
-        """
+        """Loads a folder, or with `subfolder="processor"` a Hub pipeline. Raises an `OSError` if files are missing."""
         kwargs.pop("variant", None)  # the tables have one form
         name_or_path = locate(pretrained_model_name_or_path)
         processor = cls.from_config(cls.load_config(name_or_path, subfolder=subfolder, **kwargs))
@@ -286,12 +285,8 @@ class ScRNAProcessor(ConfigMixin):
             path = hf_hub_download(str(name_or_path), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **kwargs)
         try:
             arrays = load_file(path)
-            for name in STATISTICS:
-                setattr(processor, name, arrays[name])
-                if not arrays[name].isfinite().all():
-                    raise ValueError(f"{name} holds NaN")
-        except (FileNotFoundError, SafetensorError, KeyError, ValueError) as error:
-            raise OSError(
-                f"{path} is missing, truncated or not a ScRNAProcessor's ({one_line(error)}): download it again."
-            ) from error
+        except SafetensorError as error:
+            raise OSError(f"{path} is truncated or damaged ({one_line(error)}): download it again.") from error
+        for name in STATISTICS:
+            setattr(processor, name, arrays[name])
         return processor

@@ -25,10 +25,7 @@ COMMON_TARGETS = (1e4, 1e6, 1e5, 1e3)
 
 @dataclass(frozen=True)
 class LogScale:
-    """
-    How a file turns counts into values: `log(1 + counts * s) / ln_base` with `s = target_sum / library_size`, or the
-    same `factor` in all cells.
-    """
+    """`log(1 + counts * s) / ln_base` with `s = target_sum / library_size`, or the same `factor` in all cells."""
 
     ln_base: float  # natural logarithm of the base
     target_sum: float | None = None  # library size to which cells were scaled, if they were
@@ -92,10 +89,7 @@ def find_log_scale(matrix: sparse.csr_matrix, max_cells: int = 400) -> LogScale 
 
 
 def recover_counts(matrix: sparse.csr_matrix, scale: LogScale) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
-    """
-    Recovers the counts of log values `(cells, genes)`. Returns the counts (CSR, float32), the library sizes `(cells,)`
-    and a mask `(cells,)` of the cells in which counts were found.
-    """
+    """Returns counts (CSR, float32), library sizes `(cells,)`, and a mask `(cells,)` of cells with counts found."""
     counts, found = matrix.astype(np.float32), np.zeros(matrix.shape[0], dtype=bool)
     library_size = np.zeros(matrix.shape[0])
     for cell in range(matrix.shape[0]):
@@ -109,10 +103,7 @@ def recover_counts(matrix: sparse.csr_matrix, scale: LogScale) -> tuple[sparse.c
 
 
 def cell_counts(values: np.ndarray, ln_base: float, decimals: int | None) -> tuple[np.ndarray, float] | None:
-    """
-    Recovers the counts of one cell from its positive log values. Returns the counts and the factor `s` of
-    `values = log(1 + counts * s) / ln_base`, or `None` if there is none.
-    """
+    """The counts of one cell's log values, and the factor `s` of its [`LogScale`]. `None` if there are none."""
     if not len(values):
         return None
     unique, inverse = np.unique(values.astype(np.float64), return_inverse=True)

@@ -47,8 +47,6 @@ def signal_and_noise(
     The scales `a = sqrt(ᾱ_t)` and `s = sqrt(1 - ᾱ_t)` of `noisy = a · clean + s · noise`, for timesteps `(cells,)` or
     one for all cells: `(cells or 1, 1)` each, in float32. `schedule` is a scheduler, or a denoiser that stores `ᾱ`.
     """
-    if not hasattr(schedule, "alphas_cumprod"):
-        raise ValueError(f"{type(schedule).__name__} has no `alphas_cumprod`, which guides need: use DDPMScheduler.")
     timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1).long()
     alphas_cumprod = schedule.alphas_cumprod.to(latents.device)[timestep].float()[:, None]
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()

@@ -10,7 +10,7 @@ import numpy as np
 from diffusers.utils import logging
 
 from ..data import cells as data_cells
-from ..data.cells import AnnDataSource, BackedSource, CellSource, NotByCellError
+from ..data.cells import AnnDataSource, BackedSource, CellSource, NotByCellError, choose_groups
 from ..data.prepared import PreparedCells, is_prepared
 from ..data.read import read_cells
 from ..data.split import CellSplit
@@ -78,7 +78,7 @@ def _open_prepared(folder: str | Path, config: TrainingConfig) -> tuple[Prepared
     kept = _split_to_keep(config)
     if kept is not None and kept.prepared != split.prepared:
         raise ValueError(f"{folder} is not the prepared folder of the split to continue with: give that one.")
-    return train, test.sample(MAX_TEST_CELLS, config.seed), split
+    return train, test.read(choose_groups(test.group_sizes, MAX_TEST_CELLS, config.seed)), split
 
 
 def _split_to_keep(config: TrainingConfig) -> CellSplit | None:

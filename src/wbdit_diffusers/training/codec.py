@@ -1,5 +1,6 @@
 """Stage one: fits the codec to the training cells."""
 
+import copy
 import math
 import time
 import warnings
@@ -68,7 +69,8 @@ def fit_program_codec(
         variable = most_variable(log_normalize(cells.matrix, cells.library_size), NUM_VARIABLE_GENES)
         frequent = np.argsort(-np.asarray(cells.matrix.sum(axis=0)).ravel())[:NUM_FREQUENT_GENES]
         variable = np.union1d(variable, frequent)
-        cells = all_cells.select_genes(variable)
+        cells = copy.copy(all_cells)  # library sizes stay those over all genes
+        cells.matrix = all_cells.matrix[:, variable]
     max_programs = min(config.num_programs or config.max_programs, cells.matrix.shape[1])
     num_programs = max_programs if config.num_programs else min(MIN_PROGRAMS, max_programs)
     codec, best_loss = fit_programs(config, cells, num_programs, device, search_deadline)

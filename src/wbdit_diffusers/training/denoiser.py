@@ -100,15 +100,8 @@ class DenoiserTraining:
         self.noise_scheduler = training_scheduler(config.prediction_type)
         self.log_path = config.output_dir / "training_log.csv"
         self.has_our_denoiser = denoiser is None
-        denoiser = denoiser or partial(
-            WhiteBoxDiTModel,
-            patch_size=config.patch_size,
-            num_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            attention_head_dim=config.attention_head_dim,
-            block_type=config.block_type,
-            condition_dropout=config.condition_dropout,
-        )
+        names = "block_type patch_size num_layers num_attention_heads attention_head_dim condition_dropout".split()
+        denoiser = denoiser or partial(WhiteBoxDiTModel, **{name: getattr(config, name) for name in names})
         model = denoiser(sample_size=train_cells.values.shape[1], condition_sizes=train_cells.condition_sizes)
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
         ema_decay = config.ema_decay if config.use_ema else 0.0  # with decay 0 the average is the model itself

@@ -156,10 +156,7 @@ class NegativeBinomialMixture:
         return log_normalize(self.mean(), self.library_size)
 
     def log_prob(self, x: torch.Tensor, gene_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Log-likelihood `(cells,)` in nats of counts `(cells, genes)` or `(cells, genes + 1)`, with the bin of all other
-        genes. `gene_mask` are the columns to use, by default all.
-        """
+        """Log-likelihood `(cells,)` in nats; `x` is `(cells, genes)` or `(cells, genes + 1)`, with the last bin."""
         columns = slice(x.shape[1]) if gene_mask is None else gene_mask.nonzero().squeeze(1)
         x = x[:, columns]
         log_rates = (self.log_proportions + self.library_size[:, None].log())[:, columns]

@@ -123,10 +123,7 @@ class QuantileHurdle:
         return self.mean()
 
     def log_prob(self, x: torch.Tensor, gene_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Log-likelihood `(cells,)` in nats of values `(cells, genes)`: probabilities of zeros, densities of other
-        values. `gene_mask` are the columns to use, by default all.
-        """
+        """Log-likelihood `(cells,)` in nats: probabilities of zeros `(cells, genes)`, densities of other values."""
         columns = slice(x.shape[1]) if gene_mask is None else gene_mask.nonzero().squeeze(1)
         x, scores, zero_logits = x[:, columns], self.scores[:, columns], self.zero_logits[:, columns]
         log_std = self.log_std[columns]
@@ -137,10 +134,7 @@ class QuantileHurdle:
         return torch.where(x > 0, above_zero, F.logsigmoid(zero_logits)).sum(1)
 
     def icdf(self, uniform: torch.Tensor) -> torch.Tensor:
-        """
-        Draws values by inverting the distribution function, with one random number in [0, 1) per value, `(cells,
-        genes)` in double precision. Raises a `ValueError` if a score is NaN or infinite.
-        """
+        """Draws values, in double precision. Raises a `ValueError` if a score is NaN or infinite."""
         if not (torch.isfinite(self.zero_logits).all() and torch.isfinite(self.scores).all()):
             raise ValueError("The codec's scores are NaN or infinite. Check its weights and the latents.")
         uniform = uniform.to(self.scores.device)
