@@ -62,8 +62,9 @@ def test_models_are_built_without_memory(model):
         (lambda weights: weights.pop("pos_embed"), "don't match its config.json: missing keys \\['pos_embed'\\]"),
         (lambda weights: weights.update(other=torch.ones(1)), "unexpected keys \\['other'\\]"),
         (lambda weights: weights.update(pos_embed=torch.ones(2, 3)), "can't be loaded as a .*pos_embed"),
+        (lambda weights: weights["proj_in.bias"].fill_(torch.nan), "is damaged: proj_in.bias holds 16 NaN"),
     ],
-    ids=["missing", "unexpected", "shape"],
+    ids=["missing", "unexpected", "shape", "nan"],
 )
 def test_damaged_weights_are_refused_in_one_line(damage, message, low_cpu_mem_usage, tmp_path):
     MODELS["published"]().save_pretrained(tmp_path)
