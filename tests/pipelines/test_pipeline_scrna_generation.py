@@ -30,7 +30,7 @@ def test_cells_are_an_anndata_that_scanpy_takes(pipe, pbmc, tmp_path):
     assert list(cells.var_names) == list(pbmc.var_names)
     assert sparse.isspmatrix_csr(cells.X)
     assert (cells.X.data > 0).all() and (cells.X.data == np.rint(cells.X.data)).all()
-    assert list(cells.obs) == ["cell_type", "phase", "library_size"]
+    assert list(cells.obs) == ["cell_type", "phase", "library_size", "generated"]
     assert set(cells.obs["cell_type"]) <= set(pbmc.obs["cell_type"])
     assert cells.obs_names.is_unique
     assert cells.uns["wbdit"] == {
@@ -43,6 +43,11 @@ def test_cells_are_an_anndata_that_scanpy_takes(pipe, pbmc, tmp_path):
         "X": "counts",
     }
     assert type(cells.uns["wbdit"]["seed"]) is int
+
+    others = pipe(num_cells=120, cell_types="Dendritic", library_size=900, generator=seeded(8)).cells
+    assert others.uns["wbdit"]["request"] == {"cell_types": "Dendritic", "library_size": 900}
+    both = ad.concat([cells, others])
+    assert both.obs_names.is_unique and both.obs_names[0] == "wbdit_7_0" and both.obs["generated"].all()
 
     cells.write_h5ad(tmp_path / "cells.h5ad")
     again = ad.read_h5ad(tmp_path / "cells.h5ad")
@@ -109,7 +114,7 @@ def test_log_values_give_log_values(pbmc):
     )
     pipe = make_pipeline(log_values, values="log", codec_kwargs={"standardize": False})
     cells = pipe(num_cells=4, generator=seeded()).cells
-    assert list(cells.obs) == [] and cells.uns["wbdit"]["X"] == "log expression"
+    assert list(cells.obs) == ["generated"] and cells.uns["wbdit"]["X"] == "log expression"
     expected = pipe(num_cells=4, generator=seeded(), output_type="np").cells
     np.testing.assert_array_equal(cells.X.toarray(), expected)
     assert (expected != np.rint(expected)).any()
@@ -212,7 +217,9 @@ def test_real_cells_survive_encoding_and_decoding(pbmc, codec):
     assert (again.X != cells.X).nnz == 0
     other = pipe.decode_latents(latents, generator=seeded(1))
     assert ((other.X != cells.X).nnz > 0) == (codec == "program")  # expression is decoded without noise
-    assert list(other.obs) == ["library_size"]
+    assert list(other.obs) == ["library_size", "generated"]
+    named = pipe.decode_latents(latents, obs_names=pbmc.obs_names)
+    assert named.obs_names.equals(pbmc.obs_names)
     deeper = pipe.decode_latents(latents[:50], library_size=torch.full((50,), 20_000.0), generator=seeded())
     np.testing.assert_allclose(deeper.obs["library_size"], 20_000, rtol=rtol)
     assert deeper.X.sum() > 2 * cells[:50].X.sum()

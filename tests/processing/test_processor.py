@@ -30,21 +30,21 @@ def test_to_anndata_gives_the_same_cells_back(processor, pbmc):
     assert sparse.isspmatrix_csr(cells.X)
     np.testing.assert_array_equal(cells.X.toarray(), pbmc[:, processor.var_names].X.toarray())
     assert list(cells.var_names) == list(processor.var_names)
-    assert list(cells.obs) == [*LABEL_KEYS, "library_size"]
+    assert list(cells.obs) == [*LABEL_KEYS, "library_size", "generated"]
     for key in LABEL_KEYS:
         assert list(cells.obs[key]) == list(pbmc.obs[key].astype(str))
     np.testing.assert_allclose(cells.obs["library_size"], library_size)
-    assert cells.obs_names.is_unique and list(cells.obs_names[:2]) == ["cell_0", "cell_1"]
+    assert cells.obs_names.is_unique and cells.obs["generated"].all()
 
 
 def test_to_anndata_of_a_part_of_the_cells(processor, pbmc):
-    """Parts have names that go on, and every category, so that they can be one AnnData."""
+    """Parts have every category, so that they can be one AnnData."""
     matrix, _ = processor.select(pbmc)
-    part = processor.to_anndata(matrix[10:12], processor.encode_labels(pbmc)[10:12], first_cell=10)
-    assert list(part.obs_names) == ["cell_10", "cell_11"]
+    part = processor.to_anndata(matrix[10:12], processor.encode_labels(pbmc)[10:12], obs_names=["a", "b"])
+    assert list(part.obs_names) == ["a", "b"]
     assert list(part.obs["cell_type"].cat.categories) == processor.config.categories[0]
-    assert list(part.obs) == LABEL_KEYS
-    assert list(processor.to_anndata(matrix[:2]).obs) == []
+    assert list(part.obs) == [*LABEL_KEYS, "generated"]
+    assert list(processor.to_anndata(matrix[:2]).obs) == ["generated"]
 
 
 def test_log_values_are_taken_as_they_are(pbmc):
@@ -56,7 +56,7 @@ def test_log_values_are_taken_as_they_are(pbmc):
     matrix, _ = processor.select(log_values)
     assert (matrix != log_values.X).nnz == 0
     cells = processor.to_anndata(matrix, processor.encode_labels(log_values))
-    assert list(cells.obs) == ["cell_type"]
+    assert list(cells.obs) == ["cell_type", "generated"]
 
 
 def test_log_data_of_the_paper_s_kind(shared_data):

@@ -20,6 +20,7 @@ MIN_COUNTS = 400  # of a marker in real cells: the mean of fewer is uncertain by
 def few_variable_genes():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(codec, "NUM_VARIABLE_GENES", 150)
+        monkeypatch.setattr(codec, "NUM_FREQUENT_GENES", 0)
         yield
 
 
@@ -74,6 +75,11 @@ def test_a_regression_finds_slopes_and_dispersion():
     np.testing.assert_allclose(coefficients[1:].T, slopes, atol=0.06)
     np.testing.assert_allclose((-log_theta).exp()[:2], dispersion[:2], rtol=0.2)
     assert log_theta[2] > 3.5  # nearly Poisson
+    # Read counts of full-length protocols do not make a linear predictor overshoot.
+    reads = torch.from_numpy(rng.poisson(means[:240] * 50) * (rng.random((240, 3)) < 0.3)).float()
+    fitted, _ = regress(reads, offset[:240], design[:240], torch.tensor([1e-3, 30.0, 30.0]))
+    expected = (offset[:240, None] + design[:240] @ fitted).exp().sum(0)
+    np.testing.assert_allclose(expected, reads.sum(0), rtol=0.3)
     rare, _ = regress(torch.zeros(3000, 1).index_fill(0, torch.tensor([5]), 3.0), offset, design, torch.ones(3))
     assert rare.isfinite().all()  # three counts in one cell
 

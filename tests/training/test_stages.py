@@ -56,7 +56,7 @@ def test_output_is_a_complete_pipeline(trained, pbmc):
     pipe = load(folder)
     cells = pipe(num_cells=20).cells
     assert cells.shape == (20, 100)
-    assert list(cells.obs) == [*KEYS, "library_size"]
+    assert list(cells.obs) == [*KEYS, "library_size", "generated"]
     assert pipe.config.num_inference_steps == 3
     assert pipe.scheduler.config.prediction_type == "v_prediction" and not pipe.scheduler.config.clip_sample
     split = json.loads((folder / "split.json").read_text())
@@ -194,7 +194,7 @@ def test_the_log_names_the_three_steps(pbmc, tmp_path, caplog):
     with caplog.at_level("INFO"):
         train(pbmc, tiny_config(tmp_path, max_train_steps=60, checkpointing_steps=60, validation_steps=60))
     for line in (
-        r"560 training cells, 140 held out, 100 genes\.",
+        r"560 training cells, 140 held out, 100 of 765 genes: the most variable ones\.",
         r"Step 1 of 3, gene programs: validation loss [\d.]+ nats per cell \(8 programs, \d+ steps, \d+ s\)\.",
         r"Step 2 of 3, decoder: fitted to the final programs \(\d+ s\)\.",
         r"Step 3 of 3, denoiser: up to 60 steps of 64 cells\.",

@@ -213,8 +213,7 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
                     outputs.append(denoised)
                 elif output_type == "anndata":
                     sizes = library_sizes if library_sizes is None else library_sizes[rows]
-                    names = noise.names(first_number + rows.start, first_number + rows.stop)
-                    cells = self._draw_cells(denoised, labels, sizes, batch_noise, uniform[:, 1], names)
+                    cells = self._draw_cells(denoised, labels, sizes, batch_noise, uniform[:, 1])
                     cells.uns["wbdit"] = provenance
                     outputs.append(cells)
                 else:

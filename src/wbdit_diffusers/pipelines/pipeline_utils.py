@@ -188,22 +188,19 @@ class ScRNAPipeline(DiffusionPipeline):
         for name, (tensor, shape) in shapes.items():
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, expected {shape}.")
-        noise = CellNoise(generator)
-        batch = noise.batch(0, len(latents))
-        names = noise.names(0, len(latents)) if obs_names is None else obs_names
-        return self._draw_cells(latents, class_labels, library_size, batch, batch.uniform(1).cpu()[:, 0], names)
+        noise = CellNoise(generator).batch(0, len(latents))
+        cells = self._draw_cells(latents, class_labels, library_size, noise, noise.uniform(1).cpu()[:, 0])
+        if obs_names is not None:
+            cells.obs_names = obs_names
+        return cells
 
     def _provenance(
         self, request: dict[str, Any], num_inference_steps: int, guidance_scale: float, noise: CellNoise, unseen: list
     ) -> dict[str, Any]:
         """The contents of `uns["wbdit"]`: what makes the cells again, but for what differs between them (`obs`)."""
-        asked = {
-            **(request["conditions"] or {}),
-            "cell_types": request["cell_types"],
-            "library_size": request["library_size"],
-        }
-        provenance = {
-            "request": {key: value for key, value in asked.items() if value is not None and not np.ndim(value)},
+        asked = request | {"conditions": None} | (request["conditions"] or {})
+        asked = {key: value for key, value in asked.items() if value is not None and not np.ndim(value)}
+        provenance: dict[str, Any] = {
             "model_id": public_name(self.config.get("_name_or_path")),
             "scheduler": type(self.scheduler).__name__,
             "num_inference_steps": num_inference_steps,
@@ -214,9 +211,8 @@ class ScRNAPipeline(DiffusionPipeline):
         if noise.initial_seeds:
             seeds = np.array(noise.initial_seeds, dtype=np.uint64)
             provenance["seed"] = seeds if noise.one_per_cell else noise.initial_seeds[0]
-        if unseen:
-            provenance["unseen_combinations"] = unseen
-        return provenance
+        optional = {"request": asked, "unseen_combinations": unseen}
+        return provenance | {key: value for key, value in optional.items() if value}
 
     def _draw_cells(
         self,
@@ -225,7 +221,6 @@ class ScRNAPipeline(DiffusionPipeline):
         library_size: torch.Tensor | None,
         noise: NoiseBatch,
         uniform: torch.Tensor,
-        obs_names: Sequence[str],
     ) -> ad.AnnData:
         """Draws the cells of a batch of latents, a few blocks at a time, as dense cells are large."""
         latents = latents.to(self.codec.device)  # a `device_map` may have placed the codec elsewhere
@@ -243,7 +238,7 @@ class ScRNAPipeline(DiffusionPipeline):
             sizes.append(values.sum(1) if values.shape[1] > num_genes else distribution.library_size)
         matrix = sparse.vstack(matrices, format="csr")
         all_sizes = torch.cat(sizes) if processor.is_counts else None
-        cells = processor.to_anndata(matrix, class_labels, all_sizes, obs_names)
+        cells = processor.to_anndata(matrix, class_labels, all_sizes, noise.names)
         if isinstance(self.codec, ProgramCodec):
             add_programs(cells, self.codec, latents)
         return cells

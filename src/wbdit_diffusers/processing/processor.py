@@ -254,7 +254,7 @@ class ScRNAProcessor(ConfigMixin):
         cells = ad.AnnData(
             matrix,
             layers=layers,
-            obs=pd.DataFrame({"generated": np.ones(matrix.shape[0], dtype=bool)}, index=index.astype(str)),
+            obs=pd.DataFrame(index=index.astype(str)),
             var=pd.DataFrame(index=self.var_names.rename(None)),
         )
         if class_labels is not None:
@@ -262,6 +262,7 @@ class ScRNAProcessor(ConfigMixin):
                 cells.obs[key] = pd.Categorical.from_codes(codes.numpy(), categories=names)
         if library_size is not None:
             cells.obs["library_size"] = library_size.cpu().numpy()
+        cells.obs["generated"] = True
         return cells
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):

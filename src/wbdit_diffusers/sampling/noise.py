@@ -1,6 +1,7 @@
 """Random numbers that belong to a cell, regardless of the batch it is in."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,23 +33,19 @@ class CellNoise:
             self.initial_seeds = []
         self.seeds = [int(torch.randint(2**62, (1,), generator=one, device=self.device)) for one in generators]
 
-    def names(self, start: int, stop: int) -> list[str]:
-        """Names of the cells from `start` to `stop`. Cells of another seed have other names."""
-        seeds = self.initial_seeds or self.seeds
-        if self.one_per_cell:
-            return [f"wbdit_{seed}_0" for seed in seeds[start:stop]]
-        return [f"wbdit_{seeds[0]}_{number}" for number in range(start, stop)]
-
     def batch(self, start: int, stop: int) -> "NoiseBatch":
-        """The random numbers of the cells from `start` to `stop`."""
+        """The random numbers of the cells from `start` to `stop`, and their names, which differ between seeds."""
+        of_names = self.initial_seeds or self.seeds
         if self.one_per_cell:
             seeds = self.seeds[start:stop]
             rows = torch.arange(stop - start) * CELLS_PER_BLOCK
+            names = [f"wbdit_{seed}_0" for seed in of_names[start:stop]]
         else:
             first_block = start // CELLS_PER_BLOCK
             seeds = [self.seeds[0] + block for block in range(first_block, math.ceil(stop / CELLS_PER_BLOCK))]
             rows = torch.arange(start, stop) - first_block * CELLS_PER_BLOCK
-        return NoiseBatch([torch.Generator(self.device).manual_seed(seed) for seed in seeds], rows)
+            names = [f"wbdit_{of_names[0]}_{number}" for number in range(start, stop)]
+        return NoiseBatch([torch.Generator(self.device).manual_seed(seed) for seed in seeds], rows, names)
 
 
 @dataclass
@@ -60,6 +57,7 @@ class NoiseBatch:
 
     generators: list[torch.Generator]  # one for each block that the batch touches
     rows: torch.Tensor  # places of the batch's own cells in these blocks, (cells,)
+    names: Sequence[str] = ()  # of the batch's own cells
 
     def normal(self, num_values: int, device: torch.device) -> torch.Tensor:
         """Gaussian numbers of the batch's cells, `(cells, num_values)` in float32."""

@@ -14,8 +14,8 @@ from .config import CodecConfig
 
 MAX_CELLS, MAX_PRODUCTS = 10_000, 2**26  # more cells change little; products of two covariates, of all cells
 GENES_AT_ONCE = 1000
-NUM_FITS, NUM_ITERATIONS = 2, 5  # of the dispersion, and of Fisher scoring after each
-MAX_STEP = 1.0  # of a coefficient in an iteration: one linear step goes too far on a log scale
+NUM_FITS, NUM_ITERATIONS = 2, 6  # of the dispersion, and of Fisher scoring after each
+MAX_STEP = 1.0  # of a log rate in an iteration: one linear step goes too far
 GRID = torch.linspace(-3, 7, 21)  # of the log inverse dispersion
 TYPICAL_LOG_THETA, SPREAD_LOG_THETA = 2.0, 1.5  # its prior: genes with few counts say little
 NO_OUTLIERS = -12.0  # log odds
@@ -99,7 +99,7 @@ def regress(
             score = design.T @ ((counts - means) * weights) - precision[:, None] * coefficients
             information = (products.T @ (means * weights)).T.unflatten(1, (len(precision), -1)) + precision.diag()
             step = torch.linalg.solve(information.double(), score.T.double()).T.float()
-            coefficients += step.clamp(-MAX_STEP, MAX_STEP)
+            coefficients += step * (MAX_STEP / (design @ step).abs().amax(0)).clamp(max=1)
         log_theta = fit_dispersion(counts, (offset[:, None] + design @ coefficients).clamp(max=15).exp())
     return coefficients, log_theta
 
