@@ -221,7 +221,7 @@ def judge_dataset(path: Path, label_keys: list[str], seed: int, name: str, args:
                     pipe = trained
             else:
                 key = label_key if model == "scvi-by-type" else None
-                genes = pipe.processor.var_names
+                genes = pipe.processor.var_names  # with --train_flags num_genes=2000, those of the programs
                 columns[model] = sample_scvi(train_cells, genes, test, key, args.num_samples, seed)
                 seconds[model] = time.process_time() - start
     first, *others = columns
