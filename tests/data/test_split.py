@@ -76,9 +76,10 @@ def test_cells_of_another_file_are_named(pbmc):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    for path in (tmp_path, tmp_path / "split.json"):
-        with pytest.raises(FileNotFoundError, match="split.json is missing.*--output_dir"):
-            CellSplit.load(path)
+    with pytest.raises(FileNotFoundError, match="split.json is missing.*--output_dir"):
+        CellSplit.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="There is no folder or file .*split.json"):
+        CellSplit.load(tmp_path / "split.json")
 
 
 FILES = ["", "[1, 2]", "{}", '{"train": ["a"], "te', '{"train": ["a"]}', '{"train": ["a"], "test": []}']
