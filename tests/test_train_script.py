@@ -116,7 +116,7 @@ BAD = [
     (["--dataset", "absent.h5ad"], "no file absent.h5ad"),
     (["--test_fraction", "0"], "--test_fraction 0: Input should be greater than 0"),
     (["--resume_from_checkpoint", "absent"], "absent is no checkpoint of out"),
-    (["--split", "absent.json"], "absent.json is missing"),
+    (["--split", "absent.json"], "There is no folder or file absent.json"),
     (["--steps", "3"], "--steps is unknown"),
 ]
 
