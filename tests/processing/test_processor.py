@@ -4,6 +4,7 @@ import anndata as ad
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy import sparse
 
 from wbdit_diffusers import ScRNAProcessor
@@ -106,7 +107,19 @@ def test_a_damaged_file_is_named(processor, tmp_path):
     with pytest.raises(OSError, match="truncated.*download it again"):
         ScRNAProcessor.from_pretrained(tmp_path)
     weights.unlink()
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(OSError, match="is missing"):
+        ScRNAProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name, message", [("library_size_quantiles", "holds NaN"), ("other", "not a ScRNAProcessor")])
+def test_a_table_without_its_numbers_is_refused(processor, tmp_path, name, message):
+    """NaN would end in the library sizes of generated cells."""
+    processor.save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    tables = load_file(weights)
+    tables[name] = torch.full_like(tables.pop("library_size_quantiles"), torch.nan)
+    save_file(tables, weights)
+    with pytest.raises(OSError, match=message):
         ScRNAProcessor.from_pretrained(tmp_path)
 
 

@@ -277,7 +277,7 @@ class ScRNAProcessor(ConfigMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs
     ) -> "ScRNAProcessor":
-        """Loads a folder, or with `subfolder="processor"` a Hub pipeline. Raises an `OSError` if files are missing."""
+        """Loads a folder, or with `subfolder="processor"` a Hub pipeline. Raises an `OSError` if files are damaged."""
         kwargs.pop("variant", None)  # the tables have one form
         name_or_path = locate(pretrained_model_name_or_path)
         processor = cls.from_config(cls.load_config(name_or_path, subfolder=subfolder, **kwargs))
@@ -286,8 +286,12 @@ class ScRNAProcessor(ConfigMixin):
             path = hf_hub_download(str(name_or_path), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **kwargs)
         try:
             arrays = load_file(path)
-        except SafetensorError as error:
-            raise OSError(f"{path} is truncated or damaged ({one_line(error)}): download it again.") from error
-        for name in STATISTICS:
-            setattr(processor, name, arrays[name])
+            for name in STATISTICS:
+                setattr(processor, name, arrays[name])
+                if not arrays[name].isfinite().all():
+                    raise ValueError(f"{name} holds NaN")
+        except (FileNotFoundError, SafetensorError, KeyError, ValueError) as error:
+            raise OSError(
+                f"{path} is missing, truncated or not a ScRNAProcessor's ({one_line(error)}): download it again."
+            ) from error
         return processor
