@@ -14,7 +14,7 @@ from ..evaluation.figure import (
     embedding,
     plot_markers,
     plot_types,
-    sample_cells,
+    subsample,
 )
 from ..evaluation.references import split_halves
 from ..evaluation.report import evaluate_cells
@@ -36,10 +36,10 @@ def make_groups(
 ) -> tuple[dict[str, CellArrays], dict[str, np.ndarray], np.ndarray]:
     """Up to 1,000 real and 1,000 generated cells, the activities of their programs, and their common genes."""
     config, type_key = pipe.processor.config, pipe.processor.label_keys[:1]
-    cells, groups, activities = sample_cells(cells, MAX_CELLS_SHOWN), {}, {}
+    cells, groups, activities = subsample(cells, MAX_CELLS_SHOWN), {}, {}
     genes, within_genes = cells.var_names, False
     if real is not None:
-        real = sample_cells(real, MAX_CELLS_SHOWN)
+        real = subsample(real, MAX_CELLS_SHOWN)
         latents = pipe.encode_cells(real)
         if "X_programs" in cells.obsm:
             activities["real"] = pipe.codec.activities(latents).detach().numpy()
@@ -108,7 +108,7 @@ def compare_quality(
         known, held_out = (real[real.obs_names.isin(names)] for names in (split.train, split.test))
         if known.n_obs >= held_out.n_obs >= MIN_CELLS_JUDGED:
             rest, test, origin = known, held_out, "Training did not see the held-out cells."
-    (drawn,), test = draw_samples(pipe, sample_cells(test, MAX_CELLS_JUDGED), 1, seed, **call_kwargs)
+    (drawn,), test = draw_samples(pipe, subsample(test, MAX_CELLS_JUDGED), 1, seed, **call_kwargs)
     report = evaluate_cells([drawn], rest, test, label_keys, config.layer, config.values, seed=seed)
     is_bad = report["excess"][GENERATED]["mean"] > HIGH_EXCESS
     note = f"With {test.n_obs} held-out cells, small differences are overlooked. {origin}"

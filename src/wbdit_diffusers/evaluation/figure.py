@@ -39,7 +39,7 @@ def report_figure(
     be several generators by title. The other arguments are those of [`evaluate_cells`], with one column of labels.
     """
     samples = generated if isinstance(generated, dict) else {"generated cells": generated}
-    real, samples = sample_cells(real), {name: sample_cells(cells) for name, cells in samples.items()}
+    real, samples = subsample(real), {name: subsample(cells) for name, cells in samples.items()}
     genes = reduce(lambda common, names: common[common.isin(names)], [sample.var_names for sample in samples.values()])
     within_genes = any(needs_common_genes(sample, real) for sample in samples.values())
     x = real_cells(real, genes, values, layer, within_genes=within_genes).expression
@@ -165,7 +165,7 @@ def common_types(types: Sequence[np.ndarray]) -> list[str]:
     return [str(name) for name in order if name and min((group == name).sum() for group in types) >= MIN_CELLS]
 
 
-def sample_cells(cells: ad.AnnData, max_cells: int = MAX_CELLS) -> ad.AnnData:
+def subsample(cells: ad.AnnData, max_cells: int = MAX_CELLS) -> ad.AnnData:
     """A random sample of the cells, in their order."""
     return cells[np.sort(np.random.default_rng(0).permutation(cells.n_obs)[:max_cells])]
 

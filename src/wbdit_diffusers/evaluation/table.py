@@ -66,9 +66,10 @@ def to_markdown(report: dict) -> str:
 
 def summary(report: dict) -> str:
     """The [`verdict`], and a table of six rows."""
-    judges = dict.fromkeys(f"auc_{report['excess'][name]['judge']}" for name in by_excess(report)[:1])
-    shown = [metric for metric in SUMMARY if metric in report["metrics"][by_excess(report)[0]]]
-    return f"{verdict(report)}\n\n{metric_table(report, [*judges, *shown[:4]])}"
+    best = by_excess(report)[0]
+    shown = [metric for metric in SUMMARY if metric in report["metrics"][best]][:4]
+    table = metric_table(report, [f"auc_{report['excess'][best]['judge']}", *shown])
+    return f"{verdict(report)}\n\n{table}"
 
 
 def verdict(report: dict) -> str:
