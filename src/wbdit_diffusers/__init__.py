@@ -9,11 +9,16 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .models import ExpressionCodec, GaussianMixtureDenoiser, ProgramCodec, WhiteBoxDiTModel  # noqa: F401
-    from .pipelines import ScRNAGenerationPipeline, ScRNAPipeline, ScRNAPipelineOutput  # noqa: F401
+    from .pipelines import (  # noqa: F401
+        ScRNAGenerationPipeline,
+        ScRNAPipeline,
+        ScRNAPipelineOutput,
+        ScRNAToScRNAPipeline,
+    )
     from .processing import ScRNAProcessor  # noqa: F401
 
 _MODELS = ("ExpressionCodec", "GaussianMixtureDenoiser", "ProgramCodec", "WhiteBoxDiTModel")
-_PIPELINES = ("ScRNAGenerationPipeline", "ScRNAPipeline", "ScRNAPipelineOutput")
+_PIPELINES = ("ScRNAGenerationPipeline", "ScRNAPipeline", "ScRNAPipelineOutput", "ScRNAToScRNAPipeline")
 _HOMES = dict.fromkeys(_MODELS, "models") | dict.fromkeys(_PIPELINES, "pipelines") | {"ScRNAProcessor": "processing"}
 
 # Diffusers looks up the classes of a saved pipeline here, and their base class.

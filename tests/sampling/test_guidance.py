@@ -27,7 +27,8 @@ CLASS_LABELS = torch.tensor([[2, 0], [0, 1], [2, 0], [1, 1], [0, 1]])
 def test_conditions_hold_each_combination_once():
     conditions = Conditions.from_class_labels(CLASS_LABELS, (3, 2), CPU)
     assert torch.equal(conditions.class_labels, CLASS_LABELS)
-    assert conditions.kwargs["class_labels"].tolist() == [[0, 1], [1, 1], [2, 0], [3, 2]]  # the null label last
+    assert conditions.kwargs["class_labels"].tolist() == [[0, 1], [1, 1], [2, 0]]
+    assert conditions.null["class_labels"].tolist() == [[3, 2]]
     unconditional = Conditions.from_class_labels(torch.zeros(5, 0, dtype=torch.long), (), CPU)
     assert unconditional.kwargs == {} and unconditional.class_labels is None
 

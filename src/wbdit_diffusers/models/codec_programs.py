@@ -227,6 +227,17 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         mean_counts = self._mean_proportions()[:-1] * self.latents_mean[-1].exp()
         return self.loadings * (mean_counts / (1 + mean_counts)).sqrt()[:, None]
 
+    @property
+    def metric(self) -> torch.Tensor:
+        """
+        Matrix `(num_features, num_programs)`: distances of latents times it are distances of genes' log rates, each
+        weighted by its information ([`~ProgramCodec.weighted_loadings`]). The library size has no part in them.
+        """
+        loadings = (self.weighted_loadings @ self.program_axes.float()).double()  # (genes, num_programs)
+        values, vectors = torch.linalg.eigh(loadings.T @ loadings)
+        root = vectors * values.clamp(min=0).sqrt()
+        return torch.cat([root, root.new_zeros(self.num_features - len(root), root.shape[1])])
+
     def _mean_proportions(self) -> torch.Tensor:
         """Fraction of the library in each bin, for a cell with average programs: `(genes + 1,)`."""
         log_rates = self.heads["log_rates"](self.latents_mean[:-1].to(self.dtype))

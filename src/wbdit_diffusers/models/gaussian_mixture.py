@@ -11,6 +11,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from ..sampling.schedulers import signal_and_noise
+from .composition import Composed, Composition
 from .loading import SafetensorsModel
 
 
@@ -19,6 +20,9 @@ MAX_COMPONENTS = 32  # per combination of labels
 COMPONENTS = [2, 3, 4, 6, 8, 12, 16, 24, 32]  # numbers to try after 1
 MANY_CELLS = 2000  # above this, one validation set of a quarter of the cells replaces four-fold cross-validation
 SMALLEST_VARIANCE = 1e-3  # of a direction of the standardised latents
+MAX_COMBINATIONS = 500  # that are measured, for others to be composed from them
+NOISE_OF_NEAREST = 0.3  # standard deviation: another dataset is never quite like the training cells
+UNSEEN_LOG_WEIGHT = -30.0  # of composed components: only cells with these labels are drawn from them
 
 
 class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
@@ -35,6 +39,8 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
         num_components (`int`): Number of components of all labels together.
         condition_sizes (`tuple[int]`, defaults to `()`): Number of categories of each label key.
         num_train_timesteps (`int`, defaults to 1000): Number of timesteps of the noise schedule.
+        num_composed (`int`, defaults to 0):
+            Number of combinations of labels that were not measured and have components all the same.
     """
 
     @register_to_config
@@ -44,6 +50,7 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
         num_components: int,
         condition_sizes: tuple[int, ...] = (),
         num_train_timesteps: int = 1000,
+        num_composed: int = 0,
     ):
         super().__init__()
         fitted = {
@@ -58,6 +65,12 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
         null_label = torch.tensor(tuple(condition_sizes), dtype=torch.long)  # one past the last category of each key
         self.register_buffer("null_label", null_label, persistent=False)
         self.register_buffer("alphas_cumprod", torch.ones(num_train_timesteps))
+        # Combinations that were not measured, the measured ones that they start from, the size of the change from
+        # there, and its error when measured combinations are left out
+        for name in ("composed_labels", "composed_bases"):
+            self.register_buffer(name, torch.zeros(num_composed, len(condition_sizes), dtype=torch.long))
+        for name in ("composed_changes", "composed_errors"):
+            self.register_buffer(name, torch.zeros(num_composed))
 
     @classmethod
     def fit(
@@ -68,12 +81,17 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
         noise_scheduler: DDPMScheduler,
         max_components: int = MAX_COMPONENTS,
         seed: int = 0,
+        metric: torch.Tensor | None = None,
     ) -> "GaussianMixtureDenoiser":
         """
         Fits full covariances to latents `(cells, sample_size)` with labels `(cells, num_label_keys)`. The number of
         components of each combination of labels, at most `max_components`, maximises the likelihood of validation
-        cells. Covariances are shrunk towards the one pooled within labels with a weight of 20 cells. Raises a
-        `ValueError` unless the scheduler has `prediction_type="v_prediction"`.
+        cells. Covariances are shrunk towards the one pooled within labels with a weight of 20 cells.
+
+        With the codec's [`~ProgramCodec.metric`] and two or more label keys, combinations that were not measured are
+        composed ([`Composition`]): they have the components of their base, moved by the change. They add no more
+        components than the measured ones have. Raises a `ValueError` unless the scheduler has
+        `prediction_type="v_prediction"`.
         """
         if noise_scheduler.config.prediction_type != "v_prediction":
             raise ValueError("The closed form predicts the velocity: use prediction_type='v_prediction'.")
@@ -82,24 +100,67 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
         index = np.zeros(len(values), dtype=int) if codes.shape[1] == 0 else index.ravel()
         pooled = within_labels(values, index)
         pooled_covariance = pooled.T @ pooled / len(pooled)
-        means, covariances, weights, labels = [], [], [], []
+        means, covariances, log_weights, labels = [], [], [], []  # an entry for each combination
         for i, combination in enumerate(combinations):
             own = values[index == i]
             shares = mixture_responsibilities(own, pooled, seed, max_components)
             own_means, own_covariances = weighted_gaussians(own, shares, pooled_covariance)
-            means += list(own_means)
-            covariances += list(own_covariances)
-            weights += list(shares.sum(axis=0) / len(values))
-            labels += [combination] * shares.shape[1]
+            means.append(own_means)
+            covariances.append(own_covariances)
+            log_weights.append(np.log(shares.sum(axis=0) / len(values)))
+            labels.append(combination)
+        composed = []
+        if metric is not None and codes.shape[1] > 1 and len(combinations) <= MAX_COMBINATIONS:
+            centers = np.stack([values[index == i].mean(axis=0) for i in range(len(combinations))])
+            composed = compose_unseen(combinations, centers, np.bincount(index), metric, [len(own) for own in means])
+        for one in composed:
+            means.append(means[one.base] + one.change)
+            covariances.append(covariances[one.base])
+            log_weights.append(log_weights[one.base] + UNSEEN_LOG_WEIGHT)
+            labels.append(one.labels)
         model = cls(
             sample_size=values.shape[1],
-            num_components=len(means),
+            num_components=sum(map(len, means)),
             condition_sizes=tuple(condition_sizes),
             num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+            num_composed=len(composed),
         )
-        model.component_labels.copy_(torch.from_numpy(np.array(labels)))
+        model.component_labels.copy_(torch.from_numpy(np.repeat(labels, [len(own) for own in means], axis=0)))
         model.alphas_cumprod.copy_(noise_scheduler.alphas_cumprod)
-        return model._set(np.array(means), np.array(covariances), np.log(weights), SMALLEST_VARIANCE)
+        for i, one in enumerate(composed):
+            model.composed_labels[i] = torch.from_numpy(one.labels)
+            model.composed_bases[i] = torch.from_numpy(combinations[one.base])
+            model.composed_changes[i], model.composed_errors[i] = one.size, one.error
+        parts = map(np.concatenate, (means, covariances, log_weights))
+        return model._set(*parts, SMALLEST_VARIANCE)
+
+    @torch.no_grad()
+    def sample(self, class_labels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Draws clean latents `(cells, sample_size)` of cells with labels `(cells, num_label_keys)`."""
+        log_weights = self.log_weights.float() + self._mask(class_labels, len(class_labels))
+        chosen = torch.multinomial(log_weights.softmax(-1), 1, generator=generator)[:, 0]  # a component per cell
+        means, directions, variances = (values[chosen] for values in self._fitted())
+        noise = torch.randn(means.shape, generator=generator, device=means.device)
+        return means + torch.einsum("bed,bd->be", directions, variances.sqrt() * noise)
+
+    @torch.no_grad()
+    def nearest_labels(self, latents: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """
+        The most likely measured combination of each cell, `(cells, num_label_keys)`, among those with its labels
+        `(cells, num_label_keys)`, where -1 allows any.
+        """
+        a, s = torch.ones(1, 1).to(self.means), torch.full((1, 1), NOISE_OF_NEAREST).to(self.means)
+        labels = torch.where(class_labels < 0, self.null_label.cpu(), class_labels)
+        nearest = []
+        for rows in torch.arange(len(latents)).split(256):
+            responsibilities = self._responsibilities(latents[rows].to(self.means), a, s, labels[rows])[2]
+            nearest.append(self.component_labels[responsibilities.argmax(-1)].cpu())
+        return torch.cat(nearest)
+
+    def find_composed(self, labels: torch.Tensor) -> int | None:
+        """The position of a combination `(num_label_keys,)` among the composed ones, or `None`."""
+        found = (self.composed_labels == labels.to(self.composed_labels)).all(1).nonzero()
+        return int(found[0]) if len(found) else None
 
     def _set(
         self, means: np.ndarray, covariances: np.ndarray, log_weights: np.ndarray, floor: float
@@ -194,6 +255,20 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
         log_likelihood = -0.5 * (projected**2 / total + total.log()).sum(-1)
         log_joint = log_likelihood + self.log_weights.float() + self._mask(class_labels, len(x))
         return projected, total, log_joint.softmax(-1)
+
+
+def compose_unseen(
+    combinations: np.ndarray, means: np.ndarray, num_cells: np.ndarray, metric: torch.Tensor, sizes: list[int]
+) -> list[Composed]:
+    """All combinations one label away from a measured one, the dependable ones first, until components double."""
+    composition = Composition(combinations, means, num_cells, metric.double().cpu().numpy())
+    candidates = {tuple(row) for row in combinations.tolist()}
+    for key, labels in enumerate(combinations.T):
+        for label in set(labels.tolist()):
+            candidates.update((*row[:key], label, *row[key + 1 :]) for row in composition.places)
+    unseen = [composition.compose(np.array(row)) for row in sorted(candidates - set(composition.places))]
+    composed = sorted([one for one in unseen if one is not None], key=lambda one: one.error / max(one.size, 1e-9))
+    return composed[: int(np.searchsorted(np.cumsum([sizes[one.base] for one in composed]), sum(sizes), "right"))]
 
 
 def within_labels(values: np.ndarray, codes: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from ..files import one_line
 from ..pretrained import locate
 
 
-MAY_BE_INFINITE = ("log_library_size_range",)  # unbounded for log values
+MAY_BE_INFINITE = ("log_library_size_range", "composed_errors")  # for log values; if nothing could be left out
 
 
 class SafetensorsModel(ModelMixin, ConfigMixin):

@@ -314,7 +314,8 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
         condition_sizes (`tuple[int]`, defaults to `()`):
             Number of categories of each label key. Empty for an unconditional model.
         condition_dropout (`float`, defaults to 0.1):
-            Probability that a training cell gets the null label in every label key, for classifier-free guidance.
+            Probability that a training cell loses labels, for classifier-free guidance: of every label key, or if
+            there are several, of some of them.
     """
 
     _supports_gradient_checkpointing = True
@@ -399,7 +400,10 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
             )
         if self.training and self.config.condition_dropout > 0:
             drop = torch.rand(batch_size, device=device) < self.config.condition_dropout
-            columns = [torch.where(drop, size, labels) for size, labels in zip(sizes, columns)]
+            of_key = torch.rand(batch_size, len(sizes), device=device) < 0.5
+            of_key |= ~of_key.any(1, keepdim=True)  # at least one, and the only one of a single key
+            dropped = (drop[:, None] & of_key).unbind(1)
+            columns = [torch.where(drop, size, labels) for drop, size, labels in zip(dropped, sizes, columns)]
         return sum(embedder(labels) for embedder, labels in zip(self.condition_embedders, columns))
 
     def forward(

@@ -1,8 +1,9 @@
-"""Noise in, cells out."""
+"""Noise or cells in, cells out."""
 
 from .pipeline_output import ScRNAPipelineOutput
 from .pipeline_scrna_generation import ScRNAGenerationPipeline
+from .pipeline_scrna_to_scrna import ScRNAToScRNAPipeline
 from .pipeline_utils import ScRNAPipeline
 
 
-__all__ = ["ScRNAGenerationPipeline", "ScRNAPipeline", "ScRNAPipelineOutput"]
+__all__ = ["ScRNAGenerationPipeline", "ScRNAPipeline", "ScRNAPipelineOutput", "ScRNAToScRNAPipeline"]

@@ -1,13 +1,14 @@
 """The request of a call, checked and encoded before the first step."""
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.utils import logging
 
+from ..models.gaussian_mixture import GaussianMixtureDenoiser
 from ..processing.processor import ScRNAProcessor
-from ..sampling.noise import CellNoise
 
 
 logger = logging.get_logger(__name__)
@@ -15,12 +16,11 @@ logger = logging.get_logger(__name__)
 
 def encode_request(
     processor: ScRNAProcessor, num_cells: int | None, cell_types: Any, conditions: Any, library_size: Any, **lists: Any
-) -> tuple[int, torch.Tensor, torch.Tensor | None, list[str]]:
+) -> tuple[int, torch.Tensor, torch.Tensor | None]:
     """
-    Returns the number of cells, their label codes `(cells, num_label_keys)`, -1 where no label is asked for, their
-    library sizes `(cells,)`, if they are given, and the combinations of labels that no training cell has. `lists` are
-    other arguments that may have one entry per cell. Raises a `ValueError` if lengths differ, a label is unknown, or a
-    library size is not positive.
+    Returns the number of cells, their label codes `(cells, num_label_keys)`, -1 where no label is asked for, and their
+    library sizes `(cells,)`, if they are given. `lists` are other arguments that may have one entry per cell. Raises a
+    `ValueError` if lengths differ, a label is unknown, or a library size is not positive.
     """
     conditions = dict(conditions or {})
     if cell_types is not None:
@@ -39,24 +39,59 @@ def encode_request(
         if length != expected:
             raise ValueError(f"`{name}` has {length} entries for {expected} cells: give one per cell.")
     class_labels = processor.encode_conditions(conditions, int(expected))
-    tables = processor.label_keys, processor.config.categories
-    unseen = [
-        ", ".join(f"{key}={names[code]}" for key, names, code in zip(*tables, row.tolist()) if code >= 0)
-        for row in (class_labels[: expected if lengths else 1].unique(dim=0) if processor.label_keys else [])
-        if not ((row == processor.label_combinations) | (row < 0)).all(dim=1).any()
-    ]
-    # A part of a stream has `CellNoise`: the whole request was checked before.
-    if unseen and not isinstance(lists.get("generator"), CellNoise):
-        which = f"Combinations of labels that no training cell has: {len(unseen)} ({unseen[0]} first)"
-        logger.warning(f"{which}. Compare such cells with real ones before you use them.")
     if library_size is None:
-        return int(expected), class_labels, None, unseen
+        return int(expected), class_labels, None
     if not processor.is_counts:
         raise ValueError("`library_size` was given, but this model was trained on log values, not on counts.")
     sizes = torch.as_tensor(np.asarray(library_size), dtype=torch.float32)
     if not (torch.isfinite(sizes) & (sizes > 0)).all():
         raise ValueError(f"`library_size` must be a positive number of counts, or one per cell, not {library_size}.")
-    return int(expected), class_labels, sizes.expand(int(expected)), unseen
+    return int(expected), class_labels, sizes.expand(int(expected))
+
+
+def guidance_by_column(processor: ScRNAProcessor, guidance_scale: Any) -> Any:
+    """Guidance scales by the number of a label key instead of its name. Raises a `ValueError` for an unknown key."""
+    if not isinstance(guidance_scale, dict):
+        return guidance_scale
+    if unknown := [key for key in guidance_scale if key not in processor.label_keys]:
+        raise ValueError(f"`guidance_scale` has {unknown[0]!r}: the label keys are {processor.label_keys}.")
+    return {processor.label_keys.index(key): scale for key, scale in guidance_scale.items()}
+
+
+def find_unseen(
+    processor: ScRNAProcessor, mixture: GaussianMixtureDenoiser | None, class_labels: torch.Tensor, warn: bool = True
+) -> dict[str, np.ndarray]:
+    """
+    The combinations of labels `(cells, num_label_keys)` that no training cell has, with a warning for the first. Those
+    that were composed have the measured combination from which they start, the size of the change from there, and its
+    error when measured combinations are left out. An unknown size or error is infinite.
+    """
+    keys, categories = processor.label_keys, processor.config.categories
+
+    def name(row: torch.Tensor) -> str:
+        return ", ".join(f"{key}={names[i]}" for key, names, i in zip(keys, categories, row.tolist()) if i >= 0)
+
+    rows: list[tuple[str, str, float, float]] = []
+    for row in class_labels.unique(dim=0) if keys else []:
+        if not ((row == processor.label_combinations) | (row < 0)).all(dim=1).any():
+            place = None if mixture is None else mixture.find_composed(row)
+            if mixture is None or place is None:
+                rows.append((name(row), "", math.inf, math.inf))
+            else:
+                sizes = mixture.composed_changes[place].item(), mixture.composed_errors[place].item()
+                rows.append((name(row), name(mixture.composed_bases[place]), *sizes))
+    if rows and warn:
+        first, base, change, error = rows[0]
+        message = f"No training cell has {first}."
+        if base:
+            message += f" It is composed from {base}, with a change of {change:.1f} ± {error:.1f}."
+            message += " The change is within its error: treat it as unknown." if change <= error else ""
+        else:
+            message += " Nothing that was measured shows it: treat the cells as unknown."
+        more = f" {len(rows) - 1} more combinations are new." if len(rows) > 1 else ""
+        logger.warning(f"{message}{more} Compare such cells with real ones before you use them.")
+    columns = "combination", "composed_from", "change", "error"
+    return {column: np.array(values) for column, values in zip(columns, zip(*rows))}
 
 
 def take(value: Any, cells: slice) -> Any:

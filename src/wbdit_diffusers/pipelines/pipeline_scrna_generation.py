@@ -5,23 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 import anndata as ad
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import replace_example_docstring
 
-from ..models.codec_expression import ExpressionCodec
-from ..models.codec_programs import ProgramCodec
-from ..models.gaussian_mixture import GaussianMixtureDenoiser
-from ..models.transformer_white_box_dit import WhiteBoxDiTModel
-from ..processing.processor import ScRNAProcessor
 from ..sampling.denoise import denoise
 from ..sampling.guidance import Conditions, Guide, predict
 from ..sampling.noise import CellNoise
-from .conditions import encode_request, take
+from .conditions import encode_request, find_unseen, guidance_by_column, take
 from .pipeline_output import ScRNAPipelineOutput
 from .pipeline_utils import ScRNAPipeline
 
-
-OUTPUT_TYPES = ("anndata", "np", "pt", "latent")
 
 EXAMPLE_DOC_STRING = """
         Examples:
@@ -36,68 +28,7 @@ EXAMPLE_DOC_STRING = """
 
 
 class ScRNAGenerationPipeline(ScRNAPipeline):
-    r"""
-    Generates single cells by denoising.
-
-    Args:
-        denoiser ([`WhiteBoxDiTModel`] or [`GaussianMixtureDenoiser`]): Predicts the noise in a batch of latents.
-        scheduler ([`SchedulerMixin`]):
-            The reverse process: [`DDPMScheduler`], or any other through `from_config`, e.g.
-            `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
-        processor ([`ScRNAProcessor`]): Genes, library sizes and names of labels.
-        codec ([`ProgramCodec`] or [`ExpressionCodec`]):
-            Maps cells to latents and back: gene programs under a likelihood of counts or, as in arXiv 2411.06785,
-            expression itself.
-        num_inference_steps (`int`, defaults to 12): Number of denoising steps when a call gives none.
-    """
-
-    def __init__(
-        self,
-        denoiser: WhiteBoxDiTModel | GaussianMixtureDenoiser,
-        scheduler: SchedulerMixin,
-        processor: ScRNAProcessor,
-        codec: ProgramCodec | ExpressionCodec,
-        num_inference_steps: int = 12,
-    ):
-        super().__init__()
-        self.register_modules(denoiser=denoiser, scheduler=scheduler, processor=processor, codec=codec)
-        self.register_to_config(num_inference_steps=num_inference_steps)
-        self._check_components()
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    def check_inputs(
-        self,
-        num_inference_steps: int,
-        batch_size: int | None,
-        latents: torch.Tensor | None,
-        output_type: str,
-        tensor_inputs: Sequence[str],
-    ):
-        """Raises a `ValueError` if an argument of a call has no meaning for this pipeline."""
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` is one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, not {batch_size}.")
-        if not hasattr(self.scheduler, "alphas_cumprod"):  # as for flow matching: the cells would be wrong
-            lacks = f"{type(self.scheduler).__name__} does not have the noise schedule of DDPM (`alphas_cumprod`)"
-            raise ValueError(f"{lacks}: take DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or the like.")
-        most = self.scheduler.config.get("num_train_timesteps") or num_inference_steps
-        if not 1 <= num_inference_steps <= most:
-            allowed = f"between 1 and the {most} timesteps of training"
-            raise ValueError(f"`num_inference_steps` must be {allowed}, not {num_inference_steps}.")
-        num_features = self.denoiser.config.sample_size
-        if latents is not None and tuple(latents.shape[1:]) != (num_features,):
-            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, expected (num_cells, {num_features}).")
-        if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
-            known = f"choose from {self._callback_tensor_inputs}"
-            raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}: {known}.")
+    r"""Generates single cells by denoising. See [`ScRNAPipeline`] for the components."""
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -107,7 +38,7 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         cell_types: str | list[str] | None = None,
         conditions: dict[str, str | list[str]] | None = None,
         library_size: float | list[float] | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | dict[str, float] = 1.0,
         num_inference_steps: int | None = None,
         batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | CellNoise | None = None,
@@ -132,8 +63,9 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
                 training frequencies among cells with the given labels.
             library_size (`float` or `list[float]`, *optional*):
                 Expected total counts, instead of generated ones. Drawn counts vary around them.
-            guidance_scale (`float`, defaults to 1.0):
-                Strength of classifier-free guidance (arXiv 2207.12598). 1.0 means none, and halves the cost.
+            guidance_scale (`float` or `dict[str, float]`, defaults to 1.0):
+                Strength of classifier-free guidance (arXiv 2207.12598), of all labels or by label key, such as
+                `{"condition": 2.0}`. 1.0 means none, and halves the cost.
             num_inference_steps (`int`, *optional*): Number of denoising steps. Default: the pipeline's own.
             batch_size (`int`, *optional*): Number of cells denoised at once. Bounds the memory, and changes no cell.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -170,7 +102,10 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         self.check_inputs(num_inference_steps, batch_size, latents, output_type, callback_on_step_end_tensor_inputs)
         request = {"cell_types": cell_types, "conditions": conditions, "library_size": library_size}
         lists = {"generator": generator, "latents": latents}
-        num_cells, class_labels, library_sizes, unseen = encode_request(self.processor, num_cells, **request, **lists)
+        num_cells, class_labels, library_sizes = encode_request(self.processor, num_cells, **request, **lists)
+        guidance_by_column(self.processor, guidance_scale)
+        is_new = not isinstance(generator, CellNoise)  # a stream was checked as a whole, and its parts warn of nothing
+        unseen = find_unseen(self.processor, self.gaussian_mixture, class_labels, warn=is_new)
 
         # 2. Random numbers belong to cells, batches only bound the memory
         noise = generator if isinstance(generator, CellNoise) else CellNoise(generator)
@@ -183,7 +118,8 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         with self.progress_bar(total=len(starts) * num_inference_steps) as progress_bar:
 
             def predict_batch(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-                return predict(self.denoiser, self.scheduler, noisy, t, batch_conditions, self._guidance_scale, guides)
+                scale = guidance_by_column(self.processor, self._guidance_scale)
+                return predict(self.denoiser, self.scheduler, noisy, t, batch_conditions, scale, guides)
 
             def on_step_end(i: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
                 progress_bar.update()
@@ -244,7 +180,8 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         batch_size = batch_size or self.default_batch_size
         names = ("cell_types", "conditions", "library_size", "latents")
         per_cell = {name: call_kwargs.pop(name, None) for name in names}
-        num_cells, *_ = encode_request(self.processor, num_cells, **per_cell, generator=generator)
+        num_cells, labels, _ = encode_request(self.processor, num_cells, **per_cell, generator=generator)
+        find_unseen(self.processor, self.gaussian_mixture, labels, warn=not isinstance(generator, CellNoise))
         noise = generator if isinstance(generator, list | CellNoise) else CellNoise(generator)
 
         def batches() -> Iterator[ad.AnnData]:

@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from scipy import sparse
 
 from .._registration import add_components
@@ -18,15 +19,22 @@ from ..data.latents import CellDataset, encode_cells
 from ..files import one_line, partial_path, remove, write_whole
 from ..hub.model_card import push_model_card
 from ..hub.remote_code import without_remote_code, write_remote_code
+from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
+from ..models.gaussian_mixture import GaussianMixtureDenoiser
+from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..pretrained import locate
+from ..processing.processor import ScRNAProcessor
 from ..sampling.noise import CELLS_PER_BLOCK, CellNoise, NoiseBatch
 from ..version import __version__
 from .programs import add_programs
 
 
+OUTPUT_TYPES = ("anndata", "np", "pt", "latent")
 TOKENS_PER_BATCH = 4608  # of the default batch size: their activations fit in the cache of a CPU
 MAX_CELLS_PER_BATCH = 2048  # larger batches are no faster, and cells × genes fill the memory
+NUM_FILLS, ROWS_TO_FILL = 8, 256  # of genes that cells lack
+MIN_MEASURED = 0.01  # of a cell's counts
 VALUES_AT_ONCE = 2**21  # cells × genes that are dense in memory while counts are drawn
 
 
@@ -37,11 +45,76 @@ class ScRNAPipeline(DiffusionPipeline):
     The pipelines of the family share their components. Each loads a folder that another one saved, and
     `OtherPipeline.from_pipe(pipe)` shares the components in memory. A component named in `_optional_components` may be
     `None`.
+
+    Args:
+        denoiser ([`WhiteBoxDiTModel`] or [`GaussianMixtureDenoiser`]): Predicts the noise in a batch of latents.
+        scheduler ([`SchedulerMixin`]):
+            The reverse process: [`DDPMScheduler`], or any other through `from_config`, e.g.
+            `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
+        processor ([`ScRNAProcessor`]): Genes, library sizes and names of labels.
+        codec ([`ProgramCodec`] or [`ExpressionCodec`]):
+            Maps cells to latents and back: gene programs under a likelihood of counts or, as in arXiv 2411.06785,
+            expression itself.
+        gaussian_mixture ([`GaussianMixtureDenoiser`], *optional*):
+            The closed form that taught the denoiser. It knows how dependable combinations of labels are that were not
+            measured.
+        num_inference_steps (`int`, defaults to 12): Number of denoising steps when a call gives none.
     """
 
     model_cpu_offload_seq = "denoiser"
-    _exclude_from_cpu_offload = ["codec"]  # small, and Accelerate's hook needs parameters
+    _exclude_from_cpu_offload = ["codec", "gaussian_mixture"]  # small, and Accelerate's hook needs parameters
+    _optional_components = ["gaussian_mixture"]
     _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        denoiser: WhiteBoxDiTModel | GaussianMixtureDenoiser,
+        scheduler: SchedulerMixin,
+        processor: ScRNAProcessor,
+        codec: ProgramCodec | ExpressionCodec,
+        gaussian_mixture: GaussianMixtureDenoiser | None = None,
+        num_inference_steps: int = 12,
+    ):
+        super().__init__()
+        modules = {"denoiser": denoiser, "scheduler": scheduler, "processor": processor, "codec": codec}
+        self.register_modules(**modules, gaussian_mixture=gaussian_mixture)
+        self.register_to_config(num_inference_steps=num_inference_steps)
+        self._check_components()
+
+    @property
+    def guidance_scale(self) -> float | dict[str, float]:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    def check_inputs(
+        self,
+        num_inference_steps: int,
+        batch_size: int | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        tensor_inputs: Sequence[str],
+    ):
+        """Raises a `ValueError` if an argument of a call has no meaning for this pipeline."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` is one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, not {batch_size}.")
+        if not hasattr(self.scheduler, "alphas_cumprod"):  # as for flow matching: the cells would be wrong
+            lacks = f"{type(self.scheduler).__name__} does not have the noise schedule of DDPM (`alphas_cumprod`)"
+            raise ValueError(f"{lacks}: take DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or the like.")
+        most = self.scheduler.config.get("num_train_timesteps") or num_inference_steps
+        if not 1 <= num_inference_steps <= most:
+            allowed = f"between 1 and the {most} timesteps of training"
+            raise ValueError(f"`num_inference_steps` must be {allowed}, not {num_inference_steps}.")
+        num_features = self.denoiser.config.sample_size
+        if latents is not None and tuple(latents.shape[1:]) != (num_features,):
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, expected (num_cells, {num_features}).")
+        if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
+            known = f"choose from {self._callback_tensor_inputs}"
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}: {known}.")
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -157,9 +230,34 @@ class ScRNAPipeline(DiffusionPipeline):
     def encode_cells(self, adata: ad.AnnData) -> torch.Tensor:
         """
         Encodes real cells to latents `(cells, num_features)` on the CPU. Genes are aligned by name, and labels are not
-        needed. Raises a `ValueError` if no gene is in common, or the values are not of the kind of the training cells.
+        needed. Genes that the cells lack are drawn given the others. Raises a `ValueError` if hardly a gene is in
+        common, or the values are not of the kind of the training cells.
         """
-        return encode_cells(CellDataset(adata, self.processor, with_labels=False), self.codec)
+        dataset = CellDataset(adata, self.processor, with_labels=False)
+        latents = encode_cells(dataset, self.codec)
+        missing = torch.from_numpy(~self.processor.var_names.isin(adata.var_names))
+        return self._fill_missing(dataset, latents, missing) if missing.any() else latents
+
+    def _fill_missing(self, dataset: CellDataset, latents: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+        """Draws genes that were not measured and encodes all genes, in turn. Returns the mean of the last latents."""
+        codec, generator, filled = self.codec, torch.Generator().manual_seed(0), []
+        for rows in torch.arange(len(dataset)).split(ROWS_TO_FILL):
+            values, library_size = (part.to(codec.device) for part in dataset.cells(rows.numpy()))
+            current, kept, size = latents[rows].to(codec.device), [], None
+            for _ in range(NUM_FILLS):
+                if dataset.is_counts:  # genes that were not measured have a share of the counts
+                    means = codec.decode(current).bin_means()  # (cells, genes + 1)
+                    share = means[:, :-1][:, missing].sum(1) / means.sum(1)
+                    size = library_size / (1 - share).clamp(min=MIN_MEASURED)
+                distribution = codec.decode(current, size)
+                shape = len(rows), distribution.num_values
+                drawn = distribution.icdf(torch.rand(shape, generator=generator, dtype=torch.float64))
+                values[:, missing] = drawn[:, : len(missing)][:, missing].to(values)
+                total = library_size + values[:, missing].sum(1) if dataset.is_counts else library_size
+                current = codec.encode(values, total)
+                kept.append(current)
+            filled.append(torch.stack(kept[NUM_FILLS // 2 :]).mean(0).cpu())
+        return torch.cat(filled)
 
     @torch.no_grad()
     def decode_latents(
@@ -195,7 +293,7 @@ class ScRNAPipeline(DiffusionPipeline):
         return cells
 
     def _provenance(
-        self, request: dict[str, Any], num_inference_steps: int, guidance_scale: float, noise: CellNoise, unseen: list
+        self, request: dict[str, Any], num_inference_steps: int, guidance_scale: Any, noise: CellNoise, unseen: dict
     ) -> dict[str, Any]:
         """The contents of `uns["wbdit"]`: what makes the cells again, but for what differs between them (`obs`)."""
         asked = request | {"conditions": None} | (request["conditions"] or {})

@@ -12,6 +12,8 @@ from ..data.cells import CellSource, check_unique
 
 logger = logging.get_logger(__name__)
 
+MIN_COMMON_GENES = 0.01  # of the modelled genes: with fewer, names are of another kind or species
+
 
 def check_names(source: CellSource):
     """Raises a `ValueError` if there are no cells or genes, or if a gene has no name of its own."""
@@ -65,14 +67,14 @@ def align_genes(var_names: pd.Index, modelled: pd.Index) -> np.ndarray:
     genes that the cells lack are named in a warning. Raises a `ValueError` if no gene is in common.
     """
     missing = modelled[~modelled.isin(var_names)]
-    if len(missing) > len(modelled) / 2:
+    if len(missing) > (1 - MIN_COMMON_GENES) * len(modelled):
         raise ValueError(
             f"{len(missing)} of the {len(modelled)} genes of this model ({', '.join(missing[:3])}, …) are not in"
             f" `adata.var_names` ({', '.join(var_names[:3])}, …): set it to the same kind of gene name."
         )
     if len(missing):
         logger.warning(
-            f"{len(missing)} of the {len(modelled)} modelled genes are missing from `adata` and are taken as zero:"
+            f"{len(missing)} of the {len(modelled)} modelled genes are missing from `adata`:"
             f" {', '.join(missing[:10])}{', …' if len(missing) > 10 else ''}."
         )
     return modelled.get_indexer(var_names)

@@ -1,8 +1,9 @@
 """Conditions of a batch, classifier-free guidance, and guides that move the clean estimate."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -14,11 +15,14 @@ from .schedulers import from_clean, to_clean
 class Conditions:
     """
     The conditions of a batch. A batch has many cells and few combinations of labels, so each combination is stored,
-    and its modulation computed, once. The last row is the null condition. An unconditional model has none.
+    and its modulation computed, once. An unconditional model has none.
     """
 
     kwargs: dict[str, torch.Tensor]  # of the denoiser, such as `class_labels` (combinations, num_label_keys)
     index: torch.Tensor  # the row of each cell, (cells,)
+    null: dict[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # the null condition: `class_labels` (1, num_label_keys)
 
     @classmethod
     def from_class_labels(
@@ -26,10 +30,18 @@ class Conditions:
     ) -> "Conditions":
         """From the codes of each cell `(cells, num_label_keys)` and the number of categories of each label key."""
         if not condition_sizes:
-            return cls({}, torch.zeros(len(class_labels), dtype=torch.long, device=device))
+            return cls({}, torch.zeros(len(class_labels), dtype=torch.long, device=device), {})
         combinations, index = class_labels.to(device).unique(dim=0, return_inverse=True)
         null_label = torch.tensor([list(condition_sizes)], device=device)  # one past the last category
-        return cls({"class_labels": torch.cat([combinations, null_label])}, index)
+        return cls({"class_labels": combinations}, index, {"class_labels": null_label})
+
+    def without(self, key: int | None) -> dict[str, torch.Tensor]:
+        """The rows of `kwargs` without the labels of one key, by its number, or without all conditions."""
+        if key is None:
+            return {name: row.expand_as(self.kwargs[name]) for name, row in self.null.items()}
+        class_labels = self.kwargs["class_labels"].clone()
+        class_labels[:, key] = self.null["class_labels"][0, key]
+        return {**self.kwargs, "class_labels": class_labels}
 
     @property
     def class_labels(self) -> torch.Tensor | None:
@@ -47,31 +59,34 @@ def predict(
     latents: torch.Tensor,
     timestep: torch.Tensor,
     conditions: Conditions,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Mapping[int, float] = 1.0,
     guides: Sequence[Guide] = (),
 ) -> torch.Tensor:
     """
     The denoiser's prediction with classifier-free guidance (arXiv 2207.12598, equation 6 in the form of Diffusers):
     `unconditional + guidance_scale * (conditional - unconditional)`. Guides then move the clean estimate.
 
-    `latents` and the result are `(cells, num_features)`. All cells have one timestep. A scale of 1 means no guidance,
-    and halves the cost.
+    `latents` and the result are `(cells, num_features)`. All cells have one timestep. Scales by the number of a label
+    key compose: each one's difference is to the prediction without that label. A scale of 1 means no guidance, and
+    costs nothing.
     """
     inputs, kwargs, index = latents.to(denoiser.dtype), conditions.kwargs, conditions.index
-    is_guided = bool(kwargs) and guidance_scale != 1.0
-    if is_guided:
-        null = torch.full_like(index, len(next(iter(kwargs.values()))) - 1)
-        inputs, index = torch.cat([inputs] * 2), torch.cat([null, index])
-    else:
-        kwargs = {name: rows[:-1] for name, rows in kwargs.items()}
+    by_key: Any = guidance_scale if isinstance(guidance_scale, Mapping) else {None: guidance_scale}
+    scales = {key: scale for key, scale in by_key.items() if scale != 1.0 and kwargs}
+    if scales:
+        dropped = [conditions.without(key) for key in scales]
+        num_rows = len(next(iter(kwargs.values())))
+        index = torch.cat([index + i * num_rows for i in range(len(scales) + 1)])
+        kwargs = {name: torch.cat([rows, *(one[name] for one in dropped)]) for name, rows in kwargs.items()}
+        inputs = torch.cat([inputs] * (len(scales) + 1))
     if kwargs and "label_index" in inspect.signature(denoiser.forward).parameters:
         kwargs = {**kwargs, "label_index": index}
     else:  # a user's denoiser
         kwargs = {name: rows[index] for name, rows in kwargs.items()}
     output = denoiser(inputs, timestep, **kwargs, return_dict=False)[0]
-    if is_guided:
-        unconditional, conditional = output.chunk(2)
-        output = unconditional + guidance_scale * (conditional - unconditional)
+    if scales:
+        conditional, *others = output.chunk(len(scales) + 1)
+        output = conditional + sum((s - 1) * (conditional - other) for s, other in zip(scales.values(), others))
     if guides:
         clean = to_clean(output, latents, timestep, scheduler)
         for guide in guides:

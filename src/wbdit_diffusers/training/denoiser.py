@@ -31,6 +31,7 @@ logger = get_logger(__name__)
 
 VALIDATION_CELLS, VALIDATION_DRAWS = 512, 4  # each cell with so many draws of noise and timestep
 STEPS_OF_ESTIMATE = 50  # of the time that is left
+MAX_COMPOSED_SHARE = 0.2  # of a batch: cells whose combination of labels was not measured
 LOG_COLUMNS = ["step", "epoch", "seconds", "learning_rate", "loss", "validation_loss"]
 Callback = Callable[[dict[str, float]], Any]
 
@@ -97,6 +98,10 @@ class DenoiserTraining:
         self.config, self.accelerator, self.gaussian_mixture = config, accelerator, gaussian_mixture
         self.start_time, self.progress, self.callbacks = start_time, Progress(), callbacks
         self.train_cells, self.order = train_cells, CellOrder(len(train_cells), config.seed)
+        # Combinations that were not measured have as many cells as measured ones have on average.
+        num_composed = 0 if gaussian_mixture is None else gaussian_mixture.config.num_composed
+        num_measured = len(train_cells.class_labels.unique(dim=0)) if num_composed else 1
+        self.composed_share = min(num_composed / (num_composed + num_measured), MAX_COMPOSED_SHARE)
         self.noise_scheduler = training_scheduler(config.prediction_type)
         self.log_path = config.output_dir / "training_log.csv"
         self.has_our_denoiser = denoiser is None
@@ -202,6 +207,8 @@ class DenoiserTraining:
         seed = config.seed * 1_000_003 + index + accelerator.process_index
         torch.manual_seed(seed)
         generator = torch.Generator(accelerator.device).manual_seed(seed)
+        if self.composed_share:
+            batch = self._with_composed_cells(batch, generator)
         with accelerator.accumulate(self.model):
             loss = diffusion_loss(self.model, self.noise_scheduler, batch, generator, self.gaussian_mixture, share)
             accelerator.backward(loss)
@@ -210,6 +217,17 @@ class DenoiserTraining:
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.losses.append(loss.detach())
+
+    def _with_composed_cells(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """A batch in which some cells make room for cells of combinations that were not measured."""
+        mixture = self.gaussian_mixture
+        assert mixture is not None  # it composes them
+        chance = torch.rand(1, generator=generator, device=mixture.device).item()
+        number = int(self.composed_share * len(batch["latents"]) + chance)
+        rows = torch.randint(mixture.config.num_composed, (number,), generator=generator, device=mixture.device)
+        labels = mixture.composed_labels[rows]
+        composed = {"latents": mixture.sample(labels, generator), "class_labels": labels}
+        return {name: torch.cat([values[number:], composed[name]]) for name, values in batch.items()}
 
     def _asked_to_stop(self) -> tuple[bool, int]:
         """Whether the time is over, and the number of a signal, in any process: all must stop at the same step."""

@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from ..data.latents import Latents
+from ..models.codec_expression import ExpressionCodec
+from ..models.codec_programs import ProgramCodec
 from ..models.gaussian_mixture import MAX_COMPONENTS, GaussianMixtureDenoiser
 from ..sampling import training_scheduler
 from .config import TrainingConfig
@@ -22,23 +24,35 @@ MAX_SIZE = 2**19  # components x features², beyond which the closed form is slo
 
 
 def prepare_gaussian_mixture(
-    config: TrainingConfig, accelerator: Accelerator, latents: Latents, folder: Path
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    latents: Latents,
+    codec: ProgramCodec | ExpressionCodec,
+    folder: Path,
 ) -> GaussianMixtureDenoiser | None:
     """The Gaussian mixture of a run, or `None` if the network learns from the cells alone."""
-    if config.codec != "program" or config.mixture_share == 0:
+    if not isinstance(codec, ProgramCodec) or config.mixture_share == 0:
         return None
     known, combinations = np.unique(latents.class_labels.numpy(), axis=0, return_inverse=True)
     max_components = min(MAX_SIZE // (latents.values.shape[1] ** 2 * len(known)), MAX_COMPONENTS)
     if max_components == 0:
         logger.warning(f"No Gaussian mixture: {len(known):,} combinations of labels are too many (--mixture_share).")
         return None
-    fit = partial(fit_gaussian_mixture, latents, known, combinations.ravel(), max_components, config.seed)
+    inputs = latents, known, combinations.ravel(), max_components, config.seed, codec.metric
+    fit = partial(fit_gaussian_mixture, *inputs)
     mixture = fit_once(accelerator, folder / "gaussian_mixture", GaussianMixtureDenoiser, fit)
+    if number := mixture.config.num_composed:
+        logger.info(f"{number:,} combinations of labels that no training cell has are composed from others.")
     return mixture.to(accelerator.device)
 
 
 def fit_gaussian_mixture(
-    latents: Latents, known: np.ndarray, combinations: np.ndarray, max_components: int, seed: int
+    latents: Latents,
+    known: np.ndarray,
+    combinations: np.ndarray,
+    max_components: int,
+    seed: int,
+    metric: torch.Tensor | None = None,
 ) -> GaussianMixtureDenoiser:
     """Fits a Gaussian mixture, with at most `max_components` for each of the `known` combinations of labels."""
     # Each combination gives the same number of cells, if it has enough: a rare one needs a component too.
@@ -53,11 +67,12 @@ def fit_gaussian_mixture(
         noise_scheduler=training_scheduler("v_prediction"),
         max_components=max_components,
         seed=seed,
+        metric=metric,
     )
     # A cell without labels has each combination as often as the training cells have it, not as the chosen ones do.
-    numbers = [known.tolist().index(labels) for labels in mixture.component_labels.tolist()]
     share_of_chosen = np.bincount(combinations[chosen], minlength=len(counts)) / len(chosen)
-    ratios = (counts / len(latents) / share_of_chosen)[numbers]
+    ratios = dict(zip(map(tuple, known.tolist()), counts / len(latents) / share_of_chosen))
     with torch.no_grad():
-        mixture.log_weights += torch.from_numpy(np.log(ratios)).to(mixture.log_weights)
+        of_components = [ratios.get(tuple(labels), 1.0) for labels in mixture.component_labels.tolist()]
+        mixture.log_weights += torch.tensor(of_components).log()
     return mixture

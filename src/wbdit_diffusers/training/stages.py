@@ -136,7 +136,7 @@ def train(
                 values = encode_cells(train_dataset, codec)
         latents = Latents(values, processor.encode_labels(train_cells), processor.condition_sizes)
         test_latents = Latents(encode_cells(test_dataset, codec), test_dataset.class_labels, processor.condition_sizes)
-        gaussian_mixture = prepare_gaussian_mixture(config, accelerator, latents, stage_one)
+        gaussian_mixture = prepare_gaussian_mixture(config, accelerator, latents, codec, stage_one)
 
         set_seed(config.seed)  # the initial weights are the same whether or not stage one ran in this process
         inputs = latents, test_latents, start_time, gaussian_mixture, denoiser, callbacks
@@ -155,6 +155,7 @@ def train(
                 scheduler=make_scheduler(config.scheduler, training.noise_scheduler.config),
                 processor=processor,
                 codec=codec,
+                gaussian_mixture=gaussian_mixture and gaussian_mixture.cpu(),
                 num_inference_steps=config.num_inference_steps,
             )
             if accelerator.is_main_process:
