@@ -12,7 +12,9 @@ unseen_peers.py wrote. A pipeline that exists in the work folder is measured aga
 All rows are judged on log1p(CP10k) of the 2,000 most variable genes. The change is the difference to the mean of the
 type's real control cells. Metrics follow scPerturBench (Nature Methods 2025): Pearson correlation and slope of the
 change in the 100 genes that change most, energy distance, R² of means, and recovered differential genes. Variance,
-zeros and the spread of genes show whether more than the mean is right. The reference is real cells, half against half.
+zeros and the spread of genes show whether more than the mean is right. The reference is real cells in two halves.
+"Origin found" is the fraction of translated control cells whose own control cell is among the nearest tenth, in the
+half of the programs that the condition changes least. Cells that were generated anew have a random origin.
 """
 
 import json
@@ -30,7 +32,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
-from wbdit_diffusers import ScRNAGenerationPipeline
+from wbdit_diffusers import ScRNAGenerationPipeline, ScRNAToScRNAPipeline
 from wbdit_diffusers.evaluation.metrics import rank_markers
 from wbdit_diffusers.interpretation.interventions import with_denoiser
 from wbdit_diffusers.processing.genes import most_variable
@@ -51,6 +53,7 @@ METRICS = {
     "variance": "variance ratio",
     "spread": "spread of genes",
     "zeros": "error of zeros",
+    "origin": "origin found",
 }
 REAL = "real, half against half"
 
@@ -134,6 +137,14 @@ def latent_arithmetic(
     return pipe.decode_latents(torch.from_numpy(moved), labels, generator=torch.Generator().manual_seed(0))
 
 
+def origins_found(pipe: ScRNAGenerationPipeline, controls: torch.Tensor, moved: torch.Tensor) -> float:
+    """The fraction of moved cells `(cells, num_features)` that are near the control cell in the same row."""
+    before, after = pipe.codec.activities(controls).detach(), pipe.codec.activities(moved).detach()
+    quiet = (after.mean(0) - before.mean(0)).abs().argsort()[: before.shape[1] // 2]
+    distances = torch.cdist(after[:, quiet], before[:, quiet])  # (moved, controls)
+    return ((distances < distances.diagonal()[:, None]).float().mean(1) < 0.1).float().mean().item()
+
+
 def measure(args: Any, cells: ad.AnnData, cell_type: str, condition: str, seed: int) -> list[dict]:
     """Trains without a combination, and measures everything that predicts it."""
     control = next(c for c in sorted(set(cells.obs["condition"].astype(str))) if c != condition)
@@ -157,6 +168,18 @@ def measure(args: Any, cells: ad.AnnData, cell_type: str, condition: str, seed: 
         "latent arithmetic": lambda: latent_arithmetic(pipe, train_cells, request, control),
     }
     predicted = {row: judge.of(make()) for row, make in generate.items()}
+    controls = cells[judge.control_rows].copy()
+    translate = ScRNAToScRNAPipeline.from_pipe(pipe)
+    translate.set_progress_bar_config(disable=True)
+    repeated = controls[rng.integers(controls.n_obs, size=NUM_CELLS)].copy()
+    repeated.obs_names_make_unique()
+    goal: dict[str, Any] = {"conditions": {"condition": condition}}
+    predicted["translated cells"] = judge.of(
+        translate(repeated, **goal, generator=torch.Generator().manual_seed(seed)).cells
+    )
+    latents, size = pipe.encode_cells(controls), {"num_cells": controls.n_obs, "output_type": "latent"}
+    translated = translate(controls, **goal, output_type="latent").cells
+    anew = pipe(**call | size, generator=torch.Generator().manual_seed(seed)).cells
     sampled = judge.control[rng.integers(len(judge.control), size=NUM_CELLS)]
     predicted["no change"], predicted["mean shift in genes"] = judge.control, np.maximum(sampled + judge.mean_shift, 0)
     for path in sorted(args.peers.glob(f"*_{name}.h5ad")) if args.peers else []:
@@ -164,6 +187,8 @@ def measure(args: Any, cells: ad.AnnData, cell_type: str, condition: str, seed: 
     halves = np.array_split(rng.permutation(len(judge.real)), 2)
     results = {row: judge.measure(values) for row, values in predicted.items()}
     results[REAL] = judge.measure(judge.real[halves[0]], judge.real[halves[1]])
+    results["translated cells"]["origin"] = origins_found(pipe, latents, translated)
+    results["network"]["origin"] = origins_found(pipe, latents, anew)
     place = pipe.gaussian_mixture.find_composed(pipe.processor.encode_conditions(request, 1)[0])
     facts = {"cell_type": cell_type, "condition": condition, "seed": seed, "num_cells": int(judge.held.sum())}
     facts |= {"change": float(pipe.gaussian_mixture.composed_changes[place])}
@@ -184,7 +209,8 @@ def table(results: list[dict]) -> str:
     """The mean over combinations of each row and metric, and the correlation by combination."""
     names = list(dict.fromkeys(row["row"] for row in results))
     means = [
-        [name, *(mean_sd([row[key] for row in results if row["row"] == name]) for key in METRICS)] for name in names
+        [name, *(mean_sd([row.get(key) for row in results if row["row"] == name]) for key in METRICS)]
+        for name in names
     ]
     held = list(dict.fromkeys((row["cell_type"], row["condition"]) for row in results))
 

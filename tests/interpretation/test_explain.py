@@ -79,14 +79,14 @@ def test_the_cells_are_for_scanpy(explained):
 
 def test_the_page_holds_all_figures_and_escapes_names(explained):
     page = explained["page"]
-    assert len(re.findall(r"data:image/png;base64,iVBOR", page)) == 7
+    assert len(re.findall(r"data:image/png;base64,iVBOR", page)) == 8
     assert "<b>" not in page and "pipe &lt;b&gt;" in page
     assert "nan" not in re.sub(r"base64,[^\"]+", "", page).replace("nance", "")
 
 
 def test_every_figure_has_a_caption_and_nothing_is_claimed_of_an_unfit_model(explained):
     page, captions = explained["page"], re.findall("<figcaption>(.*?)</figcaption>", explained["page"], re.DOTALL)
-    assert len(captions) == 7 and all("Look for" in caption for caption in captions)
+    assert len(captions) == 8 and all("Look for" in caption for caption in captions)
     # Random weights explain less than the closed form.
     assert "Do not draw conclusions" in page and "variance than the closed form." in page
     assert page.count('class="finding"') == page.count("Not a finding, because of the warning above.") > 3

@@ -141,7 +141,7 @@ def test_combinations_that_training_did_not_see_are_named_once(pbmc, tmp_path, m
     assert messages == []
     new, text = {"cell_types": "CD34+", "conditions": {"phase": "S"}}, "cell_type=CD34+, phase=S"
     cells = pipe(num_cells=6, batch_size=2, **new).cells
-    assert len(messages) == 1 and f"no training cell has: 1 ({text} first)" in messages[0]
+    assert len(messages) == 1 and f"No training cell has {text}. Nothing that was measured shows it" in messages[0]
     cells.write_h5ad(tmp_path / "call.h5ad")
     write_cells(tmp_path / "stream.h5ad", pipe.stream(num_cells=6, batch_size=2, **new))
     assert len(messages) == 2
@@ -151,7 +151,9 @@ def test_combinations_that_training_did_not_see_are_named_once(pbmc, tmp_path, m
     generate(GenerateConfig(**flags, num_cells=6, batch_size=2, device="cpu"))
     assert len(messages) == 3
     for name in ("call", "stream", "command"):
-        assert list(ad.read_h5ad(tmp_path / f"{name}.h5ad").uns["wbdit"]["unseen_combinations"]) == [text]
+        assert list(ad.read_h5ad(tmp_path / f"{name}.h5ad").uns["wbdit"]["unseen_combinations"]["combination"]) == [
+            text
+        ]
     pipe(cell_types=["CD34+", "CD34+", "Dendritic"], conditions={"phase": ["S", "G1", "S"]})
     assert messages[1:] == [messages[0]] * 3
 

@@ -16,6 +16,7 @@ from ..models.gaussian_mixture import within_labels
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..pipelines import ScRNAGenerationPipeline
 from ..pipelines.programs import add_programs, program_table
+from .condition import measure_condition
 from .denoising import measure_explained_variance, measure_program_jacobian, measure_type_stability
 from .interventions import fit_gaussian_mixture, hold_program, program_direction, with_denoiser
 from .layers import LAYER_TIMESTEPS, measure_layers
@@ -46,7 +47,8 @@ def explain(
         - `"explained_variance"`: how well network and closed form predict the programs of noisy cells;
         - `"type_stability"`: how many cells change their type if noise is added up to a timestep and removed again;
         - `"program_jacobian"`: the derivative of each expected clean program (row) by each noisy program (column);
-        - `"interventions"`: whether other programs follow a held program as they do in held-out cells (slope 1).
+        - `"interventions"`: whether other programs follow a held program as they do in held-out cells (slope 1);
+        - `"condition"`: how the second label key acts in each type ([`measure_condition`]), or `None`.
 
     Raises a `ValueError` if the pipeline has no programs or network, or under 20 held-out cells have known labels.
     """
@@ -73,6 +75,9 @@ def explain(
         "type_stability": lambda: measure_type_stability(denoisers, pipe, few, train_latents, train_types, seed),
         "program_jacobian": lambda: measure_program_jacobian(denoisers, pipe, few, few_labels, seed),
         "interventions": lambda: measure_interventions(denoisers, pipe, test, train, latents, train_latents, seed),
+        "condition": lambda: measure_condition(
+            pipe, gaussian_mixture, train_latents, pipe.processor.encode_labels(train), seed
+        ),
     }
     with tqdm(total=1 + len(parts), desc="Looking inside", unit=" parts") as progress_bar:
         cells = _cells(pipe, test, latents)

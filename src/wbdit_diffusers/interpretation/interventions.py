@@ -46,10 +46,12 @@ def fit_gaussian_mixture(
 ) -> GaussianMixtureDenoiser:
     """
     Fits the closed form that a pipeline's denoiser is compared with, and guided by, to the training cells. Each
-    combination of labels has at most `max_components`.
+    combination of labels has at most `max_components`. Combinations that were not measured are composed.
     """
     labels, sizes = pipe.processor.encode_labels(cells), pipe.processor.condition_sizes
-    return GaussianMixtureDenoiser.fit(pipe.encode_cells(cells), labels, sizes, pipe.scheduler, max_components)
+    metric = pipe.codec.metric if isinstance(pipe.codec, ProgramCodec) else None
+    latents = pipe.encode_cells(cells)
+    return GaussianMixtureDenoiser.fit(latents, labels, sizes, pipe.scheduler, max_components, metric=metric)
 
 
 def program_direction(codec: ProgramCodec, program: int | str) -> torch.Tensor:

@@ -36,6 +36,8 @@ def write_report(folder: Path, report: dict, cells: ad.AnnData, title: str):
         "program_jacobian": _program_jacobian_figure(report),
         "interventions": _interventions_figure(report),
     }
+    if report["condition"]:
+        figures["condition"] = _condition_figure(report["condition"])
     images = {}
     for name, figure in figures.items():
         path = folder / "figures" / f"{name}.png"
@@ -231,4 +233,24 @@ def _interventions_figure(report: dict) -> Figure:
         axis.axline((0, 0), slope=0, color="black", linewidth=0.7, linestyle=":")
         axis.set(title=f"{program} held", xlabel="regression in held-out cells", ylabel="response of other programs")
         axis.legend(frameon=False)
+    return figure
+
+
+def _condition_figure(condition: dict) -> Figure:
+    rows = condition["types"]
+    types = [row["type"] for row in rows]
+    panels = [
+        ("blocks", "block of the network", [*range(1, len(rows[0]["blocks"])), "out"]),
+        ("untrained_blocks", "block, untrained matrices", [*range(1, len(rows[0]["blocks"])), "out"]),
+        ("timesteps", "quarter of the steps", [1, 2, 3, 4]),
+        ("closed_form_timesteps", "quarter, closed form", [1, 2, 3, 4]),
+    ]
+    height = 1.8 + 0.3 * len(rows)
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, height), layout="constrained", sharey=True)
+    for axis, (key, title, ticks) in zip(axes, panels):
+        image = axis.imshow([row[key] for row in rows], cmap="Blues", vmin=0, vmax=0.6, aspect="auto")
+        axis.set_xticks(range(len(ticks)), ticks)
+        axis.set_yticks(range(len(types)), types)
+        axis.set(title=title)
+    figure.colorbar(image, ax=axes, label="share of the change that is\nlost without the condition")
     return figure

@@ -49,15 +49,6 @@ def encode_request(
     return int(expected), class_labels, sizes.expand(int(expected))
 
 
-def guidance_by_column(processor: ScRNAProcessor, guidance_scale: Any) -> Any:
-    """Guidance scales by the number of a label key instead of its name. Raises a `ValueError` for an unknown key."""
-    if not isinstance(guidance_scale, dict):
-        return guidance_scale
-    if unknown := [key for key in guidance_scale if key not in processor.label_keys]:
-        raise ValueError(f"`guidance_scale` has {unknown[0]!r}: the label keys are {processor.label_keys}.")
-    return {processor.label_keys.index(key): scale for key, scale in guidance_scale.items()}
-
-
 def find_unseen(
     processor: ScRNAProcessor, mixture: GaussianMixtureDenoiser | None, class_labels: torch.Tensor, warn: bool = True
 ) -> dict[str, np.ndarray]:
@@ -72,7 +63,8 @@ def find_unseen(
         return ", ".join(f"{key}={names[i]}" for key, names, i in zip(keys, categories, row.tolist()) if i >= 0)
 
     rows: list[tuple[str, str, float, float]] = []
-    for row in class_labels.unique(dim=0) if keys else []:
+    asked = class_labels[:1] if class_labels.stride(0) == 0 else class_labels  # one row for all cells
+    for row in asked.unique(dim=0) if keys else []:
         if not ((row == processor.label_combinations) | (row < 0)).all(dim=1).any():
             place = None if mixture is None else mixture.find_composed(row)
             if mixture is None or place is None:

@@ -5,12 +5,18 @@ from collections.abc import Callable, Iterator, Sequence
 import anndata as ad
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import replace_example_docstring
 
+from ..models.codec_expression import ExpressionCodec
+from ..models.codec_programs import ProgramCodec
+from ..models.gaussian_mixture import GaussianMixtureDenoiser
+from ..models.transformer_white_box_dit import WhiteBoxDiTModel
+from ..processing.processor import ScRNAProcessor
 from ..sampling.denoise import denoise
 from ..sampling.guidance import Conditions, Guide, predict
 from ..sampling.noise import CellNoise
-from .conditions import encode_request, find_unseen, guidance_by_column, take
+from .conditions import encode_request, find_unseen, take
 from .pipeline_output import ScRNAPipelineOutput
 from .pipeline_utils import ScRNAPipeline
 
@@ -28,7 +34,46 @@ EXAMPLE_DOC_STRING = """
 
 
 class ScRNAGenerationPipeline(ScRNAPipeline):
-    r"""Generates single cells by denoising. See [`ScRNAPipeline`] for the components."""
+    r"""
+    Generates single cells by denoising.
+
+    Args:
+        denoiser ([`WhiteBoxDiTModel`] or [`GaussianMixtureDenoiser`]): Predicts the noise in a batch of latents.
+        scheduler ([`SchedulerMixin`]):
+            The reverse process: [`DDPMScheduler`], or any other through `from_config`, e.g.
+            `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
+        processor ([`ScRNAProcessor`]): Genes, library sizes and names of labels.
+        codec ([`ProgramCodec`] or [`ExpressionCodec`]):
+            Maps cells to latents and back: gene programs under a likelihood of counts or, as in arXiv 2411.06785,
+            expression itself.
+        gaussian_mixture ([`GaussianMixtureDenoiser`], *optional*):
+            The closed form that taught the denoiser. It knows how dependable combinations of labels are that were not
+            measured.
+        num_inference_steps (`int`, defaults to 12): Number of denoising steps when a call gives none.
+    """
+
+    def __init__(
+        self,
+        denoiser: WhiteBoxDiTModel | GaussianMixtureDenoiser,
+        scheduler: SchedulerMixin,
+        processor: ScRNAProcessor,
+        codec: ProgramCodec | ExpressionCodec,
+        gaussian_mixture: GaussianMixtureDenoiser | None = None,
+        num_inference_steps: int = 12,
+    ):
+        super().__init__()
+        modules = {"denoiser": denoiser, "scheduler": scheduler, "processor": processor, "codec": codec}
+        self.register_modules(**modules, gaussian_mixture=gaussian_mixture)
+        self.register_to_config(num_inference_steps=num_inference_steps)
+        self._check_components()
+
+    @property
+    def guidance_scale(self) -> float | dict[str, float]:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -103,7 +148,6 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         request = {"cell_types": cell_types, "conditions": conditions, "library_size": library_size}
         lists = {"generator": generator, "latents": latents}
         num_cells, class_labels, library_sizes = encode_request(self.processor, num_cells, **request, **lists)
-        guidance_by_column(self.processor, guidance_scale)
         is_new = not isinstance(generator, CellNoise)  # a stream was checked as a whole, and its parts warn of nothing
         unseen = find_unseen(self.processor, self.gaussian_mixture, class_labels, warn=is_new)
 
@@ -118,8 +162,7 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         with self.progress_bar(total=len(starts) * num_inference_steps) as progress_bar:
 
             def predict_batch(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-                scale = guidance_by_column(self.processor, self._guidance_scale)
-                return predict(self.denoiser, self.scheduler, noisy, t, batch_conditions, scale, guides)
+                return predict(self.denoiser, self.scheduler, noisy, t, batch_conditions, self._guidance_scale, guides)
 
             def on_step_end(i: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
                 progress_bar.update()
@@ -133,7 +176,8 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
                 batch_noise = noise.batch(first_number + rows.start, first_number + rows.stop)
                 uniform = batch_noise.uniform(2).cpu()  # (batch, 2): for labels and library sizes
                 labels = self.processor.complete_labels(class_labels[rows], uniform[:, 0])
-                batch_conditions = Conditions.from_class_labels(labels, self.denoiser.config.condition_sizes, device)
+                sizes, keys = self.denoiser.config.condition_sizes, self.processor.label_keys
+                batch_conditions = Conditions.from_class_labels(labels, sizes, device, keys)
 
                 # 4. Denoise
                 self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -148,8 +192,8 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
                 if output_type == "latent":
                     outputs.append(denoised)
                 elif output_type == "anndata":
-                    sizes = library_sizes if library_sizes is None else library_sizes[rows]
-                    cells = self._draw_cells(denoised, labels, sizes, batch_noise, uniform[:, 1])
+                    totals = library_sizes if library_sizes is None else library_sizes[rows]
+                    cells = self._draw_cells(denoised, labels, totals, batch_noise, uniform[:, 1])
                     cells.uns["wbdit"] = provenance
                     outputs.append(cells)
                 else:

@@ -8,12 +8,18 @@ import numpy as np
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging, replace_example_docstring
 
+from ..models.codec_expression import ExpressionCodec
+from ..models.codec_programs import ProgramCodec
+from ..models.gaussian_mixture import GaussianMixtureDenoiser
+from ..models.transformer_white_box_dit import WhiteBoxDiTModel
+from ..processing.processor import ScRNAProcessor
 from ..sampling.denoise import denoise
 from ..sampling.guidance import Conditions, predict
 from ..sampling.noise import CellNoise
-from .conditions import encode_request, find_unseen, guidance_by_column
+from .conditions import encode_request, find_unseen
 from .pipeline_output import ScRNAPipelineOutput
 from .pipeline_utils import ScRNAPipeline
 
@@ -35,12 +41,35 @@ EXAMPLE_DOC_STRING = """
 
 class ScRNAToScRNAPipeline(ScRNAPipeline):
     r"""
-    Translates measured cells to other labels: another condition, batch or donor. See [`ScRNAPipeline`] for the
-    components.
+    Translates measured cells to other labels: another condition, batch or donor. The components are those of
+    [`ScRNAGenerationPipeline`].
 
     The deterministic solver DDIM (arXiv 2010.02502) takes a cell to noise under its own labels, and back under the new
     ones. What the labels do not explain is in the noise, and stays with the cell.
     """
+
+    def __init__(
+        self,
+        denoiser: WhiteBoxDiTModel | GaussianMixtureDenoiser,
+        scheduler: SchedulerMixin,
+        processor: ScRNAProcessor,
+        codec: ProgramCodec | ExpressionCodec,
+        gaussian_mixture: GaussianMixtureDenoiser | None = None,
+        num_inference_steps: int = 12,
+    ):
+        super().__init__()
+        modules = {"denoiser": denoiser, "scheduler": scheduler, "processor": processor, "codec": codec}
+        self.register_modules(**modules, gaussian_mixture=gaussian_mixture)
+        self.register_to_config(num_inference_steps=num_inference_steps)
+        self._check_components()
+
+    @property
+    def guidance_scale(self) -> float | dict[str, float]:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -102,7 +131,6 @@ class ScRNAToScRNAPipeline(ScRNAPipeline):
         num_cells, asked, _ = encode_request(self.processor, cells.n_obs, **request, library_size=None)
         if (asked < 0).all():
             raise ValueError("No label changes: give `cell_types` or `conditions`.")
-        guidance_by_column(self.processor, guidance_scale)
         latents = self.encode_cells(cells)  # (cells, num_features)
         labels = self._own_labels(cells, latents)  # (cells, num_label_keys)
         new_labels = torch.where(asked < 0, labels, asked)
@@ -115,7 +143,7 @@ class ScRNAToScRNAPipeline(ScRNAPipeline):
         self._guidance_scale = guidance_scale
         config = {**self.scheduler.config, "timestep_spacing": "leading", "set_alpha_to_one": False}
         to_noise, to_cells = DDIMInverseScheduler.from_config(config), DDIMScheduler.from_config(config)
-        num_steps = max(1, round(strength * num_inference_steps))
+        self._num_timesteps = num_steps = max(1, round(strength * num_inference_steps))
         batch_size = batch_size or self.default_batch_size
         starts, outputs = range(0, num_cells, batch_size), []
 
@@ -124,14 +152,14 @@ class ScRNAToScRNAPipeline(ScRNAPipeline):
                 rows = slice(start, min(start + batch_size, num_cells))
                 batch_noise = noise.batch(rows.start, rows.stop)
                 sizes = self.denoiser.config.condition_sizes
-                own, new = (Conditions.from_class_labels(one[rows], sizes, device) for one in (labels, new_labels))
+                keys, both = self.processor.label_keys, (labels[rows], new_labels[rows])
+                own, new = (Conditions.from_class_labels(one, sizes, device, keys) for one in both)
 
                 def predict_own(noisy: torch.Tensor, t: torch.Tensor, conditions: Conditions = own) -> torch.Tensor:
                     return predict(self.denoiser, to_noise, noisy, t, conditions)
 
                 def predict_new(noisy: torch.Tensor, t: torch.Tensor, conditions: Conditions = new) -> torch.Tensor:
-                    scale = guidance_by_column(self.processor, self._guidance_scale)
-                    return predict(self.denoiser, to_cells, noisy, t, conditions, scale)
+                    return predict(self.denoiser, to_cells, noisy, t, conditions, self._guidance_scale)
 
                 def count(i: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
                     progress_bar.update()

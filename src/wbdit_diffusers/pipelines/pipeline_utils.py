@@ -11,7 +11,6 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from scipy import sparse
 
 from .._registration import add_components
@@ -19,12 +18,8 @@ from ..data.latents import CellDataset, encode_cells
 from ..files import one_line, partial_path, remove, write_whole
 from ..hub.model_card import push_model_card
 from ..hub.remote_code import without_remote_code, write_remote_code
-from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
-from ..models.gaussian_mixture import GaussianMixtureDenoiser
-from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..pretrained import locate
-from ..processing.processor import ScRNAProcessor
 from ..sampling.noise import CELLS_PER_BLOCK, CellNoise, NoiseBatch
 from ..version import __version__
 from .programs import add_programs
@@ -45,49 +40,12 @@ class ScRNAPipeline(DiffusionPipeline):
     The pipelines of the family share their components. Each loads a folder that another one saved, and
     `OtherPipeline.from_pipe(pipe)` shares the components in memory. A component named in `_optional_components` may be
     `None`.
-
-    Args:
-        denoiser ([`WhiteBoxDiTModel`] or [`GaussianMixtureDenoiser`]): Predicts the noise in a batch of latents.
-        scheduler ([`SchedulerMixin`]):
-            The reverse process: [`DDPMScheduler`], or any other through `from_config`, e.g.
-            `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
-        processor ([`ScRNAProcessor`]): Genes, library sizes and names of labels.
-        codec ([`ProgramCodec`] or [`ExpressionCodec`]):
-            Maps cells to latents and back: gene programs under a likelihood of counts or, as in arXiv 2411.06785,
-            expression itself.
-        gaussian_mixture ([`GaussianMixtureDenoiser`], *optional*):
-            The closed form that taught the denoiser. It knows how dependable combinations of labels are that were not
-            measured.
-        num_inference_steps (`int`, defaults to 12): Number of denoising steps when a call gives none.
     """
 
     model_cpu_offload_seq = "denoiser"
     _exclude_from_cpu_offload = ["codec", "gaussian_mixture"]  # small, and Accelerate's hook needs parameters
     _optional_components = ["gaussian_mixture"]
     _callback_tensor_inputs = ["latents"]
-
-    def __init__(
-        self,
-        denoiser: WhiteBoxDiTModel | GaussianMixtureDenoiser,
-        scheduler: SchedulerMixin,
-        processor: ScRNAProcessor,
-        codec: ProgramCodec | ExpressionCodec,
-        gaussian_mixture: GaussianMixtureDenoiser | None = None,
-        num_inference_steps: int = 12,
-    ):
-        super().__init__()
-        modules = {"denoiser": denoiser, "scheduler": scheduler, "processor": processor, "codec": codec}
-        self.register_modules(**modules, gaussian_mixture=gaussian_mixture)
-        self.register_to_config(num_inference_steps=num_inference_steps)
-        self._check_components()
-
-    @property
-    def guidance_scale(self) -> float | dict[str, float]:
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
 
     def check_inputs(
         self,

@@ -20,27 +20,32 @@ class Conditions:
 
     kwargs: dict[str, torch.Tensor]  # of the denoiser, such as `class_labels` (combinations, num_label_keys)
     index: torch.Tensor  # the row of each cell, (cells,)
-    null: dict[str, torch.Tensor] = field(
-        default_factory=dict
-    )  # the null condition: `class_labels` (1, num_label_keys)
+    null: dict[str, torch.Tensor] = field(default_factory=dict)  # the null condition, (1, num_label_keys)
+    label_keys: Sequence[str] = ()  # of the columns
 
     @classmethod
     def from_class_labels(
-        cls, class_labels: torch.Tensor, condition_sizes: Sequence[int], device: torch.device
+        cls,
+        class_labels: torch.Tensor,
+        condition_sizes: Sequence[int],
+        device: torch.device,
+        label_keys: Sequence[str] = (),
     ) -> "Conditions":
         """From the codes of each cell `(cells, num_label_keys)` and the number of categories of each label key."""
         if not condition_sizes:
             return cls({}, torch.zeros(len(class_labels), dtype=torch.long, device=device), {})
         combinations, index = class_labels.to(device).unique(dim=0, return_inverse=True)
         null_label = torch.tensor([list(condition_sizes)], device=device)  # one past the last category
-        return cls({"class_labels": combinations}, index, {"class_labels": null_label})
+        return cls({"class_labels": combinations}, index, {"class_labels": null_label}, label_keys)
 
-    def without(self, key: int | None) -> dict[str, torch.Tensor]:
-        """The rows of `kwargs` without the labels of one key, by its number, or without all conditions."""
+    def without(self, key: str | None) -> dict[str, torch.Tensor]:
+        """The rows of `kwargs` without the labels of one key, or without all conditions."""
         if key is None:
             return {name: row.expand_as(self.kwargs[name]) for name, row in self.null.items()}
-        class_labels = self.kwargs["class_labels"].clone()
-        class_labels[:, key] = self.null["class_labels"][0, key]
+        if key not in self.label_keys:
+            raise ValueError(f"`guidance_scale` has {key!r}: the label keys are {list(self.label_keys)}.")
+        class_labels, column = self.kwargs["class_labels"].clone(), self.label_keys.index(key)
+        class_labels[:, column] = self.null["class_labels"][0, column]
         return {**self.kwargs, "class_labels": class_labels}
 
     @property
@@ -59,16 +64,15 @@ def predict(
     latents: torch.Tensor,
     timestep: torch.Tensor,
     conditions: Conditions,
-    guidance_scale: float | Mapping[int, float] = 1.0,
+    guidance_scale: float | Mapping[str, float] = 1.0,
     guides: Sequence[Guide] = (),
 ) -> torch.Tensor:
     """
     The denoiser's prediction with classifier-free guidance (arXiv 2207.12598, equation 6 in the form of Diffusers):
     `unconditional + guidance_scale * (conditional - unconditional)`. Guides then move the clean estimate.
 
-    `latents` and the result are `(cells, num_features)`. All cells have one timestep. Scales by the number of a label
-    key compose: each one's difference is to the prediction without that label. A scale of 1 means no guidance, and
-    costs nothing.
+    `latents` and the result are `(cells, num_features)`. All cells have one timestep. Scales by label key compose:
+    each one's difference is to the prediction without that label. A scale of 1 means no guidance, and costs nothing.
     """
     inputs, kwargs, index = latents.to(denoiser.dtype), conditions.kwargs, conditions.index
     by_key: Any = guidance_scale if isinstance(guidance_scale, Mapping) else {None: guidance_scale}
