@@ -19,7 +19,6 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_sin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from ..files import one_line
 from .convert_original import convert_original_checkpoint
 from .loading import SafetensorsModel
 
@@ -464,14 +463,8 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
 
     @classmethod
     def from_original_checkpoint(cls, path: str | Path, num_attention_heads: int = 8) -> "WhiteBoxDiTModel":
-        """
-        Converts a checkpoint of the authors' code, White-Box or DiT, of any depth and width: a `state_dict`, read with
-        `weights_only=True`. Raises a `ValueError` if the file is not one.
-        """
+        """Converts a checkpoint of the authors' code, a `state_dict` of any depth and width: White-Box or DiT."""
         config, state_dict = convert_original_checkpoint(path, num_attention_heads)
         model = cls(**config)
-        try:
-            model.load_state_dict(state_dict)
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not fit the {config['block_type']} network: {one_line(error)}") from error
+        model.load_state_dict(state_dict)
         return model.eval()
