@@ -11,6 +11,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from diffusers.utils import logging
+from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
 from ..configs import PrepareConfig
@@ -172,35 +173,18 @@ def _split_and_shuffle(obs: pd.DataFrame, copies: np.ndarray, config: PrepareCon
 
 
 def _write_card(folder: Path, metadata: dict[str, Any], names: list[str]):
-    """Writes README.md, whose head names the file of each split for the Hub and for `datasets`."""
+    """Writes README.md, whose head names the files of each split for the Hub and for `datasets`."""
     sizes = {split: sum(map(sum, files.values())) for split, files in metadata["splits"].items()}
-    of_splits = ", ".join(f"{number:,} in {split}" for split, number in sizes.items())
-    files = "\n".join(f"  - {{split: {split}, path: data/{split}-*.parquet}}" for split in sizes)
-    text = f"""---
-tags: [single-cell, scRNA-seq, wbdit_diffusers]
-configs:
-- config_name: cells
-  default: true
-  data_files:
-{files}
-- {{config_name: genes, data_files: genes.parquet}}
----
-
-# Single cells
-
-{sum(sizes.values()):,} cells ({of_splits}) × {metadata["num_genes"]:,} genes, shuffled. Values: {metadata["values"]}.
-From {", ".join(map(as_text, names))}.
-The test split was drawn at random within each label. `wbdit prepare` wrote this dataset.
-
-Each row is a cell. `genes` are row numbers of `genes.parquet`, and `expressions` are the values of these genes. All
-other genes are zero. `cell` is the cell's name, and `total_counts` its counts over all genes of its file.
-
-```python
-from datasets import load_dataset
-from wbdit_diffusers.data import read_cells
-
-cells = load_dataset("THIS_FOLDER", "cells", split="train")  # rows
-adata = read_cells("THIS_FOLDER", split="train")  # an AnnData in memory
-```
-"""
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in sizes]
+    configs = [{"config_name": "cells", "default": True, "data_files": files}]
+    configs.append({"config_name": "genes", "data_files": "genes.parquet"})
+    card = DatasetCard.from_template(
+        DatasetCardData(tags=["single-cell", "scRNA-seq", "wbdit_diffusers"], configs=configs),
+        template_path=Path(__file__).parent / "card_template.md",
+        num_cells=f"{sum(sizes.values()):,}",
+        splits=", ".join(f"{number:,} in {split}" for split, number in sizes.items()),
+        num_genes=f"{metadata['num_genes']:,}",
+        values=metadata["values"],
+        names=", ".join(map(as_text, names)),
+    )
+    card.save(folder / "README.md")

@@ -13,7 +13,6 @@ from anndata.utils import make_index_unique
 from scipy import sparse
 from scipy.io import mmread
 
-from ..files import one_line
 from .read import read_cells
 
 
@@ -47,8 +46,6 @@ def fetch(name: str, folder: str | Path) -> ad.AnnData:
     datasetdir, sc.settings.datasetdir = sc.settings.datasetdir, folder  # of the files that Scanpy downloads
     try:
         return RECIPES[name].read(folder)
-    except (ValueError, KeyError, OSError, tarfile.TarError) as error:
-        raise ValueError(f"{folder} does not hold the published files of {name}: {one_line(error)}") from error
     finally:
         sc.settings.datasetdir = datasetdir
 
