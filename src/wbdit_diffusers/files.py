@@ -11,10 +11,7 @@ MAX_ERROR_LENGTH = 500  # characters of another library's error
 
 
 def write_whole(path: Path, write: Callable[..., Any]):
-    """
-    Lets `write` write a file or folder under a temporary name, and renames it once it is complete. A file that exists
-    is replaced, a folder is not. Raises an `OSError` if `path` can't be written. What was there stays.
-    """
+    """Lets `write` write a file or folder under a temporary name, which is renamed once it is complete."""
     partial = partial_path(path)
     remove(partial)  # of a run that was killed
     try:

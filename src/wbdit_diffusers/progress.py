@@ -11,10 +11,7 @@ SECONDS_BETWEEN_LINES = 30
 
 
 def bar_options(**options: Any) -> dict[str, Any]:
-    """
-    Arguments of `tqdm`, or of `pipe.set_progress_bar_config`, for a bar that is readable everywhere. If the output is
-    neither a terminal nor a notebook, the bar becomes one line every 30 seconds.
-    """
+    """Arguments of `tqdm` for a bar. Without a terminal or notebook it becomes one line every 30 seconds."""
     is_bar = sys.stderr.isatty() or autonotebook.tqdm is not std.tqdm
     return options if is_bar else {"file": _Lines(), **options}
 

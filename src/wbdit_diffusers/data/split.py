@@ -99,10 +99,7 @@ class CellSplit:
 
 
 def held_out(labels: np.ndarray, test_fraction: float, seed: int, copies: np.ndarray | None = None) -> np.ndarray:
-    """
-    Draws held-out cells, stratified by label, without copies of other cells: a mask `(cells,)`. `labels` `(cells,)`
-    are numbers, and so are `copies` `(cells,)`, the same for copies.
-    """
+    """Draws held-out cells, stratified by label, without copies of other cells: a mask `(cells,)`."""
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
     sizes = np.bincount(labels)

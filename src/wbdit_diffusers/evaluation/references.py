@@ -6,10 +6,7 @@ from ..models.gaussian_mixture import PSEUDO_CELLS, mixture_responsibilities, wi
 
 
 def split_halves(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Two halves of the training cells, stratified by label, as sorted positions. Principal components and the classifier
-    of types are fitted on the first. The real reference comes from the second, which they have not seen.
-    """
+    """Sorted positions of two halves of the cells, stratified by label: one to fit with, one as the real reference."""
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     order = shuffled[np.argsort(np.asarray(labels)[shuffled], kind="stable")]
     return np.sort(order[::2]), np.sort(order[1::2])
@@ -18,10 +15,7 @@ def split_halves(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndar
 def draw_matching(
     labels: np.ndarray, wanted: np.ndarray, rng: np.random.Generator, preferred: np.ndarray | None = None
 ) -> np.ndarray:
-    """
-    Positions of cells with the wanted labels, in their order, drawn from cells with `labels` `(cells,)`. Preferred
-    positions come first, and cells are drawn twice only if a label has too few. A label of no cell matches all cells.
-    """
+    """Positions of cells with the wanted labels. Preferred ones come first. A label of no cell matches all cells."""
     is_preferred = np.zeros(len(labels), dtype=bool)
     is_preferred[slice(None) if preferred is None else preferred] = True
     drawn = np.empty(len(wanted), dtype=np.int64)
@@ -42,11 +36,7 @@ def gaussian_latents(
     rng: np.random.Generator,
     gaussian_mixture: bool = False,
 ) -> np.ndarray:
-    """
-    Draws latents with the wanted labels `(cells,)` from one Gaussian per label, or from the Gaussian mixtures that
-    [`GaussianMixtureDenoiser`] fits. Covariances are shrunk towards the one pooled within labels, with a weight of 20
-    cells. A label of no cell is drawn from all training cells.
-    """
+    """Draws latents with the wanted labels from a Gaussian, or a Gaussian mixture, of each label's latents."""
     latents = latents.astype(np.float64)
     pooled = within_labels(latents, labels)
     drawn = np.empty((len(wanted), latents.shape[1]))

@@ -28,10 +28,7 @@ MIN_GENES = 20  # expressed: cells with fewer may be equal by chance
 
 
 def run(config: EvaluateConfig) -> tuple[dict, str]:
-    """
-    Judges generators and writes report.json, report.md and report.png into a folder. Returns the report of
-    [`evaluate_cells`] and the text to print. Raises an `OSError` or a `ValueError` if that is impossible.
-    """
+    """Judges generators and writes report.json, report.md and report.png. Returns the report and a text to print."""
     from .figure import report_figure
 
     folder = config.output_dir
@@ -104,10 +101,7 @@ def _read_split(config: EvaluateConfig, models: dict[str, str]) -> tuple[ad.AnnD
 
 
 def _copies(train: ad.AnnData, test: ad.AnnData, layer: str | None) -> np.ndarray:
-    """
-    Mask `(cells,)` of the held-out cells with the values of a training cell, with a warning. Raises a `ValueError` if
-    one has its name as well, or no other cell remains.
-    """
+    """Mask `(cells,)` of the held-out cells with the values of a training cell, with a warning."""
     genes, matrices, cells = train.var_names.intersection(test.var_names), [], []
     for name, adata in (("training", train), ("held-out", test)):
         check_unique(adata.var_names, "gene", f" in the {name} cells")

@@ -130,10 +130,7 @@ def describe_means(report: dict) -> str:
 
 
 def metric_table(report: dict, metrics: Sequence[str] = tuple(TITLES)) -> str:
-    """
-    Excess and metrics as a Markdown table. Its columns are the generators, the best first, the real reference and the
-    baselines. One generator also has its difference from the reference. `metrics` are the keys of `TITLES` to show.
-    """
+    """Excess and metrics as a Markdown table: the generators, the best first, the real reference, the baselines."""
     generators, columns = by_excess(report), report["metrics"]
     names = [*generators, REFERENCE, *(name for name in columns if name not in (*generators, REFERENCE))]
     rows = [["metric", *(name.replace("|", "\\|") for name in names)]]

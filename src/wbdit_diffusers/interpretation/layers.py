@@ -69,10 +69,7 @@ def subspaces_of(attn: MSSA | Contraction) -> torch.Tensor:
 
 
 def step_of_attention(own: torch.Tensor, tokens: torch.Tensor, step: torch.Tensor, seed: int = 0) -> dict[str, float]:
-    """
-    The relative change of the coding rate by an attention's step, in its own subspaces and in random ones of the same
-    size, and the cosine of the step with the steepest descent in its own.
-    """
+    """The change of the coding rate by a step, in its own and in random subspaces, and its cosine with the descent."""
     noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed)).to(own)
     random = noise * (own.norm() / noise.norm())
     changes = {}
@@ -121,10 +118,7 @@ def measure_layers(
     timesteps: list[int],
     seed: int = 0,
 ) -> list[dict]:
-    """
-    Measures every layer of the trained and of an untrained network. Layer 0 is the input of the first block. The
-    attention's step includes the gate in a [`DescentBlock`]; in the published block, gates act after it.
-    """
+    """Measures every layer of the trained and of an untrained network. Layer 0 is the input of the first block."""
     rows = []
     clean = latents.cpu().numpy()
     for name, network in (("trained", denoiser), ("untrained", untrained_copy(denoiser, seed))):

@@ -50,11 +50,7 @@ class LogScale:
 
 
 def find_log_scale(matrix: sparse.csr_matrix, max_cells: int = 400) -> LogScale | None:
-    """
-    Finds the scale of log values `(cells, genes)`, with all genes of the file, in `max_cells` evenly spaced cells.
-    Returns `None` if the values are not log-normalised counts: if they were divided by gene lengths, averaged over
-    cells, rescaled or rounded too much, or if there are too few genes.
-    """
+    """The scale of log values `(cells, genes)` of all genes. `None` if they are not log-normalised counts."""
     cells = np.flatnonzero(np.diff(matrix.indptr) > 0)
     if not len(cells) or matrix.data.max() > MAX_LOG_VALUE or np.median(np.diff(matrix.indptr)[cells]) < MIN_VALUES:
         return None

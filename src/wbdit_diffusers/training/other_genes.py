@@ -83,11 +83,7 @@ def add_genes(
 def regress(
     counts: torch.Tensor, offset: torch.Tensor, design: torch.Tensor, precision: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Negative binomial regressions of counts `(cells, genes)` on a design `(cells, covariates)`, with an offset
-    `(cells,)` and a Gaussian prior, by Fisher scoring. Returns coefficients `(covariates, genes)` and log inverse
-    dispersions `(genes,)`.
-    """
+    """Negative binomial regressions by Fisher scoring: coefficients and log inverse dispersions of the genes."""
     products = (design[:, :, None] * design[:, None]).flatten(1)  # (cells, covariates²)
     coefficients = torch.zeros(design.shape[1], counts.shape[1])
     coefficients[0] = ((counts.sum(0) + 0.5) / offset.exp().sum()).log()
@@ -105,10 +101,7 @@ def regress(
 
 
 def fit_dispersion(counts: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    """
-    Log inverse dispersion `(genes,)` of counts `(cells, genes)` with known means: the most likely value of a grid. A
-    few high counts do not rule it, as they would moments.
-    """
+    """Log inverse dispersion `(genes,)` of counts with known means: the most likely value of a grid."""
     cells, genes = counts.nonzero(as_tuple=True)
     count = counts[cells, genes]
     scores = []
