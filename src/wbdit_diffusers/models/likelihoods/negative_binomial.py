@@ -1,5 +1,8 @@
 """Counts, with a mixture of two negative binomials per gene."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,7 @@ FEW_CELLS = 0.05  # fraction of cells that may be outliers of a gene; θ, if the
 MAX_SUMMED = 64  # larger counts are found by bisection
 
 
+@dataclass(eq=False)
 class NegativeBinomialMixture:
     r"""
     Counts of molecules or reads.
@@ -22,46 +26,32 @@ class NegativeBinomialMixture:
     binomial can't: counts of tens or thousands where other cells have one or two, or (`r < 1`) dropouts.
 
     The columns are the genes, followed by one bin for all other genes, so that a draw has a library size of its own.
-
-    Args:
-        log_rates (`torch.Tensor` of shape `(cells, genes + 1)`): Their softmax is the share of each bin.
-        log_theta (`torch.Tensor` of shape `(cells, genes + 1)`): Log inverse dispersion θ.
-        outlier_logits (`torch.Tensor` of shape `(genes + 1,)`): Log odds of the second component, π.
-        outlier_log_ratio (`torch.Tensor` of shape `(genes + 1,)`): Log ratio of the two means, r.
-        outlier_log_theta (`torch.Tensor` of shape `(genes + 1,)`): Log inverse dispersion θ' of the second component.
-        library_size (`torch.Tensor` of shape `(cells,)`): Total counts over all genes.
     """
+
+    log_rates: torch.Tensor  # (cells, genes + 1), whose softmax is the share of each bin
+    log_theta: torch.Tensor  # (cells, genes + 1), log inverse dispersion θ
+    outlier_logits: torch.Tensor  # (genes + 1,), log odds of the second component, π
+    outlier_log_ratio: torch.Tensor  # (genes + 1,), log ratio of the two means, r
+    outlier_log_theta: torch.Tensor  # (genes + 1,), log inverse dispersion θ' of the second component
+    library_size: torch.Tensor  # (cells,), total counts over all genes
 
     HEADS = ("log_rates", "log_theta")  # linear in the programs
     GENE_PARAMETERS = ("outlier_logits", "outlier_log_ratio", "outlier_log_theta")  # shared by all cells
-    PRIOR_PRECISIONS: dict[str, float] = {}
-    TABLES: dict[str, int] = {}
+    PRIOR_PRECISIONS: ClassVar[dict[str, float]] = {}
+    TABLES: ClassVar[dict[str, int]] = {}
     is_counts = True
 
-    def __init__(
-        self,
-        log_rates: torch.Tensor,
-        log_theta: torch.Tensor,
-        outlier_logits: torch.Tensor,
-        outlier_log_ratio: torch.Tensor,
-        outlier_log_theta: torch.Tensor,
-        library_size: torch.Tensor,
-    ):
-        self.log_proportions = F.log_softmax(log_rates, dim=1)
-        self.num_values = log_rates.shape[1]  # per draw: the genes, and the bin of all other genes
-        self.log_theta = log_theta.clamp(-4, 8)  # beyond, a distribution is all zeros, or Poisson
-        self.outlier_logits = outlier_logits
-        self.outlier_log_ratio = outlier_log_ratio.clamp(-4, MAX_LOG_RATIO)
-        self.outlier_log_theta = outlier_log_theta.clamp(-4, 4)
-        self.library_size = library_size.to(log_rates.device)
+    def __post_init__(self):
+        self.log_proportions = F.log_softmax(self.log_rates, dim=1)
+        self.num_values = self.log_rates.shape[1]  # per draw: the genes, and the bin of all other genes
+        self.log_theta = self.log_theta.clamp(-4, 8)  # beyond, a distribution is all zeros, or Poisson
+        self.outlier_log_ratio = self.outlier_log_ratio.clamp(-4, MAX_LOG_RATIO)
+        self.outlier_log_theta = self.outlier_log_theta.clamp(-4, 4)
+        self.library_size = self.library_size.to(self.log_rates.device)
 
     @classmethod
     def initial_values(cls, counts: sparse.csr_matrix, library_size: np.ndarray) -> dict[str, torch.Tensor]:
-        """
-        Starting point of the fit: bias of each head and value of each gene parameter, `(genes + 1,)`. Rates are the
-        means of the training cells. θ follows from the variance of each gene, and is raised a little, because
-        outliers contribute to the variance. Where a few cells hold most counts of a gene, they are its outliers.
-        """
+        """Starting point of the fit: bias of each head and value of each gene parameter, `(genes + 1,)`."""
         genes = np.asarray(counts.sum(axis=0), dtype=np.float64).ravel()
         # Variance beyond a Poisson distribution's, (library_size * share)² / θ, summed over cells
         share = genes / library_size.sum()
@@ -73,7 +63,7 @@ class NegativeBinomialMixture:
             - share * library_size.sum()
         )
         theta = share**2 * (library_size**2).sum() / np.maximum(excess, 1e-9)
-        log_theta = 1 + np.log(np.maximum(theta, 1e-9)).clip(-1, 2)
+        log_theta = 1 + np.log(np.maximum(theta, 1e-9)).clip(-1, 2)  # raised a little: outliers add variance
         logits, log_ratio = np.full((2, len(genes)), [[-3.0], [0.5]])  # one cell in twenty is an outlier
         # A cell has many counts of a gene: at least a third of those in the cell of the gene's average molecule.
         entries = counts.tocoo()
@@ -106,10 +96,7 @@ class NegativeBinomialMixture:
         biases: dict[str, torch.Tensor],
         precision: float,
     ) -> dict[str, torch.Tensor]:
-        """
-        One step of Fisher scoring for each weight, starting from identical cells at the `initial_values`. `programs`
-        `(cells, num_programs)` are centred. Returns the weights `(genes + 1, num_programs)` that are not zero.
-        """
+        """One step of Fisher scoring from the `initial_values`: weights `(genes + 1, num_programs)`."""
         share = torch.softmax(biases["log_rates"].double(), dim=0).cpu().numpy()
         theta = biases["log_theta"].double().exp().cpu().numpy()
         score, information = np.zeros((len(share), programs.shape[1])), precision
@@ -133,10 +120,8 @@ class NegativeBinomialMixture:
         return self.bin_means()[:, :-1]
 
     def scaled_means(self, factor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
-        Gene parameters that multiply each bin's mean by `factor` `(genes + 1,)`, and `log_rates`, the change of these.
-        Where few cells are outliers, they carry the change: a higher rate would put the gene into all cells.
-        """
+        """Gene parameters that multiply each bin's mean by `factor` `(genes + 1,)`, and the change of `log_rates`."""
+        # Where few cells are outliers, they carry the change: a higher rate would put the gene into all cells.
         log_ratio, log_theta = self.outlier_log_ratio, self.outlier_log_theta
         weight = torch.sigmoid(self.outlier_logits)
         wanted = factor * (1 + weight * torch.expm1(log_ratio))  # the mean relative to the rate
@@ -182,11 +167,8 @@ class NegativeBinomialMixture:
         return log_zero.sum(1).index_add(0, cells, of_expressed - log_zero[cells, genes])
 
     def icdf(self, uniform: torch.Tensor) -> torch.Tensor:
-        """
-        Draws counts by inverting the distribution function, with one random number per count, `(cells, genes)` or
-        `(cells, genes + 1)` in double precision. A Poisson sampler uses more random numbers at higher rates, so cells
-        drawn together would depend on each other. Raises a `ValueError` if a rate is NaN or infinite.
-        """
+        """Draws counts by inverting the distribution function, with one double of `uniform` per count."""
+        # A Poisson sampler uses more random numbers at higher rates: cells drawn together would depend on each other.
         num_columns = uniform.shape[1]
         rates = (self.log_proportions.exp() * self.library_size[:, None])[:, :num_columns]
         theta = self.log_theta[:, :num_columns].exp()

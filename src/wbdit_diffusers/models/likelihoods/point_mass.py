@@ -1,21 +1,22 @@
 """Cells that follow from their latents without noise, as in arXiv 2411.06785."""
 
+from dataclasses import dataclass
+
 import torch
 
 from ...processing.normalize import TARGET_SUM
 
 
+@dataclass(eq=False)
 class PointMass:
-    """
-    The distribution that puts all probability on one value: `log_values` `(cells, genes)`, or if cells are counts, the
-    counts that these log1p(CP10k) stand for, given `library_size` `(cells,)`.
-    """
+    """The distribution that puts all probability on one value: log values, or the counts that they stand for."""
 
-    def __init__(self, log_values: torch.Tensor, library_size: torch.Tensor | None = None, is_counts: bool = False):
-        self.log_values = log_values
-        self.library_size = library_size
-        self.is_counts = is_counts
-        self.num_values = log_values.shape[1]  # per draw: the genes
+    log_values: torch.Tensor  # (cells, genes), log1p(CP10k) of counts
+    library_size: torch.Tensor | None = None  # (cells,), for counts
+    is_counts: bool = False
+
+    def __post_init__(self):
+        self.num_values = self.log_values.shape[1]  # per draw: the genes
 
     def mean(self) -> torch.Tensor:
         """Counts before rounding, or log values: `(cells, genes)`. Raises `ValueError` without a library size."""

@@ -1,6 +1,8 @@
 """Log values that are not counts: a hurdle at zero, and an empirical distribution per gene above it."""
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,50 +20,35 @@ MAX_LEVELS = 2**16  # number of distinct values to keep
 SMALLEST = 1e-6  # value above zero
 
 
+@dataclass(eq=False)
 class QuantileHurdle:
     r"""
     Values on a log scale that are not counts, such as TPM of full-length protocols.
 
     `P(x = 0) = sigmoid(zero_logits)`, and above zero `T_g(x) ~ N(scores, exp(log_std_g)²)`. `T_g` maps the values of
     gene `g` in the training cells to standard normal scores. It is linear between their quantiles.
-
-    Args:
-        scores (`torch.Tensor` of shape `(cells, genes)`): Expected normal scores of values above zero.
-        zero_logits (`torch.Tensor` of shape `(cells, genes)`): Log odds of zero.
-        log_std (`torch.Tensor` of shape `(genes,)`): Log standard deviation of the scores.
-        quantiles (`torch.Tensor` of shape `(genes, 61)`): Values at the scores -3, -2.9 … 3, increasing.
-        levels (`torch.Tensor`, *optional*): Distinct values of the training cells, to which draws are rounded.
     """
+
+    scores: torch.Tensor  # (cells, genes), expected normal scores of values above zero
+    zero_logits: torch.Tensor  # (cells, genes), log odds of zero
+    log_std: torch.Tensor  # (genes,), log standard deviation of the scores
+    quantiles: torch.Tensor  # (genes, 61), values at the scores -3, -2.9 … 3, increasing
+    levels: torch.Tensor | None = None  # distinct values of the training cells, to which draws are rounded
+    library_size: None = None
 
     HEADS = ("scores", "zero_logits")  # linear in the programs
     GENE_PARAMETERS = ("log_std",)  # shared by all cells
-    PRIOR_PRECISIONS = {"log_std": 100.0}  # keeps rarely expressed genes from being fitted exactly
-    TABLES = {"quantiles": len(SCORES)}  # measured, not fitted: number of values per gene
+    PRIOR_PRECISIONS: ClassVar = {"log_std": 100.0}  # keeps rarely expressed genes from being fitted exactly
+    TABLES: ClassVar = {"quantiles": len(SCORES)}  # measured, not fitted: number of values per gene
     is_counts = False
 
-    def __init__(
-        self,
-        scores: torch.Tensor,
-        zero_logits: torch.Tensor,
-        log_std: torch.Tensor,
-        quantiles: torch.Tensor,
-        levels: torch.Tensor | None = None,
-        library_size: None = None,
-    ):
-        self.scores = scores
-        self.zero_logits = zero_logits
-        self.log_std = log_std.clamp(-5, 2)
-        self.quantiles = quantiles
-        self.levels = levels if levels is not None and len(levels) else None
-        self.library_size, self.num_values = None, scores.shape[1]
+    def __post_init__(self):
+        self.log_std = self.log_std.clamp(-5, 2)
+        self.num_values = self.scores.shape[1]
 
     @classmethod
     def initial_values(cls, matrix: sparse.csr_matrix, library_size: np.ndarray | None = None) -> dict:
-        """
-        Starting point of the fit, the distribution of each gene over all training cells: biases, gene parameters,
-        `quantiles`, and `levels`, which is empty if most values are unique. Quantiles of rarely expressed genes are
-        blended with those of a normal distribution.
-        """
+        """Starting point of the fit: biases, gene parameters, `quantiles`, and `levels` if values repeat."""
         columns = matrix.tocsc()
         num_cells, num_genes = columns.shape
         number = np.diff(columns.indptr)
@@ -162,7 +149,7 @@ class QuantileHurdle:
 
     def _round(self, values: torch.Tensor) -> torch.Tensor:
         """Rounds to the nearest level. Values above the highest level stay as they are."""
-        if self.levels is None:
+        if self.levels is None or not len(self.levels):
             return values
         levels = self.levels.to(values.device)
         above = torch.searchsorted(levels, values.contiguous()).clamp(1, len(levels) - 1)
