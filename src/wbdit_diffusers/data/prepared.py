@@ -119,10 +119,7 @@ def write_metadata(
 
 
 class PreparedCells:
-    """
-    One split, `"train"` or `"test"`, of a folder or an address such as `hf://datasets/me/cells`, as a [`CellSource`].
-    Groups are parquet's row groups, read into CSR as they are.
-    """
+    """One split of a prepared folder, or of an address such as `hf://datasets/me/cells`, as a [`CellSource`]."""
 
     def __init__(self, folder: str | Path, split: str = "train"):
         self.folder, self.name = str(folder), f"{folder}, split {split!r},"

@@ -39,10 +39,7 @@ class CellSplit:
         seed: int = 0,
         copies: np.ndarray | None = None,
     ) -> "CellSplit":
-        """
-        Splits cells at random, stratified by label. The only cell of a label is a training cell. So are the copies of
-        a training cell, which have the same number in `copies` `(cells,)`.
-        """
+        """Splits cells by label. The only cell of a label, and copies of training cells, are not held out."""
         names = cells.obs.index
         check_unique(names)
         labels = np.zeros(len(names)) if label_key is None else label_column(cells.obs, label_key).astype(str)
@@ -51,10 +48,7 @@ class CellSplit:
 
     @classmethod
     def load(cls, path: str | Path) -> "CellSplit":
-        """
-        Reads a split.json, or that of a model's folder or of a pipeline that comes with the package. Raises a
-        `FileNotFoundError` if there is none, and a `ValueError` if it does not name training and held-out cells.
-        """
+        """Reads a split.json, or that of a model's folder or of a pipeline that comes with the package."""
         path = Path(locate(path))
         path = path / cls.FILE_NAME if path.is_dir() else path
         if not path.is_file():

@@ -58,10 +58,7 @@ def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFact
 
 
 def write_model_card(pipeline: DiffusionPipeline, folder: str | Path, repo_id: str | None = None):
-    """
-    Writes the model card of a pipeline into its folder as README.md, with the folder's training.json and report.json.
-    The card's example loads `repo_id`, by default the folder's name.
-    """
+    """Writes a pipeline's card into its folder. The example on it loads `repo_id`, by default the folder's name."""
     folder = Path(folder)
     facts = read_facts(folder, len(pipeline.processor.var_names))
     render_model_card(pipeline, repo_id or folder.resolve().name, facts).save(folder / "README.md")

@@ -84,10 +84,7 @@ def step_of_attention(own: torch.Tensor, tokens: torch.Tensor, step: torch.Tenso
 
 
 def step_of_ista(ff: ISTA | BoundedISTA, tokens: torch.Tensor, output: torch.Tensor) -> dict[str, float]:
-    """
-    One step of sparse coding: shares of zeros after it and after `relu(x - ηλ)` alone; its curvature, η times the
-    largest eigenvalue of DᵀD (it descends below 2); and the relative change of the objective from the code `relu(x)`.
-    """
+    """Zeros after a step of sparse coding and after a ReLU, its curvature, and the change of the objective."""
     dictionary, step_size, lambd = ff.dictionary.detach().float(), float(ff.step_size), float(ff.lambd)
 
     def objective(code: torch.Tensor) -> torch.Tensor:
@@ -96,7 +93,7 @@ def step_of_ista(ff: ISTA | BoundedISTA, tokens: torch.Tensor, output: torch.Ten
     return {
         "zeros": (output == 0).float().mean().item(),
         "zeros_of_relu": (tokens <= step_size * lambd).float().mean().item(),
-        "curvature": step_size * torch.linalg.matrix_norm(dictionary, 2).item() ** 2,
+        "curvature": step_size * torch.linalg.matrix_norm(dictionary, 2).item() ** 2,  # it descends below 2
         "objective": (objective(output) / objective(tokens.relu()) - 1).item(),
     }
 

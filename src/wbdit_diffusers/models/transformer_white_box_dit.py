@@ -23,11 +23,15 @@ from .convert_original import convert_original_checkpoint
 from .loading import SafetensorsModel
 
 
-class Processor:
+class AttentionProcessor:
     """The attention of a block, which [`AttentionMixin.set_attn_processor`] can replace."""
 
     _attention_backend = None
     _parallel_config = None
+
+    def __call__(self, attn: "Attention", hidden_states: torch.Tensor) -> torch.Tensor:
+        query, key, value = attn.project(hidden_states)
+        return attn.lift(self.attend(query, key, value), query)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Scaled dot-product attention of `(batch, tokens, heads, head_dim)`."""
@@ -41,62 +45,51 @@ class Processor:
 
 
 class Attention(nn.Module, AttentionModuleMixin):
-    """An attention layer whose computation is its processor's."""
+    """An attention layer, which makes queries, keys and values of tokens, and tokens of what they attend to."""
 
+    _default_processor_cls = AttentionProcessor
     _supports_qkv_fusion = False
 
     def __init__(self, heads: int):
         super().__init__()
         self.heads = heads
-        self.set_processor(self._default_processor_cls())
+        self.set_processor(AttentionProcessor())
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.processor(self, hidden_states)
+        return self.processor(self, hidden_states)  # (batch, tokens, hidden)
 
-
-class MSSAProcessor(Processor):
-    """One projection `w = U x` is query, key and value at once: `softmax(w wᵀ / sqrt(head_dim)) w` per head."""
-
-    def __call__(self, attn: "MSSA", hidden_states: torch.Tensor) -> torch.Tensor:
-        w = attn.to_w(hidden_states).unflatten(-1, (attn.heads, -1))  # (batch, tokens, heads, head_dim)
-        hidden_states = self.attend(w, w, w)
-        return attn.to_out(hidden_states.flatten(2))  # (batch, tokens, hidden)
+    def lift(self, attended: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        return self.to_out(attended.flatten(2))
 
 
 class MSSA(Attention):
     """Multi-head subspace self-attention (CRATE, arXiv 2306.01129, section 2.3; arXiv 2411.06785, "MSSA").
 
-    The rows of `to_w.weight` are the bases `U_h` of `heads` subspaces. In theory, a step of MSSA descends the coding
-    rate of the tokens in those subspaces. The theory ties `to_out` to `U`; here, as in the authors' code, it is free.
+    One projection `w = U x` is query, key and value at once: `softmax(w wᵀ / sqrt(head_dim)) w` per head. The rows of
+    `to_w.weight` are the bases `U_h` of `heads` subspaces. In theory, a step of MSSA descends the coding rate of the
+    tokens in those subspaces. The theory ties `to_out` to `U`; here, as in the authors' code, it is free.
     """
-
-    _default_processor_cls = MSSAProcessor
 
     def __init__(self, dim: int, heads: int):
         super().__init__(heads)
         self.to_w = nn.Linear(dim, dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
 
-
-class SelfAttentionProcessor(Processor):
-    """Scaled dot-product attention with separate query, key and value, from one matrix product."""
-
-    def __call__(self, attn: "SelfAttention", hidden_states: torch.Tensor) -> torch.Tensor:
-        qkv = attn.qkv(hidden_states).unflatten(-1, (3, attn.heads, -1))  # (batch, tokens, 3, heads, head_dim)
-        query, key, value = qkv.unbind(2)
-        hidden_states = self.attend(query, key, value)
-        return attn.to_out(hidden_states.flatten(2))  # (batch, tokens, hidden)
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        w = self.to_w(hidden_states).unflatten(-1, (self.heads, -1))  # (batch, tokens, heads, head_dim)
+        return w, w, w
 
 
 class SelfAttention(Attention):
-    """The DiT block's attention."""
-
-    _default_processor_cls = SelfAttentionProcessor
+    """The DiT block's attention, with separate query, key and value from one matrix product."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__(heads)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.to_out = nn.Linear(dim, dim)
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.qkv(hidden_states).unflatten(-1, (3, self.heads, -1)).unbind(2)
 
 
 class ISTA(nn.Module):
@@ -135,16 +128,6 @@ def largest_eigenvalue(matrix: torch.Tensor) -> torch.Tensor:
     return scale * power.norm() ** (1 / 8)
 
 
-class ContractionProcessor(Processor):
-    """Moves each token towards the attention output within each subspace: `softmax(w wᵀ / sqrt(p)) w - w`."""
-
-    def __call__(self, attn: "Contraction", hidden_states: torch.Tensor) -> torch.Tensor:
-        w = F.linear(hidden_states, attn.subspaces).unflatten(-1, (attn.heads, -1))  # (batch, tokens, heads, head_dim)
-        step = self.attend(w, w, w) - w
-        lift = attn.subspaces.t() / largest_eigenvalue(attn.subspaces).to(w.dtype)
-        return F.linear(step.flatten(2), lift)  # (batch, tokens, hidden)
-
-
 class Contraction(Attention):
     """The step of MSSA as the theory derives it: `Uᵀ(softmax(w wᵀ / sqrt(p)) w - w) / ‖U‖²` with `w = U x`.
 
@@ -153,12 +136,18 @@ class Contraction(Attention):
     (docs/white_box.md). The division by ‖U‖² keeps a step from overshooting, like ‖D‖² in ISTA.
     """
 
-    _default_processor_cls = ContractionProcessor
-
     def __init__(self, dim: int, heads: int):
         super().__init__(heads)
         self.subspaces = nn.Parameter(torch.empty(dim, dim))  # U, the bases of all heads in rows
         orthogonal_(self.subspaces)
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        w = F.linear(hidden_states, self.subspaces).unflatten(-1, (self.heads, -1))  # (batch, tokens, heads, head_dim)
+        return w, w, w
+
+    def lift(self, attended: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        bases = self.subspaces.t() / largest_eigenvalue(self.subspaces).to(query.dtype)
+        return F.linear((attended - query).flatten(2), bases)
 
 
 class BoundedISTA(nn.Module):

@@ -122,11 +122,8 @@ def cell_counts(values: np.ndarray, ln_base: float, decimals: int | None) -> tup
 
 def _try_smallest(
     scaled: np.ndarray, relative_error: np.ndarray, smallest: int
-) -> tuple[np.ndarray, float, float, int] | None:
-    """
-    Finds the counts, given the smallest one. From small to large, each must be an integer within its error, and makes
-    `s` more precise for the next. Returns counts, `s`, its relative error and the number of counts that are certain.
-    """
+) -> tuple[np.ndarray, float, float, int] | None:  # counts, s, its relative error, and the number of certain counts
+    """Finds the counts, given the smallest one. From small to large, each must fit, and makes `s` more precise."""
     s, error_of_s, num_certain = scaled[0] / smallest, relative_error[0], 0
     counts = np.zeros(len(scaled))
     while num_certain < len(scaled):

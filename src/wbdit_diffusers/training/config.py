@@ -209,10 +209,7 @@ class OutputConfig:
 
 @dataclass(config=pydantic_config, kw_only=True)
 class TrainingConfig(OutputConfig, OptimizationConfig, DenoiserConfig, CodecConfig):
-    """
-    The configuration of a training. All fields but `output_dir` have defaults; `wbdit train --help` describes them.
-    Raises a `pydantic.ValidationError` (a `ValueError`) if a field is unknown, of another type or out of range.
-    """
+    """All settings of a training. Only `output_dir` has no default. A wrong field raises a `ValueError`."""
 
     def __post_init__(self):
         """Sets the defaults that depend on the codec, and checks fields against each other."""

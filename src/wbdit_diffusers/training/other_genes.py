@@ -25,11 +25,7 @@ NO_OUTLIERS = -12.0  # log odds
 def add_genes(
     config: CodecConfig, cells: CellDataset, codec: ProgramCodec, variable: np.ndarray, programs: torch.Tensor
 ) -> ProgramCodec:
-    """
-    Adds all other genes to the decoder of a codec of the `variable` genes, which are positions. A gene's share of the
-    counts that the codec leaves to other genes is log-linear in the cells' `programs` `(cells, num_programs)` and
-    labels, and its dispersion is constant. The variable genes and the programs stay as they are.
-    """
+    """Adds all other genes to the decoder: each one's share of the counts is log-linear in programs and labels."""
     num_genes, device, codec = cells.matrix.shape[1], codec.device, codec.cpu()
     wide = ProgramCodec(**codec.config | {"num_genes": num_genes, "num_encoder_genes": len(variable)})
     wide.fit_statistics(cells.matrix, cells.library_size)
