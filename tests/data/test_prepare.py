@@ -216,7 +216,7 @@ def write_spoiled(cells: ad.AnnData, name: str, path):
         cells.var_names = ["A", "A", *cells.var_names[2:]]
     elif name == "cells":
         cells.obs_names = ["A", "A", *cells.obs_names[2:]]
-    elif name in ("cell", "expressions", "total_counts"):
+    elif name in ("cell", "expressions"):
         cells.obs[name] = "A"
     elif name == "column":
         cells.obs["genes"] = 1
@@ -251,9 +251,6 @@ def write_spoiled(cells: ad.AnnData, name: str, path):
         (["column.h5ad"], "obs column 'genes' has a name that parquet files need"),
         (["cell.h5ad"], "obs column 'cell' has a name that parquet files need: rename it"),
         (["expressions.h5ad"], "obs column 'expressions' has a name that parquet files need: rename it"),
-        (["total_counts.h5ad"], "`total_counts` of total_counts.h5ad can't be a label.*: rename it"),
-        (["good.h5ad", "--label_keys", "total_counts"], "`total_counts` of good.h5ad can't be a label.*: rename it"),
-        (["good.h5ad", "--file_key", "total_counts"], "`total_counts` of good.h5ad can't be a label.*: rename it"),
         (["nan_cell.h5ad"], "A cell name is NaN in nan_cell.h5ad: give each cell a name in `adata.obs_names`"),
         (["nan_gene.h5ad"], "A gene name is NaN in nan_gene.h5ad: give each gene a name in `adata.var_names`"),
         (["good.h5ad", "--label_keys", "louvain"], "no column 'louvain'; it has"),

@@ -103,9 +103,6 @@ def _read_names(paths: list[Path], config: PrepareConfig) -> tuple[pd.DataFrame,
     for path in paths:
         with BackedSource(path, config.layer) as file:
             obs, var = file.obs, file.var
-        given = obs.get("total_counts", pd.Series(0))
-        if given.dtype.kind not in "iuf" or "total_counts" in [*config.label_keys, config.file_key]:
-            raise ValueError(f"`total_counts` of {path} can't be a label, because it holds counts here: rename it.")
         obs = obs.drop(columns="total_counts", errors="ignore")  # is counted again
         check_unique(obs.index, "cell", f" in {path}")
         check_unique(var.index, "gene", f" in {path}")

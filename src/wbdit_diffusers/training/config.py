@@ -107,12 +107,6 @@ class CodecConfig(ExpressionCodecConfig, ProgramCodecConfig, DataConfig):
     seed: Seed = 0
     """Seed of the split, the weights and all random numbers of the training."""
 
-    def __post_init__(self):
-        """Checks the label keys."""
-        for key in self.label_keys:
-            if self.label_keys.count(key) > 1 or key in ("library_size", "_index") or "/" in key:
-                raise ValueError(f"--label_keys {key}: the name is given twice or reserved. Rename the column of obs.")
-
 
 @dataclass(config=pydantic_config, kw_only=True)
 class DenoiserConfig:
@@ -213,7 +207,6 @@ class TrainingConfig(OutputConfig, OptimizationConfig, DenoiserConfig, CodecConf
 
     def __post_init__(self):
         """Sets the defaults that depend on the codec, and checks fields against each other."""
-        super().__post_init__()
         for name, defaults in CODEC_DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[self.codec])
