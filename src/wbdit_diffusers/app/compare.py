@@ -16,9 +16,8 @@ from ..evaluation.figure import (
     plot_types,
     subsample,
 )
-from ..evaluation.references import split_halves
 from ..evaluation.report import evaluate_cells
-from ..evaluation.samples import draw_samples
+from ..evaluation.samples import draw_samples, split_halves
 from ..evaluation.table import GENERATED, NOT_FIT, summary
 from ..hub.facts import HIGH_EXCESS
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline

@@ -19,8 +19,7 @@ from ..progress import bar_options
 from . import metrics
 from .cells import CellArrays, combined_labels, generated_cells, needs_common_genes, real_cells
 from .classifiers import JUDGES, judge
-from .references import draw_matching, split_halves
-from .samples import draw_baselines, draw_samples
+from .samples import draw_baselines, draw_matching, draw_samples, split_halves
 from .table import GENERATED, REFERENCE
 
 

@@ -3,22 +3,23 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, file_exists
 
 from ..markdown import as_code, as_text
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
 from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..version import __version__
 from .facts import CardFacts, read_facts
-from .quality import eval_results, memory, quality_table
 
 
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
 LIBRARY = "wbdit-diffusers"  # name on the Hub, see docs/hub.md
 TAGS = ["diffusers", "single-cell", "scRNA-seq", "biology", "anndata", "white-box-transformer"]
 NOT_STATED = "not stated"
+METRICS = "auc_forest auc_boosting auc_regression membership_auc membership_auc_donor nearest_training_cell".split()
 BLOCKS = {
     "descent": "White-Box DiT with descent steps (contraction, ISTA)",
     "white_box": "White-Box DiT, as published (MSSA, ISTA)",
@@ -127,3 +128,56 @@ def _contents(processor: Any) -> str:
     if processor.is_counts:
         return 'log expression in `X`, its integer counts in `layers["counts"]` and `obs["library_size"]`'
     return "log expression in `X`"
+
+
+def quality_table(report: dict[str, Any]) -> str:
+    """The verdict and the card's metrics as Markdown."""
+    from ..evaluation.table import describe_samples, metric_table, verdict
+
+    described = f"{verdict(report)} {describe_samples(report)} All metrics are in `report.json`."
+    return f"{described}\n\n{metric_table(report, METRICS)}"
+
+
+def eval_results(report: dict[str, Any], data_name: str) -> list[EvalResult]:
+    """The card's metrics as metadata, from which the Hub makes its `model-index`."""
+    from ..evaluation.table import EXCESS, GENERATED, REFERENCE, TITLES
+
+    ours, reference = report["metrics"][GENERATED], report["metrics"][REFERENCE]
+    values = {"excess": (report["excess"][GENERATED]["mean"], EXCESS)}
+    values |= {metric: (_mean(ours[metric]), TITLES[metric]) for metric in METRICS if metric in ours}
+    return [
+        EvalResult(
+            task_type="single-cell-generation",
+            task_name="Generation of single-cell RNA-seq data",
+            dataset_type="scRNA-seq",
+            dataset_name=data_name,
+            dataset_split="held-out cells",
+            metric_type=metric,
+            metric_name=title,
+            metric_value=round(value, 4),
+            metric_args={"real_reference": round(_mean(reference[metric]), 4)} if metric in reference else None,
+        )
+        for metric, (value, title) in values.items()
+        if not np.isnan(value)
+    ]
+
+
+def memory(report: dict[str, Any] | None) -> str:
+    """The measured memorisation in a sentence."""
+    metrics = report["metrics"]["generated"] if report else {}
+    ours = {name: _mean(metrics[name]) for name in METRICS if name in metrics}
+    if "membership_auc" not in ours:
+        return "not measured."
+    donor = "membership_auc_donor"
+    donors = f" Donors of training cells are separated from others with {ours[donor]:.3f}." if donor in ours else ""
+    return (
+        "the distance to the nearest generated cell separates training cells from held-out cells with an AUC of"
+        f" {ours['membership_auc']:.3f} (0.5 = not at all).{donors} Generated cells are"
+        f" {ours['nearest_training_cell']:.2f} times as far from the nearest training cell as held-out cells are."
+        " Stronger attacks were not tried."
+    )
+
+
+def _mean(values: list[float | None]) -> float:
+    """The mean without NaN, which is `None` in JSON."""
+    return float(np.nanmean(np.array(values, dtype=float)))

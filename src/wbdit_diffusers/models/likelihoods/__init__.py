@@ -5,7 +5,6 @@ from typing import Protocol
 import torch
 
 from .negative_binomial import NegativeBinomialMixture
-from .point_mass import PointMass
 from .quantile_hurdle import QuantileHurdle
 
 
@@ -34,4 +33,4 @@ LIKELIHOODS: dict[str, type[NegativeBinomialMixture] | type[QuantileHurdle]] = {
     "quantile_hurdle": QuantileHurdle,
 }
 
-__all__ = ["LIKELIHOODS", "CellDistribution", "NegativeBinomialMixture", "PointMass", "QuantileHurdle"]
+__all__ = ["LIKELIHOODS", "CellDistribution", "NegativeBinomialMixture", "QuantileHurdle"]
