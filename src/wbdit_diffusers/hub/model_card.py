@@ -30,14 +30,11 @@ BLOCKS = {
 def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFacts | None = None) -> ModelCard:
     """The model card of a pipeline, with an example that loads `repo_id`: a Hub id or a folder."""
     facts = facts or CardFacts()
-    processor, report, name = pipeline.processor.config, facts.report, repo_id.split("/")[-1]
+    processor, name = pipeline.processor.config, repo_id.split("/")[-1]
+    quality = _quality(facts.report, facts.data_name or NOT_STATED) if facts.report else {}
+    results, model_name = quality.pop("eval_results", None), name if quality else None
     return ModelCard.from_template(
-        ModelCardData(
-            library_name=LIBRARY,
-            tags=TAGS,
-            model_name=name if report else None,
-            eval_results=eval_results(report, facts.data_name or NOT_STATED) if report else None,
-        ),
+        ModelCardData(library_name=LIBRARY, tags=TAGS, model_name=model_name, eval_results=results),
         template_path=TEMPLATE_PATH,
         title=as_text(name),
         repo_id=as_code(repo_id),
@@ -48,13 +45,13 @@ def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFact
         data=_data(facts),
         num_genes=len(processor.var_names),
         genes=", ".join(as_text(gene) for gene in processor.var_names[:3]) + ", …",
-        contents=_contents(pipeline.processor),
+        values=processor.values,
+        is_counts=pipeline.processor.is_counts,
         labels=_labels(pipeline.processor, facts.num_cells),
         network=_network(pipeline),
         training=[(as_text(name), as_text(value)) for name, value in (facts.training or {}).items()],
         command=None if facts.command is None else " ".join(facts.command.splitlines()),
-        quality=quality_table(report) if report else None,
-        memory=memory(report),
+        **quality,
     )
 
 
@@ -121,31 +118,17 @@ def _network(pipeline: DiffusionPipeline) -> list[tuple[str, Any]]:
     ]
 
 
-def _contents(processor: Any) -> str:
-    """Contents of the AnnData that a pipeline makes."""
-    if processor.config.values == "counts":
-        return 'integer counts in `X` and `obs["library_size"]`'
-    if processor.is_counts:
-        return 'log expression in `X`, its integer counts in `layers["counts"]` and `obs["library_size"]`'
-    return "log expression in `X`"
+def _quality(report: dict[str, Any], data_name: str) -> dict[str, Any]:
+    """What the card says of a report: in words, as a table, and as metadata for the Hub (`model-index`)."""
+    from ..evaluation import table  # slow to import
 
-
-def quality_table(report: dict[str, Any]) -> str:
-    """The verdict and the card's metrics as Markdown."""
-    from ..evaluation.table import describe_samples, metric_table, verdict
-
-    described = f"{verdict(report)} {describe_samples(report)} All metrics are in `report.json`."
-    return f"{described}\n\n{metric_table(report, METRICS)}"
-
-
-def eval_results(report: dict[str, Any], data_name: str) -> list[EvalResult]:
-    """The card's metrics as metadata, from which the Hub makes its `model-index`."""
-    from ..evaluation.table import EXCESS, GENERATED, REFERENCE, TITLES
-
-    ours, reference = report["metrics"][GENERATED], report["metrics"][REFERENCE]
-    values = {"excess": (report["excess"][GENERATED]["mean"], EXCESS)}
-    values |= {metric: (_mean(ours[metric]), TITLES[metric]) for metric in METRICS if metric in ours}
-    return [
+    columns = [report["metrics"][name] for name in (table.GENERATED, table.REFERENCE)]
+    ours, reference = (
+        {metric: float(np.nanmean(np.array(column[metric], dtype=float))) for metric in METRICS if metric in column}
+        for column in columns
+    )
+    titles = {"excess": table.EXCESS, **table.TITLES}
+    results = [
         EvalResult(
             task_type="single-cell-generation",
             task_name="Generation of single-cell RNA-seq data",
@@ -153,31 +136,12 @@ def eval_results(report: dict[str, Any], data_name: str) -> list[EvalResult]:
             dataset_name=data_name,
             dataset_split="held-out cells",
             metric_type=metric,
-            metric_name=title,
+            metric_name=titles[metric],
             metric_value=round(value, 4),
-            metric_args={"real_reference": round(_mean(reference[metric]), 4)} if metric in reference else None,
+            metric_args={"real_reference": round(reference[metric], 4)} if metric in reference else None,
         )
-        for metric, (value, title) in values.items()
+        for metric, value in ({"excess": report["excess"][table.GENERATED]["mean"]} | ours).items()
         if not np.isnan(value)
     ]
-
-
-def memory(report: dict[str, Any] | None) -> str:
-    """The measured memorisation in a sentence."""
-    metrics = report["metrics"]["generated"] if report else {}
-    ours = {name: _mean(metrics[name]) for name in METRICS if name in metrics}
-    if "membership_auc" not in ours:
-        return "not measured."
-    donor = "membership_auc_donor"
-    donors = f" Donors of training cells are separated from others with {ours[donor]:.3f}." if donor in ours else ""
-    return (
-        "the distance to the nearest generated cell separates training cells from held-out cells with an AUC of"
-        f" {ours['membership_auc']:.3f} (0.5 = not at all).{donors} Generated cells are"
-        f" {ours['nearest_training_cell']:.2f} times as far from the nearest training cell as held-out cells are."
-        " Stronger attacks were not tried."
-    )
-
-
-def _mean(values: list[float | None]) -> float:
-    """The mean without NaN, which is `None` in JSON."""
-    return float(np.nanmean(np.array(values, dtype=float)))
+    words = {"verdict": table.verdict(report), "samples": table.describe_samples(report), "means": ours}
+    return {"eval_results": results, "metrics": table.metric_table(report, METRICS), **words}
