@@ -78,12 +78,20 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             logger.warning(f"{len(obs) - cells.n_obs} cells have too few counts or genes and are left out.")
 
         # 2. Split and shuffle, file by file
-        dataset = Dataset.from_file(arrow)
+        dataset, is_test = Dataset.from_file(arrow), np.zeros(cells.n_obs, dtype=bool)
+        if config.test_fraction:
+            label = [cells.obs[key].cat.codes.to_numpy(np.int64) for key in config.label_keys[:1]]
+            codes = label[0] if label else np.zeros(cells.n_obs, dtype=np.int64)
+            is_test = held_out(codes, config.test_fraction, config.seed, np.concatenate(copies))
+        rng = np.random.default_rng([config.seed, cells.n_obs])
 
         def write(folder: Path):
             (folder / "data").mkdir(parents=True)
             splits: dict[str, dict[str, list[int]]] = {}
-            for split, order in _split_and_shuffle(cells.obs, np.concatenate(copies), config).items():
+            for split, mask in {"train": ~is_test, "test": is_test}.items():
+                if not mask.any():
+                    continue
+                order = rng.permutation(np.flatnonzero(mask))
                 starts, splits[split] = range(0, len(order), CELLS_PER_FILE), {}
                 for number, start in enumerate(tqdm(starts, **bar_options(desc=f"Writing {split}", unit=" files"))):
                     shard = dataset.select(order[start : start + CELLS_PER_FILE]).with_format("arrow")
@@ -155,18 +163,6 @@ def _chunks(paths: list[Path], obs: pd.DataFrame, var: pd.DataFrame, config: Pre
                         chunk = chunk.assign(total_counts=totals.astype(np.int64))
                     yield ad.AnnData(placed[is_kept], obs=chunk[is_kept], var=var[[]])
                     progress_bar.update(len(chunk))
-
-
-def _split_and_shuffle(obs: pd.DataFrame, copies: np.ndarray, config: PrepareConfig) -> dict[str, np.ndarray]:
-    """The cells of each split in random order. `copies` `(cells,)` are the same for copies."""
-    label = config.label_keys[0] if config.label_keys else None
-    codes = np.zeros(len(obs), np.int64) if label is None else obs[label].cat.codes.to_numpy(dtype=np.int64)
-    is_test = np.zeros(len(obs), dtype=bool)
-    if config.test_fraction:
-        is_test = held_out(codes, config.test_fraction, config.seed, copies)
-    rng = np.random.default_rng([config.seed, len(obs)])
-    splits = {"train": ~is_test, "test": is_test}
-    return {split: rng.permutation(np.flatnonzero(mask)) for split, mask in splits.items() if mask.any()}
 
 
 def _write_card(folder: Path, metadata: dict[str, Any], names: list[str]):

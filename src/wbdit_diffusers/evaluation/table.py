@@ -42,7 +42,6 @@ TITLES = {
     "paper_mmd": "paper parity: MMD² by blocks of 20 genes",
 }
 
-
 SUMMARY = ("coverage", "purity", "lfc_slope", "gene_correlation", "variance_ratio", "membership_auc")
 CLASSIFIERS = {"forest": "A random forest", "boosting": "Gradient boosting", "regression": "Logistic regression"}
 MIXTURE = "Gaussian mixture per label"
@@ -94,11 +93,8 @@ def verdict(report: dict) -> str:
 
 def describe_samples(report: dict) -> str:
     """A paragraph that explains the numbers of a table."""
-    number, num_test, num_genes = (
-        report["num_samples"],
-        report["num_test"],
-        report.get("num_judged_genes", report["num_genes"]),
-    )
+    number, num_test = report["num_samples"], report["num_test"]
+    num_genes = report.get("num_judged_genes", report["num_genes"])
     samples = f"Mean ± standard deviation of {number} samples" if number > 1 else "One sample"
     text = (
         f"{samples} of {num_test} cells and {num_genes} genes. The real reference consists of training cells with the"

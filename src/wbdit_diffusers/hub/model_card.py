@@ -32,6 +32,8 @@ def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFact
     facts = facts or CardFacts()
     processor, name = pipeline.processor.config, repo_id.split("/")[-1]
     quality = _quality(facts.report, facts.data_name or NOT_STATED) if facts.report else {}
+    data = {"name": facts.data_name, "license": facts.data_license, "accession or source": facts.data_source}
+    data["training cells"] = None if facts.num_cells is None else f"{facts.num_cells:,}"
     results, model_name = quality.pop("eval_results", None), name if quality else None
     return ModelCard.from_template(
         ModelCardData(library_name=LIBRARY, tags=TAGS, model_name=model_name, eval_results=results),
@@ -42,7 +44,7 @@ def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFact
         cell_types=f", cell_types={as_code(processor.categories[0][0])}" if processor.categories else "",
         variant=facts.variant,
         figure=facts.figure,
-        data=_data(facts),
+        data=[(key, NOT_STATED if value is None else as_text(value)) for key, value in data.items()],
         num_genes=len(processor.var_names),
         genes=", ".join(as_text(gene) for gene in processor.var_names[:3]) + ", …",
         values=processor.values,
@@ -67,13 +69,6 @@ def push_model_card(pipeline: DiffusionPipeline, repo_id: str, private: bool | N
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if not file_exists(repo_id, "README.md", token=token):
         render_model_card(pipeline, repo_id).push_to_hub(repo_id, token=token)
-
-
-def _data(facts: CardFacts) -> list[tuple[str, str]]:
-    """Rows of the table of the training data."""
-    rows = {"name": facts.data_name, "license": facts.data_license, "accession or source": facts.data_source}
-    rows["training cells"] = None if facts.num_cells is None else f"{facts.num_cells:,}"
-    return [(name, NOT_STATED if value is None else as_text(value)) for name, value in rows.items()]
 
 
 def _labels(processor: Any, num_cells: int | None) -> list[dict[str, Any]]:

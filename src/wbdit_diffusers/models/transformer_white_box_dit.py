@@ -338,7 +338,10 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
         self.num_tokens = num_patches = math.ceil(sample_size / patch_size)
         per_token = block_type == "descent"
         self.proj_in = TokenLinear(num_patches, patch_size, dim) if per_token else nn.Linear(patch_size, dim)
-        self.register_buffer("pos_embed", self._position_embedding(num_patches, dim))
+        # The authors' 2-D table of width 1: half of it, for the column, is constant (sin 0 and cos 0).
+        places = torch.zeros(num_patches), torch.arange(num_patches)
+        table = [get_1d_sincos_pos_embed_from_grid(dim // 2, place, output_type="pt") for place in places]
+        self.register_buffer("pos_embed", torch.cat(table, dim=1).float()[None])  # (1, patches, hidden)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedder = TimestepEmbedding(256, dim)
         # One more category than given: the last one is the null label.
@@ -349,13 +352,6 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
         self.proj_out = TokenLinear(num_patches, dim, patch_size) if per_token else nn.Linear(dim, patch_size)
         self.gradient_checkpointing = False
         self._init_weights()
-
-    @staticmethod
-    def _position_embedding(num_patches: int, dim: int) -> torch.Tensor:
-        """The authors' 2-D table of width 1: half of it, for the column, is constant (sin 0 and cos 0)."""
-        row = get_1d_sincos_pos_embed_from_grid(dim // 2, torch.arange(num_patches), output_type="pt")
-        column = get_1d_sincos_pos_embed_from_grid(dim // 2, torch.zeros(num_patches), output_type="pt")
-        return torch.cat([column, row], dim=1).float()[None]  # (1, patches, hidden)
 
     def _init_weights(self):
         """Xavier-uniform projections and zero biases; modulations and the output projection start at zero."""

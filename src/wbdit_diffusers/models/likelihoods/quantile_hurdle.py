@@ -60,13 +60,16 @@ class QuantileHurdle:
         quantiles = np.maximum(quantiles, min(float(columns.data.min()), 1e-3))
         steps = 1e-5 * np.arange(len(SCORES))  # quantiles must increase even if many values are equal
         quantiles = np.maximum.accumulate(quantiles, axis=1) + steps
+        levels = np.unique(columns.data.astype(np.float32))[:MAX_LEVELS]  # the lowest distinct values, if they repeat
+        if np.count_nonzero(columns.data <= levels[-1]) <= 1.1 * len(levels):
+            levels = levels[:0]
         zeros = (num_cells - number + 0.5) / (num_cells + 1)
         return {
             "scores": torch.zeros(num_genes),
             "zero_logits": torch.from_numpy(np.log(zeros / (1 - zeros))).float(),
             "log_std": torch.zeros(num_genes),
             "quantiles": torch.from_numpy(quantiles).float(),
-            "levels": torch.from_numpy(_levels(columns.data)),
+            "levels": torch.from_numpy(levels),
         }
 
     @classmethod
@@ -128,16 +131,22 @@ class QuantileHurdle:
         zero = torch.sigmoid(self.zero_logits).to(uniform.dtype)
         share = ((uniform - zero) / (1 - zero).clamp(min=1e-12)).clamp(1e-9, 1 - 1e-9)  # among values above 0
         scores = self.scores + self.log_std.exp() * torch.special.ndtri(share).float()
-        values = self._round(self._from_scores(scores))
+        values = self._from_scores(scores)
         return torch.where(uniform < zero, 0.0, values).cpu()
 
     def _from_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        """Values of normal scores, both `(cells, genes)`. The last slope continues beyond the outermost quantiles."""
+        """Values of normal scores, both `(cells, genes)`, rounded to the nearest level unless above the highest."""
         position = (scores - SCORES[0]) / STEP
-        left = position.floor().clamp(0, len(SCORES) - 2)
+        left = position.floor().clamp(0, len(SCORES) - 2)  # the last slope continues beyond the outermost quantiles
         index = left.long().T  # (genes, cells)
         low, high = self.quantiles.gather(1, index).T, self.quantiles.gather(1, index + 1).T
-        return (low + (position - left) * (high - low)).clamp(min=SMALLEST)
+        values = (low + (position - left) * (high - low)).clamp(min=SMALLEST)
+        if self.levels is None or not len(self.levels):
+            return values
+        levels = self.levels.to(values.device)
+        above = torch.searchsorted(levels, values.contiguous()).clamp(1, len(levels) - 1)
+        low, high = levels[above - 1], levels[above]
+        return torch.where(values > levels[-1], values, torch.where(values - low < high - values, low, high))
 
     def _to_scores(self, values: torch.Tensor, columns) -> tuple[torch.Tensor, torch.Tensor]:
         """Normal scores of values, and the log of their slope, all `(cells, genes)`."""
@@ -146,16 +155,6 @@ class QuantileHurdle:
         low, high = quantiles.gather(1, index - 1).T, quantiles.gather(1, index).T
         scores = SCORES[0] + STEP * (index.T - 1 + (values - low) / (high - low))
         return scores.clamp(-MAX_SCORE, MAX_SCORE), torch.log(STEP / (high - low))
-
-    def _round(self, values: torch.Tensor) -> torch.Tensor:
-        """Rounds to the nearest level. Values above the highest level stay as they are."""
-        if self.levels is None or not len(self.levels):
-            return values
-        levels = self.levels.to(values.device)
-        above = torch.searchsorted(levels, values.contiguous()).clamp(1, len(levels) - 1)
-        low, high = levels[above - 1], levels[above]
-        nearest = torch.where(values - low < high - values, low, high)
-        return torch.where(values > levels[-1], values, nearest)
 
 
 def _quantiles(values: np.ndarray, pooled_mean: float, pooled_std: float) -> np.ndarray:
@@ -174,10 +173,3 @@ def _quantiles(values: np.ndarray, pooled_mean: float, pooled_std: float) -> np.
     empirical[above] = values[-1] + TAIL_SLOPE * std * (SCORES[above] - outermost)
     weight = number / (number + PRIOR_VALUES)
     return weight * empirical + (1 - weight) * normal
-
-
-def _levels(values: np.ndarray) -> np.ndarray:
-    """The lowest distinct values, ascending. None if few values repeat."""
-    levels = np.unique(values.astype(np.float32))[:MAX_LEVELS]
-    num_values = np.count_nonzero(values <= levels[-1])
-    return levels if num_values > 1.1 * len(levels) else levels[:0]
