@@ -17,11 +17,9 @@ def write_whole(path: Path, write: Callable[..., Any]):
     try:
         write(partial)
         partial.replace(path)
-    except BaseException as error:
+    except BaseException:
         with suppress(OSError):  # zarr's threads may still write there
             remove(partial)
-        if type(error).__name__ == "SafetensorError" or type(error) is RuntimeError:  # a full disk
-            raise OSError(f"{path} could not be written: {one_line(error)}") from error
         raise
 
 

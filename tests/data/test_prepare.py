@@ -220,10 +220,6 @@ def write_spoiled(cells: ad.AnnData, name: str, path):
         cells.obs[name] = "A"
     elif name == "column":
         cells.obs["genes"] = 1
-    elif name == "nan_cell":
-        cells.obs_names = [np.nan, *cells.obs_names[1:]]
-    elif name == "nan_gene":
-        cells.var_names = [np.nan, *cells.var_names[1:]]
     elif name == "missing":
         cells.obs["cell_type"] = [None] + ["B"] * 49
     elif name == "other":
@@ -251,8 +247,6 @@ def write_spoiled(cells: ad.AnnData, name: str, path):
         (["column.h5ad"], "obs column 'genes' has a name that parquet files need"),
         (["cell.h5ad"], "obs column 'cell' has a name that parquet files need: rename it"),
         (["expressions.h5ad"], "obs column 'expressions' has a name that parquet files need: rename it"),
-        (["nan_cell.h5ad"], "A cell name is NaN in nan_cell.h5ad: give each cell a name in `adata.obs_names`"),
-        (["nan_gene.h5ad"], "A gene name is NaN in nan_gene.h5ad: give each gene a name in `adata.var_names`"),
         (["good.h5ad", "--label_keys", "louvain"], "no column 'louvain'; it has"),
         (["missing.h5ad", "--label_keys", "cell_type"], "is missing for 1 cells"),
         (["good.h5ad", "good.h5ad"], "Two files are called 'good'"),

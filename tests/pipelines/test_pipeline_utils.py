@@ -155,7 +155,7 @@ DAMAGES = {
     "missing tensor": (tensors("denoiser", without("proj_in.weight")), "proj_in.weight"),
     "other layers": (config("denoiser", num_layers=3), "cannot be loaded"),
     "block": (config("denoiser", block_type="unet"), "`block_type`.*unet"),
-    "likelihood": (config("codec", likelihood="zinb"), "`likelihood`.*zinb"),
+    "likelihood": (config("codec", likelihood="zinb"), "zinb"),
     "genes of the codec": (config("codec", num_genes=31), "cannot be loaded"),
     "genes of another length": (config("processor", var_names=["A", "B"]), "2 and 30 genes"),
     "schedule": (config("scheduler", beta_schedule="nothing"), "cannot be loaded"),

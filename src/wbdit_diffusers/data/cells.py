@@ -70,9 +70,6 @@ class AnnDataSource:
         self.is_gene = find_genes(var, name)
         self.var = var if self.is_gene.all() else var[self.is_gene]
         self.var_names = self.var.index
-        dtype = np.dtype(matrix.dtype)
-        if dtype.kind not in "iuf" or dtype == np.float16:  # SciPy has no sparse float16
-            raise ValueError(f"{name} holds values of type {dtype}: convert them by `adata.X.astype('float32')`.")
         self._set_rows(np.arange(len(obs)))
 
     def _set_rows(self, rows: np.ndarray):
@@ -237,8 +234,6 @@ def label_column(obs: pd.DataFrame, label_key: str) -> pd.Series:
 def check_unique(names: pd.Index, what: str = "cell", where: str = ""):
     """Raises a `ValueError` unless each cell or gene has a name of its own."""
     attribute = "obs_names" if what == "cell" else "var_names"
-    if names.isna().any() or "nan" in names:  # NaN is text in files
-        raise ValueError(f"A {what} name is NaN{where}: give each {what} a name in `adata.{attribute}`.")
     if not names.is_unique:
         twice, fix = names[names.duplicated()][0], f"call `adata.{attribute}_make_unique()`"
         raise ValueError(f"The {what} name {twice!r} occurs more than once{where}: {fix}.")

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from diffusers.utils import logging
 
-from ..files import one_line, write_whole
+from ..files import write_whole
 from ..pretrained import locate
 from .cells import CellSource, check_unique, label_column
 from .prepared import is_prepared, read_metadata
@@ -53,13 +53,10 @@ class CellSplit:
         path = path / cls.FILE_NAME if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: give the --output_dir of a training.")
-        try:
-            values = json.loads(path.read_text())
-            split = cls(list(values["train"]), list(values["test"]), values.get("seed"), values.get("prepared"))
-            if set(split.train) & set(split.test) or not (split.prepared or (split.train and split.test)):
-                raise ValueError("a cell is on both sides, or a side is empty")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no split.json of a training ({one_line(error)}).") from error
+        values = json.loads(path.read_text())
+        split = cls(list(values["train"]), list(values["test"]), values.get("seed"), values.get("prepared"))
+        if set(split.train) & set(split.test) or not (split.prepared or (split.train and split.test)):
+            raise ValueError(f"{path} is no split.json of a training: a cell is on both sides, or a side is empty.")
         return split
 
     def save(self, folder: str | Path):

@@ -58,8 +58,6 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         num_encoder_genes: int | None = None,
     ):
         super().__init__()
-        if likelihood not in LIKELIHOODS:
-            raise ValueError(f"`likelihood` must be one of {', '.join(LIKELIHOODS)}, not {likelihood!r}.")
         self.is_counts = self.models_library_size = LIKELIHOODS[likelihood].is_counts
         self.num_features = num_programs + self.is_counts  # for counts, the log library size is one more latent
         num_bins = num_genes + self.is_counts

@@ -326,8 +326,6 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        if dim % 4:
-            raise ValueError(f"num_attention_heads * attention_head_dim must be a multiple of 4, not {dim}.")
         make_block = {
             "white_box": lambda: WhiteBoxDiTBlock(dim, num_attention_heads, ista_step_size, ista_lambda),
             "descent": lambda: DescentBlock(dim, num_attention_heads),
