@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Template
 
 from ..hub.facts import HIGH_EXCESS
 
@@ -56,11 +58,12 @@ NOT_FIT = "Easily distinguished from real cells: do not use them."
 
 def to_markdown(report: dict) -> str:
     """A report of [`evaluate_cells`] as Markdown: the [`summary`], and all numbers, folded."""
-    details = [("All metrics", "\n\n".join([describe_samples(report), describe_means(report), metric_table(report)]))]
-    if report["per_type"] and GENERATED in report["generators"]:
-        details.insert(0, (f"By {report['label_key']}", _table_of_types(report)))
-    folded = [f"<details><summary>{title}</summary>\n\n{text}\n\n</details>" for title, text in details]
-    return "\n\n".join([summary(report), *folded]) + "\n"
+    types = report["per_type"] if GENERATED in report["generators"] else {}
+    shown = dict.fromkeys(metric for entry in types.values() for metric in entry["metrics"].get(GENERATED, {}))
+    names = {"types": types, "shown": shown, "titles": TITLES, "columns": [*by_excess(report), REFERENCE]}
+    names |= {"summary": summary(report), "samples": describe_samples(report), "table": metric_table(report)}
+    template = Template((Path(__file__).parent / "report_template.md").read_text(encoding="utf-8"))
+    return template.render(report=report, mean_and_sd=mean_and_sd, **names) + "\n"
 
 
 def summary(report: dict) -> str:
@@ -111,20 +114,6 @@ def describe_samples(report: dict) -> str:
     return text
 
 
-def describe_means(report: dict) -> str:
-    """A paragraph that counts the genes with a wrong mean, and names the first ones."""
-    counts = []
-    for name in [*by_excess(report), REFERENCE]:
-        genes = report["wrong_means"][name]
-        named = [f"{gene['gene']} {gene['generated']:.3g} instead of {gene['held_out']:.3g}" for gene in genes[:5]]
-        named += ["…"] * (len(genes) > len(named))
-        counts.append(f"{name} {len(genes)}" + (f" ({', '.join(named)})" if named else ""))
-    return (
-        f"Genes with a wrong mean, of {report['num_genes']}: {'; '.join(counts)}. The mean count of these"
-        " differs from that of held-out cells by more than 10% and 3 standard errors, at the same library size."
-    )
-
-
 def metric_table(report: dict, metrics: Sequence[str] = tuple(TITLES)) -> str:
     """Excess and metrics as a Markdown table: the generators, the best first, the real reference, the baselines."""
     generators, columns = by_excess(report), report["metrics"]
@@ -139,7 +128,8 @@ def metric_table(report: dict, metrics: Sequence[str] = tuple(TITLES)) -> str:
             ours, real = (np.array(columns[name].get(metric, [np.nan]), dtype=float) for name in names[:2])
             differences.append(mean_and_sd(ours - real[: len(ours)]))
         rows = [[*row, difference] for row, difference in zip(rows, differences)]
-    return _table(rows)
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def excess_and_sd(report: dict, name: str) -> str:
@@ -170,23 +160,3 @@ def to_json(report: Any, indent: int | None = 1) -> str:
 def by_excess(report: dict) -> list[str]:
     """The generators, the best first."""
     return sorted(report["generators"], key=lambda name: report["excess"][name]["mean"])
-
-
-def _table_of_types(report: dict) -> str:
-    """Metrics of a single generator by cell type."""
-    types, key = report["per_type"], report["label_key"]
-    shown = dict.fromkeys(metric for entry in types.values() for metric in entry["metrics"].get(GENERATED, {}))
-    rows = [[key, "training cells", "held-out cells", *(TITLES[metric] for metric in shown)]]
-    for label, entry in types.items():
-        row = [label, str(entry["num_train"]), str(entry["num_test"])]
-        for metric in shown:
-            values, real = (entry["metrics"].get(name, {}).get(metric) for name in (GENERATED, REFERENCE))
-            row.append(f"{mean_and_sd(values)} ({mean_and_sd(real).split(' ')[0]})")
-        rows.append(row)
-    return f"By `{key}`, with the real reference in brackets. Numbers of few cells are noisy.\n\n{_table(rows)}"
-
-
-def _table(rows: list[list[str]]) -> str:
-    """A Markdown table whose first row is the header."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
