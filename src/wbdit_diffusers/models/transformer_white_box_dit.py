@@ -275,14 +275,8 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
     17,926,666 parameters (33,870,346 with `block_type="dit"`):
 
     ```py
-    WhiteBoxDiTModel(
-        sample_size=2000,
-        patch_size=10,
-        num_layers=3,
-        num_attention_heads=8,
-        attention_head_dim=96,
-        block_type="white_box",
-    )
+    shape = {"patch_size": 10, "num_layers": 3, "num_attention_heads": 8, "attention_head_dim": 96}
+    WhiteBoxDiTModel(sample_size=2000, block_type="white_box", **shape)
     ```
 
     Args:
