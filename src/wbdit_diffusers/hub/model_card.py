@@ -9,8 +9,6 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, file_exists
 
 from ..markdown import as_code, as_text
-from ..models.gaussian_mixture import GaussianMixtureDenoiser
-from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..version import __version__
 from .facts import CardFacts, read_facts
 
@@ -18,41 +16,25 @@ from .facts import CardFacts, read_facts
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
 LIBRARY = "wbdit-diffusers"  # name on the Hub, see docs/hub.md
 TAGS = ["diffusers", "single-cell", "scRNA-seq", "biology", "anndata", "white-box-transformer"]
-NOT_STATED = "not stated"
 METRICS = "auc_forest auc_boosting auc_regression membership_auc membership_auc_donor nearest_training_cell".split()
-BLOCKS = {
-    "descent": "White-Box DiT with descent steps (contraction, ISTA)",
-    "white_box": "White-Box DiT, as published (MSSA, ISTA)",
-    "dit": "DiT",
-}
 
 
 def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFacts | None = None) -> ModelCard:
     """The model card of a pipeline, with an example that loads `repo_id`: a Hub id or a folder."""
-    facts = facts or CardFacts()
-    processor, name = pipeline.processor.config, repo_id.split("/")[-1]
-    quality = _quality(facts.report, facts.data_name or NOT_STATED) if facts.report else {}
-    data = {"name": facts.data_name, "license": facts.data_license, "accession or source": facts.data_source}
-    data["training cells"] = None if facts.num_cells is None else f"{facts.num_cells:,}"
+    facts, name = facts or CardFacts(), repo_id.split("/")[-1]
+    quality = _quality(facts.report, facts.data_name or "not stated") if facts.report else {}
     results, model_name = quality.pop("eval_results", None), name if quality else None
     return ModelCard.from_template(
         ModelCardData(library_name=LIBRARY, tags=TAGS, model_name=model_name, eval_results=results),
         template_path=TEMPLATE_PATH,
-        title=as_text(name),
+        name=name,
         repo_id=as_code(repo_id),
         version=__version__,
-        cell_types=f", cell_types={as_code(processor.categories[0][0])}" if processor.categories else "",
-        variant=facts.variant,
-        figure=facts.figure,
-        data=[(key, NOT_STATED if value is None else as_text(value)) for key, value in data.items()],
-        num_genes=len(processor.var_names),
-        genes=", ".join(as_text(gene) for gene in processor.var_names[:3]) + ", …",
-        values=processor.values,
-        is_counts=pipeline.processor.is_counts,
-        labels=_labels(pipeline.processor, facts.num_cells),
-        network=_network(pipeline),
-        training=[(as_text(name), as_text(value)) for name, value in (facts.training or {}).items()],
-        command=None if facts.command is None else " ".join(facts.command.splitlines()),
+        facts=facts,
+        pipeline=pipeline,
+        labels=_labels(pipeline.processor),
+        text=as_text,
+        code=as_code,
         **quality,
     )
 
@@ -71,46 +53,14 @@ def push_model_card(pipeline: DiffusionPipeline, repo_id: str, private: bool | N
         render_model_card(pipeline, repo_id).push_to_hub(repo_id, token=token)
 
 
-def _labels(processor: Any, num_cells: int | None) -> list[dict[str, Any]]:
-    """Name of each label key, and rows of its labels: name, number of training cells, fraction."""
+def _labels(processor: Any) -> list[tuple[str, list[tuple[str, float]]]]:
+    """The label keys, and the share of each of their labels."""
     keys = []
     for column, (key, names) in enumerate(zip(processor.label_keys, processor.config.categories)):
         codes = processor.label_combinations[:, column]
-        shares = torch.zeros(len(names)).index_add(0, codes, processor.label_frequencies.float()).tolist()
-        rows = [
-            (as_text(name), NOT_STATED if num_cells is None else f"{round(share * num_cells):,}", f"{share:.1%}")
-            for name, share in zip(names, shares)
-        ]
-        keys.append({"name": f"`obs[{as_code(key)}]`", "title": as_text(key), "rows": rows})
+        shares = torch.zeros(len(names)).index_add(0, codes, processor.label_frequencies.float())
+        keys.append((key, list(zip(names, shares.tolist()))))
     return keys
-
-
-def _network(pipeline: DiffusionPipeline) -> list[tuple[str, Any]]:
-    """Rows of the table of the network."""
-    denoiser, scheduler, codec = pipeline.denoiser, pipeline.scheduler, pipeline.codec
-    config = denoiser.config
-    if "num_programs" in codec.config:
-        about_codec = f"{codec.config.num_programs} gene programs, likelihood {codec.config.likelihood}"
-    else:
-        about_codec = f"{codec.config.num_genes} genes, standardize={codec.config.standardize}"
-    if isinstance(denoiser, GaussianMixtureDenoiser):
-        network = [("denoiser", f"closed form of a Gaussian mixture with {config.num_components} components")]
-    elif not isinstance(denoiser, WhiteBoxDiTModel):
-        network = [("denoiser", as_text(type(denoiser).__name__))]
-    else:
-        network = [
-            ("block", BLOCKS[config.block_type]),
-            ("layers", config.num_layers),
-            ("heads × head dimension", f"{config.num_attention_heads} × {config.attention_head_dim}"),
-            ("values per token", config.patch_size),
-        ]
-    return [
-        ("codec", f"{type(codec).__name__}: {about_codec}"),
-        *network,
-        ("parameters", f"{denoiser.num_parameters():,}"),
-        ("scheduler", f"{type(scheduler).__name__}, prediction_type {scheduler.config.get('prediction_type')}"),
-        ("default steps", pipeline.config.num_inference_steps),
-    ]
 
 
 def _quality(report: dict[str, Any], data_name: str) -> dict[str, Any]:
