@@ -62,8 +62,13 @@ def to_markdown(report: dict) -> str:
     shown = dict.fromkeys(metric for entry in types.values() for metric in entry["metrics"].get(GENERATED, {}))
     names = {"types": types, "shown": shown, "titles": TITLES, "columns": [*by_excess(report), REFERENCE]}
     names |= {"summary": summary(report), "samples": describe_samples(report), "table": metric_table(report)}
-    template = Template((Path(__file__).parent / "report_template.md").read_text(encoding="utf-8"))
-    return template.render(report=report, mean_and_sd=mean_and_sd, **names) + "\n"
+    return _render("report", report=report, mean_and_sd=mean_and_sd, **names) + "\n"
+
+
+def _render(name: str, **values: Any) -> str:
+    """One of the templates beside this file."""
+    path = Path(__file__).parent / f"{name}_template.md"
+    return Template(path.read_text(encoding="utf-8")).render(**values)
 
 
 def summary(report: dict) -> str:
@@ -80,38 +85,17 @@ def verdict(report: dict) -> str:
     excess, judge = report["excess"][name], report["excess"][name]["judge"]
     words = next((words for limit, words in VERDICTS.items() if excess["mean"] <= limit), NOT_FIT)
     ours, real = (np.nanmean(report["metrics"][column][f"auc_{judge}"]) for column in (name, REFERENCE))
-    cells = "generated cells" if name == GENERATED else f"cells of {name}"
-    text = (
-        f"**{words}** {CLASSIFIERS[judge]} separates {cells} from {report['num_test']} held-out cells with an AUC of"
-        f" {ours:.3f} (0.5: not at all, 1: always). For real training cells the AUC is {real:.3f}. The difference is"
-        f" the excess, **{excess_and_sd(report, name)}**; 0 is as good as real."
-    )
+    values = {"words": words, "classifier": CLASSIFIERS[judge], "column": name, "ours": ours, "real": real}
+    values["excess"] = excess_and_sd(report, name)
     if MIXTURE in report["excess"]:
-        mixture = excess_and_sd(report, MIXTURE)
-        is_worse = excess["mean"] > report["excess"][MIXTURE]["mean"] + excess["sd"]
-        text += f" Train longer: the Gaussian mixture is better ({mixture})." if is_worse else ""
-        text += "" if is_worse else f" The Gaussian mixture, a baseline without the network, has {mixture}."
-    return text
+        values["mixture"] = excess_and_sd(report, MIXTURE)
+        values["is_worse"] = excess["mean"] > report["excess"][MIXTURE]["mean"] + excess["sd"]
+    return " ".join(_render("verdict", report=report, **values).split())
 
 
 def describe_samples(report: dict) -> str:
     """A paragraph that explains the numbers of a table."""
-    number, num_test = report["num_samples"], report["num_test"]
-    num_genes = report.get("num_judged_genes", report["num_genes"])
-    samples = f"Mean ± standard deviation of {number} samples" if number > 1 else "One sample"
-    text = (
-        f"{samples} of {num_test} cells and {num_genes} genes. The real reference consists of training cells with the"
-        f" same labels, judged in the same way. With {num_test} cells a side, classifiers overlook small differences:"
-        " an excess near 0 does not prove that cells are like real ones."
-    )
-    if num_genes < report["num_genes"]:
-        text += f" The genes are those of {report['num_genes']} that vary most in real cells."
-    if report.get("num_copies"):
-        text += f" {report['num_copies']} more held-out cells are left out: they have the values of training cells."
-    if report["within_genes"]:
-        text += f" All cells are normalised within {report['num_genes']} genes: the real cells have no others, or the"
-        text += " counts of generated cells in others are unknown."
-    return text
+    return " ".join(_render("samples", report=report).split())
 
 
 def metric_table(report: dict, metrics: Sequence[str] = tuple(TITLES)) -> str:
