@@ -364,10 +364,8 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
     ) -> torch.Tensor:
         """The sum of the label embeddings, (batch, hidden)."""
         sizes = self.config.condition_sizes  # the null label of a label key is its number of categories
-        if class_labels is None:
-            columns = [torch.full((batch_size,), size, device=device) for size in sizes]
-        else:
-            columns = class_labels.reshape(batch_size, -1).unbind(1)
+        labels = torch.tensor(sizes, device=device).expand(batch_size, -1) if class_labels is None else class_labels
+        columns = labels.reshape(batch_size, -1).unbind(1)
         if len(columns) != len(sizes):
             raise ValueError(
                 f"`class_labels` has {len(columns)} labels per cell, but the model has {len(sizes)} label keys"
