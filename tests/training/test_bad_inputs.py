@@ -86,23 +86,6 @@ def test_flags_that_do_not_fit_the_cells(changes, message, pbmc, tmp_path):
     assert message in refusal(pbmc, tmp_path, **changes)
 
 
-# ==================== Files ====================
-
-
-FILES = [
-    ("absent.h5ad", lambda path, _: None, "There is no file absent.h5ad"),
-    ("text.h5ad", lambda path, _: path.write_text("gene,cell\n"), "text.h5ad cannot be read as an .h5ad"),
-    ("half.h5ad", lambda path, whole: path.write_bytes(whole.read_bytes()[:90_000]), "half.h5ad cannot be read as"),
-]
-
-
-@pytest.mark.parametrize("name, make, message", FILES, ids=[name for name, *_ in FILES])
-def test_a_file_is_refused(name, make, message, pbmc_path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make(Path(name), pbmc_path)
-    assert message in refusal(name, tmp_path)
-
-
 def test_cells_are_given(tmp_path):
     assert "--dataset is required" in refusal(None, tmp_path)
 
