@@ -30,18 +30,17 @@ class AttentionProcessor:
     _parallel_config = None
 
     def __call__(self, attn: "Attention", hidden_states: torch.Tensor) -> torch.Tensor:
-        query, key, value = attn.project(hidden_states)
-        return attn.lift(self.attend(query, key, value), query)
-
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Scaled dot-product attention of `(batch, tokens, heads, head_dim)`."""
-        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and self._attention_backend is None:
+        query, key, value = attn.project(hidden_states)  # (batch, tokens, heads, head_dim) each
+        backend = self._attention_backend
+        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and backend is None:
             # In bfloat16 on a CPU, fused attention is slower than its products written out, above all backwards.
-            query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-            scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (batch, heads, tokens, tokens)
-            return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2)
-        backend, parallel_config = self._attention_backend, self._parallel_config
-        return dispatch_attention_fn(query, key, value, backend=backend, parallel_config=parallel_config)
+            q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (batch, heads, tokens, tokens)
+            attended = (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+        else:
+            parallel_config = self._parallel_config
+            attended = dispatch_attention_fn(query, key, value, backend=backend, parallel_config=parallel_config)
+        return attn.lift(attended, query)
 
 
 class Attention(nn.Module, AttentionModuleMixin):
@@ -176,7 +175,7 @@ class BoundedISTA(nn.Module):
         step_size, code = self.step_size.to(hidden_states.dtype), F.relu(hidden_states)  # a
         residual = hidden_states - F.linear(code, self.dictionary)  # x - Da
         # The step size scales the dictionary, and -ηλ is the bias: fewer passes over the tokens.
-        bias = (-step_size * self.lambd).to(hidden_states.dtype).expand(len(self.dictionary))
+        bias = (-step_size * self.log_lambda.exp()).to(hidden_states.dtype).expand(len(self.dictionary))
         return F.relu(code + F.linear(residual, step_size * self.dictionary.t(), bias))  # a + η Dᵀ(x - Da) - ηλ
 
 
