@@ -1,21 +1,15 @@
 """Times our network and pipeline next to the network as the paper writes it, or next to another checkout.
 
-    python benchmarks/speed.py --dataset ../shared/data/pbmc3k.h5ad --output lab/results/speed_cpu.json
-    python benchmarks/speed.py --dataset ../shared/data/pbmc3k.h5ad --device cuda --batch_size 16 256 1024 --output ...
-    python benchmarks/speed.py --table lab/results/speed_cpu.json
-    python benchmarks/speed.py --against ../old-checkout --output lab/results/speed_cpu.json
+    python benchmarks/speed.py --output speed.json
+    python benchmarks/speed.py --device cuda --batch_size 16 256 1024 --output speed.json
+    python benchmarks/speed.py --against ../old-checkout --output lab/results/speed_narrow_cpu.json
+    python benchmarks/speed.py --table lab/results/speed_narrow_cpu.json
 
 `--against` compares this checkout with another one in CPU seconds: import, a training step, and 5,000 cells of the
 pipeline in the package, beside the excess of each on held-out cells, by this checkout's judges. Fresh processes take
-turns, and medians are compared. Without it, `--parts` chooses what to measure (all by default):
-
-- `network`: training steps and forward passes at the paper's shape. `reference` is benchmarks/reference.py in eager
-  float32, as the authors run it. The variants take turns, and medians are compared. FLOP are those of the matrix
-  products, and their rate is given as a fraction of the fastest large matrix product of the same machine and dtype.
-- `pipeline`: cells per second of whole pipelines, trained on `--dataset` for a few steps (the weights do not influence
-  the time), compared with the reference's ancestral sampling: 1,000 forward passes per batch.
-- `memory`: peak memory of `wbdit generate`, for many and few cells (Linux only).
-- `start`: time to import the package and to load a pipeline.
+turns, and medians are compared. Without it, training steps and forward passes are timed at the paper's shape.
+`reference` is benchmarks/reference.py in eager float32, as the authors run it. FLOP are those of the matrix products,
+and their rate is given as a fraction of the fastest large matrix product of the same machine and dtype.
 """
 
 import argparse
@@ -37,10 +31,9 @@ from reference import ReferenceDiT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from wbdit_diffusers import ScRNAGenerationPipeline, WhiteBoxDiTModel
+from wbdit_diffusers import WhiteBoxDiTModel
 from wbdit_diffusers.data import CellSplit, load_pbmc, read_cells
 from wbdit_diffusers.evaluation import evaluate_cells
-from wbdit_diffusers.training import TrainingConfig, train
 
 
 NUM_GENES, DEPTH = 2000, 3  # the paper's
@@ -52,8 +45,6 @@ AGAINST = {
     "a training step": """
 import tempfile, time
 from wbdit_diffusers.data import load_pbmc
-from wbdit_diffusers.data import CellSplit, load_pbmc, read_cells
-from wbdit_diffusers.evaluation import evaluate_cells
 from wbdit_diffusers.training import TrainingConfig, train
 def seconds(steps):
     start, few = time.process_time(), dict(num_programs=16, codec_max_steps=5, decoder_steps=0, validation_steps=10**6)
@@ -93,8 +84,6 @@ SAMPLES = 6
 
 # Otherwise glibc returns freed memory to the kernel. How often depends on chance, and costs up to a third of the time.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
-
-PARTS = ["network", "pipeline", "memory", "start"]
 
 
 def synchronize(device: str):
@@ -259,75 +248,6 @@ def time_network(device: str, batch_size: int, repeats: int) -> dict:
     return rows
 
 
-def time_pipelines(program: Path, expression: Path, device: str, num_cells: int, repeats: int) -> dict:
-    """Seconds per cell of whole pipelines, `num_cells` in program space and 64 in expression space."""
-    reference = ReferenceDiT().to(device).eval()
-    batch = 16 if device == "cpu" else 1024  # larger ones are no faster per cell on a CPU
-    x, t = torch.randn(batch, NUM_GENES, device=device), torch.randint(1, 1000, (batch,), device=device)
-
-    def load(folder: Path, dtype: torch.dtype = torch.float32, compiled: bool = False) -> ScRNAGenerationPipeline:
-        pipe = ScRNAGenerationPipeline.from_pretrained(folder, dtype=dtype).to(device)
-        pipe.set_progress_bar_config(disable=True)
-        if compiled:
-            pipe.denoiser.compile_repeated_blocks(fullgraph=True)
-        return pipe
-
-    runs = {"program space": (load(program), num_cells, {})}
-    if runs["program space"][0].processor.label_keys:  # guidance needs labels
-        runs["program space, guidance 1.25"] = (load(program), num_cells, {"guidance_scale": 1.25})
-    runs |= {
-        "program space, bfloat16": (load(program, torch.bfloat16), num_cells, {}),
-        "program space, compiled": (load(program, compiled=True), num_cells, {}),
-        "expression space": (load(expression), 64, {}),
-        "expression space, bfloat16": (load(expression, torch.bfloat16), 64, {}),
-        "expression space, bfloat16, compiled": (load(expression, torch.bfloat16, compiled=True), 64, {}),
-    }
-    functions = {"reference": torch.inference_mode()(lambda: reference(x, t))}
-    for name, (pipe, cells, arguments) in runs.items():
-        functions[name] = lambda pipe=pipe, cells=cells, arguments=arguments: pipe(num_cells=cells, **arguments)
-    seconds = take_turns(functions, device, repeats, warmup=1)
-    ancestral = 1000 * seconds["reference"] / batch
-    rows = {
-        "reference, 1,000 steps": {"seconds per cell": ancestral},
-        "reference, 100 steps": {"seconds per cell": ancestral / 10},
-    }
-    for name, (pipe, cells, _) in runs.items():
-        per_cell = seconds[name] / cells
-        rows[name] = {
-            "steps": pipe.config.num_inference_steps,
-            "cells": cells,
-            "seconds": seconds[name],
-            "seconds per cell": per_cell,
-            "speed-up over 1,000 steps": ancestral / per_cell,
-            "speed-up over 100 steps": ancestral / 10 / per_cell,
-        }
-    return rows
-
-
-def measure_memory(program: Path, folder: Path, sizes: list[int]) -> dict:
-    """Peak memory of `wbdit generate`, by number of cells. It takes two steps, which do not influence the memory."""
-    rows = {}
-    for size in sizes:
-        start = time.perf_counter()
-        path = folder / "cells.h5ad"
-        command = [sys.executable, "-m", "wbdit_diffusers.cli", "generate", program, "--output", path]
-        command += ["--num_cells", size, "--num_inference_steps", 2, "--device", "cpu"]
-        peak = peak_memory(command)
-        rows[f"{size:,} cells"] = {
-            "peak memory, MiB": peak / 2**20,
-            "seconds": time.perf_counter() - start,
-            "file, MiB": path.stat().st_size / 2**20,
-        }
-    return rows
-
-
-def number_printed_by(code: str, *arguments: object, environment: dict[str, str] | None = None) -> float:
-    """The last number that a fresh process prints."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    finished = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return float(finished.stdout.split()[-1])
-
-
 def compare_checkouts(other: Path, repeats: int) -> dict:
     """CPU seconds of this and another checkout, each on one thread, and the excess of their pipelines."""
     checkouts, rows = {"other checkout": other, "this checkout": Path(__file__).parents[1]}, {}
@@ -339,7 +259,9 @@ def compare_checkouts(other: Path, repeats: int) -> dict:
         seconds = {name: [] for name in checkouts}
         for _ in range(repeats):
             for name, environment in environments.items():
-                seconds[name].append(number_printed_by(code, environment=environment))
+                command = [sys.executable, "-c", code]
+                finished = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+                seconds[name].append(float(finished.stdout.split()[-1]))
         row = rows[task] = {name: statistics.median(values) for name, values in seconds.items()}
         row["ratio"] = row["this checkout"] / row["other checkout"]
     row = rows["excess (AUC) of the default pipeline"] = {}
@@ -352,29 +274,6 @@ def compare_checkouts(other: Path, repeats: int) -> dict:
         row[name] = report["excess"][name]["mean"]
         row[f"{name}, SD"] = report["excess"][name]["sd"]
     return rows
-
-
-def time_start(program: Path, repeats: int) -> dict:
-    """Seconds to import and to load, in fresh processes that take turns."""
-    timed = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
-    base = (
-        "import torch; from diffusers.models.modeling_utils import ModelMixin;"
-        " from diffusers.pipelines.pipeline_utils import DiffusionPipeline"
-    )
-    load = (
-        "import sys, time; from wbdit_diffusers import ScRNAGenerationPipeline; start = time.perf_counter();"
-        " ScRNAGenerationPipeline.from_pretrained(sys.argv[1]); print(time.perf_counter() - start)"
-    )
-    codes = {
-        "import torch and Diffusers' bases": timed.format(base),
-        "import wbdit_diffusers": timed.format("import wbdit_diffusers"),
-        "load a pipeline": load,
-    }
-    seconds = {name: [] for name in codes}
-    for _ in range(repeats):
-        for name, code in codes.items():
-            seconds[name].append(number_printed_by(code, program))
-    return {name: {"seconds": statistics.median(values)} for name, values in seconds.items()}
 
 
 def table(results: dict) -> str:
@@ -401,13 +300,8 @@ def table(results: dict) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", type=Path, help=".h5ad file of counts with at least 2,000 genes.")
-    parser.add_argument("--label_keys", nargs="*", default=["cell_type"])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch_size", nargs="+", type=int, default=[16], help="Batch sizes of the network.")
-    parser.add_argument("--num_cells", type=int, default=5000, help="Number of cells of the default pipeline.")
-    parser.add_argument("--memory_cells", nargs="+", type=int, default=[10_000, 1_000_000])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, help="JSON file. Parts are added to it.")
     parser.add_argument("--table", type=Path, help="JSON file to print as tables. Nothing is measured.")
@@ -416,9 +310,8 @@ def main():
     if args.table is not None:
         print(table(json.loads(args.table.read_text())))
         return
-    if args.output is None or (args.dataset is None and args.parts != ["network"] and args.against is None):
-        parser.error("--output is required, and --dataset for other parts than `network`.")
-
+    if args.output is None:
+        parser.error("--output is required.")
     results = read_results(args.output, {"parts": {}})
     results["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     results["torch"], results["threads"] = torch.__version__, torch.get_num_threads()
@@ -431,26 +324,9 @@ def main():
     if args.against is not None:
         keep("against another checkout, CPU seconds", compare_checkouts(args.against, args.repeats))
         return
-    if "network" in args.parts:
-        for batch_size in args.batch_size:
-            keep(f"network, batch {batch_size}", time_network(args.device, batch_size, args.repeats))
-            torch.compiler.reset()
-    if args.parts == ["network"]:
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        program, expression = folder / "program", folder / "expression"
-        few = {"num_programs": 16, "codec_max_steps": 300, "max_train_steps": 20}
-        train(args.dataset, TrainingConfig(output_dir=program, label_keys=args.label_keys, **few))
-        if "pipeline" in args.parts:
-            # The published shape, without labels or library size: 2,000 genes and nothing else
-            paper = {"codec": "expression", "model_library_size": False, "train_batch_size": 16}
-            train(args.dataset, TrainingConfig(output_dir=expression, max_train_steps=2, **paper))
-            keep("pipeline", time_pipelines(program, expression, args.device, args.num_cells, args.repeats))
-        if "memory" in args.parts:
-            keep("memory", measure_memory(program, folder, args.memory_cells))
-        if "start" in args.parts:
-            keep("start", time_start(program, args.repeats))
+    for batch_size in args.batch_size:
+        keep(f"network, batch {batch_size}", time_network(args.device, batch_size, args.repeats))
+        torch.compiler.reset()
 
 
 if __name__ == "__main__":

@@ -144,7 +144,6 @@ def test_exit_codes(error, code, message, rank, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr("wbdit_diffusers.training.train", train)
-    monkeypatch.setattr("wbdit_diffusers.training.processes.limit_threads", lambda: None)
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     monkeypatch.setenv("RANK", rank)
     with pytest.raises(SystemExit) as end:

@@ -24,11 +24,10 @@ def files(pbmc, tmp_path_factory) -> Path:
     pipe.save_pretrained(folder / "model")
     split.save(folder / "model")
     make_pipeline(train, num_genes=30).save_pretrained(folder / "expression")  # unconditional, without a split
-    for name in ("truncated", "other split", "cut split"):
+    for name in ("truncated", "other split"):
         shutil.copytree(folder / "model", folder / name)
     weights = folder / "truncated" / "denoiser" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    (folder / "cut split" / "split.json").write_text('{"train": ["a"')
     CellSplit(["absent-1"], ["absent-2"]).save(folder / "other split")
     pbmc.write_h5ad(folder / "pbmc.h5ad")
     train[:100].copy().write_h5ad(folder / "train.h5ad")
@@ -99,7 +98,6 @@ MISTAKES = [
     ("generate FILES/full --output OUT/a.h5ad", "full"),
     ("generate FILES/truncated --output OUT/a.h5ad", "truncated"),
     ("programs FILES/expression", "has no gene programs"),
-    ("explain FILES/cut_split --dataset FILES/pbmc.h5ad --output_dir OUT/x", "is no split.json|not a split.json"),
     ("evaluate FILES/expression --dataset FILES/pbmc.h5ad", "split.json is missing"),
     ("evaluate FILES/other_split --dataset FILES/pbmc.h5ad", "no cell 'absent-1'"),
     # Outputs

@@ -48,12 +48,10 @@ def train(config: TrainingConfig) -> Result:
     import logging
 
     from .training import train
-    from .training.processes import limit_threads
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for name in ("httpx", "accelerate"):  # they log each request, and each file of a checkpoint
         logging.getLogger(name).setLevel(logging.WARNING)
-    limit_threads()
     train(None, config)
     folder = str(config.output_dir)
     steps = [f"wbdit generate {folder} --output new-cells.h5ad", f"wbdit evaluate {folder} --dataset {config.dataset}"]

@@ -37,10 +37,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: Any, positional: Sequence[str], common: Sequence[str]):
-    """
-    Adds one flag for each field of a pydantic dataclass: required ones, then `common` ones, then those of each base
-    class in a group. Required `positional` ones have no dashes. [`make_config`] checks types and ranges.
-    """
+    """Adds a flag for each field of a pydantic dataclass: required, `common`, then those of each base class."""
     owners = {name: owner for owner in reversed(config_class.__mro__) for name in inspect.get_annotations(owner)}
     fields = {name: owners[name].__pydantic_fields__[name] for name in config_class.__pydantic_fields__}
     groups: dict[type, Any] = {config_class: parser}

@@ -1,7 +1,6 @@
 """Progress: a bar at a terminal or in a notebook, plain lines in a log file."""
 
 import sys
-import time
 from typing import Any
 
 from tqdm import autonotebook, std
@@ -11,12 +10,10 @@ SECONDS_BETWEEN_LINES = 30
 
 
 def bar_options(**options: Any) -> dict[str, Any]:
-    """
-    Arguments of `tqdm`, or of `pipe.set_progress_bar_config`, for a bar that is readable everywhere. If the output is
-    neither a terminal nor a notebook, the bar becomes one line every 30 seconds.
-    """
+    """Arguments of `tqdm` for a bar. Without a terminal or notebook it becomes one line every 30 seconds."""
     is_bar = sys.stderr.isatty() or autonotebook.tqdm is not std.tqdm
-    return options if is_bar else {"file": _Lines(), **options}
+    lines = {"file": _Lines(), "mininterval": SECONDS_BETWEEN_LINES, "delay": SECONDS_BETWEEN_LINES}
+    return options if is_bar else options | lines
 
 
 def duration(seconds: float) -> str:
@@ -25,14 +22,10 @@ def duration(seconds: float) -> str:
 
 
 class _Lines:
-    """A file that turns the updates of a bar into a few lines."""
-
-    def __init__(self):
-        self.due = time.monotonic() + SECONDS_BETWEEN_LINES
+    """A file in which each update of a bar is a line."""
 
     def write(self, text: str):
-        if text.strip() and time.monotonic() >= self.due:
-            self.due = time.monotonic() + SECONDS_BETWEEN_LINES
+        if text.strip():
             print(text.strip(), file=sys.stderr, flush=True)
 
     def flush(self):

@@ -160,19 +160,6 @@ def test_empty_cells_are_named(pbmc):
         ScRNAProcessor().fit(zeros)
 
 
-@pytest.mark.parametrize("wrong", [765, -1])
-def test_damaged_indices_are_named(wrong, pbmc, tmp_path):
-    """They would crash the process."""
-    cells = pbmc.copy()
-    cells.write_h5ad(tmp_path / "cells.h5ad")
-    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
-        file["X/indices"][1000] = wrong
-    with BackedSource(tmp_path / "cells.h5ad") as source:
-        for use in (ScRNAProcessor().fit, lambda source: AnnDataSource(source.read())):
-            with pytest.raises(ValueError, match="is damaged"):
-                use(source)
-
-
 def test_a_file_that_cannot_be_read_by_cell(pbmc, tmp_path):
     cells, _ = in_form(pbmc, "csc")
     cells.write_h5ad(tmp_path / "cells.h5ad")

@@ -43,13 +43,6 @@ def test_hnscc(tmp_path):
     np.testing.assert_allclose(cells.X.toarray(), expected, rtol=1e-6)
 
 
-def test_hnscc_of_another_layout(tmp_path):
-    with gzip.open(tmp_path / "GSE103322_HNSCC_all_data.txt.gz", "wt") as file:
-        file.write("gene\tcell_1\nKRT14\t1.0\n")
-    with pytest.raises(ValueError, match="the published files of hnscc: 'non-cancer cell type'"):
-        fetch("hnscc", tmp_path)
-
-
 @pytest.fixture
 def kang_folder(tmp_path):
     counts = {"GSM2560248_2.1": np.array([[1, 0], [0, 2], [5, 0]]), "GSM2560249_2.2": np.array([[3], [0], [4]])}

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from wbdit_diffusers.evaluation.references import draw_matching, gaussian_latents, resampled_latents, split_halves
+from wbdit_diffusers.evaluation.samples import draw_matching, gaussian_latents, resampled_latents, split_halves
 
 
 gaussian_mixture_latents = partial(gaussian_latents, gaussian_mixture=True)

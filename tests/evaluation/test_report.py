@@ -12,8 +12,7 @@ from wbdit_diffusers.data import CellSplit
 from wbdit_diffusers.evaluation import classifiers, draw_baselines, draw_samples, evaluate, evaluate_cells, to_markdown
 from wbdit_diffusers.evaluation.cells import generated_cells, needs_common_genes, real_cells
 from wbdit_diffusers.evaluation.classifiers import JUDGES
-from wbdit_diffusers.evaluation.references import draw_matching
-from wbdit_diffusers.evaluation.samples import BASELINES
+from wbdit_diffusers.evaluation.samples import BASELINES, draw_matching
 from wbdit_diffusers.evaluation.table import (
     CLASSIFIERS,
     MIXTURE,

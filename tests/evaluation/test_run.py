@@ -114,7 +114,6 @@ def test_cells_are_judged_as_the_model_reads_them(folder, pbmc, tmp_path):
         (["@model", "@half.h5ad"], {"dataset": "pbmc.h5ad"}, "'half' has 100 cells, and 142 are held out"),
         (["@model", "@unlabelled.h5ad"], {"dataset": "pbmc.h5ad"}, "'unlabelled' has no column 'cell_type' in obs"),
         (["@fake.h5ad"], {"label_keys": ["kind"]}, "The training data has no column 'kind'"),
-        (["@fake.h5ad"], {"test": "pbmc.h5ad"}, "--train and --test both have the cell"),
         (["a=@model", "b=@other"], {"train": "train.h5ad", "test": "test.h5ad"}, "'b' was trained on .* than --train"),
         (["@model"], {"dataset": "copies.h5ad"}, "The data have no cell '.*', nor .* others of the split"),
         (

@@ -188,11 +188,6 @@ def test_labels_add_their_effects(pbmc):
     torch.testing.assert_close(labelled.log_proportions[:1], expected)
 
 
-def test_an_unknown_likelihood_is_named():
-    with pytest.raises(ValueError, match="must be one of nb_mixture, quantile_hurdle, not 'gaussian'"):
-        ProgramCodec(num_genes=3, likelihood="gaussian")
-
-
 @torch.no_grad()
 def test_bfloat16_gives_about_what_float32_gives(codec, cells):
     loaded, latents = copy.deepcopy(codec).to(torch.bfloat16), codec.encode(*cells)

@@ -197,8 +197,6 @@ def test_wrong_inputs_are_named():
         make_model(condition_sizes=())(**inputs)
     with pytest.raises(ValueError, match="must be one of white_box, descent, dit, not 'unet'"):
         make_model(block_type="unet")
-    with pytest.raises(ValueError, match="multiple of 4"):
-        make_model(num_attention_heads=1, attention_head_dim=6)
 
 
 # ==================== The block whose steps descend ====================

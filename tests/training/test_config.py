@@ -96,12 +96,6 @@ def test_a_config_file_without_flags(text, message, tmp_path):
         read_config(tmp_path / "config.yaml")
 
 
-@pytest.mark.parametrize("key", ["library_size", "a/b", "twice"])
-def test_label_keys_that_cells_cannot_have(key):
-    with pytest.raises(ValueError, match=f"--label_keys {key}: the name is given twice or reserved"):
-        TrainingConfig(output_dir="out", label_keys=[key, "twice"])
-
-
 def test_absent_and_empty_config_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"--config papers: no such file.*{', '.join(SHIPPED)}"):
         read_config("papers")

@@ -10,13 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from tiny import assert_same_weights, rows_without_time, tiny_config
 
 from wbdit_diffusers.cli import main
 from wbdit_diffusers.training import TrainingInterrupted, train
 from wbdit_diffusers.training.checkpoints import find_checkpoints
-from wbdit_diffusers.training.processes import limit_threads
 
 
 STEPS = {"label_keys": ["cell_type"], "max_train_steps": 12, "checkpointing_steps": 100, "validation_steps": 5}
@@ -123,23 +121,3 @@ def test_two_processes_save_and_end_with_their_launcher(pbmc_path, tmp_path):
     last_row = log_path.read_text().splitlines()[-1]
     assert int(checkpoint.name.split("-")[1]) >= int(last_row.split(",")[0])
     assert log.read_text().count("--resume_from_checkpoint latest") == 1
-
-
-@pytest.fixture
-def threads(monkeypatch):
-    """Sixteen threads on eight processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(16)
-    monkeypatch.setattr(os, "environ", {})
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(
-    "environment, expected", [({}, 8), ({"LOCAL_WORLD_SIZE": "3"}, 2), ({"OMP_NUM_THREADS": "16"}, 16)]
-)
-def test_processes_share_the_cpus_they_may_use(environment, expected, threads):
-    os.environ.update(environment)
-    limit_threads()
-    assert torch.get_num_threads() == expected

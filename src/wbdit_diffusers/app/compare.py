@@ -16,9 +16,8 @@ from ..evaluation.figure import (
     plot_types,
     subsample,
 )
-from ..evaluation.references import split_halves
 from ..evaluation.report import evaluate_cells
-from ..evaluation.samples import draw_samples
+from ..evaluation.samples import draw_samples, split_halves
 from ..evaluation.table import GENERATED, NOT_FIT, summary
 from ..hub.facts import HIGH_EXCESS
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
@@ -96,12 +95,10 @@ def program_figure(groups: dict[str, CellArrays], activities: dict[str, np.ndarr
 def compare_quality(
     pipe: ScRNAGenerationPipeline, real: ad.AnnData, model: str, seed: int, **call_kwargs
 ) -> tuple[str, str]:
-    """
-    The verdict and six rows of `wbdit evaluate` on up to 300 held-out cells, and a warning if it is bad. The held-out
-    cells are those in the split.json of `model`, or else a random half of the real cells.
-    """
+    """The summary of an evaluation on up to 300 held-out cells, and a warning if it is bad."""
     config, label_keys = pipe.processor.config, pipe.processor.label_keys
     rest, test = (real[rows] for rows in split_halves(combined_labels(real, label_keys)))
+    # Held out are the cells in the split.json of the model, or else a random half.
     origin = "A random half of the real cells is held out here. Training may have seen these cells."
     with contextlib.suppress(FileNotFoundError):  # such as that of a pipeline on the Hub
         split = CellSplit.load(model)

@@ -104,11 +104,7 @@ def encode_source(
 
 
 class CellOrder:
-    """
-    An endless sequence of cells in which each epoch holds every cell once, in an order that follows from the seed.
-    Each batch is a slice of it. So a resumed run needs only the number of cells seen, whatever the batch size and the
-    number of processes.
-    """
+    """An endless sequence of cells, in a new order in each epoch. A resumed run needs only its position."""
 
     def __init__(self, num_cells: int, seed: int = 0):
         self.num_cells = num_cells

@@ -11,6 +11,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from diffusers.utils import logging
+from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
 from ..configs import PrepareConfig
@@ -77,12 +78,20 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             logger.warning(f"{len(obs) - cells.n_obs} cells have too few counts or genes and are left out.")
 
         # 2. Split and shuffle, file by file
-        dataset = Dataset.from_file(arrow)
+        dataset, is_test = Dataset.from_file(arrow), np.zeros(cells.n_obs, dtype=bool)
+        if config.test_fraction:
+            label = [cells.obs[key].cat.codes.to_numpy(np.int64) for key in config.label_keys[:1]]
+            codes = label[0] if label else np.zeros(cells.n_obs, dtype=np.int64)
+            is_test = held_out(codes, config.test_fraction, config.seed, np.concatenate(copies))
+        rng = np.random.default_rng([config.seed, cells.n_obs])
 
         def write(folder: Path):
             (folder / "data").mkdir(parents=True)
             splits: dict[str, dict[str, list[int]]] = {}
-            for split, order in _split_and_shuffle(cells.obs, np.concatenate(copies), config).items():
+            for split, mask in {"train": ~is_test, "test": is_test}.items():
+                if not mask.any():
+                    continue
+                order = rng.permutation(np.flatnonzero(mask))
                 starts, splits[split] = range(0, len(order), CELLS_PER_FILE), {}
                 for number, start in enumerate(tqdm(starts, **bar_options(desc=f"Writing {split}", unit=" files"))):
                     shard = dataset.select(order[start : start + CELLS_PER_FILE]).with_format("arrow")
@@ -102,9 +111,6 @@ def _read_names(paths: list[Path], config: PrepareConfig) -> tuple[pd.DataFrame,
     for path in paths:
         with BackedSource(path, config.layer) as file:
             obs, var = file.obs, file.var
-        given = obs.get("total_counts", pd.Series(0))
-        if given.dtype.kind not in "iuf" or "total_counts" in [*config.label_keys, config.file_key]:
-            raise ValueError(f"`total_counts` of {path} can't be a label, because it holds counts here: rename it.")
         obs = obs.drop(columns="total_counts", errors="ignore")  # is counted again
         check_unique(obs.index, "cell", f" in {path}")
         check_unique(var.index, "gene", f" in {path}")
@@ -159,48 +165,19 @@ def _chunks(paths: list[Path], obs: pd.DataFrame, var: pd.DataFrame, config: Pre
                     progress_bar.update(len(chunk))
 
 
-def _split_and_shuffle(obs: pd.DataFrame, copies: np.ndarray, config: PrepareConfig) -> dict[str, np.ndarray]:
-    """The cells of each split in random order. `copies` `(cells,)` are the same for copies."""
-    label = config.label_keys[0] if config.label_keys else None
-    codes = np.zeros(len(obs), np.int64) if label is None else obs[label].cat.codes.to_numpy(dtype=np.int64)
-    is_test = np.zeros(len(obs), dtype=bool)
-    if config.test_fraction:
-        is_test = held_out(codes, config.test_fraction, config.seed, copies)
-    rng = np.random.default_rng([config.seed, len(obs)])
-    splits = {"train": ~is_test, "test": is_test}
-    return {split: rng.permutation(np.flatnonzero(mask)) for split, mask in splits.items() if mask.any()}
-
-
 def _write_card(folder: Path, metadata: dict[str, Any], names: list[str]):
-    """Writes README.md, whose head names the file of each split for the Hub and for `datasets`."""
+    """Writes README.md, whose head names the files of each split for the Hub and for `datasets`."""
     sizes = {split: sum(map(sum, files.values())) for split, files in metadata["splits"].items()}
-    of_splits = ", ".join(f"{number:,} in {split}" for split, number in sizes.items())
-    files = "\n".join(f"  - {{split: {split}, path: data/{split}-*.parquet}}" for split in sizes)
-    text = f"""---
-tags: [single-cell, scRNA-seq, wbdit_diffusers]
-configs:
-- config_name: cells
-  default: true
-  data_files:
-{files}
-- {{config_name: genes, data_files: genes.parquet}}
----
-
-# Single cells
-
-{sum(sizes.values()):,} cells ({of_splits}) × {metadata["num_genes"]:,} genes, shuffled. Values: {metadata["values"]}.
-From {", ".join(map(as_text, names))}.
-The test split was drawn at random within each label. `wbdit prepare` wrote this dataset.
-
-Each row is a cell. `genes` are row numbers of `genes.parquet`, and `expressions` are the values of these genes. All
-other genes are zero. `cell` is the cell's name, and `total_counts` its counts over all genes of its file.
-
-```python
-from datasets import load_dataset
-from wbdit_diffusers.data import read_cells
-
-cells = load_dataset("THIS_FOLDER", "cells", split="train")  # rows
-adata = read_cells("THIS_FOLDER", split="train")  # an AnnData in memory
-```
-"""
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in sizes]
+    configs = [{"config_name": "cells", "default": True, "data_files": files}]
+    configs.append({"config_name": "genes", "data_files": "genes.parquet"})
+    card = DatasetCard.from_template(
+        DatasetCardData(tags=["single-cell", "scRNA-seq", "wbdit_diffusers"], configs=configs),
+        template_path=Path(__file__).parent / "card_template.md",
+        num_cells=f"{sum(sizes.values()):,}",
+        splits=", ".join(f"{number:,} in {split}" for split, number in sizes.items()),
+        num_genes=f"{metadata['num_genes']:,}",
+        values=metadata["values"],
+        names=", ".join(map(as_text, names)),
+    )
+    card.save(folder / "README.md")

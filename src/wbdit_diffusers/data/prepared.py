@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from ..files import one_line
-from .cells import check_indices, sorted_csr
+from .cells import sorted_csr
 
 
 FORMAT_VERSION = 2
@@ -119,10 +119,7 @@ def write_metadata(
 
 
 class PreparedCells:
-    """
-    One split, `"train"` or `"test"`, of a folder or an address such as `hf://datasets/me/cells`, as a [`CellSource`].
-    Groups are parquet's row groups, read into CSR as they are.
-    """
+    """One split of a prepared folder, or of an address such as `hf://datasets/me/cells`, as a [`CellSource`]."""
 
     def __init__(self, folder: str | Path, split: str = "train"):
         self.folder, self.name = str(folder), f"{folder}, split {split!r},"
@@ -185,10 +182,7 @@ class PreparedCells:
 
     def _table(self, name: str, row: int = 0, columns: list[str] | None = None) -> pa.Table:
         """A row group of a file."""
-        try:
-            return self._open(name).read_row_group(row, columns=columns)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{self.folder}/{name} is missing or damaged: {one_line(error)}.") from error
+        return self._open(name).read_row_group(row, columns=columns)
 
     def _matrix(self, tables: list[pa.Table], name: str) -> sparse.csr_matrix:
         """The lists of some row groups as CSR."""
@@ -198,7 +192,6 @@ class PreparedCells:
             indptr, shape = genes.offsets.to_numpy(), (len(table), len(self.var_names))
             arrays = values.flatten().to_numpy(), genes.flatten().to_numpy(), indptr - indptr[0]
             parts.append(sparse.csr_matrix(arrays, shape=shape))
-            check_indices(parts[-1], self.folder)
         return parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")
 
 

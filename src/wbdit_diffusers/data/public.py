@@ -13,7 +13,6 @@ from anndata.utils import make_index_unique
 from scipy import sparse
 from scipy.io import mmread
 
-from ..files import one_line
 from .read import read_cells
 
 
@@ -28,10 +27,7 @@ class Recipe:
 
 
 def fetch(name: str, folder: str | Path) -> ad.AnnData:
-    """
-    Downloads and reads one of the [`RECIPES`], whose published files stay in the folder. The cells have
-    `obs["cell_type"]`. `X` holds counts, or log values for `hnscc`.
-    """
+    """Downloads and reads one of the [`RECIPES`], whose published files stay in the folder."""
     if name not in RECIPES:
         raise ValueError(f"There is no recipe for {name!r}; there are {', '.join(RECIPES)}.")
     try:
@@ -47,17 +43,13 @@ def fetch(name: str, folder: str | Path) -> ad.AnnData:
     datasetdir, sc.settings.datasetdir = sc.settings.datasetdir, folder  # of the files that Scanpy downloads
     try:
         return RECIPES[name].read(folder)
-    except (ValueError, KeyError, OSError, tarfile.TarError) as error:
-        raise ValueError(f"{folder} does not hold the published files of {name}: {one_line(error)}") from error
     finally:
         sc.settings.datasetdir = datasetdir
 
 
 def read_hnscc(folder: Path) -> ad.AnnData:
-    """
-    Head and neck cancer: malignant cells, fibroblasts and immune cells, log2(TPM/10 + 1). The table has one column per
-    cell: first rows of annotation, and then one row per gene, with its name in quotes. Other cells are left out.
-    """
+    """Head and neck cancer: malignant cells, fibroblasts and immune cells, log2(TPM/10 + 1). Others are left out."""
+    # One column per cell: first rows of annotation, then one row per gene, with its name in quotes
     path, type_row = folder / "GSE103322_HNSCC_all_data.txt.gz", "non-cancer cell type"
     table = pd.read_csv(path, sep="\t", index_col=0, nrows=20, dtype=str)
     table.index = table.index.astype(str).str.split().str.join(" ").str.lower()

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from diffusers.utils import logging
 
-from ..files import one_line, write_whole
+from ..files import write_whole
 from ..pretrained import locate
 from .cells import CellSource, check_unique, label_column
 from .prepared import is_prepared, read_metadata
@@ -39,10 +39,7 @@ class CellSplit:
         seed: int = 0,
         copies: np.ndarray | None = None,
     ) -> "CellSplit":
-        """
-        Splits cells at random, stratified by label. The only cell of a label is a training cell. So are the copies of
-        a training cell, which have the same number in `copies` `(cells,)`.
-        """
+        """Splits cells by label. The only cell of a label, and copies of training cells, are not held out."""
         names = cells.obs.index
         check_unique(names)
         labels = np.zeros(len(names)) if label_key is None else label_column(cells.obs, label_key).astype(str)
@@ -51,21 +48,15 @@ class CellSplit:
 
     @classmethod
     def load(cls, path: str | Path) -> "CellSplit":
-        """
-        Reads a split.json, or that of a model's folder or of a pipeline that comes with the package. Raises a
-        `FileNotFoundError` if there is none, and a `ValueError` if it does not name training and held-out cells.
-        """
+        """Reads a split.json, or that of a model's folder or of a pipeline that comes with the package."""
         path = Path(locate(path))
         path = path / cls.FILE_NAME if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: give the --output_dir of a training.")
-        try:
-            values = json.loads(path.read_text())
-            split = cls(list(values["train"]), list(values["test"]), values.get("seed"), values.get("prepared"))
-            if set(split.train) & set(split.test) or not (split.prepared or (split.train and split.test)):
-                raise ValueError("a cell is on both sides, or a side is empty")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no split.json of a training ({one_line(error)}).") from error
+        values = json.loads(path.read_text())
+        split = cls(list(values["train"]), list(values["test"]), values.get("seed"), values.get("prepared"))
+        if set(split.train) & set(split.test) or not (split.prepared or (split.train and split.test)):
+            raise ValueError(f"{path} is no split.json of a training: a cell is on both sides, or a side is empty.")
         return split
 
     def save(self, folder: str | Path):
@@ -99,10 +90,7 @@ class CellSplit:
 
 
 def held_out(labels: np.ndarray, test_fraction: float, seed: int, copies: np.ndarray | None = None) -> np.ndarray:
-    """
-    Draws held-out cells, stratified by label, without copies of other cells: a mask `(cells,)`. `labels` `(cells,)`
-    are numbers, and so are `copies` `(cells,)`, the same for copies.
-    """
+    """Draws held-out cells, stratified by label, without copies of other cells: a mask `(cells,)`."""
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
     sizes = np.bincount(labels)

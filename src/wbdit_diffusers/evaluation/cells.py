@@ -61,10 +61,7 @@ def real_cells(
     label_keys: Sequence[str] = (),
     within_genes: bool = False,
 ) -> CellArrays:
-    """
-    Arrays of real cells. Their library size is the sum over all their genes, or over the judged `genes` with
-    `within_genes`, regardless of their `obs`. `label_keys` are columns of `obs`, the cell type first.
-    """
+    """Arrays of real cells. The library size is over all their genes, or over the judged ones with `within_genes`."""
     judged = adata[:, genes]
     library_size = _library_size(judged if within_genes else adata, layer, values, "real")
     return _arrays(judged, layer, library_size, values, label_keys)
@@ -77,10 +74,7 @@ def generated_cells(
     within_genes: bool = False,
     genes: pd.Index | None = None,
 ) -> CellArrays:
-    """
-    Arrays of generated cells, as [`real_cells`], over all their genes or some. Their library size is
-    `obs["library_size"]`, or else the sum over their genes. Cells without one of the label columns have no labels.
-    """
+    """As [`real_cells`]. The library size is `obs["library_size"]`, or else the sum over the genes."""
     library_size = _library_size(adata, None, values, "generated")
     if values == "counts" and "library_size" in adata.obs:
         sizes = adata.obs["library_size"].to_numpy(dtype=np.float64)
@@ -98,15 +92,11 @@ def _library_size(adata: ad.AnnData, layer: str | None, values: str, whose: str)
     """Total counts `(cells,)` of a valid matrix; `None` for log values."""
     matrix = find_matrix(adata.X, adata.layers, layer, f"The data of {whose} cells")
     numbers = np.asarray(matrix.data if hasattr(matrix, "toarray") else matrix)
-    _check_numbers(numbers, f"values of the {whose} cells")
+    if not np.isfinite(numbers).all() or (numbers < 0).any():
+        raise ValueError(f"Some values of the {whose} cells are NaN, infinite or negative: remove or replace them.")
     if values == "counts" and (numbers != np.rint(numbers)).any():
         raise ValueError(f"The {whose} cells have values that are not integer counts: give counts, or --values log.")
     return total_counts(matrix, values)
-
-
-def _check_numbers(numbers: np.ndarray, what: str):
-    if not np.isfinite(numbers).all() or (numbers < 0).any():
-        raise ValueError(f"Some {what} are NaN, infinite or negative: remove or replace them.")
 
 
 def _arrays(

@@ -33,11 +33,7 @@ def report_figure(
     values: str = "counts",
     layer: str | None = None,
 ) -> Figure:
-    """
-    One page: each generator's cells and the real cells in a joint t-SNE; gene means, zeros and variances. For one
-    generator with labels, also the t-SNE by type, the markers of each type and their log fold changes. `generated` may
-    be several generators by title. The other arguments are those of [`evaluate_cells`], with one column of labels.
-    """
+    """A page of maps and gene statistics. For one generator with labels also its types and markers."""
     samples = generated if isinstance(generated, dict) else {"generated cells": generated}
     real, samples = subsample(real), {name: subsample(cells) for name, cells in samples.items()}
     genes = reduce(lambda common, names: common[common.isin(names)], [sample.var_names for sample in samples.values()])
@@ -87,11 +83,9 @@ def report_figure(
 
 
 def embedding(matrices: Sequence[np.ndarray], method: str = "umap") -> np.ndarray:
-    """
-    A joint embedding of groups of cells `(cells, genes)`, `(all cells, 2)`: `"umap"`, `"tsne"` or `"pca"`. It uses
-    joint principal components, as those of one group alone would pull the others inward.
-    """
+    """A joint `"umap"`, `"tsne"` or `"pca"` of groups of cells `(cells, genes)`: `(all cells, 2)`."""
     x = np.vstack(matrices)
+    # Principal components of one group alone would pull the others inward.
     pcs = PCA(min(30, *x.shape), random_state=0).fit_transform(x)
     if method == "pca":
         return pcs[:, :2] if pcs.shape[1] > 1 else np.column_stack([pcs, np.zeros(len(pcs))])
@@ -113,10 +107,7 @@ def type_colours(types: Sequence[Sequence[str]], palette: Sequence[str] = PALETT
 
 
 def plot_types(axes: Sequence[Axes], points: Sequence[np.ndarray], types: Sequence[np.ndarray], titles: Sequence[str]):
-    """
-    One panel for each group of cells `(cells, 2)`, coloured by type, with the first group in grey behind the others.
-    Cells of type `""` have the colour of their group.
-    """
+    """One panel for each group of cells `(cells, 2)`, coloured by type, over the first group in grey."""
     order = list(dict.fromkeys(name for group in types for name in pd.Series(group).value_counts().index))
     colours = type_colours(types)
     size = _point_size(sum(map(len, points)))
@@ -133,11 +124,7 @@ def plot_types(axes: Sequence[Axes], points: Sequence[np.ndarray], types: Sequen
 
 
 def plot_markers(figure: Figure | SubFigure, panels: dict[str, tuple], cell_types: list[str], var_names: np.ndarray):
-    """
-    Dot plots of the first three markers of each type: colour is the mean, size the fraction of expressing cells.
-    `panels` are expression `(cells, genes)` and types `(cells,)` by title. The first one defines the markers. A square
-    before each type has its colour in [`plot_types`].
-    """
+    """Dot plots of three markers of each type, chosen in the first of the `panels`: expression and types by title."""
     colours = type_colours([types for _, types in panels.values()])
     x, labels = next(iter(panels.values()))
     markers = list(dict.fromkeys(int(gene) for name in cell_types for gene in name_markers(x, labels, name)[:3]))

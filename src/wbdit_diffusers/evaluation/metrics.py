@@ -38,10 +38,8 @@ def wasserstein2(real: np.ndarray, generated: np.ndarray) -> float:
 
 
 def mmd2(real: np.ndarray, generated: np.ndarray) -> float:
-    """
-    Unbiased squared maximum mean discrepancy, which may be slightly negative. The kernel is the mean of Gaussians
-    `exp(-d² / bandwidth)`, whose bandwidths are ¼ to 4 times the median squared distance between real cells.
-    """
+    """Unbiased squared maximum mean discrepancy with five Gaussian kernels, which may be slightly negative."""
+    # The bandwidths are ¼ to 4 times the median squared distance between real cells.
     within_real = cdist(real, real, "sqeuclidean")
     median = np.median(within_real[np.triu_indices(len(real), k=1)])
 
@@ -73,12 +71,9 @@ def gene_statistics(real: np.ndarray, generated: np.ndarray) -> dict[str, float]
 
 
 def wrong_means(real: CellArrays, samples: list[CellArrays], genes: pd.Index) -> list[dict[str, Any]]:
-    """
-    Genes whose mean count over all samples differs from that of real cells by more than 10% and 3 standard errors, the
-    largest error first. A mean is the gene's share of all counts times the mean library size of the real cells, so
-    that depth alone makes no mean wrong. Of log values, it is the mean of the values.
-    """
+    """Genes whose mean in all samples differs from real cells by over 10% and 3 standard errors, the worst first."""
 
+    # A mean is a gene's share of all counts, so that depth alone makes no mean wrong. Of log values, it is their mean.
     def shares(cells: list[CellArrays]) -> tuple[np.ndarray, np.ndarray, float]:
         """Each gene's share of all counts and sum of squared residuals, `(genes,)`, and the number of counts."""
         sizes = [np.ones(len(x)) if x.library_size is None else x.library_size for x in cells]
@@ -102,10 +97,7 @@ def wrong_means(real: CellArrays, samples: list[CellArrays], genes: pd.Index) ->
 
 
 def manifold_metrics(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
-    """
-    Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797). The ball of a cell reaches to its
-    fifth neighbour of its own kind. For equal distributions, density is 1 and the others are below 1.
-    """
+    """Precision, recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797), with balls of five neighbours."""
     num_neighbors = min(NUM_NEIGHBORS, len(real) - 1, len(generated) - 1)
     neighbors = (NearestNeighbors(n_neighbors=num_neighbors).fit(cells).kneighbors() for cells in (real, generated))
     real_radii, generated_radii = (distances[:, -1] for distances, _ in neighbors)
@@ -175,13 +167,11 @@ def rank_markers(x: np.ndarray, labels: np.ndarray, label: str) -> np.ndarray:
 
 
 def name_markers(x: np.ndarray, labels: np.ndarray, label: str) -> np.ndarray:
-    """
-    Positions of genes in the order in which a figure names them: by log2 fold change times the fraction of cells that
-    express the gene. Genes that hardly more cells of the label than others express, such as ribosomal ones, come last.
-    """
+    """Genes in the order in which a figure names them: by log2 fold change times the fraction of expressing cells."""
     of_label = labels == label
     fraction, others = ((x[cells] > 0).mean(axis=0) for cells in (of_label, ~of_label))
     score = np.maximum(log_fold_changes(x, labels, label), 0) * fraction
+    # Genes that hardly more cells of the label than others express, such as ribosomal ones, come last.
     return np.lexsort((-score, fraction - others < SPECIFIC))
 
 

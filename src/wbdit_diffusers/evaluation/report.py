@@ -19,8 +19,7 @@ from ..progress import bar_options
 from . import metrics
 from .cells import CellArrays, combined_labels, generated_cells, needs_common_genes, real_cells
 from .classifiers import JUDGES, judge
-from .references import draw_matching, split_halves
-from .samples import draw_baselines, draw_samples
+from .samples import draw_baselines, draw_matching, draw_samples, split_halves
 from .table import GENERATED, REFERENCE
 
 
@@ -134,10 +133,7 @@ def evaluate_cells(
 
 
 def excess(column: dict[str, list[float]], reference: dict[str, list[float]]) -> dict:
-    """
-    How much more easily a classifier separates a column than the real reference from held-out cells: the mean and sd
-    over draws of the difference of AUC, for the `judge` with the largest mean.
-    """
+    """By how much a classifier's AUC is above that of the real reference, for the `judge` with the largest mean."""
     number = len(column["auc_forest"])
     differences = {name: np.subtract(column[f"auc_{name}"], reference[f"auc_{name}"][:number]) for name in JUDGES}
     by_judge = {name: float(values.mean()) for name, values in differences.items()}
@@ -169,12 +165,10 @@ def common_genes(columns: dict[str, list[ad.AnnData]], train: ad.AnnData, test: 
 
 
 def judged_genes(train: ad.AnnData, test: ad.AnnData, values: str, layer: str | None) -> pd.Index:
-    """
-    The genes that classifiers and metrics see: at most 2,000, the most variable ones of training and held-out cells
-    together. Genes chosen on one side alone would help to separate real cells from real cells.
-    """
+    """The genes that classifiers and metrics see: at most 2,000, the most variable ones."""
     if train.n_vars <= MAX_JUDGED_GENES:
         return train.var_names
+    # Genes chosen on one side alone would help to separate real cells from real cells.
     matrices = [sparse.csr_matrix(find_matrix(x.X, x.layers, layer, "The data of real cells")) for x in (train, test)]
     matrix = sparse.vstack(matrices, format="csr")
     expression = to_expression(matrix, total_counts(matrix, values), values)

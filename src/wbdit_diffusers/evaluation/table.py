@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Template
 
 from ..hub.facts import HIGH_EXCESS
 
@@ -42,7 +44,6 @@ TITLES = {
     "paper_mmd": "paper parity: MMD² by blocks of 20 genes",
 }
 
-
 SUMMARY = ("coverage", "purity", "lfc_slope", "gene_correlation", "variance_ratio", "membership_auc")
 CLASSIFIERS = {"forest": "A random forest", "boosting": "Gradient boosting", "regression": "Logistic regression"}
 MIXTURE = "Gaussian mixture per label"
@@ -57,11 +58,17 @@ NOT_FIT = "Easily distinguished from real cells: do not use them."
 
 def to_markdown(report: dict) -> str:
     """A report of [`evaluate_cells`] as Markdown: the [`summary`], and all numbers, folded."""
-    details = [("All metrics", "\n\n".join([describe_samples(report), describe_means(report), metric_table(report)]))]
-    if report["per_type"] and GENERATED in report["generators"]:
-        details.insert(0, (f"By {report['label_key']}", _table_of_types(report)))
-    folded = [f"<details><summary>{title}</summary>\n\n{text}\n\n</details>" for title, text in details]
-    return "\n\n".join([summary(report), *folded]) + "\n"
+    types = report["per_type"] if GENERATED in report["generators"] else {}
+    shown = dict.fromkeys(metric for entry in types.values() for metric in entry["metrics"].get(GENERATED, {}))
+    names = {"types": types, "shown": shown, "titles": TITLES, "columns": [*by_excess(report), REFERENCE]}
+    names |= {"summary": summary(report), "samples": describe_samples(report), "table": metric_table(report)}
+    return _render("report", report=report, mean_and_sd=mean_and_sd, **names) + "\n"
+
+
+def _render(name: str, **values: Any) -> str:
+    """One of the templates beside this file."""
+    path = Path(__file__).parent / f"{name}_template.md"
+    return Template(path.read_text(encoding="utf-8")).render(**values)
 
 
 def summary(report: dict) -> str:
@@ -78,62 +85,21 @@ def verdict(report: dict) -> str:
     excess, judge = report["excess"][name], report["excess"][name]["judge"]
     words = next((words for limit, words in VERDICTS.items() if excess["mean"] <= limit), NOT_FIT)
     ours, real = (np.nanmean(report["metrics"][column][f"auc_{judge}"]) for column in (name, REFERENCE))
-    cells = "generated cells" if name == GENERATED else f"cells of {name}"
-    text = (
-        f"**{words}** {CLASSIFIERS[judge]} separates {cells} from {report['num_test']} held-out cells with an AUC of"
-        f" {ours:.3f} (0.5: not at all, 1: always). For real training cells the AUC is {real:.3f}. The difference is"
-        f" the excess, **{excess_and_sd(report, name)}**; 0 is as good as real."
-    )
+    values = {"words": words, "classifier": CLASSIFIERS[judge], "column": name, "ours": ours, "real": real}
+    values["excess"] = excess_and_sd(report, name)
     if MIXTURE in report["excess"]:
-        mixture = excess_and_sd(report, MIXTURE)
-        is_worse = excess["mean"] > report["excess"][MIXTURE]["mean"] + excess["sd"]
-        text += f" Train longer: the Gaussian mixture is better ({mixture})." if is_worse else ""
-        text += "" if is_worse else f" The Gaussian mixture, a baseline without the network, has {mixture}."
-    return text
+        values["mixture"] = excess_and_sd(report, MIXTURE)
+        values["is_worse"] = excess["mean"] > report["excess"][MIXTURE]["mean"] + excess["sd"]
+    return " ".join(_render("verdict", report=report, **values).split())
 
 
 def describe_samples(report: dict) -> str:
     """A paragraph that explains the numbers of a table."""
-    number, num_test, num_genes = (
-        report["num_samples"],
-        report["num_test"],
-        report.get("num_judged_genes", report["num_genes"]),
-    )
-    samples = f"Mean ± standard deviation of {number} samples" if number > 1 else "One sample"
-    text = (
-        f"{samples} of {num_test} cells and {num_genes} genes. The real reference consists of training cells with the"
-        f" same labels, judged in the same way. With {num_test} cells a side, classifiers overlook small differences:"
-        " an excess near 0 does not prove that cells are like real ones."
-    )
-    if num_genes < report["num_genes"]:
-        text += f" The genes are those of {report['num_genes']} that vary most in real cells."
-    if report.get("num_copies"):
-        text += f" {report['num_copies']} more held-out cells are left out: they have the values of training cells."
-    if report["within_genes"]:
-        text += f" All cells are normalised within {report['num_genes']} genes: the real cells have no others, or the"
-        text += " counts of generated cells in others are unknown."
-    return text
-
-
-def describe_means(report: dict) -> str:
-    """A paragraph that counts the genes with a wrong mean, and names the first ones."""
-    counts = []
-    for name in [*by_excess(report), REFERENCE]:
-        genes = report["wrong_means"][name]
-        named = [f"{gene['gene']} {gene['generated']:.3g} instead of {gene['held_out']:.3g}" for gene in genes[:5]]
-        named += ["…"] * (len(genes) > len(named))
-        counts.append(f"{name} {len(genes)}" + (f" ({', '.join(named)})" if named else ""))
-    return (
-        f"Genes with a wrong mean, of {report['num_genes']}: {'; '.join(counts)}. The mean count of these"
-        " differs from that of held-out cells by more than 10% and 3 standard errors, at the same library size."
-    )
+    return " ".join(_render("samples", report=report).split())
 
 
 def metric_table(report: dict, metrics: Sequence[str] = tuple(TITLES)) -> str:
-    """
-    Excess and metrics as a Markdown table. Its columns are the generators, the best first, the real reference and the
-    baselines. One generator also has its difference from the reference. `metrics` are the keys of `TITLES` to show.
-    """
+    """Excess and metrics as a Markdown table: the generators, the best first, the real reference, the baselines."""
     generators, columns = by_excess(report), report["metrics"]
     names = [*generators, REFERENCE, *(name for name in columns if name not in (*generators, REFERENCE))]
     rows = [["metric", *(name.replace("|", "\\|") for name in names)]]
@@ -146,7 +112,8 @@ def metric_table(report: dict, metrics: Sequence[str] = tuple(TITLES)) -> str:
             ours, real = (np.array(columns[name].get(metric, [np.nan]), dtype=float) for name in names[:2])
             differences.append(mean_and_sd(ours - real[: len(ours)]))
         rows = [[*row, difference] for row, difference in zip(rows, differences)]
-    return _table(rows)
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def excess_and_sd(report: dict, name: str) -> str:
@@ -177,23 +144,3 @@ def to_json(report: Any, indent: int | None = 1) -> str:
 def by_excess(report: dict) -> list[str]:
     """The generators, the best first."""
     return sorted(report["generators"], key=lambda name: report["excess"][name]["mean"])
-
-
-def _table_of_types(report: dict) -> str:
-    """Metrics of a single generator by cell type."""
-    types, key = report["per_type"], report["label_key"]
-    shown = dict.fromkeys(metric for entry in types.values() for metric in entry["metrics"].get(GENERATED, {}))
-    rows = [[key, "training cells", "held-out cells", *(TITLES[metric] for metric in shown)]]
-    for label, entry in types.items():
-        row = [label, str(entry["num_train"]), str(entry["num_test"])]
-        for metric in shown:
-            values, real = (entry["metrics"].get(name, {}).get(metric) for name in (GENERATED, REFERENCE))
-            row.append(f"{mean_and_sd(values)} ({mean_and_sd(real).split(' ')[0]})")
-        rows.append(row)
-    return f"By `{key}`, with the real reference in brackets. Numbers of few cells are noisy.\n\n{_table(rows)}"
-
-
-def _table(rows: list[list[str]]) -> str:
-    """A Markdown table whose first row is the header."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])

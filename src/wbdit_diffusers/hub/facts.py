@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .quality import read_report
-
 
 TRAINING_NAME = "training.json"  # written at the end of a training
 REPORT_NAME, FIGURE_NAME = "report.json", "report.png"  # written by `wbdit evaluate`
@@ -39,6 +37,18 @@ def read_facts(folder: Path, num_genes: int, report: Path | None = None, **given
         facts["report"] = read_report(path, num_genes)
         facts["figure"] = FIGURE_NAME if path.with_name(FIGURE_NAME).is_file() else None
     return CardFacts(**facts)
+
+
+def read_report(path: Path, num_genes: int) -> dict[str, Any]:
+    """The report.json of a model with `num_genes` genes. Raises a `ValueError` if it is not one of this model."""
+    try:
+        report = json.loads(path.read_text())
+        report["metrics"]["generated"], report["excess"]["generated"], report["num_samples"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no report of `wbdit evaluate` for one model: give its report.json.") from error
+    if report["num_genes"] != num_genes:
+        raise ValueError(f"{path} judged {report['num_genes']} genes, and this model has {num_genes}: judge this one.")
+    return report
 
 
 def report_path(folder: Path, report: Path | None) -> Path:

@@ -3,65 +3,44 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, file_exists
 
 from ..markdown import as_code, as_text
-from ..models.gaussian_mixture import GaussianMixtureDenoiser
-from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..version import __version__
 from .facts import CardFacts, read_facts
-from .quality import eval_results, memory, quality_table
 
 
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
 LIBRARY = "wbdit-diffusers"  # name on the Hub, see docs/hub.md
 TAGS = ["diffusers", "single-cell", "scRNA-seq", "biology", "anndata", "white-box-transformer"]
-NOT_STATED = "not stated"
-BLOCKS = {
-    "descent": "White-Box DiT with descent steps (contraction, ISTA)",
-    "white_box": "White-Box DiT, as published (MSSA, ISTA)",
-    "dit": "DiT",
-}
+METRICS = "auc_forest auc_boosting auc_regression membership_auc membership_auc_donor nearest_training_cell".split()
 
 
 def render_model_card(pipeline: DiffusionPipeline, repo_id: str, facts: CardFacts | None = None) -> ModelCard:
     """The model card of a pipeline, with an example that loads `repo_id`: a Hub id or a folder."""
-    facts = facts or CardFacts()
-    processor, report, name = pipeline.processor.config, facts.report, repo_id.split("/")[-1]
+    facts, name = facts or CardFacts(), repo_id.split("/")[-1]
+    quality = _quality(facts.report, facts.data_name or "not stated") if facts.report else {}
+    results, model_name = quality.pop("eval_results", None), name if quality else None
     return ModelCard.from_template(
-        ModelCardData(
-            library_name=LIBRARY,
-            tags=TAGS,
-            model_name=name if report else None,
-            eval_results=eval_results(report, facts.data_name or NOT_STATED) if report else None,
-        ),
+        ModelCardData(library_name=LIBRARY, tags=TAGS, model_name=model_name, eval_results=results),
         template_path=TEMPLATE_PATH,
-        title=as_text(name),
+        name=name,
         repo_id=as_code(repo_id),
         version=__version__,
-        cell_types=f", cell_types={as_code(processor.categories[0][0])}" if processor.categories else "",
-        variant=facts.variant,
-        figure=facts.figure,
-        data=_data(facts),
-        num_genes=len(processor.var_names),
-        genes=", ".join(as_text(gene) for gene in processor.var_names[:3]) + ", …",
-        contents=_contents(pipeline.processor),
-        labels=_labels(pipeline.processor, facts.num_cells),
-        network=_network(pipeline),
-        training=[(as_text(name), as_text(value)) for name, value in (facts.training or {}).items()],
-        command=None if facts.command is None else " ".join(facts.command.splitlines()),
-        quality=quality_table(report) if report else None,
-        memory=memory(report),
+        facts=facts,
+        pipeline=pipeline,
+        labels=_labels(pipeline.processor),
+        text=as_text,
+        code=as_code,
+        **quality,
     )
 
 
 def write_model_card(pipeline: DiffusionPipeline, folder: str | Path, repo_id: str | None = None):
-    """
-    Writes the model card of a pipeline into its folder as README.md, with the folder's training.json and report.json.
-    The card's example loads `repo_id`, by default the folder's name.
-    """
+    """Writes a pipeline's card into its folder. The example on it loads `repo_id`, by default the folder's name."""
     folder = Path(folder)
     facts = read_facts(folder, len(pipeline.processor.var_names))
     render_model_card(pipeline, repo_id or folder.resolve().name, facts).save(folder / "README.md")
@@ -74,59 +53,40 @@ def push_model_card(pipeline: DiffusionPipeline, repo_id: str, private: bool | N
         render_model_card(pipeline, repo_id).push_to_hub(repo_id, token=token)
 
 
-def _data(facts: CardFacts) -> list[tuple[str, str]]:
-    """Rows of the table of the training data."""
-    rows = {"name": facts.data_name, "license": facts.data_license, "accession or source": facts.data_source}
-    rows["training cells"] = None if facts.num_cells is None else f"{facts.num_cells:,}"
-    return [(name, NOT_STATED if value is None else as_text(value)) for name, value in rows.items()]
-
-
-def _labels(processor: Any, num_cells: int | None) -> list[dict[str, Any]]:
-    """Name of each label key, and rows of its labels: name, number of training cells, fraction."""
+def _labels(processor: Any) -> list[tuple[str, list[tuple[str, float]]]]:
+    """The label keys, and the share of each of their labels."""
     keys = []
     for column, (key, names) in enumerate(zip(processor.label_keys, processor.config.categories)):
         codes = processor.label_combinations[:, column]
-        shares = torch.zeros(len(names)).index_add(0, codes, processor.label_frequencies.float()).tolist()
-        rows = [
-            (as_text(name), NOT_STATED if num_cells is None else f"{round(share * num_cells):,}", f"{share:.1%}")
-            for name, share in zip(names, shares)
-        ]
-        keys.append({"name": f"`obs[{as_code(key)}]`", "title": as_text(key), "rows": rows})
+        shares = torch.zeros(len(names)).index_add(0, codes, processor.label_frequencies.float())
+        keys.append((key, list(zip(names, shares.tolist()))))
     return keys
 
 
-def _network(pipeline: DiffusionPipeline) -> list[tuple[str, Any]]:
-    """Rows of the table of the network."""
-    denoiser, scheduler, codec = pipeline.denoiser, pipeline.scheduler, pipeline.codec
-    config = denoiser.config
-    if "num_programs" in codec.config:
-        about_codec = f"{codec.config.num_programs} gene programs, likelihood {codec.config.likelihood}"
-    else:
-        about_codec = f"{codec.config.num_genes} genes, standardize={codec.config.standardize}"
-    if isinstance(denoiser, GaussianMixtureDenoiser):
-        network = [("denoiser", f"closed form of a Gaussian mixture with {config.num_components} components")]
-    elif not isinstance(denoiser, WhiteBoxDiTModel):
-        network = [("denoiser", as_text(type(denoiser).__name__))]
-    else:
-        network = [
-            ("block", BLOCKS[config.block_type]),
-            ("layers", config.num_layers),
-            ("heads × head dimension", f"{config.num_attention_heads} × {config.attention_head_dim}"),
-            ("values per token", config.patch_size),
-        ]
-    return [
-        ("codec", f"{type(codec).__name__}: {about_codec}"),
-        *network,
-        ("parameters", f"{denoiser.num_parameters():,}"),
-        ("scheduler", f"{type(scheduler).__name__}, prediction_type {scheduler.config.get('prediction_type')}"),
-        ("default steps", pipeline.config.num_inference_steps),
+def _quality(report: dict[str, Any], data_name: str) -> dict[str, Any]:
+    """What the card says of a report: in words, as a table, and as metadata for the Hub (`model-index`)."""
+    from ..evaluation import table  # slow to import
+
+    columns = [report["metrics"][name] for name in (table.GENERATED, table.REFERENCE)]
+    ours, reference = (
+        {metric: float(np.nanmean(np.array(column[metric], dtype=float))) for metric in METRICS if metric in column}
+        for column in columns
+    )
+    titles = {"excess": table.EXCESS, **table.TITLES}
+    results = [
+        EvalResult(
+            task_type="single-cell-generation",
+            task_name="Generation of single-cell RNA-seq data",
+            dataset_type="scRNA-seq",
+            dataset_name=data_name,
+            dataset_split="held-out cells",
+            metric_type=metric,
+            metric_name=titles[metric],
+            metric_value=round(value, 4),
+            metric_args={"real_reference": round(reference[metric], 4)} if metric in reference else None,
+        )
+        for metric, value in ({"excess": report["excess"][table.GENERATED]["mean"]} | ours).items()
+        if not np.isnan(value)
     ]
-
-
-def _contents(processor: Any) -> str:
-    """Contents of the AnnData that a pipeline makes."""
-    if processor.config.values == "counts":
-        return 'integer counts in `X` and `obs["library_size"]`'
-    if processor.is_counts:
-        return 'log expression in `X`, its integer counts in `layers["counts"]` and `obs["library_size"]`'
-    return "log expression in `X`"
+    words = {"verdict": table.verdict(report), "samples": table.describe_samples(report), "means": ours}
+    return {"eval_results": results, "metrics": table.metric_table(report, METRICS), **words}

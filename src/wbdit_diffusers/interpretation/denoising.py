@@ -43,10 +43,7 @@ def measure_explained_variance(
     class_labels: torch.Tensor | None,
     seed: int = 0,
 ) -> list[dict]:
-    """
-    Measures, by timestep, the fraction of each program's variance that `"network"` and `"closed_form"` predict. 0 is
-    the prediction at pure noise. `agreement` is the fraction of the network's prediction that the closed form makes.
-    """
+    """The fraction of each program's variance that each denoiser predicts, by timestep. At pure noise it is 0."""
     truth, last = pipe.codec.activities(latents), pipe.scheduler.config.num_train_timesteps - 1
     prior = clean_programs(denoisers["closed_form"], pipe, torch.zeros_like(latents), last, class_labels)
     scale = (truth - prior).square().mean(0)  # (programs,)
@@ -84,10 +81,7 @@ def measure_type_stability(
     train_types: np.ndarray,
     seed: int = 0,
 ) -> list[dict]:
-    """
-    Measures which cells change their type, and the correlation of each program, if noise is added up to a timestep and
-    removed again. Logistic regression on training cells tells the type. `chance` is the change of shuffled cells.
-    """
+    """Which cells change their type, and the correlation of each program, if noise is added and removed again."""
     before = pipe.codec.activities(latents).cpu().numpy()
     has_types = len(np.unique(train_types)) > 1
     if has_types:

@@ -45,8 +45,8 @@ def fit_gaussian_mixture(
     pipe: ScRNAGenerationPipeline, cells: ad.AnnData, max_components: int = MAX_COMPONENTS
 ) -> GaussianMixtureDenoiser:
     """
-    Fits the closed form that a pipeline's denoiser is compared with, and guided by, to the training cells. Each
-    combination of labels has at most `max_components`. Combinations that were not measured are composed.
+    Fits the closed form that a denoiser is compared with to the training cells, with at most `max_components` for each
+    combination of labels. Combinations that were not measured are composed.
     """
     labels, sizes = pipe.processor.encode_labels(cells), pipe.processor.condition_sizes
     metric = pipe.codec.metric if isinstance(pipe.codec, ProgramCodec) else None
@@ -55,10 +55,7 @@ def fit_gaussian_mixture(
 
 
 def program_direction(codec: ProgramCodec, program: int | str) -> torch.Tensor:
-    """
-    The direction in latent space `(num_features,)` along which a program, such as 3 or `"program_3"`, is read; see
-    [`~ProgramCodec.activities`]. Raises a `ValueError` if the codec has no such program.
-    """
+    """The direction in latent space `(num_features,)` along which a program, such as 3 or `"program_3"`, is read."""
     names = [f"program_{i}" for i in range(codec.config.num_programs)]
     name = f"program_{program}" if isinstance(program, int) else program
     if name not in names:

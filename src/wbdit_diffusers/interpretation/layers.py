@@ -69,10 +69,7 @@ def subspaces_of(attn: MSSA | Contraction) -> torch.Tensor:
 
 
 def step_of_attention(own: torch.Tensor, tokens: torch.Tensor, step: torch.Tensor, seed: int = 0) -> dict[str, float]:
-    """
-    The relative change of the coding rate by an attention's step, in its own subspaces and in random ones of the same
-    size, and the cosine of the step with the steepest descent in its own.
-    """
+    """The change of the coding rate by a step, in its own and in random subspaces, and its cosine with the descent."""
     noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed)).to(own)
     random = noise * (own.norm() / noise.norm())
     changes = {}
@@ -87,10 +84,7 @@ def step_of_attention(own: torch.Tensor, tokens: torch.Tensor, step: torch.Tenso
 
 
 def step_of_ista(ff: ISTA | BoundedISTA, tokens: torch.Tensor, output: torch.Tensor) -> dict[str, float]:
-    """
-    One step of sparse coding: shares of zeros after it and after `relu(x - ηλ)` alone; its curvature, η times the
-    largest eigenvalue of DᵀD (it descends below 2); and the relative change of the objective from the code `relu(x)`.
-    """
+    """Zeros after a step of sparse coding and after a ReLU, its curvature, and the change of the objective."""
     dictionary, step_size, lambd = ff.dictionary.detach().float(), float(ff.step_size), float(ff.lambd)
 
     def objective(code: torch.Tensor) -> torch.Tensor:
@@ -99,7 +93,7 @@ def step_of_ista(ff: ISTA | BoundedISTA, tokens: torch.Tensor, output: torch.Ten
     return {
         "zeros": (output == 0).float().mean().item(),
         "zeros_of_relu": (tokens <= step_size * lambd).float().mean().item(),
-        "curvature": step_size * torch.linalg.matrix_norm(dictionary, 2).item() ** 2,
+        "curvature": step_size * torch.linalg.matrix_norm(dictionary, 2).item() ** 2,  # it descends below 2
         "objective": (objective(output) / objective(tokens.relu()) - 1).item(),
     }
 
@@ -121,10 +115,7 @@ def measure_layers(
     timesteps: list[int],
     seed: int = 0,
 ) -> list[dict]:
-    """
-    Measures every layer of the trained and of an untrained network. Layer 0 is the input of the first block. The
-    attention's step includes the gate in a [`DescentBlock`]; in the published block, gates act after it.
-    """
+    """Measures every layer of the trained and of an untrained network. Layer 0 is the input of the first block."""
     rows = []
     clean = latents.cpu().numpy()
     for name, network in (("trained", denoiser), ("untrained", untrained_copy(denoiser, seed))):

@@ -58,8 +58,6 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         num_encoder_genes: int | None = None,
     ):
         super().__init__()
-        if likelihood not in LIKELIHOODS:
-            raise ValueError(f"`likelihood` must be one of {', '.join(LIKELIHOODS)}, not {likelihood!r}.")
         self.is_counts = self.models_library_size = LIKELIHOODS[likelihood].is_counts
         self.num_features = num_programs + self.is_counts  # for counts, the log library size is one more latent
         num_bins = num_genes + self.is_counts
@@ -100,10 +98,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
 
     @torch.no_grad()
     def fit_statistics(self, matrix: sparse.csr_matrix, library_size: np.ndarray):
-        """
-        Initialises the decoder with the likelihood's `initial_values` of the training cells `(cells, genes)`, and
-        stores the range of their library sizes `(cells,)` or the distinct log values.
-        """
+        """Initialises the decoder, and stores the range of library sizes, or the distinct log values."""
         values = LIKELIHOODS[self.config.likelihood].initial_values(matrix, library_size)
         if self.is_counts:
             log_library_size = torch.from_numpy(np.log(library_size)).float()
@@ -126,13 +121,10 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
 
     @torch.no_grad()
     def start_programs(self, matrix: sparse.csr_matrix, library_size: np.ndarray, precision: float):
-        """
-        Initialises the encoder with the principal components of the log expression, and the decoder with one step of
-        Fisher scoring under a prior with this precision. A fit from random weights is slower, and its programs differ
-        between seeds.
-        """
+        """Starts the encoder at principal components, and the decoder at one step of Fisher scoring under a prior."""
         from sklearn.decomposition import PCA  # slow to import
 
+        # A fit from random weights is slower, and its programs differ between seeds.
         number = min(self.config.num_programs, self.config.hidden_size // 2, *(size - 1 for size in matrix.shape))
         if number < 1:
             return
@@ -172,10 +164,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         self.latents_std.mul_(latents.std(0).clamp(min=1e-3))
 
     def forward(self, matrix: torch.Tensor, library_size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        The two terms of the loss of cells `(cells, genes)`, `(cells,)` each in nats: negative log-likelihood given
-        programs drawn from the posterior, and divergence of the posterior from the standard normal distribution.
-        """
+        """Negative log-likelihood given drawn programs, and their posterior's divergence from N(0, 1), `(cells,)`."""
         mean, log_variance = self.posterior(matrix, library_size)
         programs = mean + torch.randn_like(mean) * (log_variance / 2).exp()
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1)
@@ -195,18 +184,12 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
     # ==================== Programs ====================
 
     def activities(self, latents: torch.Tensor) -> torch.Tensor:
-        """
-        Program activities `(cells, num_programs)` of latents `(cells, num_features)`, in standard deviations of the
-        training cells. They are the latents along `program_axes`; single latents have no meaning.
-        """
+        """Latents along `program_axes`, in standard deviations of the training cells: `(cells, num_programs)`."""
         return latents[:, : self.config.num_programs].float() @ self.program_axes.float().T
 
     @property
     def loadings(self) -> torch.Tensor:
-        """
-        Effect `(genes, num_programs)` of one standard deviation of each program: the change of a gene's log rate
-        relative to the average count, or for log values, the change of its mean in an average cell.
-        """
+        """Effect `(genes, num_programs)` of one standard deviation of each program on log rates or log values."""
         axes = torch.linalg.inv(self.program_axes.float())  # a column per program
         if not self.is_counts:
             step = 0.1
@@ -214,7 +197,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
             return ((raised - lowered) / (2 * step)).detach().T
         weight = self.heads["log_rates"].weight.detach().float()  # (genes + 1, num_programs)
         loadings = weight * self.latents_std[:-1].float() @ axes
-        return (loadings - self._mean_proportions() @ loadings)[:-1]
+        return (loadings - self._mean_proportions() @ loadings)[:-1]  # relative to the average count
 
     @property
     def weighted_loadings(self) -> torch.Tensor:
@@ -258,10 +241,7 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
 
     @apply_forward_hook
     def encode(self, matrix: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
-        """
-        Latents `(cells, num_features)` of cells `(cells, genes)` with total counts `(cells,)`: posterior means of the
-        programs and, for counts, log library sizes, standardised.
-        """
+        """Latents `(cells, num_features)`: means of programs and, for counts, log library sizes, standardised."""
         latents = self.posterior(matrix, library_size)[0]
         if self.is_counts:
             latents = torch.cat([latents, library_size[:, None].log()], dim=1)

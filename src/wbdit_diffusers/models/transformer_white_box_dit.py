@@ -19,85 +19,76 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_sin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from ..files import one_line
 from .convert_original import convert_original_checkpoint
 from .loading import SafetensorsModel
 
 
-class Processor:
+class AttentionProcessor:
     """The attention of a block, which [`AttentionMixin.set_attn_processor`] can replace."""
 
     _attention_backend = None
     _parallel_config = None
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Scaled dot-product attention of `(batch, tokens, heads, head_dim)`."""
-        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and self._attention_backend is None:
+    def __call__(self, attn: "Attention", hidden_states: torch.Tensor) -> torch.Tensor:
+        query, key, value = attn.project(hidden_states)  # (batch, tokens, heads, head_dim) each
+        backend = self._attention_backend
+        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and backend is None:
             # In bfloat16 on a CPU, fused attention is slower than its products written out, above all backwards.
-            query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-            scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (batch, heads, tokens, tokens)
-            return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2)
-        backend, parallel_config = self._attention_backend, self._parallel_config
-        return dispatch_attention_fn(query, key, value, backend=backend, parallel_config=parallel_config)
+            q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (batch, heads, tokens, tokens)
+            attended = (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+        else:
+            parallel_config = self._parallel_config
+            attended = dispatch_attention_fn(query, key, value, backend=backend, parallel_config=parallel_config)
+        return attn.lift(attended, query)
 
 
 class Attention(nn.Module, AttentionModuleMixin):
-    """An attention layer whose computation is its processor's."""
+    """An attention layer, which makes queries, keys and values of tokens, and tokens of what they attend to."""
 
+    _default_processor_cls = AttentionProcessor
     _supports_qkv_fusion = False
 
     def __init__(self, heads: int):
         super().__init__()
         self.heads = heads
-        self.set_processor(self._default_processor_cls())
+        self.set_processor(AttentionProcessor())
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.processor(self, hidden_states)
+        return self.processor(self, hidden_states)  # (batch, tokens, hidden)
 
-
-class MSSAProcessor(Processor):
-    """One projection `w = U x` is query, key and value at once: `softmax(w wᵀ / sqrt(head_dim)) w` per head."""
-
-    def __call__(self, attn: "MSSA", hidden_states: torch.Tensor) -> torch.Tensor:
-        w = attn.to_w(hidden_states).unflatten(-1, (attn.heads, -1))  # (batch, tokens, heads, head_dim)
-        hidden_states = self.attend(w, w, w)
-        return attn.to_out(hidden_states.flatten(2))  # (batch, tokens, hidden)
+    def lift(self, attended: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        return self.to_out(attended.flatten(2))
 
 
 class MSSA(Attention):
     """Multi-head subspace self-attention (CRATE, arXiv 2306.01129, section 2.3; arXiv 2411.06785, "MSSA").
 
-    The rows of `to_w.weight` are the bases `U_h` of `heads` subspaces. In theory, a step of MSSA descends the coding
-    rate of the tokens in those subspaces. The theory ties `to_out` to `U`; here, as in the authors' code, it is free.
+    One projection `w = U x` is query, key and value at once: `softmax(w wᵀ / sqrt(head_dim)) w` per head. The rows of
+    `to_w.weight` are the bases `U_h` of `heads` subspaces. In theory, a step of MSSA descends the coding rate of the
+    tokens in those subspaces. The theory ties `to_out` to `U`; here, as in the authors' code, it is free.
     """
-
-    _default_processor_cls = MSSAProcessor
 
     def __init__(self, dim: int, heads: int):
         super().__init__(heads)
         self.to_w = nn.Linear(dim, dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
 
-
-class SelfAttentionProcessor(Processor):
-    """Scaled dot-product attention with separate query, key and value, from one matrix product."""
-
-    def __call__(self, attn: "SelfAttention", hidden_states: torch.Tensor) -> torch.Tensor:
-        qkv = attn.qkv(hidden_states).unflatten(-1, (3, attn.heads, -1))  # (batch, tokens, 3, heads, head_dim)
-        query, key, value = qkv.unbind(2)
-        hidden_states = self.attend(query, key, value)
-        return attn.to_out(hidden_states.flatten(2))  # (batch, tokens, hidden)
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        w = self.to_w(hidden_states).unflatten(-1, (self.heads, -1))  # (batch, tokens, heads, head_dim)
+        return w, w, w
 
 
 class SelfAttention(Attention):
-    """The DiT block's attention."""
-
-    _default_processor_cls = SelfAttentionProcessor
+    """The DiT block's attention, with separate query, key and value from one matrix product."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__(heads)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.to_out = nn.Linear(dim, dim)
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.qkv(hidden_states).unflatten(-1, (3, self.heads, -1)).unbind(2)
 
 
 class ISTA(nn.Module):
@@ -136,16 +127,6 @@ def largest_eigenvalue(matrix: torch.Tensor) -> torch.Tensor:
     return scale * power.norm() ** (1 / 8)
 
 
-class ContractionProcessor(Processor):
-    """Moves each token towards the attention output within each subspace: `softmax(w wᵀ / sqrt(p)) w - w`."""
-
-    def __call__(self, attn: "Contraction", hidden_states: torch.Tensor) -> torch.Tensor:
-        w = F.linear(hidden_states, attn.subspaces).unflatten(-1, (attn.heads, -1))  # (batch, tokens, heads, head_dim)
-        step = self.attend(w, w, w) - w
-        lift = attn.subspaces.t() / largest_eigenvalue(attn.subspaces).to(w.dtype)
-        return F.linear(step.flatten(2), lift)  # (batch, tokens, hidden)
-
-
 class Contraction(Attention):
     """The step of MSSA as the theory derives it: `Uᵀ(softmax(w wᵀ / sqrt(p)) w - w) / ‖U‖²` with `w = U x`.
 
@@ -154,12 +135,18 @@ class Contraction(Attention):
     (docs/white_box.md). The division by ‖U‖² keeps a step from overshooting, like ‖D‖² in ISTA.
     """
 
-    _default_processor_cls = ContractionProcessor
-
     def __init__(self, dim: int, heads: int):
         super().__init__(heads)
         self.subspaces = nn.Parameter(torch.empty(dim, dim))  # U, the bases of all heads in rows
         orthogonal_(self.subspaces)
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        w = F.linear(hidden_states, self.subspaces).unflatten(-1, (self.heads, -1))  # (batch, tokens, heads, head_dim)
+        return w, w, w
+
+    def lift(self, attended: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        bases = self.subspaces.t() / largest_eigenvalue(self.subspaces).to(query.dtype)
+        return F.linear((attended - query).flatten(2), bases)
 
 
 class BoundedISTA(nn.Module):
@@ -188,7 +175,7 @@ class BoundedISTA(nn.Module):
         step_size, code = self.step_size.to(hidden_states.dtype), F.relu(hidden_states)  # a
         residual = hidden_states - F.linear(code, self.dictionary)  # x - Da
         # The step size scales the dictionary, and -ηλ is the bias: fewer passes over the tokens.
-        bias = (-step_size * self.lambd).to(hidden_states.dtype).expand(len(self.dictionary))
+        bias = (-step_size * self.log_lambda.exp()).to(hidden_states.dtype).expand(len(self.dictionary))
         return F.relu(code + F.linear(residual, step_size * self.dictionary.t(), bias))  # a + η Dᵀ(x - Da) - ηλ
 
 
@@ -287,14 +274,8 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
     17,926,666 parameters (33,870,346 with `block_type="dit"`):
 
     ```py
-    WhiteBoxDiTModel(
-        sample_size=2000,
-        patch_size=10,
-        num_layers=3,
-        num_attention_heads=8,
-        attention_head_dim=96,
-        block_type="white_box",
-    )
+    shape = {"patch_size": 10, "num_layers": 3, "num_attention_heads": 8, "attention_head_dim": 96}
+    WhiteBoxDiTModel(sample_size=2000, block_type="white_box", **shape)
     ```
 
     Args:
@@ -339,8 +320,6 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        if dim % 4:
-            raise ValueError(f"num_attention_heads * attention_head_dim must be a multiple of 4, not {dim}.")
         make_block = {
             "white_box": lambda: WhiteBoxDiTBlock(dim, num_attention_heads, ista_step_size, ista_lambda),
             "descent": lambda: DescentBlock(dim, num_attention_heads),
@@ -351,7 +330,10 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
         self.num_tokens = num_patches = math.ceil(sample_size / patch_size)
         per_token = block_type == "descent"
         self.proj_in = TokenLinear(num_patches, patch_size, dim) if per_token else nn.Linear(patch_size, dim)
-        self.register_buffer("pos_embed", self._position_embedding(num_patches, dim))
+        # The authors' 2-D table of width 1: half of it, for the column, is constant (sin 0 and cos 0).
+        places = torch.zeros(num_patches), torch.arange(num_patches)
+        table = [get_1d_sincos_pos_embed_from_grid(dim // 2, place, output_type="pt") for place in places]
+        self.register_buffer("pos_embed", torch.cat(table, dim=1).float()[None])  # (1, patches, hidden)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedder = TimestepEmbedding(256, dim)
         # One more category than given: the last one is the null label.
@@ -362,13 +344,6 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
         self.proj_out = TokenLinear(num_patches, dim, patch_size) if per_token else nn.Linear(dim, patch_size)
         self.gradient_checkpointing = False
         self._init_weights()
-
-    @staticmethod
-    def _position_embedding(num_patches: int, dim: int) -> torch.Tensor:
-        """The authors' 2-D table of width 1: half of it, for the column, is constant (sin 0 and cos 0)."""
-        row = get_1d_sincos_pos_embed_from_grid(dim // 2, torch.arange(num_patches), output_type="pt")
-        column = get_1d_sincos_pos_embed_from_grid(dim // 2, torch.zeros(num_patches), output_type="pt")
-        return torch.cat([column, row], dim=1).float()[None]  # (1, patches, hidden)
 
     def _init_weights(self):
         """Xavier-uniform projections and zero biases; modulations and the output projection start at zero."""
@@ -389,10 +364,8 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
     ) -> torch.Tensor:
         """The sum of the label embeddings, (batch, hidden)."""
         sizes = self.config.condition_sizes  # the null label of a label key is its number of categories
-        if class_labels is None:
-            columns = [torch.full((batch_size,), size, device=device) for size in sizes]
-        else:
-            columns = class_labels.reshape(batch_size, -1).unbind(1)
+        labels = torch.tensor(sizes, device=device).expand(batch_size, -1) if class_labels is None else class_labels
+        columns = labels.reshape(batch_size, -1).unbind(1)
         if len(columns) != len(sizes):
             raise ValueError(
                 f"`class_labels` has {len(columns)} labels per cell, but the model has {len(sizes)} label keys"
@@ -468,14 +441,8 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
 
     @classmethod
     def from_original_checkpoint(cls, path: str | Path, num_attention_heads: int = 8) -> "WhiteBoxDiTModel":
-        """
-        Converts a checkpoint of the authors' code, White-Box or DiT, of any depth and width: a `state_dict`, read with
-        `weights_only=True`. Raises a `ValueError` if the file is not one.
-        """
+        """Converts a checkpoint of the authors' code, a `state_dict` of any depth and width: White-Box or DiT."""
         config, state_dict = convert_original_checkpoint(path, num_attention_heads)
         model = cls(**config)
-        try:
-            model.load_state_dict(state_dict)
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not fit the {config['block_type']} network: {one_line(error)}") from error
+        model.load_state_dict(state_dict)
         return model.eval()

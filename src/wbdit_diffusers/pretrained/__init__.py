@@ -11,10 +11,7 @@ PBMC = "pbmc68k_reduced"
 
 
 def locate(name_or_path: str | Path) -> str:
-    """
-    Returns an existing path or a Hub id as it is, and the folder of a pipeline that comes with the package. Raises a
-    `FileNotFoundError` with similar names if there is no such path, and the name is no Hub id (`user/name`).
-    """
+    """Returns an existing path or a Hub id as it is, and the folder of a pipeline that comes with the package."""
     name = str(name_or_path)
     if Path(name).exists():
         return name

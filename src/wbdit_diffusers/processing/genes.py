@@ -26,11 +26,7 @@ def check_names(source: CellSource):
 def choose_genes(
     expression: list[sparse.csr_matrix], num_genes: int | None, min_cells: int, cells_per_gene: np.ndarray
 ) -> np.ndarray:
-    """
-    Chooses the `num_genes` most variable genes (`None` for all) that at least `min_cells` cells express, as Scanpy
-    does (`flavor="seurat"`). `expression` are log values `(cells, genes)` of all cells or a sample, in parts;
-    `cells_per_gene` `(genes,)` counts the cells that express each gene. Returns their positions in order.
-    """
+    """Sorted positions of the most variable genes (`None`: all) that at least `min_cells` cells express."""
     expressed = np.flatnonzero(cells_per_gene >= min_cells)
     if len(expressed) == 0:
         raise ValueError(f"No gene is expressed in {min_cells} cells: lower `min_cells`.")
@@ -62,10 +58,7 @@ def check_variation(matrix: sparse.csr_matrix):
 
 
 def align_genes(var_names: pd.Index, modelled: pd.Index) -> np.ndarray:
-    """
-    Finds the genes of cells among the modelled ones: positions `(genes of the cells,)`, -1 for other genes. Modelled
-    genes that the cells lack are named in a warning. Raises a `ValueError` if no gene is in common.
-    """
+    """Positions of the cells' genes among the modelled ones, -1 for others. Missing ones are named in a warning."""
     missing = modelled[~modelled.isin(var_names)]
     if len(missing) > (1 - MIN_COMMON_GENES) * len(modelled):
         raise ValueError(

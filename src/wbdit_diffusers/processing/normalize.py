@@ -10,10 +10,7 @@ VALUES = ("counts", "log")
 
 
 def log_normalize(counts, library_size):
-    """
-    `log1p(counts / library_size * 10,000)` of a CSR matrix, an array or a tensor `(cells, genes)`, of the same kind.
-    The library size `(cells,)` is the total over all genes of a cell, including those not in `counts`.
-    """
+    """`log1p(counts / library_size * 10,000)` of a CSR matrix, array or tensor. The library size is over all genes."""
     if torch.is_tensor(counts):
         return torch.log1p(counts * (TARGET_SUM / torch.as_tensor(library_size, device=counts.device))[:, None])
     # A cell without counts keeps its zeros.

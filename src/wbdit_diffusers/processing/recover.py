@@ -50,11 +50,7 @@ class LogScale:
 
 
 def find_log_scale(matrix: sparse.csr_matrix, max_cells: int = 400) -> LogScale | None:
-    """
-    Finds the scale of log values `(cells, genes)`, with all genes of the file, in `max_cells` evenly spaced cells.
-    Returns `None` if the values are not log-normalised counts: if they were divided by gene lengths, averaged over
-    cells, rescaled or rounded too much, or if there are too few genes.
-    """
+    """The scale of log values `(cells, genes)` of all genes. `None` if they are not log-normalised counts."""
     cells = np.flatnonzero(np.diff(matrix.indptr) > 0)
     if not len(cells) or matrix.data.max() > MAX_LOG_VALUE or np.median(np.diff(matrix.indptr)[cells]) < MIN_VALUES:
         return None
@@ -126,11 +122,8 @@ def cell_counts(values: np.ndarray, ln_base: float, decimals: int | None) -> tup
 
 def _try_smallest(
     scaled: np.ndarray, relative_error: np.ndarray, smallest: int
-) -> tuple[np.ndarray, float, float, int] | None:
-    """
-    Finds the counts, given the smallest one. From small to large, each must be an integer within its error, and makes
-    `s` more precise for the next. Returns counts, `s`, its relative error and the number of counts that are certain.
-    """
+) -> tuple[np.ndarray, float, float, int] | None:  # counts, s, its relative error, and the number of certain counts
+    """Finds the counts, given the smallest one. From small to large, each must fit, and makes `s` more precise."""
     s, error_of_s, num_certain = scaled[0] / smallest, relative_error[0], 0
     counts = np.zeros(len(scaled))
     while num_certain < len(scaled):

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -28,10 +27,9 @@ def open_cells(
     source: str | Path | ad.AnnData | None, config: TrainingConfig
 ) -> Iterator[tuple[CellSource, ad.AnnData, CellSplit]]:
     """Training cells (in memory or an open file), at most 10,000 held-out cells, and their split. None is empty."""
-    given: list[Any] = [one for one in (source, config.dataset) if one is not None]
-    if len(given) != 1:
-        raise ValueError("Give `source` or --dataset, not both." if given else "--dataset is required.")
-    source = given[0]
+    source = config.dataset if source is None else source
+    if source is None:
+        raise ValueError("--dataset is required.")
     if not isinstance(source, ad.AnnData) and not Path(source).is_file() and is_prepared(source):
         yield _open_prepared(source, config)
         return

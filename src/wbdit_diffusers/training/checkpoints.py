@@ -129,12 +129,9 @@ def save_checkpoint(accelerator: Accelerator, ema: EMAModel, progress: Progress,
 
 def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path) -> Progress:
     """Loads what [`save_checkpoint`] saved, and returns the progress."""
-    try:
-        accelerator.load_state(str(checkpoint))
-        averaged = load_file(checkpoint / "ema.safetensors")
-        progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
-        ema.shadow_params = [averaged[str(i)].to(accelerator.device) for i in range(len(ema.shadow_params))]
-    except Exception as error:  # of PyTorch, safetensors and json
-        raise ValueError(f"{checkpoint} is damaged ({one_line(error)}). Use another checkpoint.") from error
+    accelerator.load_state(str(checkpoint))
+    averaged = load_file(checkpoint / "ema.safetensors")
+    progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    ema.shadow_params = [averaged[str(i)].to(accelerator.device) for i in range(len(ema.shadow_params))]
     ema.optimization_step = progress.step
     return progress

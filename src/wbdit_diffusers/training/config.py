@@ -107,12 +107,6 @@ class CodecConfig(ExpressionCodecConfig, ProgramCodecConfig, DataConfig):
     seed: Seed = 0
     """Seed of the split, the weights and all random numbers of the training."""
 
-    def __post_init__(self):
-        """Checks the label keys."""
-        for key in self.label_keys:
-            if self.label_keys.count(key) > 1 or key in ("library_size", "_index") or "/" in key:
-                raise ValueError(f"--label_keys {key}: the name is given twice or reserved. Rename the column of obs.")
-
 
 @dataclass(config=pydantic_config, kw_only=True)
 class DenoiserConfig:
@@ -209,14 +203,10 @@ class OutputConfig:
 
 @dataclass(config=pydantic_config, kw_only=True)
 class TrainingConfig(OutputConfig, OptimizationConfig, DenoiserConfig, CodecConfig):
-    """
-    The configuration of a training. All fields but `output_dir` have defaults; `wbdit train --help` describes them.
-    Raises a `pydantic.ValidationError` (a `ValueError`) if a field is unknown, of another type or out of range.
-    """
+    """All settings of a training. Only `output_dir` has no default. A wrong field raises a `ValueError`."""
 
     def __post_init__(self):
         """Sets the defaults that depend on the codec, and checks fields against each other."""
-        super().__post_init__()
         for name, defaults in CODEC_DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[self.codec])

@@ -25,11 +25,7 @@ NO_OUTLIERS = -12.0  # log odds
 def add_genes(
     config: CodecConfig, cells: CellDataset, codec: ProgramCodec, variable: np.ndarray, programs: torch.Tensor
 ) -> ProgramCodec:
-    """
-    Adds all other genes to the decoder of a codec of the `variable` genes, which are positions. A gene's share of the
-    counts that the codec leaves to other genes is log-linear in the cells' `programs` `(cells, num_programs)` and
-    labels, and its dispersion is constant. The variable genes and the programs stay as they are.
-    """
+    """Adds all other genes to the decoder: each one's share of the counts is log-linear in programs and labels."""
     num_genes, device, codec = cells.matrix.shape[1], codec.device, codec.cpu()
     wide = ProgramCodec(**codec.config | {"num_genes": num_genes, "num_encoder_genes": len(variable)})
     wide.fit_statistics(cells.matrix, cells.library_size)
@@ -83,11 +79,7 @@ def add_genes(
 def regress(
     counts: torch.Tensor, offset: torch.Tensor, design: torch.Tensor, precision: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Negative binomial regressions of counts `(cells, genes)` on a design `(cells, covariates)`, with an offset
-    `(cells,)` and a Gaussian prior, by Fisher scoring. Returns coefficients `(covariates, genes)` and log inverse
-    dispersions `(genes,)`.
-    """
+    """Negative binomial regressions by Fisher scoring: coefficients and log inverse dispersions of the genes."""
     products = (design[:, :, None] * design[:, None]).flatten(1)  # (cells, covariates²)
     coefficients = torch.zeros(design.shape[1], counts.shape[1])
     coefficients[0] = ((counts.sum(0) + 0.5) / offset.exp().sum()).log()
@@ -105,10 +97,7 @@ def regress(
 
 
 def fit_dispersion(counts: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    """
-    Log inverse dispersion `(genes,)` of counts `(cells, genes)` with known means: the most likely value of a grid. A
-    few high counts do not rule it, as they would moments.
-    """
+    """Log inverse dispersion `(genes,)` of counts with known means: the most likely value of a grid."""
     cells, genes = counts.nonzero(as_tuple=True)
     count = counts[cells, genes]
     scores = []

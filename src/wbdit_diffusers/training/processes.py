@@ -1,6 +1,5 @@
 """Signals, errors and threads of the processes of a training."""
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -8,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import ModelMixin
@@ -79,15 +77,3 @@ def fit_once(accelerator: Accelerator, path: Path, model_class: type[Model], fit
         if accelerator.is_main_process and not path.is_dir():
             write_whole(path, fit().save_pretrained)
     return model_class.from_pretrained(path)
-
-
-def limit_threads():
-    """Divides the CPUs that this process may use among the processes of the machine. OMP_NUM_THREADS is kept."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = max(1, cpus // num_processes)
-    if num_processes > 1:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # otherwise Accelerate sets it from all CPUs of the machine
-    torch.set_num_threads(min(threads, torch.get_num_threads()))
