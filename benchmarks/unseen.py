@@ -61,12 +61,15 @@ REAL = "real, half against half"
 class Judge:
     """The real cells of a combination that was held out, its control cells, and the other real cells."""
 
-    def __init__(self, cells: ad.AnnData, cell_type: str, condition: str, control: str):
+    def __init__(self, cells: ad.AnnData, held: tuple[str, str], control: str, predicted: list[ad.AnnData]):
+        cell_type, condition = held
         types, conditions = (cells.obs[key].astype(str).to_numpy() for key in KEYS)
         library_size = np.asarray(cells.X.sum(axis=1)).ravel()
         expression = log_normalize(cells.X, library_size)
         self.held = (types == cell_type) & (conditions == condition)
         genes = most_variable(expression, NUM_GENES)
+        for one in predicted:
+            genes = genes[cells.var_names[genes].isin(one.var_names)]
         self.genes, self.expression = cells.var_names[genes], expression[:, genes].toarray()
         self.control_rows = (types == cell_type) & (conditions == control)
         self.real, self.control = self.expression[self.held], self.expression[self.control_rows]
@@ -80,15 +83,13 @@ class Judge:
         self.mean_shift = np.nanmean(np.subtract(*means), axis=0)
 
     def of(self, cells: ad.AnnData) -> np.ndarray:
-        """Log expression of predicted cells over the judged genes. Genes that are not predicted stay as in control."""
-        places = cells.var_names.get_indexer(self.genes)
-        values = cells.X[:, np.maximum(places, 0)]
+        """Log expression of predicted cells over the judged genes."""
+        values = cells[:, self.genes].X
         values = values.toarray() if sparse.issparse(values) else np.asarray(values)
         if cells.uns.get("values") != "log":
             sizes = cells.obs["library_size"].to_numpy() if "library_size" in cells.obs else cells.X.sum(axis=1)
             values = np.log1p(values / np.maximum(np.asarray(sizes).reshape(-1, 1), 1) * 1e4)
-        fill = self.control[np.random.default_rng(0).integers(len(self.control), size=len(values))]
-        return np.where(places >= 0, values, fill).astype(np.float32)
+        return values.astype(np.float32)
 
     def measure(self, predicted: np.ndarray, real: np.ndarray | None = None) -> dict[str, float]:
         """All metrics of predicted cells `(cells, genes)` against the held-out ones."""
@@ -148,51 +149,52 @@ def origins_found(pipe: ScRNAGenerationPipeline, controls: torch.Tensor, moved: 
 def measure(args: Any, cells: ad.AnnData, cell_type: str, condition: str, seed: int) -> list[dict]:
     """Trains without a combination, and measures everything that predicts it."""
     control = next(c for c in sorted(set(cells.obs["condition"].astype(str))) if c != condition)
-    judge, rng = Judge(cells, cell_type, condition, control), np.random.default_rng(seed)
-    name = f"{cell_type}_{condition}_{seed}".replace(" ", "_")
-    folder, train_cells = args.work_dir / name, cells[~judge.held].copy()
+    types, conditions = (cells.obs[key].astype(str) for key in KEYS)
+    train_cells = cells[~((types == cell_type) & (conditions == condition)).to_numpy()].copy()
+    controls = cells[((types == cell_type) & (conditions == control)).to_numpy()].copy()
+    name, request = f"{cell_type}_{condition}_{seed}".replace(" ", "_"), dict(zip(KEYS, (cell_type, condition)))
+    folder, rng = args.work_dir / name, np.random.default_rng(seed)
     if not (folder / "model_index.json").exists():
         settings = {"label_keys": KEYS, "seed": seed, "test_fraction": 0.05, "overwrite_output_dir": folder.exists()}
         train(train_cells, TrainingConfig(output_dir=folder, **settings | json.loads(args.settings)))
     pipe = ScRNAGenerationPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    closed_form = with_denoiser(pipe, pipe.gaussian_mixture)
-    request = dict(zip(KEYS, (cell_type, condition)))
-    call: dict[str, Any] = {"num_cells": NUM_CELLS, "conditions": request}
-    generate = {
-        "closed form": lambda: closed_form(**call, generator=torch.Generator().manual_seed(seed)).cells,
-        "network": lambda: pipe(**call, generator=torch.Generator().manual_seed(seed)).cells,
-        "network, guidance 1.5": lambda: (
-            pipe(**call, guidance_scale={"condition": 1.5}, generator=torch.Generator().manual_seed(seed)).cells
-        ),
-        "latent arithmetic": lambda: latent_arithmetic(pipe, train_cells, request, control),
-    }
-    predicted = {row: judge.of(make()) for row, make in generate.items()}
-    controls = cells[judge.control_rows].copy()
     translate = ScRNAToScRNAPipeline.from_pipe(pipe)
-    translate.set_progress_bar_config(disable=True)
+    closed_form = with_denoiser(pipe, pipe.gaussian_mixture)
+    for one in (pipe, translate, closed_form):
+        one.set_progress_bar_config(disable=True)
+
+    def generate(one: ScRNAGenerationPipeline, num_cells: int = NUM_CELLS, **call: Any) -> Any:
+        return one(num_cells, conditions=request, generator=torch.Generator().manual_seed(seed), **call).cells
+
     repeated = controls[rng.integers(controls.n_obs, size=NUM_CELLS)].copy()
     repeated.obs_names_make_unique()
-    goal: dict[str, Any] = {"conditions": {"condition": condition}}
-    predicted["translated cells"] = judge.of(
-        translate(repeated, **goal, generator=torch.Generator().manual_seed(seed)).cells
-    )
-    latents, size = pipe.encode_cells(controls), {"num_cells": controls.n_obs, "output_type": "latent"}
-    translated = translate(controls, **goal, output_type="latent").cells
-    anew = pipe(**call | size, generator=torch.Generator().manual_seed(seed)).cells
-    sampled = judge.control[rng.integers(len(judge.control), size=NUM_CELLS)]
-    predicted["no change"], predicted["mean shift in genes"] = judge.control, np.maximum(sampled + judge.mean_shift, 0)
+    generator = torch.Generator().manual_seed(seed)
+    made = {
+        "closed form": generate(closed_form),
+        "network": generate(pipe),
+        "network, guidance 1.5": generate(pipe, guidance_scale={"condition": 1.5}),
+        "translated cells": translate(repeated, conditions={"condition": condition}, generator=generator).cells,
+        "latent arithmetic": latent_arithmetic(pipe, train_cells, request, control),
+    }
     for path in sorted(args.peers.glob(f"*_{name}.h5ad")) if args.peers else []:
-        predicted[path.name.removesuffix(f"_{name}.h5ad")] = judge.of(ad.read_h5ad(path))
+        made[path.name.removesuffix(f"_{name}.h5ad")] = ad.read_h5ad(path)
+    judge = Judge(cells, (cell_type, condition), control, list(made.values()))
+    sampled = judge.control[rng.integers(len(judge.control), size=NUM_CELLS)]
+    predicted = {"no change": judge.control, "mean shift in genes": np.maximum(sampled + judge.mean_shift, 0)}
+    predicted |= {row: judge.of(one) for row, one in made.items()}
     halves = np.array_split(rng.permutation(len(judge.real)), 2)
     results = {row: judge.measure(values) for row, values in predicted.items()}
     results[REAL] = judge.measure(judge.real[halves[0]], judge.real[halves[1]])
+    latents = pipe.encode_cells(controls)
+    translated = translate(controls, conditions={"condition": condition}, output_type="latent").cells
     results["translated cells"]["origin"] = origins_found(pipe, latents, translated)
+    anew = generate(pipe, controls.n_obs, output_type="latent")
     results["network"]["origin"] = origins_found(pipe, latents, anew)
-    place = pipe.gaussian_mixture.find_composed(pipe.processor.encode_conditions(request, 1)[0])
-    facts = {"cell_type": cell_type, "condition": condition, "seed": seed, "num_cells": int(judge.held.sum())}
-    facts |= {"change": float(pipe.gaussian_mixture.composed_changes[place])}
-    facts |= {"error": float(pipe.gaussian_mixture.composed_errors[place])}
+    mixture = pipe.gaussian_mixture
+    place = mixture.find_composed(pipe.processor.encode_conditions(request, 1)[0])
+    facts = {"cell_type": cell_type, "condition": condition, "seed": seed, "num_cells": len(judge.real)}
+    facts |= {"num_genes": len(judge.genes), "change": float(mixture.composed_changes[place])}
+    facts |= {"error": float(mixture.composed_errors[place])}
     return [facts | {"row": row} | values for row, values in results.items()]
 
 

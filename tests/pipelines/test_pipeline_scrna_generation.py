@@ -365,7 +365,7 @@ def test_save_and_load(pbmc, codec, class_name, tmp_path, monkeypatch):
         cells = loaded(num_cells=20, generator=seeded()).cells
         np.testing.assert_array_equal(cells.X.toarray(), expected.X.toarray())
         assert cells.uns["wbdit"]["model_id"] == "wbdit-pbmc"
-    assert set(loaded.components) == {"denoiser", "scheduler", "processor", "codec", "gaussian_mixture"}
+    assert set(loaded.components) == {"denoiser", "scheduler", "processor", "codec"}
     assert loaded.config.num_inference_steps == 4
 
 

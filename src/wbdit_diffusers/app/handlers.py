@@ -19,6 +19,7 @@ from ..data.read import load_pbmc
 from ..evaluation.figure import GENERATED
 from ..files import one_line
 from ..hub.facts import read_warning
+from ..pipelines.conditions import describe_unseen
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..pretrained import locate
 from .compare import DPI, compare_quality, make_groups, map_figure, marker_figure, program_figure
@@ -156,7 +157,7 @@ def generate(
         ).cells
         warning = read_warning(locate(model))
         if unseen := cells.uns["wbdit"].get("unseen_combinations"):
-            warning += f" No training cell has {unseen[0]}" + (f", or {len(unseen) - 1} more." if unseen[1:] else ".")
+            warning = f"{warning} {describe_unseen(unseen)}".strip()
         if warning:
             cells.uns["wbdit"]["warning"] = warning.strip()
         path = Path(folder) / f"wbdit-cells-seed-{seed}.h5ad"

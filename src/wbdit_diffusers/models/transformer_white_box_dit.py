@@ -295,8 +295,8 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
         condition_sizes (`tuple[int]`, defaults to `()`):
             Number of categories of each label key. Empty for an unconditional model.
         condition_dropout (`float`, defaults to 0.1):
-            Probability that a training cell loses labels, for classifier-free guidance: of every label key, or if
-            there are several, of some of them.
+            Probability that a training cell gets the null label in every label key, for classifier-free guidance. If
+            there are several keys, it is also the probability of the null label in one of them.
     """
 
     _supports_gradient_checkpointing = True
@@ -372,10 +372,9 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
                 f" (condition_sizes={tuple(sizes)})."
             )
         if self.training and self.config.condition_dropout > 0:
-            drop = torch.rand(batch_size, device=device) < self.config.condition_dropout
-            of_key = torch.rand(batch_size, len(sizes), device=device) < 0.5
-            of_key |= ~of_key.any(1, keepdim=True)  # at least one, and the only one of a single key
-            dropped = (drop[:, None] & of_key).unbind(1)
+            all_keys, one_key = torch.rand(2, batch_size, device=device) < self.config.condition_dropout
+            chosen = torch.randint(len(sizes), (batch_size,), device=device)
+            dropped = [all_keys | (one_key & (chosen == key) & (len(sizes) > 1)) for key in range(len(sizes))]
             columns = [torch.where(drop, size, labels) for drop, size, labels in zip(dropped, sizes, columns)]
         return sum(embedder(labels) for embedder, labels in zip(self.condition_embedders, columns))
 

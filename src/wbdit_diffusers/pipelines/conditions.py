@@ -72,18 +72,27 @@ def find_unseen(
             else:
                 sizes = mixture.composed_changes[place].item(), mixture.composed_errors[place].item()
                 rows.append((name(row), name(mixture.composed_bases[place]), *sizes))
-    if rows and warn:
-        first, base, change, error = rows[0]
-        message = f"No training cell has {first}."
-        if base:
-            message += f" It is composed from {base}, with a change of {change:.1f} ± {error:.1f}."
-            message += " The change is within its error: treat it as unknown." if change <= error else ""
-        else:
-            message += " Nothing that was measured shows it: treat the cells as unknown."
-        more = f" {len(rows) - 1} more combinations are new." if len(rows) > 1 else ""
-        logger.warning(f"{message}{more} Compare such cells with real ones before you use them.")
     columns = "combination", "composed_from", "change", "error"
-    return {column: np.array(values) for column, values in zip(columns, zip(*rows))}
+    unseen = {column: np.array(values) for column, values in zip(columns, zip(*rows))}
+    if unseen and warn:
+        logger.warning(describe_unseen(unseen))
+    return unseen
+
+
+def describe_unseen(unseen: dict[str, np.ndarray]) -> str:
+    """Says in words how dependable the first of some unseen combinations is, and that of others if there are any."""
+    first, base, change, error = (column[0] for column in unseen.values())
+    message = f"No training cell has {first}."
+    if not base:
+        message += " Nothing that was measured shows it: treat the cells as unknown."
+    elif np.isinf(error):
+        message += f" It is composed from {base}. No measured combination could be left out to find its error."
+    else:
+        message += f" It is composed from {base}, with a change of {change:.1f} ± {error:.1f}."
+        message += " The change is within its error: treat it as unknown." if change <= error else ""
+    number = len(unseen["combination"]) - 1
+    more = f" {number} more combinations are new." if number else ""
+    return f"{message}{more} Compare such cells with real ones before you use them."
 
 
 def take(value: Any, cells: slice) -> Any:

@@ -100,8 +100,6 @@ def _claim(folder: Path, config: GenerateConfig, pipe: ScRNAGenerationPipeline):
     """Makes the folder of the parts. Raises an `OSError` if it holds parts of another request."""
     record, facts = folder / "request.json", asdict(replace(config, num_processes=1)) | {"version": __version__}
     for name, part in pipe.components.items():
-        if part is None:
-            continue
         weights = part.state_dict().values() if isinstance(part, torch.nn.Module) else []
         total = sum(tensor.double().nan_to_num(posinf=0).abs().sum().item() for tensor in weights)
         settings = {key: value for key, value in part.config.items() if not key.startswith("_")}

@@ -148,8 +148,10 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         request = {"cell_types": cell_types, "conditions": conditions, "library_size": library_size}
         lists = {"generator": generator, "latents": latents}
         num_cells, class_labels, library_sizes = encode_request(self.processor, num_cells, **request, **lists)
-        is_new = not isinstance(generator, CellNoise)  # a stream was checked as a whole, and its parts warn of nothing
-        unseen = find_unseen(self.processor, self.gaussian_mixture, class_labels, warn=is_new)
+        unseen = {}
+        if cell_types is not None or conditions:
+            is_new = not isinstance(generator, CellNoise)  # parts of a stream warn of nothing again
+            unseen = find_unseen(self.processor, self.gaussian_mixture, class_labels, warn=is_new)
 
         # 2. Random numbers belong to cells, batches only bound the memory
         noise = generator if isinstance(generator, CellNoise) else CellNoise(generator)

@@ -175,6 +175,11 @@ class ScRNAPipeline(DiffusionPipeline):
                     f"`denoiser`, `codec` and `processor` come from different models: {expected} and {got} {what}."
                 )
 
+    @property
+    def components(self) -> dict[str, Any]:
+        """The components by name, without optional ones that are `None`."""
+        return {name: part for name, part in super().components.items() if part is not None}
+
     # ==================== Cells to latents, and back ====================
 
     @property

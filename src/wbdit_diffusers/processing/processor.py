@@ -244,7 +244,8 @@ class ScRNAProcessor(ConfigMixin):
         obs_names: Iterable[str] | None = None,
     ) -> ad.AnnData:
         """
-        Puts names to counts or log values of the modelled genes, `(cells, genes)`. `obs["generated"]` is true.
+        Puts names to counts or log values of the modelled genes, `(cells, genes)`. `obs["generated"]` is true. With
+        two or more label keys, `obs["unseen_combination"]` says whether no training cell has the labels together.
         Recovered counts become log values in `X`, and stay in `layers["counts"]`.
         """
         layers, index = {}, pd.RangeIndex(matrix.shape[0]) if obs_names is None else pd.Index(obs_names)
@@ -260,6 +261,10 @@ class ScRNAProcessor(ConfigMixin):
         if class_labels is not None:
             for key, names, codes in zip(self.label_keys, self.config.categories, class_labels.cpu().unbind(1)):
                 cells.obs[key] = pd.Categorical.from_codes(codes.numpy(), categories=names)
+        if class_labels is not None and len(self.label_keys) > 1:
+            known, own = self.label_combinations, class_labels.cpu()
+            is_known = np.isin(*(_rows_as_numbers(labels, self.condition_sizes) for labels in (own, known)))
+            cells.obs["unseen_combination"] = ~is_known & (own >= 0).all(dim=1).numpy()
         if library_size is not None:
             cells.obs["library_size"] = library_size.cpu().numpy()
         cells.obs["generated"] = True
@@ -295,3 +300,8 @@ class ScRNAProcessor(ConfigMixin):
                 f"{path} is missing, truncated or not a ScRNAProcessor's ({one_line(error)}): download it again."
             ) from error
         return processor
+
+
+def _rows_as_numbers(labels: torch.Tensor, condition_sizes: tuple[int, ...]) -> np.ndarray:
+    """One number for each combination of labels, `(cells,)`."""
+    return np.ravel_multi_index(labels.clamp(min=0).T.numpy(), condition_sizes)
