@@ -197,7 +197,8 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
             return ((raised - lowered) / (2 * step)).detach().T
         weight = self.heads["log_rates"].weight.detach().float()  # (genes + 1, num_programs)
         loadings = weight * self.latents_std[:-1].float() @ axes
-        return (loadings - self._mean_proportions() @ loadings)[:-1]  # relative to the average count
+        mean_proportions = self.heads["log_rates"](self.latents_mean[:-1].to(self.dtype)).detach().float().softmax(0)
+        return (loadings - mean_proportions @ loadings)[:-1]  # relative to the average count
 
     @property
     def weighted_loadings(self) -> torch.Tensor:
@@ -207,7 +208,8 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         """
         if not self.is_counts:
             return self.loadings
-        mean_counts = self._mean_proportions()[:-1] * self.latents_mean[-1].exp()
+        mean_proportions = self.heads["log_rates"](self.latents_mean[:-1].to(self.dtype)).detach().float().softmax(0)
+        mean_counts = mean_proportions[:-1] * self.latents_mean[-1].exp()
         return self.loadings * (mean_counts / (1 + mean_counts)).sqrt()[:, None]
 
     @property
@@ -220,11 +222,6 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         values, vectors = torch.linalg.eigh(loadings.T @ loadings)
         root = vectors * values.clamp(min=0).sqrt()
         return torch.cat([root, root.new_zeros(self.num_features - len(root), root.shape[1])])
-
-    def _mean_proportions(self) -> torch.Tensor:
-        """Fraction of the library in each bin, for a cell with average programs: `(genes + 1,)`."""
-        log_rates = self.heads["log_rates"](self.latents_mean[:-1].to(self.dtype))
-        return torch.softmax(log_rates.detach().float(), dim=0)
 
     # ==================== Cells to latents ====================
 

@@ -46,10 +46,10 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         codec ([`ProgramCodec`] or [`ExpressionCodec`]):
             Maps cells to latents and back: gene programs under a likelihood of counts or, as in arXiv 2411.06785,
             expression itself.
+        num_inference_steps (`int`, defaults to 12): Number of denoising steps when a call gives none.
         gaussian_mixture ([`GaussianMixtureDenoiser`], *optional*):
             The closed form that taught the denoiser. It knows how dependable combinations of labels are that were not
             measured.
-        num_inference_steps (`int`, defaults to 12): Number of denoising steps when a call gives none.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         scheduler: SchedulerMixin,
         processor: ScRNAProcessor,
         codec: ProgramCodec | ExpressionCodec,
-        gaussian_mixture: GaussianMixtureDenoiser | None = None,
         num_inference_steps: int = 12,
+        gaussian_mixture: GaussianMixtureDenoiser | None = None,
     ):
         super().__init__()
         modules = {"denoiser": denoiser, "scheduler": scheduler, "processor": processor, "codec": codec}

@@ -54,8 +54,8 @@ class ScRNAToScRNAPipeline(ScRNAPipeline):
         scheduler: SchedulerMixin,
         processor: ScRNAProcessor,
         codec: ProgramCodec | ExpressionCodec,
-        gaussian_mixture: GaussianMixtureDenoiser | None = None,
         num_inference_steps: int = 12,
+        gaussian_mixture: GaussianMixtureDenoiser | None = None,
     ):
         super().__init__()
         modules = {"denoiser": denoiser, "scheduler": scheduler, "processor": processor, "codec": codec}

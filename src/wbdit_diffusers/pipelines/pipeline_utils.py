@@ -177,8 +177,9 @@ class ScRNAPipeline(DiffusionPipeline):
 
     @property
     def components(self) -> dict[str, Any]:
-        """The components by name, without optional ones that are `None`."""
-        return {name: part for name, part in super().components.items() if part is not None}
+        """The components in the signature of `__init__` by name, without optional ones that are `None`."""
+        names = sorted(self._get_signature_keys(type(self))[0])
+        return {name: part for name in names if (part := getattr(self, name, None)) is not None}
 
     # ==================== Cells to latents, and back ====================
 

@@ -262,9 +262,9 @@ class ScRNAProcessor(ConfigMixin):
             for key, names, codes in zip(self.label_keys, self.config.categories, class_labels.cpu().unbind(1)):
                 cells.obs[key] = pd.Categorical.from_codes(codes.numpy(), categories=names)
         if class_labels is not None and len(self.label_keys) > 1:
-            known, own = self.label_combinations, class_labels.cpu()
-            is_known = np.isin(*(_rows_as_numbers(labels, self.condition_sizes) for labels in (own, known)))
-            cells.obs["unseen_combination"] = ~is_known & (own >= 0).all(dim=1).numpy()
+            own = class_labels.cpu()
+            is_known = (own[:, None] == self.label_combinations).all(dim=2).any(dim=1)
+            cells.obs["unseen_combination"] = (~is_known & (own >= 0).all(dim=1)).numpy()
         if library_size is not None:
             cells.obs["library_size"] = library_size.cpu().numpy()
         cells.obs["generated"] = True
@@ -300,8 +300,3 @@ class ScRNAProcessor(ConfigMixin):
                 f"{path} is missing, truncated or not a ScRNAProcessor's ({one_line(error)}): download it again."
             ) from error
         return processor
-
-
-def _rows_as_numbers(labels: torch.Tensor, condition_sizes: tuple[int, ...]) -> np.ndarray:
-    """One number for each combination of labels, `(cells,)`."""
-    return np.ravel_multi_index(labels.clamp(min=0).T.numpy(), condition_sizes)
