@@ -26,6 +26,20 @@ def test_own_training_loop(tmp_path):
 
 
 @pytest.mark.slow
+def test_unseen_condition(tmp_path):
+    command = [sys.executable, ROOT / "examples" / "unseen_condition.py", "--max_train_minutes", "0.05"]
+    result = subprocess.run([*command, "--output_dir", tmp_path / "out"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "composed_from: cell_type=CD14+ Monocyte, phase=G" in result.stdout
+    assert "No training cell has cell_type=CD14+ Monocyte, phase=S" in result.stderr
+    for name in ("generated", "translated"):
+        cells = ad.read_h5ad(tmp_path / "out" / f"{name}.h5ad")
+        assert set(cells.obs["phase"]) == {"S"} and cells.obs["unseen_combination"].all()
+        assert cells.uns["wbdit"]["unseen_combinations"]["error"] > 0
+    assert set(cells.obs["input_phase"]) == {"G1"}
+
+
+@pytest.mark.slow
 def test_quickstart(tmp_path):
     command = [sys.executable, ROOT / "examples" / "quickstart.py", "--output_dir", tmp_path]
     command += ["--max_train_minutes", "0.05", "--num_cells", "150", "--num_samples", "1"]

@@ -52,11 +52,11 @@ class Composition:
         for key, base in self._bases(labels):
             contexts = self._contexts(key, base, labels)
             if len(contexts):
-                options.append((self.error[key], -key, -self.num_cells[base], base))  # keep the first key, the type
+                # A base of the same cell type, the first key, keeps what the condition does not change.
+                options.append((key == 0, self.error[key], -self.num_cells[base], key, base))
         if not options:
             return None
-        error, key, _, base = min(options)
-        key = -key
+        _, error, _, key, base = min(options)
         contexts = self._contexts(key, base, labels)
         changes = self.means[contexts[:, 1]] - self.means[contexts[:, 0]]
         change = self._weights(base, contexts, self.width[key]) @ changes
