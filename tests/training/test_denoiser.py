@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from tiny import column, read_log, tiny_config, weights
 
-from wbdit_diffusers import GaussianMixtureDenoiser, WhiteBoxDiTModel
+from wbdit_diffusers import GaussianMixtureDenoiser, ScRNAGenerationPipeline, WhiteBoxDiTModel
 from wbdit_diffusers.data.latents import Latents
 from wbdit_diffusers.sampling import signal_and_noise, training_scheduler
 from wbdit_diffusers.training import train
@@ -208,3 +209,50 @@ def test_the_validation_batch_is_a_random_sample(tmp_path, monkeypatch):
         return training.validation_batch["latents"][:, 0].tolist()
 
     assert len(set(sample(0))) == 40 and max(sample(0)) > 100 and sample(0) == sample(0) != sample(1)
+
+
+# ==================== Combinations that were not measured ====================
+
+
+def taught_mean(folder, metric: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of an unseen combination that a network generates, and the true one."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.cartesian_prod(torch.arange(3), torch.arange(2)).repeat(100, 1)
+    types, response = 2 * torch.eye(4)[:3] - 0.5, torch.tensor([0.0, 0.0, 0.0, 1.5])
+    clean = types[labels[:, 0]] + response * labels[:, 1:] + 0.2 * torch.randn(len(labels), 4, generator=generator)
+    kept = (labels != torch.tensor([2, 1])).any(1)
+    latents = Latents(clean[kept], labels[kept], (3, 2))
+    inputs = latents.values, latents.class_labels, (3, 2), training_scheduler("v_prediction")
+    mixture = GaussianMixtureDenoiser.fit(*inputs, metric=metric)
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2, "patch_size": 2}
+    folder.mkdir()
+    config = tiny_config(folder, max_train_steps=400, validation_steps=400, learning_rate=3e-3, **sizes)
+    training = DenoiserTraining(config, Accelerator(cpu=True), latents, latents, 0.0, mixture)
+    training.start_log()
+    training.run()
+    network, asked = training.averaged_model(), torch.tensor([[2, 1]])
+    scheduler = DDIMScheduler.from_config(training_scheduler("v_prediction").config)
+    scheduler.set_timesteps(30)
+    noisy = torch.randn(500, 4, generator=generator)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            velocity = network(noisy, t, asked.expand(500, -1), return_dict=False)[0]
+            noisy = scheduler.step(velocity, t, noisy).prev_sample
+    return noisy.mean(0), types[2] + response
+
+
+def test_the_network_learns_a_combination_that_no_cell_has(tmp_path):
+    mean, truth = taught_mean(tmp_path / "taught", torch.eye(4))
+    untaught, _ = taught_mean(tmp_path / "untaught", None)
+    assert (mean - truth).norm() < 0.25 < 0.5 < (untaught - truth).norm()
+
+
+def test_a_pipeline_keeps_its_closed_form(pbmc, tmp_path):
+    cells = pbmc[~((pbmc.obs["cell_type"] == "Dendritic") & (pbmc.obs["phase"] == "G1"))]
+    train(cells, tiny_config(tmp_path, label_keys=["cell_type", "phase"], max_train_steps=3))
+    mixture = ScRNAGenerationPipeline.from_pretrained(tmp_path).gaussian_mixture
+    processor = ScRNAGenerationPipeline.from_pretrained(tmp_path).processor
+    unseen = processor.encode_conditions({"cell_type": "Dendritic", "phase": "G1"}, 1)[0]
+    assert mixture.find_composed(unseen) is not None and mixture.composed_errors.isfinite().all()
+    measured = processor.label_combinations.tolist()
+    assert not [row for row in mixture.composed_labels.tolist() if row in measured]
