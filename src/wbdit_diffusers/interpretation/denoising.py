@@ -1,4 +1,4 @@
-"""Measurements of denoising: explained variance of programs, stability of the type, influence between programs."""
+"""Measurements of denoising: explained variance of programs, and stability of the type."""
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from ..sampling import CellNoise, denoise, signal_and_noise, to_clean
 
 
 TIMESTEPS = list(range(99, 1000, 100))
-JACOBIAN_TIMESTEP = 299
 RENOISING_STEPS = 50  # of DDIM, from pure noise
 
 
@@ -100,25 +99,3 @@ def measure_type_stability(
                 row |= {"changed": float((classifier.predict(again.cpu().numpy()) != types).mean()), "chance": chance}
             rows.append(row)
     return rows
-
-
-def measure_program_jacobian(
-    denoisers: dict[str, nn.Module],
-    pipe: ScRNAGenerationPipeline,
-    latents: torch.Tensor,
-    class_labels: torch.Tensor | None,
-    seed: int = 0,
-) -> dict:
-    """Measures, for each denoiser, the mean derivative of each expected clean program (row) by each noisy program."""
-    # A column of the inverse axes changes one program's activity and leaves the others.
-    steps = torch.linalg.inv(pipe.codec.program_axes.float()).to(latents)  # (num_programs, num_programs)
-    result: dict = {"timestep": JACOBIAN_TIMESTEP}
-    for name, denoiser in denoisers.items():
-        noisy = add_noise(latents, JACOBIAN_TIMESTEP, pipe.scheduler, seed).requires_grad_()
-        programs = clean_programs(denoiser, pipe, noisy, JACOBIAN_TIMESTEP, class_labels)
-        rows = []
-        for i in range(len(steps)):
-            (gradient,) = torch.autograd.grad(programs[:, i].sum(), noisy, retain_graph=True)
-            rows.append(gradient[:, : len(steps)].mean(0) @ steps)
-        result[name] = torch.stack(rows).tolist()
-    return result

@@ -17,7 +17,7 @@ from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..pipelines import ScRNAGenerationPipeline
 from ..pipelines.programs import add_programs, program_table
 from .condition import measure_condition
-from .denoising import measure_explained_variance, measure_program_jacobian, measure_type_stability
+from .denoising import measure_explained_variance, measure_type_stability
 from .interventions import fit_gaussian_mixture, hold_program, program_direction, with_denoiser
 from .layers import LAYER_TIMESTEPS, measure_layers
 
@@ -46,7 +46,6 @@ def explain(
         - `"layers"`: what each layer of the trained and of an untrained network does, by timestep;
         - `"explained_variance"`: how well network and closed form predict the programs of noisy cells;
         - `"type_stability"`: how many cells change their type if noise is added up to a timestep and removed again;
-        - `"program_jacobian"`: the derivative of each expected clean program (row) by each noisy program (column);
         - `"interventions"`: whether other programs follow a held program as they do in held-out cells (slope 1);
         - `"condition"`: how the second label key acts in each type ([`measure_condition`]), or `None`.
 
@@ -68,12 +67,12 @@ def explain(
     types, train_types = (combined_labels(cells, label_keys[:1]) for cells in (test, train))
     gaussian_mixture, network = fit_gaussian_mixture(pipe, train), pipe.denoiser.cpu().eval()
     denoisers: dict[str, nn.Module] = {"network": network, "closed_form": gaussian_mixture}
-    few, few_labels = latents[:FEW_CELLS], None if labels is None else labels[:FEW_CELLS]
     parts = {
         "layers": lambda: measure_layers(network, pipe.scheduler, latents, labels, LAYER_TIMESTEPS, seed),
         "explained_variance": lambda: measure_explained_variance(denoisers, pipe, latents, labels, seed),
-        "type_stability": lambda: measure_type_stability(denoisers, pipe, few, train_latents, train_types, seed),
-        "program_jacobian": lambda: measure_program_jacobian(denoisers, pipe, few, few_labels, seed),
+        "type_stability": lambda: measure_type_stability(
+            denoisers, pipe, latents[:FEW_CELLS], train_latents, train_types, seed
+        ),
         "interventions": lambda: measure_interventions(denoisers, pipe, test, train, latents, train_latents, seed),
         "condition": lambda: measure_condition(
             pipe, gaussian_mixture, train_latents, pipe.processor.encode_labels(train), seed

@@ -33,7 +33,6 @@ def write_report(folder: Path, report: dict, cells: ad.AnnData, title: str):
         "steps": _steps_figure(report),
         "type_stability": _type_stability_figure(report),
         "explained_variance": _explained_variance_figure(report),
-        "program_jacobian": _program_jacobian_figure(report),
         "interventions": _interventions_figure(report),
     }
     if report["condition"]:
@@ -59,7 +58,6 @@ def summarize(report: dict) -> dict[str, float]:
     by_layer = layers.groupby(["network", "layer"])["explained"].mean()
     steps = layers[(layers["network"] == "trained") & (layers["layer"] > 0)]
     slopes = held.groupby("source")["slope"].mean()
-    network, closed_form = (np.array(report["program_jacobian"][name]) for name in ("network", "closed_form"))
     facts = {
         **steps.drop(columns=["network", "timestep", "layer", "explained"]).mean(),
         "closed_form_early": explained["agreement"][0],
@@ -70,7 +68,6 @@ def summarize(report: dict) -> dict[str, float]:
         "slope_network": slopes["network"],
         "slope_closed_form": slopes["closed_form"],
         "slope_training": slopes["training cells"],
-        "jacobian_correlation": _correlation(network, closed_form),
     }
     if "changed" in stability:
         of_network = stability[stability["denoiser"] == "network"]
@@ -88,13 +85,6 @@ def find_warnings(report: dict, facts: dict[str, float]) -> list[str]:
     if facts["explained_trained"] <= facts["explained_untrained"]:
         warnings.append("The trained layers explain no more of the clean cell than untrained ones.")
     return warnings
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation off the diagonal. Column means, which reflect the scale of a program, are subtracted first."""
-    off = ~np.eye(len(a), dtype=bool)
-    centred = ((matrix - np.nanmean(np.where(off, matrix, np.nan), axis=0))[off] for matrix in (a, b))
-    return float(np.corrcoef(*centred)[0, 1])
 
 
 def _programs_figure(report: dict, cells: ad.AnnData) -> Figure:
@@ -199,18 +189,6 @@ def _explained_variance_figure(report: dict) -> Figure:
     axes[0].legend(frameon=False)
     axes[1].plot(rows["agreement"], marker="o", **SOLID)
     axes[1].set(title="agreement of the network with the closed form", xlabel="timestep", ylim=(0, 1.02))
-    return figure
-
-
-def _program_jacobian_figure(report: dict) -> Figure:
-    matrices = [np.array(report["program_jacobian"][name]) for name in ("network", "closed_form")]
-    off = [matrix - np.diag(np.diag(matrix)) for matrix in matrices]
-    limit = max(np.abs(matrix).max() for matrix in off)
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
-    for axis, matrix, title in zip(axes, off, ("network", CLOSED_FORM)):
-        image = axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        axis.set(title=title, xlabel="noisy program", ylabel="expected clean program")
-    figure.colorbar(image, ax=axes, label="response (without the diagonal)")
     return figure
 
 
