@@ -80,6 +80,7 @@ def test_a_mixture_has_the_combination(mixture, tmp_path):
     labels = torch.tensor([[3, 1]])
     assert mixture.config.num_composed == 1 and mixture.composed_labels.tolist() == [[3, 1]]
     assert mixture.find_composed(labels[0]) == 0 and mixture.find_composed(torch.tensor([3, 0])) is None
+    assert mixture.find_composed(torch.tensor([3, -1])) == 0  # any condition
     drawn = mixture.sample(labels.expand(2000, -1), torch.Generator().manual_seed(0))
     np.testing.assert_allclose(drawn.mean(0), means[7], atol=0.12)
     np.testing.assert_allclose(drawn.std(0), 0.5, atol=0.06)

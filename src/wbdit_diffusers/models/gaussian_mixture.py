@@ -158,8 +158,9 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
         return torch.cat(nearest)
 
     def find_composed(self, labels: torch.Tensor) -> int | None:
-        """The position of a combination `(num_label_keys,)` among the composed ones, or `None`."""
-        found = (self.composed_labels == labels.to(self.composed_labels)).all(1).nonzero()
+        """The position of a combination `(num_label_keys,)`, where -1 allows any label, among the composed ones."""
+        labels = labels.to(self.composed_labels)
+        found = ((self.composed_labels == labels) | (labels < 0)).all(1).nonzero()
         return int(found[0]) if len(found) else None
 
     def _set(
