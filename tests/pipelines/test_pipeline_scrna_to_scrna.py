@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import awkward, make_pipeline
 
 from wbdit_diffusers import ScRNAGenerationPipeline, ScRNAToScRNAPipeline
 from wbdit_diffusers.interpretation import fit_gaussian_mixture
@@ -108,6 +108,14 @@ def test_genes_that_were_not_measured_are_not_zero(pbmc):
     library = slice(-1, None)  # the log library size, which lacks the counts that were not measured
     assert (filled - full)[:, library].abs().mean() < 0.5 * (padded - full)[:, library].abs().mean()
     assert (filled - full).abs().mean() < (padded - full).abs().mean()
+
+
+def test_missing_genes_in_expression_space_and_in_raw(pbmc):
+    expression = make_pipeline(pbmc, label_keys=["cell_type"])
+    assert expression.encode_cells(pbmc[:5, :700]).shape == (5, 765)
+    raw, settings = awkward(pbmc)
+    pipe = make_pipeline(raw, codec="program", label_keys=["cell_type"], **settings)
+    torch.testing.assert_close(pipe.encode_cells(raw[:5]), pipe.encode_cells(raw)[:5])
 
 
 @pytest.mark.parametrize(

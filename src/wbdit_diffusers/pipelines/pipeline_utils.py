@@ -194,13 +194,14 @@ class ScRNAPipeline(DiffusionPipeline):
     def encode_cells(self, adata: ad.AnnData) -> torch.Tensor:
         """
         Encodes real cells to latents `(cells, num_features)` on the CPU. Genes are aligned by name, and labels are not
-        needed. Genes that the cells lack are drawn given the others. Raises a `ValueError` if hardly a gene is in
-        common, or the values are not of the kind of the training cells.
+        needed. A program codec draws genes that the cells lack given the others; in expression space they are zero.
+        Raises a `ValueError` if hardly a gene is in common, or the values are not of the kind of the training cells.
         """
         dataset = CellDataset(adata, self.processor, with_labels=False)
         latents = encode_cells(dataset, self.codec)
-        missing = torch.from_numpy(~self.processor.var_names.isin(adata.var_names))
-        return self._fill_missing(dataset, latents, missing) if missing.any() else latents
+        missing = torch.from_numpy(~self.processor.var_names.isin(self.processor.source(adata).var_names))
+        is_partial = bool(missing.any()) and isinstance(self.codec, ProgramCodec)
+        return self._fill_missing(dataset, latents, missing) if is_partial else latents
 
     def _fill_missing(self, dataset: CellDataset, latents: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
         """Draws genes that were not measured and encodes all genes, in turn. Returns the mean of the last latents."""
