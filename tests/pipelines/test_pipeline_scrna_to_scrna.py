@@ -112,7 +112,7 @@ def test_genes_that_were_not_measured_are_not_zero(pbmc):
 
 def test_missing_genes_in_expression_space_and_in_raw(pbmc):
     expression = make_pipeline(pbmc, label_keys=["cell_type"])
-    assert expression.encode_cells(pbmc[:5, :700]).shape == (5, 765)
+    assert expression.encode_cells(pbmc[:5, :700]).shape == (5, 766)
     raw, settings = awkward(pbmc)
     pipe = make_pipeline(raw, codec="program", label_keys=["cell_type"], **settings)
     torch.testing.assert_close(pipe.encode_cells(raw[:5]), pipe.encode_cells(raw)[:5])
