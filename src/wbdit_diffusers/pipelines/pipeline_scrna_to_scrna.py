@@ -1,6 +1,7 @@
 """`ScRNAToScRNAPipeline`: measured cells in, the same cells under other labels out."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import anndata as ad
@@ -147,7 +148,7 @@ class ScRNAToScRNAPipeline(ScRNAPipeline):
         batch_size = batch_size or self.default_batch_size
         starts, outputs = range(0, num_cells, batch_size), []
 
-        with self.progress_bar(total=2 * num_steps * len(starts)) as progress_bar:
+        with self.progress_bar(total=num_steps * len(starts)) as progress_bar:
             for start in starts:
                 rows = slice(start, min(start + batch_size, num_cells))
                 batch_noise = noise.batch(rows.start, rows.stop)
@@ -155,15 +156,8 @@ class ScRNAToScRNAPipeline(ScRNAPipeline):
                 keys, both = self.processor.label_keys, (labels[rows], new_labels[rows])
                 own, new = (Conditions.from_class_labels(one, sizes, device, keys) for one in both)
 
-                def predict_own(noisy: torch.Tensor, t: torch.Tensor, conditions: Conditions = own) -> torch.Tensor:
-                    return predict(self.denoiser, to_noise, noisy, t, conditions)
-
                 def predict_new(noisy: torch.Tensor, t: torch.Tensor, conditions: Conditions = new) -> torch.Tensor:
                     return predict(self.denoiser, to_cells, noisy, t, conditions, self._guidance_scale)
-
-                def count(i: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-                    progress_bar.update()
-                    return latents
 
                 def on_step_end(i: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
                     progress_bar.update()
@@ -175,7 +169,8 @@ class ScRNAToScRNAPipeline(ScRNAPipeline):
                 to_noise.set_timesteps(num_inference_steps, device=device)
                 to_cells.set_timesteps(num_inference_steps, device=device)
                 own_latents, up, down = latents[rows].to(device), to_noise.timesteps[:num_steps], to_cells.timesteps
-                noisy = denoise(predict_own, to_noise, batch_noise, own_latents, up, count)
+                predict_own = partial(predict, self.denoiser, to_noise, conditions=own)
+                noisy = denoise(predict_own, to_noise, batch_noise, own_latents, up)
                 moved = denoise(predict_new, to_cells, batch_noise, noisy, down[-num_steps:], on_step_end)
 
                 # 3. Decode
