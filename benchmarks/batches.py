@@ -15,8 +15,6 @@ import anndata as ad
 import numpy as np
 import torch
 from common import add_rows, load_run, make_parser, markdown, mean_sd, parse, read_results
-from scib_metrics import clisi_knn, graph_connectivity, ilisi_knn, silhouette_label
-from scib_metrics.nearest_neighbors import pynndescent
 from sklearn.decomposition import PCA
 
 from wbdit_diffusers import ScRNAToScRNAPipeline
@@ -29,6 +27,9 @@ SCORES = ("iLISI", "graph connectivity", "cLISI", "silhouette of types")
 
 def score(cells: ad.AnnData, batch: np.ndarray) -> dict[str, float]:
     """How well batches mix, and whether types stay apart. 1 is best."""
+    from scib_metrics import clisi_knn, graph_connectivity, ilisi_knn, silhouette_label
+    from scib_metrics.nearest_neighbors import pynndescent
+
     expression = log_normalize(cells.X, np.asarray(cells.X.sum(axis=1)).ravel()).toarray()
     points, types = PCA(30, random_state=0).fit_transform(expression), cells.obs["cell_type"].astype(str).to_numpy()
     neighbors = pynndescent(points, n_neighbors=min(90, len(points) - 1), random_state=0)
