@@ -208,20 +208,22 @@ def default_combinations(cells: ad.AnnData, condition: str) -> list[str]:
 
 
 def table(results: list[dict]) -> str:
-    """The mean over combinations of each row and metric, and the correlation by combination."""
-    names = list(dict.fromkeys(row["row"] for row in results))
-    means = [
-        [name, *(mean_sd([row.get(key) for row in results if row["row"] == name]) for key in METRICS)]
-        for name in names
-    ]
+    """The mean over combinations of each row and metric, and the correlation by combination, over seeds."""
     held = list(dict.fromkeys((row["cell_type"], row["condition"]) for row in results))
+    names = list(dict.fromkeys(row["row"] for row in results))
 
-    def pick(name: str, combination: tuple[str, str]) -> list[float]:
-        own = [row for row in results if (row["cell_type"], row["condition"]) == combination]
-        return [row["pearson"] for row in own if row["row"] == name]
+    def values(name: str, key: str, combination: tuple[str, str]) -> list[float]:
+        own = [row for row in results if row["row"] == name and (row["cell_type"], row["condition"]) == combination]
+        return [row[key] for row in own if key in row]
 
-    by_type = [[", ".join(one), *(mean_sd(pick(name, one)) for name in names)] for one in held]
-    return "\n\n".join([markdown(["row", *METRICS.values()], means), markdown(["Pearson, top 100", *names], by_type)])
+    def text(name: str, key: str) -> str:
+        return mean_sd([float(np.mean(own)) for one in held if (own := values(name, key, one))])
+
+    numbers = {name: sum(bool(values(name, "pearson", one)) for one in held) for name in names}
+    means = [[name, str(numbers[name]), *(text(name, key) for key in METRICS)] for name in names]
+    by_type = [[", ".join(one), *(mean_sd(values(name, "pearson", one)) for name in names)] for one in held]
+    first = markdown(["row", "combinations", *METRICS.values()], means)
+    return "\n\n".join([first, markdown(["Pearson, top 100", *names], by_type)])
 
 
 def main():
