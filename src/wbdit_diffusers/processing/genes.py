@@ -60,7 +60,7 @@ def check_variation(matrix: sparse.csr_matrix):
 def align_genes(var_names: pd.Index, modelled: pd.Index) -> np.ndarray:
     """Positions of the cells' genes among the modelled ones, -1 for others. Missing ones are named in a warning."""
     missing = modelled[~modelled.isin(var_names)]
-    if len(missing) > (1 - MIN_COMMON_GENES) * len(modelled):
+    if len(modelled) - len(missing) <= MIN_COMMON_GENES * len(modelled):
         raise ValueError(
             f"{len(missing)} of the {len(modelled)} genes of this model ({', '.join(missing[:3])}, …) are not in"
             f" `adata.var_names` ({', '.join(var_names[:3])}, …): set it to the same kind of gene name."
