@@ -22,7 +22,7 @@ SPEED = "--train_batch_size 64 --lr_warmup_steps 2 --num_inference_steps 3 --mix
 CODEC = "--codec_max_steps 100 --num_programs 8 --codec_hidden_size 16 --decoder_steps 20"
 TINY = f"{SHAPE} {SPEED} {CODEC}".split()
 FILES = ["README.md", "model_index.json", "run.json", "split.json", "training.json", "training_log.csv"]
-FOLDERS = ["codec", "denoiser", "processor", "scheduler", "stage_one"]
+FOLDERS = ["codec", "denoiser", "gaussian_mixture", "processor", "scheduler", "stage_one"]
 
 
 @pytest.fixture

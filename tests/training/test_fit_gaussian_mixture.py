@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from tiny import tiny_config
 
+from wbdit_diffusers import ProgramCodec
 from wbdit_diffusers.data.latents import Latents
 from wbdit_diffusers.training import gaussian_mixture as module
 from wbdit_diffusers.training import train
@@ -34,7 +35,8 @@ def test_a_rare_label_has_a_component_and_its_own_weight(latents, monkeypatch):
 
 def test_too_many_combinations_of_labels_have_no_mixture(latents, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(module, "MAX_SIZE", 17)  # 2 labels of 3 x 3 features would be 18
-    assert prepare_gaussian_mixture(tiny_config(tmp_path), Accelerator(), latents, tmp_path) is None
+    inputs = tiny_config(tmp_path), Accelerator(), latents, ProgramCodec(10, 3), tmp_path
+    assert prepare_gaussian_mixture(*inputs) is None
     assert "No Gaussian mixture: 2 combinations of labels" in caplog.text
 
 
