@@ -156,6 +156,9 @@ def test_combinations_that_training_did_not_see_are_named_once(pbmc, tmp_path, m
         ]
     pipe(cell_types=["CD34+", "CD34+", "Dendritic"], conditions={"phase": ["S", "G1", "S"]})
     assert messages[1:] == [messages[0]] * 3
+    mixed = {"cell_types": ["CD34+", "CD34+", "Dendritic"], "conditions": {"phase": ["S", "G1", "S"]}}
+    for cells in (pipe(**mixed).cells, ad.concat(pipe.stream(**mixed, batch_size=1))):
+        assert cells.obs["unseen_combination"].tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_cells_are_an_anndata_that_scanpy_takes(pipe, pbmc, tmp_path):
     assert list(cells.var_names) == list(pbmc.var_names)
     assert sparse.isspmatrix_csr(cells.X)
     assert (cells.X.data > 0).all() and (cells.X.data == np.rint(cells.X.data)).all()
-    assert list(cells.obs) == ["cell_type", "phase", "unseen_combination", "library_size", "generated"]
+    assert list(cells.obs) == ["cell_type", "phase", "library_size", "generated"]
     assert set(cells.obs["cell_type"]) <= set(pbmc.obs["cell_type"])
     assert cells.obs_names.is_unique
     assert cells.uns["wbdit"] == {

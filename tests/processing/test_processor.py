@@ -31,8 +31,7 @@ def test_to_anndata_gives_the_same_cells_back(processor, pbmc):
     assert sparse.isspmatrix_csr(cells.X)
     np.testing.assert_array_equal(cells.X.toarray(), pbmc[:, processor.var_names].X.toarray())
     assert list(cells.var_names) == list(processor.var_names)
-    assert list(cells.obs) == [*LABEL_KEYS, "unseen_combination", "library_size", "generated"]
-    assert not cells.obs["unseen_combination"].any()
+    assert list(cells.obs) == [*LABEL_KEYS, "library_size", "generated"]
     for key in LABEL_KEYS:
         assert list(cells.obs[key]) == list(pbmc.obs[key].astype(str))
     np.testing.assert_allclose(cells.obs["library_size"], library_size)
@@ -45,7 +44,7 @@ def test_to_anndata_of_a_part_of_the_cells(processor, pbmc):
     part = processor.to_anndata(matrix[10:12], processor.encode_labels(pbmc)[10:12], obs_names=["a", "b"])
     assert list(part.obs_names) == ["a", "b"]
     assert list(part.obs["cell_type"].cat.categories) == processor.config.categories[0]
-    assert list(part.obs) == [*LABEL_KEYS, "unseen_combination", "generated"]
+    assert list(part.obs) == [*LABEL_KEYS, "generated"]
     assert list(processor.to_anndata(matrix[:2]).obs) == ["generated"]
 
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import torch
 from diffusers.utils import logging
@@ -77,6 +78,13 @@ def find_unseen(
     if unseen and warn:
         logger.warning(describe_unseen(unseen))
     return unseen
+
+
+def mark_unseen(cells: ad.AnnData, processor: ScRNAProcessor):
+    """Adds `obs["unseen_combination"]`: whether no training cell has the labels of a cell together."""
+    labels = processor.encode_labels(cells)
+    is_known = (labels[:, None] == processor.label_combinations).all(dim=2).any(dim=1)
+    cells.obs["unseen_combination"] = ~is_known.numpy()
 
 
 def describe_unseen(unseen: dict[str, np.ndarray]) -> str:

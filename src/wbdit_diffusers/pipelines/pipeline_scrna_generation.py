@@ -16,7 +16,7 @@ from ..processing.processor import ScRNAProcessor
 from ..sampling.denoise import denoise
 from ..sampling.guidance import Conditions, Guide, predict
 from ..sampling.noise import CellNoise
-from .conditions import encode_request, find_unseen, take
+from .conditions import encode_request, find_unseen, mark_unseen, take
 from .pipeline_output import ScRNAPipelineOutput
 from .pipeline_utils import ScRNAPipeline
 
@@ -204,6 +204,8 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         self.maybe_free_model_hooks()
         if output_type == "anndata":
             cells = ad.concat(outputs, merge="same", uns_merge="same")
+            if unseen:
+                mark_unseen(cells, self.processor)
         else:
             cells = torch.cat(outputs)
             cells = cells.cpu().numpy() if output_type == "np" else cells
@@ -227,13 +229,17 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
         names = ("cell_types", "conditions", "library_size", "latents")
         per_cell = {name: call_kwargs.pop(name, None) for name in names}
         num_cells, labels, _ = encode_request(self.processor, num_cells, **per_cell, generator=generator)
-        find_unseen(self.processor, self.gaussian_mixture, labels, warn=not isinstance(generator, CellNoise))
+        is_new = not isinstance(generator, CellNoise)
+        unseen = find_unseen(self.processor, self.gaussian_mixture, labels, warn=is_new)
         noise = generator if isinstance(generator, list | CellNoise) else CellNoise(generator)
 
         def batches() -> Iterator[ad.AnnData]:
             for start in range(0, num_cells, batch_size):
                 rows = slice(start, min(start + batch_size, num_cells))
                 own = {"num_cells": rows.stop - rows.start, "generator": take(noise, rows)} | take(per_cell, rows)
-                yield self(**own, first_cell=first_cell + start, **call_kwargs).cells
+                cells = self(**own, first_cell=first_cell + start, **call_kwargs).cells
+                if unseen:  # in all batches, or in none
+                    mark_unseen(cells, self.processor)
+                yield cells
 
         return batches()

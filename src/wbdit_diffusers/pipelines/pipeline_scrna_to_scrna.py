@@ -20,7 +20,7 @@ from ..processing.processor import ScRNAProcessor
 from ..sampling.denoise import denoise
 from ..sampling.guidance import Conditions, predict
 from ..sampling.noise import CellNoise
-from .conditions import encode_request, find_unseen
+from .conditions import encode_request, find_unseen, mark_unseen
 from .pipeline_output import ScRNAPipelineOutput
 from .pipeline_utils import ScRNAPipeline
 
@@ -188,6 +188,8 @@ class ScRNAToScRNAPipeline(ScRNAPipeline):
         if output_type == "anndata":
             result = ad.concat(outputs, merge="same", uns_merge="same")
             result.uns["wbdit"] = provenance
+            if unseen:
+                mark_unseen(result, self.processor)
             result.obs["input_cell"] = cells.obs_names.to_numpy()
             for key in [key for key in self.processor.label_keys if key in cells.obs]:
                 result.obs[f"input_{key}"] = cells.obs[key].astype(str).to_numpy()

@@ -244,8 +244,7 @@ class ScRNAProcessor(ConfigMixin):
         obs_names: Iterable[str] | None = None,
     ) -> ad.AnnData:
         """
-        Puts names to counts or log values of the modelled genes, `(cells, genes)`. `obs["generated"]` is true. With
-        two or more label keys, `obs["unseen_combination"]` says whether no training cell has the labels together.
+        Puts names to counts or log values of the modelled genes, `(cells, genes)`. `obs["generated"]` is true.
         Recovered counts become log values in `X`, and stay in `layers["counts"]`.
         """
         layers, index = {}, pd.RangeIndex(matrix.shape[0]) if obs_names is None else pd.Index(obs_names)
@@ -261,10 +260,6 @@ class ScRNAProcessor(ConfigMixin):
         if class_labels is not None:
             for key, names, codes in zip(self.label_keys, self.config.categories, class_labels.cpu().unbind(1)):
                 cells.obs[key] = pd.Categorical.from_codes(codes.numpy(), categories=names)
-        if class_labels is not None and len(self.label_keys) > 1:
-            own = class_labels.cpu()
-            is_known = (own[:, None] == self.label_combinations).all(dim=2).any(dim=1)
-            cells.obs["unseen_combination"] = (~is_known & (own >= 0).all(dim=1)).numpy()
         if library_size is not None:
             cells.obs["library_size"] = library_size.cpu().numpy()
         cells.obs["generated"] = True
