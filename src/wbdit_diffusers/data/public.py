@@ -140,10 +140,14 @@ def read_paul15(folder: Path) -> ad.AnnData:
 def _read_10x(path: Path) -> ad.AnnData:
     """A Cell Ranger archive of matrix.mtx, genes.tsv and barcodes.tsv, in any folder."""
     folder = path.with_name(path.name.removesuffix(".tar.gz"))
-    with tarfile.open(path) as archive:
-        archive.extractall(folder, filter="data")
-    (matrix,) = folder.rglob("matrix.mtx")
-    return read_cells(matrix.parent)
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(path) as archive:  # by name alone: nothing in an archive becomes a path
+        for name in ("matrix.mtx", "genes.tsv", "barcodes.tsv"):
+            (member,) = (one for one in archive.getmembers() if one.isfile() and Path(one.name).name == name)
+            content = archive.extractfile(member)
+            assert content is not None  # it is a file
+            (folder / name).write_bytes(content.read())
+    return read_cells(folder)
 
 
 GEO = "https://ftp.ncbi.nlm.nih.gov/geo"
