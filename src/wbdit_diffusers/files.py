@@ -11,15 +11,20 @@ MAX_ERROR_LENGTH = 500  # characters of another library's error
 
 
 def write_whole(path: Path, write: Callable[..., Any]):
-    """Lets `write` write a file or folder under a temporary name, which is renamed once it is complete."""
+    """
+    Lets `write` write a file or folder under a temporary name, and renames it once it is complete. A file that exists
+    is replaced, a folder is not. Raises an `OSError` if `path` can't be written. What was there stays.
+    """
     partial = partial_path(path)
     remove(partial)  # of a run that was killed
     try:
         write(partial)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):  # zarr's threads may still write there
             remove(partial)
+        if type(error).__name__ == "SafetensorError" or type(error) is RuntimeError:  # a full disk
+            raise OSError(f"{path} could not be written: {one_line(error)}") from error
         raise
 
 

@@ -87,3 +87,13 @@ def test_damaged_files_are_named(layout, name, write):
     with pytest.raises(ValueError, match=f"{path.name} cannot be read") as error:
         read_cells(path)
     assert "\n" not in str(error.value)
+
+
+def test_an_unknown_entry_of_uns_does_not_stop_the_reading(pbmc, tmp_path, caplog):
+    with_raw = pbmc[:, :50].copy()
+    with_raw.raw = pbmc
+    with_raw.write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "a") as file:
+        file["uns"].create_group("odd").attrs.update({"encoding-type": "other", "encoding-version": "9"})
+    cells = read_cells(tmp_path / "cells.h5ad")
+    assert (cells.X != with_raw.X).nnz == 0 and (cells.raw.X != pbmc.X).nnz == 0 and cells.obs.equals(pbmc.obs)

@@ -1,5 +1,8 @@
 """`write_cells` leaves a whole file, or nothing."""
 
+import resource
+import signal
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -87,6 +90,20 @@ def test_a_failure_leaves_nothing(cells, name, tmp_path):
         with pytest.raises(ValueError, match=message):
             write_cells(tmp_path / name, mistake)
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["cells.zarr", "cells"])
+def test_a_write_that_is_refused_ends_with_one_line(cells, name, tmp_path):
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"{name} was not written: ") as error:
+            write_cells(tmp_path / name, batches(cells))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / name).exists()
 
 
 def test_other_suffixes_are_refused(cells, tmp_path):

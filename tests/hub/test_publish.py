@@ -120,6 +120,14 @@ def test_bad_arguments_end_with_one_line_and_nothing_is_written(arguments, messa
     assert not (tmp_path / "new").exists()
 
 
+def test_an_unreachable_hub_gives_one_line(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    pipe = ScRNAGenerationPipeline.from_pretrained(folder)
+    with pytest.raises(OSError, match="me/x was not uploaded: "):
+        publish(pipe, folder, "me/x", token="hf_test")
+
+
 def test_an_upload_replaces_files_of_an_earlier_one(folder, hub, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.endpoint)

@@ -4,12 +4,17 @@ import warnings
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
+from diffusers.utils import logging
 from scipy import sparse
 
 from ..files import one_line
 from .cells import find_file
 from .prepared import PreparedCells, is_prepared, read_metadata
+
+
+logger = logging.get_logger(__name__)
 
 
 def read_cells(path: str | Path, split: str | None = None) -> ad.AnnData:
@@ -29,9 +34,22 @@ def read_cells(path: str | Path, split: str | None = None) -> ad.AnnData:
     try:
         if path.suffix == ".zarr":
             return ad.read_zarr(path)
-        return _read_10x(path) if path.suffix == ".h5" or path.is_dir() else ad.read_h5ad(path)
+        return _read_10x(path) if path.suffix == ".h5" or path.is_dir() else _read_h5ad(path)
     except Exception as error:  # many kinds, on damaged files
         raise ValueError(f"{path} cannot be read as an .h5ad, .zarr or 10x file: {one_line(error)}") from error
+
+
+def _read_h5ad(path: Path) -> ad.AnnData:
+    """An AnnData file, without `uns` if another version of AnnData wrote something there that this one can't read."""
+    try:
+        return ad.read_h5ad(path)
+    except Exception:  # the rest decides whether it is an AnnData file
+        with h5py.File(path) as file:
+            parts = {key: ad.io.read_elem(file[key]) for key in file if key != "uns"}
+        logger.warning(f"`uns` of {path} can't be read, and is left out.")
+        raw, cells = parts.pop("raw", None), ad.AnnData(**parts)
+        cells.raw = raw
+        return cells
 
 
 def _read_10x(path: Path) -> ad.AnnData:

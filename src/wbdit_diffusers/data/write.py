@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 from scipy import sparse
 
-from ..files import write_whole
+from ..files import one_line, write_whole
 from .cells import sorted_csr
 from .prepared import make_features, make_table, write_file, write_metadata
 
@@ -43,7 +43,10 @@ def write_cells(path: str | Path, batches: Iterable[ad.AnnData]):
         else:
             _write_parquet(partial, first, batches)
 
-    write_whole(path, write)
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        raise OSError(f"{path} was not written: {one_line(error)}") from error
 
 
 def check_output(path: str | Path) -> Path:

@@ -11,6 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import create_repo, upload_folder
 from huggingface_hub.utils import validate_repo_id
 
+from ..files import one_line
 from . import remote_code
 from .facts import FIGURE_NAME, REPORT_NAME, TRAINING_NAME, CardFacts, read_facts, report_path
 from .model_card import render_model_card
@@ -44,7 +45,8 @@ def publish(
         facts: `data_name`, `data_license` and `data_source` of the training data. `variant="bf16"` adds the denoiser
             in bfloat16.
 
-    Returns the address of the repository, or the folder of a dry run.
+    Returns the address of the repository, or the folder of a dry run. Raises a `ValueError` or an `OSError` if an
+    argument or a file is invalid, or the upload fails.
     """
     folder, report = Path(folder), None if report is None else Path(report)
     validate_repo_id(repo_id)
@@ -57,12 +59,15 @@ def publish(
             raise ValueError(f"--dry_run {target} exists: give a new folder.")
         _write(pipeline, target, repo_id, card, files)
         return str(target)
-    address = create_repo(repo_id, private=private or None, token=token, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        staged = Path(temporary) / "repository"
-        _write(pipeline, staged, address.repo_id, card, files)
-        settings = {"commit_message": "Upload of wbdit_diffusers", "delete_patterns": OURS, "token": token}
-        upload_folder(repo_id=address.repo_id, folder_path=staged, **settings)
+    try:
+        address = create_repo(repo_id, private=private or None, token=token, exist_ok=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            staged = Path(temporary) / "repository"
+            _write(pipeline, staged, address.repo_id, card, files)
+            settings = {"commit_message": "Upload of wbdit_diffusers", "delete_patterns": OURS, "token": token}
+            upload_folder(repo_id=address.repo_id, folder_path=staged, **settings)
+    except Exception as error:  # of the Hub, or of the HTTP library that huggingface_hub uses
+        raise OSError(f"{repo_id} was not uploaded: {one_line(error)}") from error
     return str(address)
 
 
