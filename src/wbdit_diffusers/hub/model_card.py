@@ -64,7 +64,7 @@ def _labels(processor: Any) -> list[tuple[str, list[tuple[str, float]]]]:
 
 
 def _quality(report: dict[str, Any], data_name: str) -> dict[str, Any]:
-    """What the card says of a report: in words, as a table, and as metadata for the Hub (`model-index`)."""
+    """A report as words, a table and metadata for the Hub (`model-index`)."""
     from ..evaluation import table  # slow to import
 
     columns = [report["metrics"][name] for name in (table.GENERATED, table.REFERENCE)]

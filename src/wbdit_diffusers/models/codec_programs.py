@@ -184,12 +184,18 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
     # ==================== Programs ====================
 
     def activities(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents along `program_axes`, in standard deviations of the training cells: `(cells, num_programs)`."""
+        """
+        Program activities `(cells, num_programs)` of latents `(cells, num_features)`, in standard deviations of the
+        training cells. They are the latents along `program_axes`; single latents have no meaning.
+        """
         return latents[:, : self.config.num_programs].float() @ self.program_axes.float().T
 
     @property
     def loadings(self) -> torch.Tensor:
-        """Effect `(genes, num_programs)` of one standard deviation of each program on log rates or log values."""
+        """
+        Effect `(genes, num_programs)` of one standard deviation of each program: the change of a gene's log rate
+        relative to the average count, or for log values, the change of its mean in an average cell.
+        """
         axes = torch.linalg.inv(self.program_axes.float())  # a column per program
         if not self.is_counts:
             step = 0.1
@@ -238,7 +244,10 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
 
     @apply_forward_hook
     def encode(self, matrix: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:
-        """Latents `(cells, num_features)`: means of programs and, for counts, log library sizes, standardised."""
+        """
+        Latents `(cells, num_features)` of cells `(cells, genes)` with total counts `(cells,)`: posterior means of the
+        programs and, for counts, log library sizes, standardised.
+        """
         latents = self.posterior(matrix, library_size)[0]
         if self.is_counts:
             latents = torch.cat([latents, library_size[:, None].log()], dim=1)

@@ -65,14 +65,14 @@ def find_unseen(
 
     rows: list[tuple[str, str, float, float]] = []
     asked = class_labels[:1] if class_labels.stride(0) == 0 else class_labels  # one row for all cells
-    for row in asked.unique(dim=0) if keys else []:
-        if not ((row == processor.label_combinations) | (row < 0)).all(dim=1).any():
-            place = None if mixture is None else mixture.find_composed(row)
-            if mixture is None or place is None:
-                rows.append((name(row), "", math.inf, math.inf))
-            else:
-                sizes = mixture.composed_changes[place].item(), mixture.composed_errors[place].item()
-                rows.append((name(row), name(mixture.composed_bases[place]), *sizes))
+    combinations = asked.unique(dim=0)
+    for row in combinations[~processor.is_measured(combinations)] if keys else []:
+        place = None if mixture is None else mixture.find_composed(row)
+        if mixture is None or place is None:
+            rows.append((name(row), "", math.inf, math.inf))
+        else:
+            sizes = mixture.composed_changes[place].item(), mixture.composed_errors[place].item()
+            rows.append((name(row), name(mixture.composed_bases[place]), *sizes))
     columns = "combination", "composed_from", "change", "error"
     unseen = {column: np.array(values) for column, values in zip(columns, zip(*rows))}
     if unseen and warn:
@@ -82,9 +82,7 @@ def find_unseen(
 
 def mark_unseen(cells: ad.AnnData, processor: ScRNAProcessor):
     """Adds `obs["unseen_combination"]`: whether no training cell has the labels of a cell together."""
-    labels = processor.encode_labels(cells)
-    is_known = (labels[:, None] == processor.label_combinations).all(dim=2).any(dim=1)
-    cells.obs["unseen_combination"] = ~is_known.numpy()
+    cells.obs["unseen_combination"] = ~processor.is_measured(processor.encode_labels(cells)).numpy()
 
 
 def describe_unseen(unseen: dict[str, np.ndarray]) -> str:

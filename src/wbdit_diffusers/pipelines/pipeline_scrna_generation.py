@@ -5,20 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 import anndata as ad
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import replace_example_docstring
 
-from ..models.codec_expression import ExpressionCodec
-from ..models.codec_programs import ProgramCodec
-from ..models.gaussian_mixture import GaussianMixtureDenoiser
-from ..models.transformer_white_box_dit import WhiteBoxDiTModel
-from ..processing.processor import ScRNAProcessor
 from ..sampling.denoise import denoise
 from ..sampling.guidance import Conditions, Guide, predict
 from ..sampling.noise import CellNoise
 from .conditions import encode_request, find_unseen, mark_unseen, take
 from .pipeline_output import ScRNAPipelineOutput
-from .pipeline_utils import ScRNAPipeline
+from .pipeline_utils import DenoisingPipeline
 
 
 EXAMPLE_DOC_STRING = """
@@ -33,7 +27,7 @@ EXAMPLE_DOC_STRING = """
         ```"""
 
 
-class ScRNAGenerationPipeline(ScRNAPipeline):
+class ScRNAGenerationPipeline(DenoisingPipeline):
     r"""
     Generates single cells by denoising.
 
@@ -51,29 +45,6 @@ class ScRNAGenerationPipeline(ScRNAPipeline):
             The closed form that taught the denoiser. It knows how dependable combinations of labels are that were not
             measured.
     """
-
-    def __init__(
-        self,
-        denoiser: WhiteBoxDiTModel | GaussianMixtureDenoiser,
-        scheduler: SchedulerMixin,
-        processor: ScRNAProcessor,
-        codec: ProgramCodec | ExpressionCodec,
-        num_inference_steps: int = 12,
-        gaussian_mixture: GaussianMixtureDenoiser | None = None,
-    ):
-        super().__init__()
-        modules = {"denoiser": denoiser, "scheduler": scheduler, "processor": processor, "codec": codec}
-        self.register_modules(**modules, gaussian_mixture=gaussian_mixture)
-        self.register_to_config(num_inference_steps=num_inference_steps)
-        self._check_components()
-
-    @property
-    def guidance_scale(self) -> float | dict[str, float]:
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)

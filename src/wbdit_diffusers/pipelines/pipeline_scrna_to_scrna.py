@@ -6,23 +6,18 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging, replace_example_docstring
 
-from ..models.codec_expression import ExpressionCodec
-from ..models.codec_programs import ProgramCodec
-from ..models.gaussian_mixture import GaussianMixtureDenoiser
-from ..models.transformer_white_box_dit import WhiteBoxDiTModel
-from ..processing.processor import ScRNAProcessor
 from ..sampling.denoise import denoise
 from ..sampling.guidance import Conditions, predict
 from ..sampling.noise import CellNoise
 from .conditions import encode_request, find_unseen, mark_unseen
 from .pipeline_output import ScRNAPipelineOutput
-from .pipeline_utils import ScRNAPipeline
+from .pipeline_utils import DenoisingPipeline
 
 
 logger = logging.get_logger(__name__)
@@ -40,7 +35,7 @@ EXAMPLE_DOC_STRING = """
         ```"""
 
 
-class ScRNAToScRNAPipeline(ScRNAPipeline):
+class ScRNAToScRNAPipeline(DenoisingPipeline):
     r"""
     Translates measured cells to other labels: another condition, batch or donor. The components are those of
     [`ScRNAGenerationPipeline`].
@@ -48,29 +43,6 @@ class ScRNAToScRNAPipeline(ScRNAPipeline):
     The deterministic solver DDIM (arXiv 2010.02502) takes a cell to noise under its own labels, and back under the new
     ones. What the labels do not explain is in the noise, and stays with the cell.
     """
-
-    def __init__(
-        self,
-        denoiser: WhiteBoxDiTModel | GaussianMixtureDenoiser,
-        scheduler: SchedulerMixin,
-        processor: ScRNAProcessor,
-        codec: ProgramCodec | ExpressionCodec,
-        num_inference_steps: int = 12,
-        gaussian_mixture: GaussianMixtureDenoiser | None = None,
-    ):
-        super().__init__()
-        modules = {"denoiser": denoiser, "scheduler": scheduler, "processor": processor, "codec": codec}
-        self.register_modules(**modules, gaussian_mixture=gaussian_mixture)
-        self.register_to_config(num_inference_steps=num_inference_steps)
-        self._check_components()
-
-    @property
-    def guidance_scale(self) -> float | dict[str, float]:
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -203,8 +175,7 @@ class ScRNAToScRNAPipeline(ScRNAPipeline):
         labels = torch.full((cells.n_obs, len(self.processor.label_keys)), -1, dtype=torch.long)
         for column, (key, names) in enumerate(zip(self.processor.label_keys, self.processor.config.categories)):
             if key in cells.obs:
-                codes = {name: code for code, name in enumerate(names)}
-                labels[:, column] = torch.tensor([codes.get(name, -1) for name in cells.obs[key].astype(str)])
+                labels[:, column] = torch.from_numpy(pd.Index(names).get_indexer(cells.obs[key].astype(str)))
         if not (labels < 0).any():
             return labels
         if self.gaussian_mixture is None:

@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from scipy import sparse
 
 from .._registration import add_components
@@ -18,8 +19,12 @@ from ..data.latents import CellDataset, encode_cells
 from ..files import one_line, partial_path, remove, write_whole
 from ..hub.model_card import push_model_card
 from ..hub.remote_code import without_remote_code, write_remote_code
+from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
+from ..models.gaussian_mixture import GaussianMixtureDenoiser
+from ..models.transformer_white_box_dit import WhiteBoxDiTModel
 from ..pretrained import locate
+from ..processing.processor import ScRNAProcessor
 from ..sampling.noise import CELLS_PER_BLOCK, CellNoise, NoiseBatch
 from ..version import __version__
 from .programs import add_programs
@@ -46,33 +51,6 @@ class ScRNAPipeline(DiffusionPipeline):
     _exclude_from_cpu_offload = ["codec", "gaussian_mixture"]  # small, and Accelerate's hook needs parameters
     _optional_components = ["gaussian_mixture"]
     _callback_tensor_inputs = ["latents"]
-
-    def check_inputs(
-        self,
-        num_inference_steps: int,
-        batch_size: int | None,
-        latents: torch.Tensor | None,
-        output_type: str,
-        tensor_inputs: Sequence[str],
-    ):
-        """Raises a `ValueError` if an argument of a call has no meaning for this pipeline."""
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` is one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, not {batch_size}.")
-        if not hasattr(self.scheduler, "alphas_cumprod"):  # as for flow matching: the cells would be wrong
-            lacks = f"{type(self.scheduler).__name__} does not have the noise schedule of DDPM (`alphas_cumprod`)"
-            raise ValueError(f"{lacks}: take DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or the like.")
-        most = self.scheduler.config.get("num_train_timesteps") or num_inference_steps
-        if not 1 <= num_inference_steps <= most:
-            allowed = f"between 1 and the {most} timesteps of training"
-            raise ValueError(f"`num_inference_steps` must be {allowed}, not {num_inference_steps}.")
-        num_features = self.denoiser.config.sample_size
-        if latents is not None and tuple(latents.shape[1:]) != (num_features,):
-            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, expected (num_cells, {num_features}).")
-        if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
-            known = f"choose from {self._callback_tensor_inputs}"
-            raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}: {known}.")
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -305,6 +283,60 @@ class ScRNAPipeline(DiffusionPipeline):
         if isinstance(self.codec, ProgramCodec):
             add_programs(cells, self.codec, latents)
         return cells
+
+
+class DenoisingPipeline(ScRNAPipeline):
+    """What pipelines share whose call denoises with labels: the components, and the checks of a call."""
+
+    def __init__(
+        self,
+        denoiser: WhiteBoxDiTModel | GaussianMixtureDenoiser,
+        scheduler: SchedulerMixin,
+        processor: ScRNAProcessor,
+        codec: ProgramCodec | ExpressionCodec,
+        num_inference_steps: int = 12,
+        gaussian_mixture: GaussianMixtureDenoiser | None = None,
+    ):
+        super().__init__()
+        modules = {"denoiser": denoiser, "scheduler": scheduler, "processor": processor, "codec": codec}
+        self.register_modules(**modules, gaussian_mixture=gaussian_mixture)
+        self.register_to_config(num_inference_steps=num_inference_steps)
+        self._check_components()
+
+    @property
+    def guidance_scale(self) -> float | dict[str, float]:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    def check_inputs(
+        self,
+        num_inference_steps: int,
+        batch_size: int | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        tensor_inputs: Sequence[str],
+    ):
+        """Raises a `ValueError` if an argument of a call has no meaning for this pipeline."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` is one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, not {batch_size}.")
+        if not hasattr(self.scheduler, "alphas_cumprod"):  # as for flow matching: the cells would be wrong
+            lacks = f"{type(self.scheduler).__name__} does not have the noise schedule of DDPM (`alphas_cumprod`)"
+            raise ValueError(f"{lacks}: take DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or the like.")
+        most = self.scheduler.config.get("num_train_timesteps") or num_inference_steps
+        if not 1 <= num_inference_steps <= most:
+            allowed = f"between 1 and the {most} timesteps of training"
+            raise ValueError(f"`num_inference_steps` must be {allowed}, not {num_inference_steps}.")
+        num_features = self.denoiser.config.sample_size
+        if latents is not None and tuple(latents.shape[1:]) != (num_features,):
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, expected (num_cells, {num_features}).")
+        if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
+            known = f"choose from {self._callback_tensor_inputs}"
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}: {known}.")
 
 
 def public_name(name_or_path: str | Path | None) -> str:

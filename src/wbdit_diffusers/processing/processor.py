@@ -209,6 +209,11 @@ class ScRNAProcessor(ConfigMixin):
             class_labels[:, column] = torch.from_numpy(labels.encode(names, key, self.config.categories[column]))
         return class_labels.expand(num_cells, -1)
 
+    def is_measured(self, class_labels: torch.Tensor) -> torch.Tensor:
+        """Whether a training cell has the labels `(cells, num_label_keys)`, where -1 allows any: `(cells,)`."""
+        rows = class_labels[:, None]  # (cells, 1, num_label_keys)
+        return ((rows == self.label_combinations) | (rows < 0)).all(dim=2).any(dim=1)
+
     def complete_labels(self, class_labels: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """
         Draws the labels that are -1, because they were not asked for, at the frequencies of training cells that have

@@ -222,8 +222,8 @@ class DenoiserTraining:
         """A batch in which some cells make room for cells of combinations that were not measured."""
         mixture = self.gaussian_mixture
         assert mixture is not None  # it composes them
-        chance = torch.rand(1, generator=generator, device=mixture.device).item()
-        number = int(self.composed_share * len(batch["latents"]) + chance)
+        # On the CPU, as a number from a GPU would wait for it. On average it is the share, also of small batches.
+        number = int(self.composed_share * len(batch["latents"]) + torch.rand(1).item())
         rows = torch.randint(mixture.config.num_composed, (number,), generator=generator, device=mixture.device)
         labels = mixture.composed_labels[rows]
         composed = {"latents": mixture.sample(labels, generator), "class_labels": labels}
