@@ -52,7 +52,7 @@ from sklearn.metrics import roc_auc_score
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import CellSplit, read_cells
 from wbdit_diffusers.evaluation.cells import generated_cells, real_cells
-from wbdit_diffusers.interpretation import LinearGuide, fit_gaussian_mixture, hold_program, program_direction
+from wbdit_diffusers.interpretation import fit_gaussian_mixture, hold_direction, hold_program, program_direction
 from wbdit_diffusers.interpretation.interventions import with_denoiser
 
 
@@ -114,7 +114,7 @@ class Edits:
             pipe = without(pipe, ABLATIONS[way])
         if way == "random direction":
             start = float((self.latents[(self.types == cell_type) & (self.condition == 0)] @ self.random).mean())
-            guide = LinearGuide(self.gaussian_mixture, self.random, start + activity - doses[0])
+            guide = hold_direction(self.gaussian_mixture, self.random, start + activity - doses[0])
         else:
             is_held = way in ("network", "closed form", *ABLATIONS)  # the other ways move the cells afterwards
             guide = hold_program(pipe, self.gaussian_mixture, self.program, activity if is_held else float(doses[0]))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .models import ExpressionCodec, GaussianMixtureDenoiser, ProgramCodec, WhiteBoxDiTModel  # noqa: F401
     from .pipelines import (  # noqa: F401
         ScRNAGenerationPipeline,
+        ScRNAInpaintPipeline,
         ScRNAPipeline,
         ScRNAPipelineOutput,
         ScRNAToScRNAPipeline,
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
     from .processing import ScRNAProcessor  # noqa: F401
 
 _MODELS = ("ExpressionCodec", "GaussianMixtureDenoiser", "ProgramCodec", "WhiteBoxDiTModel")
-_PIPELINES = ("ScRNAGenerationPipeline", "ScRNAPipeline", "ScRNAPipelineOutput", "ScRNAToScRNAPipeline")
+_PIPELINES = (
+    "ScRNAGenerationPipeline",
+    "ScRNAInpaintPipeline",
+    "ScRNAPipeline",
+    "ScRNAPipelineOutput",
+    "ScRNAToScRNAPipeline",
+)
 _HOMES = dict.fromkeys(_MODELS, "models") | dict.fromkeys(_PIPELINES, "pipelines") | {"ScRNAProcessor": "processing"}
 
 # Diffusers looks up the classes of a saved pipeline here, and their base class.

@@ -12,7 +12,7 @@ from typing import Any
 
 PACKAGE = __package__
 TABLES = "diffusers.pipelines.pipeline_loading_utils"
-PIPELINES = ("ScRNAGenerationPipeline", "ScRNAToScRNAPipeline", "ScRNAPipeline")
+PIPELINES = ("ScRNAGenerationPipeline", "ScRNAInpaintPipeline", "ScRNAToScRNAPipeline", "ScRNAPipeline")
 
 
 class _Finder:

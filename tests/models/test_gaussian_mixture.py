@@ -81,29 +81,41 @@ def test_the_part_that_no_label_names_is_found(denoiser):
     assert denoiser.component_labels[:, 0].tolist() == [0, 1, 2, 2]
 
 
-@pytest.mark.parametrize("timestep", [200, 600])
-def test_covariance_is_that_of_the_clean_cell(timestep, denoiser, data):
-    """Tweedie's second formula: the covariance is s² / a times the derivative of the expected clean cell."""
-    x, labels = data[0][:8].clone().requires_grad_(), data[1][:8]
-    a = SCHEDULER.alphas_cumprod[timestep].sqrt()
-    s = (1 - a**2).sqrt()
-    direction = torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0])
-    clean = a * x - s * denoiser(x, timestep, labels, return_dict=False)[0]
-    (gradient,) = torch.autograd.grad((clean @ direction).sum(), x)
-    covariance = denoiser.covariance_times(direction, x.detach(), timestep, labels)
-    torch.testing.assert_close(covariance, s**2 / a * gradient, atol=1e-3, rtol=1e-3)
+def likelihood(direction: torch.Tensor, value: float, precision: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of cells whose product with a direction was measured."""
+    return precision * torch.outer(direction, direction)[None], precision * value * direction[None]
 
 
-def test_conditioning_holds_a_value_and_keeps_the_rest_as_it_is_in_such_cells(denoiser):
-    generator = torch.Generator().manual_seed(2)
-    direction = torch.tensor([1.0, 0.5, 0.0, 0.0, -0.5])
-    labels = torch.full((400_000, 1), 3)
-    cells = draw(denoiser, labels, generator)
+def test_a_held_value_leaves_the_rest_as_it_is_in_such_cells(denoiser):
+    generator, direction = torch.Generator().manual_seed(2), torch.tensor([1.0, 0.5, 0.0, 0.0, -0.5])
+    cells = draw(denoiser, torch.full((400_000, 1), 3), generator)
     near = cells[(cells @ direction - 0.7).abs() < 0.02]
-    held = draw(denoiser.conditioned(direction, 0.7), labels[:20_000], generator)
-    np.testing.assert_allclose(held @ direction, 0.7, atol=1e-3)
-    torch.testing.assert_close(held.mean(0), near.mean(0), atol=0.06, rtol=0)
-    torch.testing.assert_close(torch.cov(held.T), torch.cov(near.T), atol=0.08, rtol=0)
+    means, labels, log_weights = denoiser.given(*likelihood(direction, 0.7, 1e6))
+    np.testing.assert_allclose(means[0] @ direction.double(), 0.7, atol=1e-3)
+    torch.testing.assert_close(log_weights.exp()[0] @ means[0], near.double().mean(0), atol=0.06, rtol=0)
+    assert labels.tolist() == denoiser.component_labels.tolist()
+
+
+@pytest.mark.parametrize("timestep", [200, 600])
+def test_a_likelihood_and_a_noisy_cell_are_combined(timestep, denoiser, data):
+    """Against a weighted sample: clean cells by their likelihood and by the noise that is needed."""
+    generator, direction = torch.Generator().manual_seed(3), torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0])
+    cells = draw(denoiser, torch.full((400_000, 1), 2), generator).double()
+    a = SCHEDULER.alphas_cumprod[timestep].sqrt().double()
+    noisy = data[0][data[1][:, 0] == 2][:1]
+    log_weights = (
+        -0.5 * ((noisy - a * cells) ** 2).sum(1) / (1 - a**2) - 0.5 * 4.0 * (cells @ direction.double() - 0.3) ** 2
+    )
+    expected = log_weights.softmax(0) @ cells
+    means, _, of_components = denoiser.given(*likelihood(direction, 0.3, 4.0), torch.tensor([2]), noisy, timestep)
+    torch.testing.assert_close(of_components.exp()[0] @ means[0], expected, atol=0.05, rtol=0)
+
+
+def test_a_better_estimate_moves_the_components(denoiser, data):
+    nothing = torch.zeros(1, 5, 5), torch.zeros(1, 5)
+    clean = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    means, _, log_weights = denoiser.given(*nothing, None, data[0][:6], 500, clean)
+    torch.testing.assert_close((log_weights.exp()[..., None] * means).sum(1), clean.double(), atol=1e-5, rtol=0)
 
 
 def test_it_denoises_in_a_pipeline_and_is_saved(program_pipe, pbmc, tmp_path):

@@ -6,39 +6,10 @@ import torch
 from ..models.codec_programs import ProgramCodec
 from ..models.gaussian_mixture import MAX_COMPONENTS, GaussianMixtureDenoiser
 from ..pipelines import ScRNAGenerationPipeline
-from ..sampling import Conditions, signal_and_noise
+from ..sampling import GaussianGuide
 
 
-class LinearGuide:
-    """
-    A guide to cells for which `direction · latents` equals `value`.
-
-    The clean estimate moves as far as a Gaussian mixture's expectation moves when `direction · latents` is known,
-    which has a closed form: other programs follow as they do in such cells. What the network still misses of the value
-    is corrected by the regression among all cells that the noisy cell may be,
-    `x₀ + C d (value - d·x₀) / (dᵀ C d)`. The covariance C comes from the mixture too, since the network's own, its
-    derivative by Tweedie's second formula, is lost in its errors at high noise (lab/white_box.md).
-
-    The mixture is that of [`fit_gaussian_mixture`], and `direction` `(num_features,)` is one in latent space.
-    """
-
-    def __init__(self, gaussian_mixture: GaussianMixtureDenoiser, direction: torch.Tensor, value: float):
-        self.gaussian_mixture, self.direction, self.value = gaussian_mixture, direction, value
-        self.conditioned = gaussian_mixture.conditioned(direction, value)
-
-    def __call__(
-        self, clean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
-    ) -> torch.Tensor:
-        """The moved estimate, `(cells, num_features)`."""
-        labels, direction = conditions.class_labels, self.direction
-        _, s = signal_and_noise(self.gaussian_mixture, timestep, noisy)
-        unconditional, conditional = (
-            one(noisy, timestep, labels, return_dict=False)[0] for one in (self.gaussian_mixture, self.conditioned)
-        )
-        clean = clean - s * (conditional - unconditional)
-        along = self.gaussian_mixture.covariance_times(direction, noisy, timestep, labels)  # (cells, num_features)
-        missing = self.value - clean @ direction  # (cells,)
-        return clean + along * (missing / (along @ direction))[:, None]
+HELD = 1e6  # precision of a value that is held
 
 
 def fit_gaussian_mixture(
@@ -65,9 +36,17 @@ def program_direction(codec: ProgramCodec, program: int | str) -> torch.Tensor:
     return direction
 
 
+def hold_direction(gaussian_mixture: GaussianMixtureDenoiser, direction: torch.Tensor, value: float) -> GaussianGuide:
+    """A guide to cells for which `direction · latents` equals `value`; `direction` is `(num_features,)`."""
+    direction = direction.double()
+    return GaussianGuide(
+        gaussian_mixture, HELD * torch.outer(direction, direction)[None], HELD * value * direction[None]
+    )
+
+
 def hold_program(
     pipe: ScRNAGenerationPipeline, gaussian_mixture: GaussianMixtureDenoiser, program: int | str, activity: float
-) -> LinearGuide:
+) -> GaussianGuide:
     """
     A guide to cells in which a program has a given activity and everything else is as in such cells:
     `pipe(num_cells=500, guides=[hold_program(pipe, gaussian_mixture, "program_3", 2.0)])`.
@@ -78,7 +57,7 @@ def hold_program(
     if not isinstance(pipe.codec, ProgramCodec):
         raise ValueError(f"The pipeline has no gene programs: it was trained with {type(pipe.codec).__name__}.")
     device = pipe.denoiser.device
-    return LinearGuide(gaussian_mixture.to(device), program_direction(pipe.codec, program).to(device), activity)
+    return hold_direction(gaussian_mixture.to(device), program_direction(pipe.codec, program).to(device), activity)
 
 
 def with_denoiser(pipe: ScRNAGenerationPipeline, denoiser: torch.nn.Module) -> ScRNAGenerationPipeline:

@@ -1,9 +1,11 @@
 """`ProgramCodec`: cells as a few linear gene programs, under a likelihood of counts or log values."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from scipy import sparse
@@ -289,6 +291,26 @@ class ProgramCodec(SafetensorsModel, ConfigMixin):
         if library_size is None and self.is_counts:
             library_size = latents[:, -1].clamp(*self.log_library_size_range.tolist()).exp()
         return self.decode_programs(latents[:, : self.config.num_programs].to(self.dtype), library_size, class_labels)
+
+    @torch.no_grad()
+    def information(self, distribution: Any, gene_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Fisher information `(cells, num_features, num_features)` of some genes about the latents. `distribution` is
+        what [`~ProgramCodec.decode`] returned for them, and `gene_mask` is `(genes,)`.
+        """
+        scale, total = self.latents_std[: self.config.num_programs], torch.zeros(())
+        for name, weights in distribution.information().items():
+            effects = self.heads[name].weight.float() * scale  # (genes, num_programs)
+            average = torch.zeros(1, self.num_features, device=self.device)
+            if self.is_counts:  # the rates of all genes add up to the library size
+                average = F.pad(distribution.log_proportions.exp() @ effects, (0, 1))  # (cells, num_features)
+                effects = torch.cat([effects, self.latents_std[-1].expand(len(effects), 1)], dim=1)
+            effects, weights = effects[: len(gene_mask)][gene_mask], weights[:, gene_mask]  # (cells, genes)
+            products = weights @ (effects[:, :, None] * effects[:, None]).flatten(1)
+            cross = average[:, :, None] * (weights @ effects)[:, None]  # (cells, num_features, num_features)
+            squares = average[:, :, None] * average[:, None] * weights.sum(1)[:, None, None]
+            total = total + products.unflatten(1, (self.num_features, -1)) - cross - cross.mT + squares
+        return total
 
 
 def _bins(counts: torch.Tensor, library_size: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """The optimal denoiser of a Gaussian mixture in closed form: teacher and control of the network."""
 
-import copy
 import math
 import warnings
 
@@ -194,43 +193,60 @@ class GaussianMixtureDenoiser(SafetensorsModel, ConfigMixin):
         sample = (responsibilities[..., None] * velocities).sum(1).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def covariance_times(
-        self,
-        vector: torch.Tensor,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor | int,
-        class_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """
-        Covariance of the clean cell given the noisy cell, within and between components, times a vector
-        `(sample_size,)`: `(batch, sample_size)`.
-        """
-        a, s = signal_and_noise(self, timestep, hidden_states)
-        projected, total, responsibilities = self._responsibilities(hidden_states.float(), a, s, class_labels)
-        means, directions, variances = self._fitted()
-        shrunk = a[..., None] * variances / total * projected
-        means = means + torch.einsum("bkd,ked->bke", shrunk, directions)  # of each component given x
-        of_vector = torch.einsum("ked,e->kd", directions, vector.float())  # (components, sample_size)
-        within = torch.einsum("bkd,ked->bke", s[..., None] ** 2 * variances / total * of_vector, directions)
-        mean = (responsibilities[..., None] * means).sum(1, keepdim=True)
-        between = (means - mean) * ((means - mean) @ vector)[..., None]
-        return (responsibilities[..., None] * (within + between)).sum(1)
+    def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean `(sample_size,)` and covariance `(sample_size, sample_size)` of all cells, in double precision."""
+        weights, means = self.log_weights.double().softmax(0), self.means.double()
+        deviations = means - weights @ means
+        within = (self.directions * self.variances[:, None]).double() @ self.directions.double().mT
+        between = deviations[:, :, None] * deviations[:, None]
+        return weights @ means, (weights[:, None, None] * (within + between)).sum(0)
 
-    def conditioned(self, direction: torch.Tensor, value: float) -> "GaussianMixtureDenoiser":
-        """The distribution of cells with `direction · latents = value`, which is again a Gaussian mixture."""
-        d = direction.double().cpu().numpy()
-        u, variances = self.directions.double().cpu().numpy(), self.variances.double().cpu().numpy()
-        covariances = (u * variances[:, None, :]) @ u.transpose(0, 2, 1)  # (components, sample_size, sample_size)
-        means = self.means.double().cpu().numpy()
-        along = covariances @ d  # (components, sample_size)
-        variance = along @ d
-        missing = value - means @ d
-        return copy.deepcopy(self)._set(
-            means + along * (missing / variance)[:, None],
-            covariances - along[:, :, None] * along[:, None, :] / variance[:, None, None],
-            self.log_weights.double().cpu().numpy() - 0.5 * missing**2 / variance - 0.5 * np.log(variance),
-            floor=0.0,  # the variance along the direction is zero
-        )
+    def given(
+        self,
+        precision: torch.Tensor,
+        shift: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        noisy: torch.Tensor | None = None,
+        timestep: torch.Tensor | int = 0,
+        clean: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        The components of clean cells `z` that have a Gaussian likelihood `exp(shift · z - ½ zᵀ precision z)`. Products
+        of Gaussians are Gaussians again: the result is exact.
+
+        Args:
+            precision (`torch.Tensor` of shape `(cells or 1, sample_size, sample_size)`): Precision of the likelihood.
+            shift (`torch.Tensor` of shape `(cells or 1, sample_size)`): Precision times the mean of the likelihood.
+            labels (`torch.LongTensor` of shape `(num_label_keys,)`, *optional*): Labels of all cells. Default: any.
+            noisy (`torch.Tensor` of shape `(cells, sample_size)`, *optional*):
+                Noisy cells at `timestep`, if they are known too.
+            clean (`torch.Tensor` of shape `(cells, sample_size)`, *optional*):
+                A better expectation of the clean cells given the noisy ones. The components move with it.
+
+        Returns means `(cells, components, sample_size)`, labels `(components, num_label_keys)` and log weights
+        `(cells, components)`. In double precision.
+        """
+        chosen = self._mask(None if labels is None else labels[None], 1)[0].isfinite()
+        means, directions, variances = (parameter[chosen].double() for parameter in self._fitted())
+        means, log_weights = means[None], self.log_weights[chosen].double()[None]  # (1, components, ...)
+        if noisy is not None:
+            a, s = (value.double()[..., None] for value in signal_and_noise(self, timestep, noisy))
+            projected = torch.einsum("bke,ked->bkd", noisy.double()[:, None] - a * means, directions)
+            total = a**2 * variances + s**2
+            log_weights = (log_weights - 0.5 * (projected**2 / total + total.log()).sum(-1)).log_softmax(-1)
+            means = means + torch.einsum("bkd,ked->bke", a * variances / total * projected, directions)
+            variances = (s**2 * variances / total)[0]  # all cells have one timestep
+            if clean is not None:
+                means = means + (clean - (log_weights.exp()[..., None] * means).sum(1))[:, None]
+        prior = (directions / variances[:, None]) @ directions.transpose(1, 2)  # (components, e, e)
+        cholesky = torch.linalg.cholesky(prior + precision.double()[:, None])  # (cells, components, e, e)
+        prior_shift = torch.einsum("kef,bkf->bke", prior, means)
+        new_shift = prior_shift + shift.double()[:, None]
+        new_means = torch.cholesky_solve(new_shift[..., None], cholesky)[..., 0]
+        quadratic = 0.5 * ((new_shift * new_means).sum(-1) - (prior_shift * means).sum(-1))
+        determinant = cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * variances.log().sum(-1)
+        new_log_weights = (log_weights + quadratic - determinant).log_softmax(-1)
+        return new_means, self.component_labels[chosen], new_log_weights
 
     def _fitted(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Means, directions and variances in float32: half precision would lose differences of likelihoods."""

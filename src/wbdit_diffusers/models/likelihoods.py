@@ -197,6 +197,11 @@ class NegativeBinomialMixture:
         of_expressed = of_expressed - torch.lgamma(count + 1)
         return log_zero.sum(1).index_add(0, cells, of_expressed - log_zero[cells, genes])
 
+    def information(self) -> dict[str, torch.Tensor]:
+        """Fisher information `(cells, genes)` about the heads. Dispersions and outliers tell little."""
+        rates = self.log_proportions[:, :-1].exp() * self.library_size[:, None]
+        return {"log_rates": rates / (1 + rates * torch.exp(-self.log_theta[:, :-1]))}
+
     def icdf(self, uniform: torch.Tensor) -> torch.Tensor:
         """Draws counts by inverting the distribution function, with one double of `uniform` per count."""
         # A Poisson sampler uses more random numbers at higher rates: cells drawn together would depend on each other.
@@ -369,6 +374,11 @@ class QuantileHurdle:
         log_density = -0.5 * deviation**2 - log_std - 0.5 * math.log(2 * math.pi) + log_slope
         above_zero = F.logsigmoid(-zero_logits) + log_density
         return torch.where(x > 0, above_zero, F.logsigmoid(zero_logits)).sum(1)
+
+    def information(self) -> dict[str, torch.Tensor]:
+        """Fisher information `(cells, genes)` about the heads."""
+        zero = torch.sigmoid(self.zero_logits)
+        return {"scores": (1 - zero) * torch.exp(-2 * self.log_std), "zero_logits": zero * (1 - zero)}
 
     def icdf(self, uniform: torch.Tensor) -> torch.Tensor:
         """Draws values, in double precision. Raises a `ValueError` if a score is NaN or infinite."""

@@ -172,7 +172,8 @@ class BoundedISTA(nn.Module):
         return 1 / largest_eigenvalue(self.dictionary)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        step_size, code = self.step_size.to(hidden_states.dtype), F.relu(hidden_states)  # a
+        step_size = (1 / largest_eigenvalue(self.dictionary)).to(hidden_states.dtype)  # η
+        code = F.relu(hidden_states)  # a
         residual = hidden_states - F.linear(code, self.dictionary)  # x - Da
         # The step size scales the dictionary, and -ηλ is the bias: fewer passes over the tokens.
         bias = (-step_size * self.log_lambda.exp()).to(hidden_states.dtype).expand(len(self.dictionary))

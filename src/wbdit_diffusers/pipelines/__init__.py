@@ -2,8 +2,10 @@
 
 from .pipeline_output import ScRNAPipelineOutput
 from .pipeline_scrna_generation import ScRNAGenerationPipeline
+from .pipeline_scrna_inpaint import ScRNAInpaintPipeline
 from .pipeline_scrna_to_scrna import ScRNAToScRNAPipeline
 from .pipeline_utils import ScRNAPipeline
 
 
-__all__ = ["ScRNAGenerationPipeline", "ScRNAPipeline", "ScRNAPipelineOutput", "ScRNAToScRNAPipeline"]
+__all__ = ["ScRNAGenerationPipeline", "ScRNAInpaintPipeline", "ScRNAPipeline", "ScRNAPipelineOutput"]
+__all__ += ["ScRNAToScRNAPipeline"]

@@ -1,6 +1,7 @@
 """`ScRNAGenerationPipeline`: noise in, an AnnData of cells out."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import anndata as ad
 import torch
@@ -137,12 +138,8 @@ class ScRNAGenerationPipeline(DenoisingPipeline):
             def predict_batch(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
                 return predict(self.denoiser, self.scheduler, noisy, t, batch_conditions, self._guidance_scale, guides)
 
-            def on_step_end(i: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-                progress_bar.update()
-                tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
-                changed = {} if callback_on_step_end is None else callback_on_step_end(self, i, t, tensors)
-                return changed.get("latents", latents)
-
+            callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+            on_step_end = partial(self._end_step, *callback, progress_bar)
             for start in starts:
                 # 3. Labels that were not asked for are drawn
                 rows = slice(start, min(start + batch_size, num_cells))
@@ -166,21 +163,11 @@ class ScRNAGenerationPipeline(DenoisingPipeline):
                     outputs.append(denoised)
                 elif output_type == "anndata":
                     totals = library_sizes if library_sizes is None else library_sizes[rows]
-                    cells = self._draw_cells(denoised, labels, totals, batch_noise, uniform[:, 1])
-                    cells.uns["wbdit"] = provenance
-                    outputs.append(cells)
+                    outputs.append(self._draw_cells(denoised, labels, totals, batch_noise, uniform[:, 1]))
                 else:
                     outputs.append(self.codec.decode(denoised.to(self.codec.device), None, labels).expression())
 
-        self.maybe_free_model_hooks()
-        if output_type == "anndata":
-            cells = ad.concat(outputs, merge="same", uns_merge="same")
-            if unseen:
-                mark_unseen(cells, self.processor)
-        else:
-            cells = torch.cat(outputs)
-            cells = cells.cpu().numpy() if output_type == "np" else cells
-        return ScRNAPipelineOutput(cells=cells) if return_dict else (cells,)
+        return self._finish(outputs, output_type, return_dict, provenance, unseen, {})
 
     def stream(
         self,

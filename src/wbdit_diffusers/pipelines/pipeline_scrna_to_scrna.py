@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import anndata as ad
 import numpy as np
-import pandas as pd
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -15,7 +13,7 @@ from diffusers.utils import logging, replace_example_docstring
 from ..sampling.denoise import denoise
 from ..sampling.guidance import Conditions, predict
 from ..sampling.noise import CellNoise
-from .conditions import encode_request, find_unseen, mark_unseen
+from .conditions import encode_request, find_unseen
 from .pipeline_output import ScRNAPipelineOutput
 from .pipeline_utils import DenoisingPipeline
 
@@ -121,6 +119,8 @@ class ScRNAToScRNAPipeline(DenoisingPipeline):
         starts, outputs = range(0, num_cells, batch_size), []
 
         with self.progress_bar(total=num_steps * len(starts)) as progress_bar:
+            callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+            on_step_end = partial(self._end_step, *callback, progress_bar)
             for start in starts:
                 rows = slice(start, min(start + batch_size, num_cells))
                 batch_noise = noise.batch(rows.start, rows.stop)
@@ -130,12 +130,6 @@ class ScRNAToScRNAPipeline(DenoisingPipeline):
 
                 def predict_new(noisy: torch.Tensor, t: torch.Tensor, conditions: Conditions = new) -> torch.Tensor:
                     return predict(self.denoiser, to_cells, noisy, t, conditions, self._guidance_scale)
-
-                def on_step_end(i: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-                    progress_bar.update()
-                    tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
-                    changed = {} if callback_on_step_end is None else callback_on_step_end(self, i, t, tensors)
-                    return changed.get("latents", latents)
 
                 # 2. To noise under their own labels, and back under the new ones
                 to_noise.set_timesteps(num_inference_steps, device=device)
@@ -155,27 +149,12 @@ class ScRNAToScRNAPipeline(DenoisingPipeline):
                 else:
                     outputs.append(self.codec.decode(moved.to(self.codec.device), None, new_labels[rows]).expression())
 
-        self.maybe_free_model_hooks()
-        result: Any
-        if output_type == "anndata":
-            result = ad.concat(outputs, merge="same", uns_merge="same")
-            result.uns["wbdit"] = provenance
-            if unseen:
-                mark_unseen(result, self.processor)
-            result.obs["input_cell"] = cells.obs_names.to_numpy()
-            for key in [key for key in self.processor.label_keys if key in cells.obs]:
-                result.obs[f"input_{key}"] = cells.obs[key].astype(str).to_numpy()
-        else:
-            result = torch.cat(outputs)
-            result = result.cpu().numpy() if output_type == "np" else result
-        return ScRNAPipelineOutput(cells=result) if return_dict else (result,)
+        origins = self._origins(cells, np.arange(num_cells))
+        return self._finish(outputs, output_type, return_dict, provenance, unseen, origins)
 
     def _own_labels(self, cells: ad.AnnData, latents: torch.Tensor) -> torch.Tensor:
         """Labels of measured cells `(cells, num_label_keys)`. The nearest known ones replace unknown ones."""
-        labels = torch.full((cells.n_obs, len(self.processor.label_keys)), -1, dtype=torch.long)
-        for column, (key, names) in enumerate(zip(self.processor.label_keys, self.processor.config.categories)):
-            if key in cells.obs:
-                labels[:, column] = torch.from_numpy(pd.Index(names).get_indexer(cells.obs[key].astype(str)))
+        labels = self._known_labels(cells)
         if not (labels < 0).any():
             return labels
         if self.gaussian_mixture is None:

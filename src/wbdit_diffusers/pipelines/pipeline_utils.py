@@ -2,13 +2,14 @@
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import diffusers
 import numpy as np
+import pandas as pd
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -27,6 +28,8 @@ from ..pretrained import locate
 from ..processing.processor import ScRNAProcessor
 from ..sampling.noise import CELLS_PER_BLOCK, CellNoise, NoiseBatch
 from ..version import __version__
+from .conditions import mark_unseen
+from .pipeline_output import ScRNAPipelineOutput
 from .programs import add_programs
 
 
@@ -262,8 +265,12 @@ class ScRNAPipeline(DiffusionPipeline):
         library_size: torch.Tensor | None,
         noise: NoiseBatch,
         uniform: torch.Tensor,
+        measured: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> ad.AnnData:
-        """Draws the cells of a batch of latents, a few blocks at a time, as dense cells are large."""
+        """
+        Draws the cells of a batch of latents, a few blocks at a time, as dense cells are large. Genes that were
+        `measured`, given as values `(cells, genes)` and a mask `(genes,)`, keep their values.
+        """
         latents = latents.to(self.codec.device)  # a `device_map` may have placed the codec elsewhere
         processor, num_genes = self.processor, self.codec.config.num_genes
         if library_size is None and processor.is_counts and not self.codec.models_library_size:
@@ -274,6 +281,8 @@ class ScRNAPipeline(DiffusionPipeline):
             given = (None if values is None else values[rows] for values in (library_size, class_labels))
             distribution = self.codec.decode(latents[rows], *given)
             values = distribution.icdf(part.uniform(distribution.num_values, dtype=torch.float64))
+            if measured is not None:
+                values[:, :num_genes] = torch.where(measured[1], measured[0][rows].to(values), values[:, :num_genes])
             matrices.append(sparse.csr_matrix(values[:, :num_genes].numpy()))
             # Where the bin of other genes is drawn, the library size is the sum of the drawn counts.
             sizes.append(values.sum(1) if values.shape[1] > num_genes else distribution.library_size)
@@ -337,6 +346,53 @@ class DenoisingPipeline(ScRNAPipeline):
         if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
             known = f"choose from {self._callback_tensor_inputs}"
             raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}: {known}.")
+
+    def _end_step(
+        self,
+        callback: Callable[[DiffusionPipeline, int, int, dict], dict] | None,
+        tensor_inputs: Sequence[str],
+        progress_bar: Any,
+        i: int,
+        t: torch.Tensor,
+        latents: torch.Tensor,
+    ) -> torch.Tensor:
+        """Ends a step of the reverse process: the callback may change the latents."""
+        progress_bar.update()
+        tensors = {"latents": latents} if tensor_inputs else {}
+        changed = {} if callback is None else callback(self, i, t, tensors)
+        return changed.get("latents", latents)
+
+    def _finish(
+        self, batches: list, output_type: str, return_dict: bool, provenance: dict, unseen: dict, obs: dict
+    ) -> ScRNAPipelineOutput | tuple:
+        """Puts the batches of a call together. `obs` are further columns."""
+        self.maybe_free_model_hooks()
+        result: Any
+        if output_type == "anndata":
+            result = ad.concat(batches, merge="same", uns_merge="same")
+            result.uns["wbdit"] = provenance
+            if unseen:
+                mark_unseen(result, self.processor)
+            for name, values in obs.items():
+                result.obs[name] = values
+        else:
+            result = torch.cat(batches)
+            result = result.cpu().numpy() if output_type == "np" else result
+        return ScRNAPipelineOutput(cells=result) if return_dict else (result,)
+
+    def _known_labels(self, cells: ad.AnnData) -> torch.Tensor:
+        """Labels of measured cells `(cells, num_label_keys)`, -1 where `obs` has none that the model knows."""
+        labels = torch.full((cells.n_obs, len(self.processor.label_keys)), -1, dtype=torch.long)
+        for column, (key, names) in enumerate(zip(self.processor.label_keys, self.processor.config.categories)):
+            if key in cells.obs:
+                labels[:, column] = torch.from_numpy(pd.Index(names).get_indexer(cells.obs[key].astype(str)))
+        return labels
+
+    def _origins(self, cells: ad.AnnData, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Columns of `obs` that name the measured cell in each row, and its labels."""
+        keys = [key for key in self.processor.label_keys if key in cells.obs]
+        origins = {f"input_{key}": cells.obs[key].astype(str).to_numpy()[rows] for key in keys}
+        return {"input_cell": cells.obs_names.to_numpy()[rows], **origins}
 
 
 def public_name(name_or_path: str | Path | None) -> str:

@@ -58,6 +58,34 @@ class Conditions:
 Guide = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Conditions], torch.Tensor]
 
 
+@dataclass
+class GaussianGuide:
+    """
+    A guide to cells about which more is known: a Gaussian likelihood of their clean latents.
+
+    A Gaussian mixture gives the distribution of the clean cell given the noisy one, the network its mean. The product
+    with the likelihood has a closed form ([`GaussianMixtureDenoiser.given`]), and its mean is the new estimate.
+    """
+
+    gaussian_mixture: Any  # a `GaussianMixtureDenoiser`
+    precision: torch.Tensor  # of the likelihood, (cells or 1, num_features, num_features)
+    shift: torch.Tensor  # the precision times the likelihood's mean, (cells or 1, num_features)
+
+    def __call__(
+        self, clean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        """The new estimate, `(cells, num_features)`."""
+        guided = torch.empty_like(clean)
+        for i, labels in enumerate(conditions.kwargs.get("class_labels", [None])):
+            rows = (conditions.index == i).nonzero()[:, 0]
+            one_for_all = rows if len(self.precision) > 1 else slice(None)
+            likelihood = self.precision[one_for_all], self.shift[one_for_all]
+            known = *likelihood, labels, noisy[rows], timestep, clean[rows]
+            means, _, log_weights = self.gaussian_mixture.given(*known)
+            guided[rows] = (log_weights.exp()[..., None] * means).sum(1).to(clean)
+        return guided
+
+
 def predict(
     denoiser: torch.nn.Module,
     scheduler: SchedulerMixin,
