@@ -22,6 +22,7 @@ from ..processing.genes import most_variable
 from ..processing.normalize import log_normalize
 from ..progress import bar_options, duration
 from .config import CodecConfig
+from .init_from import Prior, Start
 from .other_genes import add_genes
 
 
@@ -47,20 +48,33 @@ SKEWED = 0.75  # skewness of the activities above which a program belongs to a f
 
 
 def fit_any_codec(
-    config: CodecConfig, cells: CellDataset, device: torch.device, deadline: float = math.inf
+    config: CodecConfig,
+    cells: CellDataset,
+    device: torch.device,
+    deadline: float = math.inf,
+    start: Start | None = None,
 ) -> ProgramCodec | ExpressionCodec:
     """Fits gene programs, or measures the mean and standard deviation of each gene for an expression codec."""
     if config.codec == "program":
-        return fit_program_codec(config, cells, device, deadline)
+        return fit_program_codec(config, cells, device, deadline, start)
     codec = ExpressionCodec(cells.matrix.shape[1], config.values, config.standardize, config.model_library_size)
     codec.fit_statistics(cells.matrix, cells.library_size)
     return codec
 
 
 def fit_program_codec(
-    config: CodecConfig, cells: CellDataset, device: torch.device, deadline: float = math.inf
+    config: CodecConfig,
+    cells: CellDataset,
+    device: torch.device,
+    deadline: float = math.inf,
+    start: Start | None = None,
 ) -> ProgramCodec:
-    """Fits gene programs, standardises the latents, and finds axes along which the programs can be read."""
+    """
+    Fits gene programs, standardises the latents, and finds axes along which the programs can be read. Programs that
+    start from another pipeline keep its scale and axes.
+    """
+    if start is not None:
+        return fit_from(config, cells, device, deadline, start)
     search_deadline = deadline
     if config.decoder_steps > 0 and math.isfinite(deadline):
         search_deadline -= REFIT_FRACTION * max(0.0, deadline - time.monotonic())
@@ -92,8 +106,32 @@ def fit_program_codec(
     return codec.eval()
 
 
+def fit_from(
+    config: CodecConfig, cells: CellDataset, device: torch.device, deadline: float, start: Start
+) -> ProgramCodec:
+    """Fits the codec of another pipeline to new cells, with a prior that keeps it near."""
+    codec, prior = start.start_codec(config, cells)
+    if config.freeze_codec:
+        known = torch.from_numpy(np.append(start.genes >= 0, True))[:, None]
+        for head in codec.heads.values():  # loadings of the old genes stay
+            head.weight.register_hook(lambda gradient: gradient.masked_fill(known.to(gradient.device), 0.0))
+    else:
+        codec, _ = fit_programs(config, cells, codec.config.num_programs, device, deadline, (codec, prior))
+    programs = encode_cells(cells, codec.to(device)) * codec.latents_std.cpu() + codec.latents_mean.cpu()
+    refit_decoder(config, cells, codec, programs[:, :-1], deadline, prior)
+    match_means(cells, codec, programs[:, :-1])
+    log_library_size = programs[:, -1]
+    codec.latents_mean[-1], codec.latents_std[-1] = log_library_size.mean(), log_library_size.std().clamp(min=1e-3)
+    return codec.eval()
+
+
 def fit_programs(
-    config: CodecConfig, cells: CellDataset, num_programs: int, device: torch.device, deadline: float = math.inf
+    config: CodecConfig,
+    cells: CellDataset,
+    num_programs: int,
+    device: torch.device,
+    deadline: float = math.inf,
+    init: tuple[ProgramCodec, Prior] | None = None,
 ) -> tuple[ProgramCodec, float]:
     """Fits encoder and decoder together. Returns the codec and its best validation loss in nats per cell."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -101,25 +139,31 @@ def fit_programs(
     num_validation = min(max(1, int(len(cells) * VALIDATION_FRACTION)), MAX_VALIDATION_CELLS)
     validation_cells, train_cells = shuffled[:num_validation], shuffled[num_validation:]
     torch.manual_seed(config.seed)
-    codec = ProgramCodec(
-        num_genes=cells.matrix.shape[1],
-        num_programs=num_programs,
-        hidden_size=config.codec_hidden_size,
-        likelihood="nb_mixture" if cells.is_counts else "quantile_hurdle",
-        condition_sizes=cells.condition_sizes,
-    )
-    codec.fit_statistics(cells.matrix, cells.library_size)
+    if init is None:
+        codec = ProgramCodec(
+            num_genes=cells.matrix.shape[1],
+            num_programs=num_programs,
+            hidden_size=config.codec_hidden_size,
+            likelihood="nb_mixture" if cells.is_counts else "quantile_hurdle",
+            condition_sizes=cells.condition_sizes,
+        )
+        codec.fit_statistics(cells.matrix, cells.library_size)
+    else:
+        codec = init[0]
     codec.to(device)
     optimizer = _optimizer(codec, codec.parameters(), config.codec_learning_rate)
     zero_point = 0.0 if cells.is_counts else _validation_loss(config, cells, codec, validation_cells)
-    codec.start_programs(cells.matrix[train_cells], cells.library_size[train_cells], config.program_prior_precision)
+    if init is None:
+        train_data = cells.matrix[train_cells], cells.library_size[train_cells]
+        codec.start_programs(*train_data, config.program_prior_precision)
+    prior = make_prior(config, codec) if init is None else init[1]
     best_loss, improved_loss, improved_step = math.inf, math.inf, 0
     steps_between_validations = min(100, max(10, len(train_cells) // 10))  # a fit to few cells overfits soon
     progress_bar = tqdm(**bar_options(desc=f"Gene programs ({num_programs})", unit=" steps", mininterval=1))
     start, step, stop = time.monotonic(), 0, False
     while not stop:
         batch = train_cells[torch.randint(len(train_cells), (config.codec_batch_size,), generator=generator).numpy()]
-        loss = _loss(config, cells, codec, batch).mean() + prior_loss(config, codec, len(train_cells))
+        loss = _loss(config, cells, codec, batch).mean() + prior_loss(codec, prior, len(train_cells))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -162,13 +206,18 @@ def _validation_loss(config: CodecConfig, cells: CellDataset, codec: ProgramCode
 
 
 def refit_decoder(
-    config: CodecConfig, cells: CellDataset, codec: ProgramCodec, programs: torch.Tensor, deadline: float = math.inf
+    config: CodecConfig,
+    cells: CellDataset,
+    codec: ProgramCodec,
+    programs: torch.Tensor,
+    deadline: float = math.inf,
+    prior: Prior | None = None,
 ):
     """
     Fits the decoder to the final `programs` `(cells, num_programs)`, which the denoiser imitates. Labels get their
     effects here: with them in the first fit, the programs would not distinguish cell types.
     """
-    generator = torch.Generator().manual_seed(config.seed)
+    generator, prior = torch.Generator().manual_seed(config.seed), prior or make_prior(config, codec)
     parameters = [*codec.heads.parameters(), *codec.label_effects.parameters()]
     optimizer = _optimizer(codec, parameters, config.decoder_learning_rate)
     highest = [group["lr"] for group in optimizer.param_groups]  # falls to zero by the last step or the deadline
@@ -186,7 +235,7 @@ def refit_decoder(
         parts = programs[batch], *cells.cells(batch.numpy())
         some, values, library_size = (part.to(codec.device) for part in parts)
         loss = codec.decoder_loss(some, values, library_size, class_labels).mean()
-        loss = loss + prior_loss(config, codec, len(cells))
+        loss = loss + prior_loss(codec, prior, len(cells))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -249,14 +298,20 @@ def find_program_axes(codec: ProgramCodec, programs: torch.Tensor):
     codec.program_axes.copy_((signs[:, None] * codec.program_axes)[order])
 
 
-def prior_loss(config: CodecConfig, codec: ProgramCodec, num_cells: int) -> torch.Tensor:
-    """The Gaussian prior on the effects of programs and labels on a gene, in nats per cell."""
-    squares = sum(head.weight.square().sum() for head in codec.heads.values()) * config.program_prior_precision
-    for effects in codec.label_effects.values():
-        squares = squares + effects.weight.square().sum() * config.label_prior_precision
-    for name, precision in LIKELIHOODS[codec.config.likelihood].PRIOR_PRECISIONS.items():
-        squares = squares + precision * codec.gene_parameters[name].square().sum()
-    return squares / (2 * num_cells)
+def make_prior(config: CodecConfig, codec: ProgramCodec) -> Prior:
+    """The prior on the effects of programs and labels on a gene."""
+    prior: Prior = {f"heads.{name}.weight": (0.0, config.program_prior_precision) for name in codec.heads}
+    prior |= {f"label_effects.{name}.weight": (0.0, config.label_prior_precision) for name in codec.label_effects}
+    precisions = LIKELIHOODS[codec.config.likelihood].PRIOR_PRECISIONS
+    return prior | {f"gene_parameters.{name}": (0.0, precision) for name, precision in precisions.items()}
+
+
+def prior_loss(codec: ProgramCodec, prior: Prior, num_cells: int) -> torch.Tensor:
+    """The negative log density of a Gaussian prior, in nats per cell."""
+    terms = [
+        (precision * (codec.get_parameter(name) - mean).square()).sum() for name, (mean, precision) in prior.items()
+    ]
+    return torch.stack(terms).sum() / (2 * num_cells)
 
 
 def _optimizer(codec: ProgramCodec, parameters: Iterable[Any], learning_rate: float) -> torch.optim.Adam:

@@ -98,7 +98,19 @@ class ExpressionCodecConfig:
 
 
 @dataclass(config=pydantic_config, kw_only=True)
-class CodecConfig(ExpressionCodecConfig, ProgramCodecConfig, DataConfig):
+class StartConfig:
+    """A pipeline to start from, for a dataset with few cells."""
+
+    init_from: Address | None = None
+    """Folder or Hub id of a pipeline to start from. Genes and labels are matched by name."""
+    init_labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that init_from knows by another name, as NEW=OLD."""
+    freeze_codec: bool = False
+    """Whether the gene programs of init_from stay as they are, so that latents of both pipelines mean the same."""
+
+
+@dataclass(config=pydantic_config, kw_only=True)
+class CodecConfig(ExpressionCodecConfig, ProgramCodecConfig, StartConfig, DataConfig):
     """Cells, and the latents in which they are denoised."""
 
     codec: Literal["program", "expression"] = "program"
@@ -214,7 +226,14 @@ class TrainingConfig(OutputConfig, OptimizationConfig, DenoiserConfig, CodecConf
             raise ValueError("--num_attention_heads times --attention_head_dim must be a multiple of 4.")
 
 
-PLACES = {"dataset", "split", "output_dir", "resume_from_checkpoint", "overwrite_output_dir"}  # on one machine
+PLACES = {
+    "dataset",
+    "split",
+    "init_from",
+    "output_dir",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+}  # on one machine
 
 
 def config_without_places(config: TrainingConfig) -> dict[str, Any]:
@@ -228,6 +247,8 @@ def command_of(config: TrainingConfig) -> str:
     words = ["wbdit", "train", "--dataset", dataset, "--output_dir", config.output_dir.resolve().name]
     if config.split is not None:
         words += ["--split", config.split.name]
+    if config.init_from is not None:
+        words += ["--init_from", Path(config.init_from).name]
     defaults = vars(TrainingConfig(output_dir=config.output_dir, codec=config.codec)) | {"codec": "program"}
     for name, value in config_without_places(config).items():
         if value == defaults[name] or name in ("push_to_hub", "repo_id", "report_to"):
@@ -235,7 +256,8 @@ def command_of(config: TrainingConfig) -> str:
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         else:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            pairs = [f"{key}={one}" for key, one in value.items()] if isinstance(value, dict) else [value]
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else pairs)]
     return shlex.join(words)
 
 

@@ -24,6 +24,7 @@ from ..progress import bar_options, duration
 from ..sampling.schedulers import signal_and_noise, training_scheduler
 from .checkpoints import Progress, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
+from .init_from import Start
 from .processes import TrainingInterrupted, stop_signal, sync_errors
 
 
@@ -94,6 +95,7 @@ class DenoiserTraining:
         gaussian_mixture: GaussianMixtureDenoiser | None = None,
         denoiser: Callable[..., ModelMixin] | None = None,
         callbacks: Sequence[Callback] = (),
+        start: Start | None = None,
     ):
         self.config, self.accelerator, self.gaussian_mixture = config, accelerator, gaussian_mixture
         self.start_time, self.progress, self.callbacks = start_time, Progress(), callbacks
@@ -108,6 +110,8 @@ class DenoiserTraining:
         names = "block_type patch_size num_layers num_attention_heads attention_head_dim condition_dropout".split()
         denoiser = denoiser or partial(WhiteBoxDiTModel, **{name: getattr(config, name) for name in names})
         model = denoiser(sample_size=train_cells.values.shape[1], condition_sizes=train_cells.condition_sizes)
+        if start is not None:
+            start.start_denoiser(model)
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
         ema_decay = config.ema_decay if config.use_ema else 0.0  # with decay 0 the average is the model itself
         self.ema = EMAModel(model.parameters(), decay=ema_decay, use_ema_warmup=True, power=2 / 3, foreach=True)

@@ -38,6 +38,7 @@ from .codec import TIME_FRACTION, fit_any_codec
 from .config import CodecConfig, TrainingConfig, command_of, config_without_places
 from .denoiser import Callback, DenoiserTraining
 from .gaussian_mixture import prepare_gaussian_mixture
+from .init_from import Start
 from .processes import fit_once, stop_signal, sync_errors
 
 
@@ -57,7 +58,8 @@ def fit_codec(
     """
     config, device = config or CodecConfig(), PartialState().device
     processor, dataset = _fit_processor(cells, config)
-    return processor, fit_any_codec(config, dataset, device).cpu()
+    start = None if config.init_from is None else Start.load(config, processor, processor.source(cells).var_names)
+    return processor, fit_any_codec(config, dataset, device, start=start).cpu()
 
 
 def _fit_processor(cells: ad.AnnData | CellSource, config: CodecConfig) -> tuple[ScRNAProcessor, CellDataset]:
@@ -114,6 +116,7 @@ def train(
             if test_cells.n_obs == 0:
                 raise ValueError("No held-out cell has labels that a training cell has. Use another --split.")
             test_dataset = CellDataset(test_cells, processor)
+            start = Start.load(config, processor, train_cells.var_names) if config.init_from is not None else None
         with sync_errors(accelerator):
             if accelerator.is_main_process:
                 repo_id = config.repo_id or folder.resolve().name
@@ -126,7 +129,7 @@ def train(
         logger.info(f"{len(train_cells.obs):,} training cells, {test_cells.n_obs:,} held out, {genes}: {kind}.")
         deadline = start_time + 60 * TIME_FRACTION * (config.max_train_minutes or math.inf)
         codec_class = ExpressionCodec if config.codec == "expression" else ProgramCodec
-        fit = partial(fit_any_codec, config, train_dataset, accelerator.device, deadline)
+        fit = partial(fit_any_codec, config, train_dataset, accelerator.device, deadline, start)
         codec = fit_once(accelerator, stage_one / "codec", codec_class, fit)
         with accelerator.main_process_first():
             is_large = len(train_cells.obs) * codec.num_features > MAX_VALUES_IN_MEMORY
@@ -139,7 +142,7 @@ def train(
         gaussian_mixture = prepare_gaussian_mixture(config, accelerator, latents, codec, stage_one)
 
         set_seed(config.seed)  # the initial weights are the same whether or not stage one ran in this process
-        inputs = latents, test_latents, start_time, gaussian_mixture, denoiser, callbacks
+        inputs = latents, test_latents, start_time, gaussian_mixture, denoiser, callbacks, start
         training = DenoiserTraining(config, accelerator, *inputs)
         accelerator.init_trackers("wbdit_diffusers", {key: str(value) for key, value in vars(config).items()})
         with sync_errors(accelerator):

@@ -1,0 +1,119 @@
+"""A training that starts from another pipeline, whose genes and labels are matched by name."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate.logging import get_logger
+from diffusers import ModelMixin
+
+from ..data.latents import CellDataset
+from ..models.codec_programs import ProgramCodec
+from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
+from ..processing.processor import ScRNAProcessor
+from .config import CodecConfig
+
+
+logger = get_logger(__name__)
+
+# Mean and precision of a Gaussian prior on parameters, by name
+Prior = dict[str, tuple[torch.Tensor | float, torch.Tensor | float]]
+
+GENE_PRECISION = 4.0  # of the baseline and the noise of a gene that the old pipeline knows
+
+
+@dataclass
+class Start:
+    """The old pipeline, and the places of the new genes and labels there, -1 for new ones."""
+
+    pipe: ScRNAGenerationPipeline
+    genes: np.ndarray  # (genes,)
+    labels: dict[str, np.ndarray]  # by label key, (labels,)
+    is_missing: np.ndarray  # (old genes,), whether the new cells lack a gene
+
+    @classmethod
+    def load(cls, config: CodecConfig, processor: ScRNAProcessor, var_names: pd.Index) -> "Start":
+        """Loads the pipeline. Its genes are matched by name, its labels by name or by `config.init_labels`."""
+        pipe = ScRNAGenerationPipeline.from_pretrained(str(config.init_from))
+        flag = f"--init_from {config.init_from}"
+        old, renamed = pipe.processor, dict(config.init_labels)
+        if not (isinstance(pipe.codec, ProgramCodec) and old.is_counts and processor.is_counts):
+            raise ValueError(f"{flag}: both pipelines need gene programs (--codec program) and counts.")
+        genes, labels = old.var_names.get_indexer(processor.var_names), {}
+        if not (genes >= 0).any():
+            raise ValueError(f"{flag}: no gene has a name of that pipeline ({', '.join(old.var_names[:3])}, …).")
+        logger.info(f"{flag} knows {(genes >= 0).sum():,} of {len(genes):,} genes.")
+        known = dict(zip(old.label_keys, old.config.categories))
+        for key, names in zip(processor.label_keys, processor.config.categories):
+            labels[key] = pd.Index(known.get(key, [])).get_indexer([renamed.pop(name, name) for name in names])
+            new = ", ".join(name for name, place in zip(names, labels[key]) if place < 0)
+            logger.info(f"{flag}: {f'new labels of {key} are {new}' if new else f'all labels of {key} are known'}.")
+        if renamed:
+            raise ValueError(f"--init_labels {next(iter(renamed))}: no training cell has this label.")
+        return cls(pipe, genes, labels, ~old.var_names.isin(var_names))
+
+    def label_rows(self, key: str) -> tuple[int, np.ndarray, np.ndarray]:
+        """The old position of a label key, and the new and old codes of labels that both know."""
+        shared = np.flatnonzero(self.labels[key] >= 0)
+        return self.pipe.processor.label_keys.index(key), shared, self.labels[key][shared]
+
+    @torch.no_grad()
+    def start_codec(self, config: CodecConfig, cells: CellDataset) -> tuple[ProgramCodec, Prior]:
+        """A codec of the new genes that starts at the old one, and the prior that keeps it near."""
+        old, size, shared = self.pipe.codec, len(self.genes), np.flatnonzero(self.genes >= 0)
+        new_bins, old_bins = np.append(shared, size), np.append(self.genes[shared], old.config.num_genes)
+        read = np.arange(old.config.num_genes) if old.config.num_encoder_genes is None else old.encoder_genes.numpy()
+        places = pd.Index(self.genes).get_indexer(read)  # of the encoder's genes among the new ones
+        sizes = {"num_genes": size, "num_encoder_genes": (places >= 0).sum(), "condition_sizes": cells.condition_sizes}
+        codec = ProgramCodec(**old.config | sizes)
+        codec.fit_statistics(cells.matrix, cells.library_size)
+        codec.encoder_genes.copy_(torch.from_numpy(places[places >= 0]))
+        for name in ("to_mean", "to_log_variance"):
+            getattr(codec, name).load_state_dict(getattr(old, name).state_dict())
+        for name in ("latents_mean", "latents_std", "program_axes"):
+            getattr(codec, name).copy_(getattr(old, name))
+        weight, linear = old.encoder[0].weight, codec.encoder[0]
+        linear.weight.copy_(weight[:, np.append(places >= 0, True)])
+        # Genes that the new file lacks have their average in the old cells, not zero.
+        average = old.decode(torch.zeros(1, old.num_features)).expression()[0, read]
+        linear.bias.copy_(old.encoder[0].bias + weight[:, :-1] @ (average * torch.from_numpy(self.is_missing[read])))
+        before, prior = dict(old.named_parameters()), {}
+        for name, values in codec.named_parameters():
+            if name.startswith(("heads.", "gene_parameters.")):
+                mean, precision = values.clone(), torch.zeros_like(values)
+                mean[new_bins] = before[name][old_bins]
+                if name == "heads.log_rates.bias":  # of the genes that both know
+                    mean[new_bins] += values[new_bins].logsumexp(0) - mean[new_bins].logsumexp(0)
+                precision[new_bins] = GENE_PRECISION
+                prior[name] = mean, config.program_prior_precision if values.ndim == 2 else precision
+            elif name.startswith("label_effects."):
+                mean, first = torch.zeros_like(values), 0
+                for key in self.labels:
+                    if old.label_effects and (self.labels[key] >= 0).any():
+                        i, new_codes, old_codes = self.label_rows(key)
+                        of_labels = before[name][sum(old.config.condition_sizes[:i]) + old_codes][:, old_bins]
+                        mean[(first + new_codes)[:, None], new_bins] = of_labels
+                    first += len(self.labels[key])
+                prior[name] = mean, config.label_prior_precision
+        for name, (mean, _) in prior.items():
+            if name != "heads.log_rates.bias":  # the new cells know it best
+                codec.get_parameter(name).copy_(mean)
+        return codec, prior
+
+    @torch.no_grad()
+    def start_denoiser(self, denoiser: ModelMixin):
+        """Copies weights that have the same shape, and the embeddings of labels that both know."""
+        before, after = self.pipe.denoiser.state_dict(), denoiser.state_dict()
+        for name, values in after.items():
+            if not name.startswith("condition_embedders") and name in before and before[name].shape == values.shape:
+                values.copy_(before[name])
+        for position, key in enumerate(self.labels):
+            if (self.labels[key] >= 0).any():
+                i, new_codes, old_codes = self.label_rows(key)
+                old, new = (
+                    before.get(f"condition_embedders.{i}.weight"),
+                    after.get(f"condition_embedders.{position}.weight"),
+                )
+                if old is not None and new is not None and old.shape[1] == new.shape[1]:
+                    new[new_codes], new[-1] = old[old_codes], old[-1]  # the last one is the null label
