@@ -41,7 +41,7 @@ from wbdit_diffusers.training import TrainingConfig, train
 
 
 PANELS = (50, 200, 500)
-MAX_CELLS, NUM_DRAWS, NUM_PROPOSALS = 500, 50, 16
+MAX_CELLS, NUM_DRAWS, NUM_PROPOSALS = 400, 30, 16
 NEIGHBOURS = (10, 20, 50)
 COLUMNS = {"gene": "per gene", "cell": "per cell", "log_score": "log score", "coverage": "50 / 80 / 95%"}
 SCVI = """
@@ -53,11 +53,11 @@ train, padded = ad.read_h5ad(f"{folder}/train.h5ad"), ad.read_h5ad(f"{folder}/pa
 def fit(cells):
     scvi.model.SCVI.setup_anndata(cells)
     model = scvi.model.SCVI(cells)
-    model.train(max_epochs=150, accelerator="cpu", enable_progress_bar=False)
+    model.train(max_epochs=100, accelerator="cpu", enable_progress_bar=False)
     return model
 model, panel = fit(train), np.load(f"{folder}/panel.npy")
 np.save(f"{folder}/rates.npy", model.get_normalized_expression(padded, n_samples=25, return_numpy=True))
-z = [np.asarray(model.get_normalized_expression(padded, n_samples=1, return_numpy=True)) for _ in range(50)]
+z = [np.asarray(model.get_normalized_expression(padded, n_samples=1, return_numpy=True)) for _ in range(30)]
 np.save(f"{folder}/samples.npy", np.stack(z).astype(np.float32))
 theta = torch.exp(model.module.px_r).detach().numpy()
 np.save(f"{folder}/theta.npy", theta)

@@ -73,6 +73,44 @@ def evaluate(config: EvaluateConfig) -> Result:
 
 
 @dataclass(config=pydantic_config, kw_only=True)
+class AugmentConfig:
+    model: Model
+    dataset: str
+    """File of the real cells."""
+    cell_types: list[str]
+    """Types that get generated cells."""
+    output: Path
+    """The .h5ad file, .zarr folder, or folder for parquet files to write."""
+    num_cells: PositiveInt | None = None
+    """Number of cells that each of these types has then. Default: that of the median type."""
+    seed: Seed = 0
+    """Seed of the generated cells."""
+
+
+def augment(config: AugmentConfig) -> Result:
+    """Add generated cells of rare types to real cells.
+
+    obs["generated"] tells them apart.
+
+        wbdit augment wbdit-cells --dataset train.h5ad --cell_types pDC Mk --output augmented.h5ad
+    """
+    import torch
+
+    from .data import read_cells
+    from .data.write import check_output, write_cells
+    from .pipelines import ScRNAGenerationPipeline
+    from .pipelines.augment import augment
+
+    output, generator = check_output(config.output), torch.Generator().manual_seed(config.seed)
+    pipe = ScRNAGenerationPipeline.from_pretrained(config.model)
+    cells = augment(pipe, read_cells(config.dataset), config.cell_types, config.num_cells, generator)
+    write_cells(output, [cells])
+    number = int(cells.obs["generated"].sum())
+    result = {"output": str(output), "num_cells": cells.n_obs, "num_generated": number}
+    return result, f"{cells.n_obs - number} real and {number} generated cells in {output}."
+
+
+@dataclass(config=pydantic_config, kw_only=True)
 class ProgramsConfig:
     model: Model
     output: Path | None = None
@@ -272,6 +310,7 @@ CONFIG_HELP = (
 COMMON = ("dataset", "label_keys", "output_dir", "max_train_steps", "max_train_minutes")  # first in the help
 COMMANDS: dict[str, tuple[Callable[..., Result], Any]] = {
     "generate": (generate, GenerateConfig),
+    "augment": (augment, AugmentConfig),
     "train": (train, TrainingConfig),
     "evaluate": (evaluate, EvaluateConfig),
     "compare": (evaluate, EvaluateConfig),

@@ -30,6 +30,8 @@ class GenerateConfig:
     """Types of the cells, in turn: equally many of each. Default: the frequencies of the training cells."""
     conditions: dict[str, str] = Field(default_factory=dict)
     """Labels of other obs keys, such as condition=stim."""
+    prompt: str | None = None
+    """Labels in words, such as "CD14+ monocytes". The model needs a text encoder."""
     library_size: PositiveFloat | None = None
     """Expected total counts of each cell. Default: generated."""
     guidance_scale: NonNegativeFloat = 1.0

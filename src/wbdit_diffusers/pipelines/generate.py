@@ -89,7 +89,7 @@ def _stream(
     config: GenerateConfig, pipe: ScRNAGenerationPipeline, cells: range, noise: CellNoise | None
 ) -> Iterator[ad.AnnData]:
     """The cells of a range, batch by batch."""
-    names = ("conditions", "library_size", "guidance_scale", "num_inference_steps", "batch_size")
+    names = ("conditions", "prompt", "library_size", "guidance_scale", "num_inference_steps", "batch_size")
     arguments = {name: getattr(config, name) for name in names}
     if types := config.cell_types:  # one for all cells, or the types in turn
         arguments["cell_types"] = types[0] if len(types) == 1 else [types[cell % len(types)] for cell in cells]

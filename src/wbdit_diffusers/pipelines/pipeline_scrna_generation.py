@@ -45,6 +45,8 @@ class ScRNAGenerationPipeline(DenoisingPipeline):
         gaussian_mixture ([`GaussianMixtureDenoiser`], *optional*):
             The closed form that taught the denoiser. It knows how dependable combinations of labels are that were not
             measured.
+        text_encoder, tokenizer (`transformers` model and tokenizer, *optional*): Encoder of prompts, not trained.
+        label_texts (`dict[str, str]`, *optional*): Better texts of labels, for prompts.
     """
 
     @torch.no_grad()
@@ -66,6 +68,8 @@ class ScRNAGenerationPipeline(DenoisingPipeline):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         guides: Sequence[Guide] = (),
         first_cell: int = 0,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | None = None,
     ) -> ScRNAPipelineOutput | tuple:
         r"""
         Generates cells.
@@ -102,6 +106,11 @@ class ScRNAGenerationPipeline(DenoisingPipeline):
             first_cell (`int`, defaults to 0):
                 Number of the first cell. A cell's random numbers depend on the seed and its number, so
                 `num_cells=1, first_cell=k` makes cell `k` alone again.
+            prompt (`str` or `list[str]`, *optional*):
+                The labels in words, for all cells or one per cell, instead of `cell_types` and `conditions`. The label
+                whose text is nearest is taken. Requires a `text_encoder`.
+            negative_prompt (`str`, *optional*):
+                Labels to stay away from, in words. With `guidance_scale`, they take the place of no labels.
 
         Examples:
 
@@ -118,16 +127,21 @@ class ScRNAGenerationPipeline(DenoisingPipeline):
             num_inference_steps = self.config.num_inference_steps
         self.check_inputs(num_inference_steps, batch_size, latents, output_type, callback_on_step_end_tensor_inputs)
         request = {"cell_types": cell_types, "conditions": conditions, "library_size": library_size}
-        lists = {"generator": generator, "latents": latents}
+        lists = {"generator": generator, "latents": latents, "prompt": prompt}
         num_cells, class_labels, library_sizes = encode_request(self.processor, num_cells, **request, **lists)
-        unseen = {}
-        if cell_types is not None or conditions:
+        unseen, null_labels = {}, None if negative_prompt is None else self.encode_prompt(negative_prompt)
+        if prompt is not None:
+            if cell_types is not None or conditions:
+                raise ValueError("`prompt` names the labels: leave out `cell_types` and `conditions`.")
+            class_labels = self.encode_prompt(prompt).expand(num_cells, -1)
+        if cell_types is not None or conditions or prompt is not None:
             is_new = not isinstance(generator, CellNoise)  # parts of a stream warn of nothing again
             unseen = find_unseen(self.processor, self.gaussian_mixture, class_labels, warn=is_new)
 
         # 2. Random numbers belong to cells, batches only bound the memory
         noise = generator if isinstance(generator, CellNoise) else CellNoise(generator)
-        provenance = self._provenance(request, num_inference_steps, guidance_scale, noise, unseen)
+        words = {"prompt": prompt, "negative_prompt": negative_prompt}
+        provenance = self._provenance(request | words, num_inference_steps, guidance_scale, noise, unseen)
         first_number, device = 0 if noise.one_per_cell else first_cell, self._execution_device
         batch_size = batch_size or self.default_batch_size
         starts, outputs = range(0, num_cells, batch_size), []
@@ -147,7 +161,7 @@ class ScRNAGenerationPipeline(DenoisingPipeline):
                 uniform = batch_noise.uniform(2).cpu()  # (batch, 2): for labels and library sizes
                 labels = self.processor.complete_labels(class_labels[rows], uniform[:, 0])
                 sizes, keys = self.denoiser.config.condition_sizes, self.processor.label_keys
-                batch_conditions = Conditions.from_class_labels(labels, sizes, device, keys)
+                batch_conditions = Conditions.from_class_labels(labels, sizes, device, keys, null_labels)
 
                 # 4. Denoise
                 self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -159,13 +173,8 @@ class ScRNAGenerationPipeline(DenoisingPipeline):
                 denoised = denoise(predict_batch, self.scheduler, batch_noise, initial, timesteps, on_step_end)
 
                 # 5. Decode
-                if output_type == "latent":
-                    outputs.append(denoised)
-                elif output_type == "anndata":
-                    totals = library_sizes if library_sizes is None else library_sizes[rows]
-                    outputs.append(self._draw_cells(denoised, labels, totals, batch_noise, uniform[:, 1]))
-                else:
-                    outputs.append(self.codec.decode(denoised.to(self.codec.device), None, labels).expression())
+                totals = None if library_sizes is None else library_sizes[rows]
+                outputs.append(self._decode(output_type, denoised, labels, totals, batch_noise, uniform[:, 1]))
 
         return self._finish(outputs, output_type, return_dict, provenance, unseen, {})
 
@@ -184,7 +193,7 @@ class ScRNAGenerationPipeline(DenoisingPipeline):
         met.
         """
         batch_size = batch_size or self.default_batch_size
-        names = ("cell_types", "conditions", "library_size", "latents")
+        names = ("cell_types", "conditions", "library_size", "latents", "prompt")
         per_cell = {name: call_kwargs.pop(name, None) for name in names}
         num_cells, labels, _ = encode_request(self.processor, num_cells, **per_cell, generator=generator)
         is_new = not isinstance(generator, CellNoise)

@@ -136,14 +136,9 @@ class ScRNAInpaintPipeline(DenoisingPipeline):
                 denoised = denoise(predict_batch, self.scheduler, batch_noise, initial, timesteps, on_step_end)
 
                 # 4. Decode
-                if output_type == "latent":
-                    outputs.append(denoised)
-                elif output_type == "anndata":
-                    measured = None if match_detection else (values.cpu(), gene_mask)
-                    drawn = denoised, labels, totals, batch_noise, uniform[:, 1], measured
-                    outputs.append(self._draw_cells(*drawn))
-                else:
-                    outputs.append(codec.decode(denoised.to(codec.device), None, labels).expression())
+                measured = None if match_detection else (values.cpu(), gene_mask)
+                drawn = labels, totals, batch_noise, uniform[:, 1], measured
+                outputs.append(self._decode(output_type, denoised, *drawn))
 
         obs = self._origins(cells, all_rows) | {"sample": np.tile(np.arange(num_samples), cells.n_obs)}
         return self._finish(outputs, output_type, return_dict, provenance, {}, obs)

@@ -140,14 +140,8 @@ class ScRNAToScRNAPipeline(DenoisingPipeline):
                 moved = denoise(predict_new, to_cells, batch_noise, noisy, down[-num_steps:], on_step_end)
 
                 # 3. Decode
-                if output_type == "latent":
-                    outputs.append(moved)
-                elif output_type == "anndata":
-                    outputs.append(
-                        self._draw_cells(moved, new_labels[rows], None, batch_noise, batch_noise.uniform(1)[:, 0])
-                    )
-                else:
-                    outputs.append(self.codec.decode(moved.to(self.codec.device), None, new_labels[rows]).expression())
+                uniform = batch_noise.uniform(1)[:, 0]
+                outputs.append(self._decode(output_type, moved, new_labels[rows], None, batch_noise, uniform))
 
         origins = self._origins(cells, np.arange(num_cells))
         return self._finish(outputs, output_type, return_dict, provenance, unseen, origins)

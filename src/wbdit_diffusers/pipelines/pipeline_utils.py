@@ -31,6 +31,7 @@ from ..version import __version__
 from .conditions import mark_unseen
 from .pipeline_output import ScRNAPipelineOutput
 from .programs import add_programs
+from .prompts import nearest_labels
 
 
 OUTPUT_TYPES = ("anndata", "np", "pt", "latent")
@@ -50,9 +51,9 @@ class ScRNAPipeline(DiffusionPipeline):
     `None`.
     """
 
-    model_cpu_offload_seq = "denoiser"
+    model_cpu_offload_seq = "text_encoder->denoiser"
     _exclude_from_cpu_offload = ["codec", "gaussian_mixture"]  # small, and Accelerate's hook needs parameters
-    _optional_components = ["gaussian_mixture"]
+    _optional_components = ["gaussian_mixture", "text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents"]
 
     def __init_subclass__(cls, **kwargs):
@@ -233,7 +234,8 @@ class ScRNAPipeline(DiffusionPipeline):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, expected {shape}.")
         noise = CellNoise(generator).batch(0, len(latents))
-        cells = self._draw_cells(latents, class_labels, library_size, noise, noise.uniform(1).cpu()[:, 0])
+        uniform = noise.uniform(1).cpu()[:, 0]
+        cells = self._decode("anndata", latents, class_labels, library_size, noise, uniform)
         if obs_names is not None:
             cells.obs_names = obs_names
         return cells
@@ -258,20 +260,25 @@ class ScRNAPipeline(DiffusionPipeline):
         optional = {"request": asked, "unseen_combinations": unseen}
         return provenance | {key: value for key, value in optional.items() if value}
 
-    def _draw_cells(
+    def _decode(
         self,
+        output_type: str,
         latents: torch.Tensor,
         class_labels: torch.Tensor | None,
         library_size: torch.Tensor | None,
         noise: NoiseBatch,
         uniform: torch.Tensor,
         measured: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> ad.AnnData:
+    ) -> ad.AnnData | torch.Tensor:
         """
-        Draws the cells of a batch of latents, a few blocks at a time, as dense cells are large. Genes that were
-        `measured`, given as values `(cells, genes)` and a mask `(genes,)`, keep their values.
+        A batch of latents as the `output_type`. Cells are drawn a few blocks at a time: dense cells are large. Genes
+        that were `measured`, given as values `(cells, genes)` and a mask `(genes,)`, keep their values.
         """
+        if output_type == "latent":
+            return latents
         latents = latents.to(self.codec.device)  # a `device_map` may have placed the codec elsewhere
+        if output_type != "anndata":
+            return self.codec.decode(latents, None, class_labels).expression()
         processor, num_genes = self.processor, self.codec.config.num_genes
         if library_size is None and processor.is_counts and not self.codec.models_library_size:
             codes = processor.encode_conditions({}, len(latents)) if class_labels is None else class_labels
@@ -305,11 +312,15 @@ class DenoisingPipeline(ScRNAPipeline):
         codec: ProgramCodec | ExpressionCodec,
         num_inference_steps: int = 12,
         gaussian_mixture: GaussianMixtureDenoiser | None = None,
+        text_encoder: Any | None = None,
+        tokenizer: Any | None = None,
+        label_texts: dict[str, str] | None = None,
     ):
         super().__init__()
         modules = {"denoiser": denoiser, "scheduler": scheduler, "processor": processor, "codec": codec}
-        self.register_modules(**modules, gaussian_mixture=gaussian_mixture)
-        self.register_to_config(num_inference_steps=num_inference_steps)
+        optional = {"gaussian_mixture": gaussian_mixture, "text_encoder": text_encoder, "tokenizer": tokenizer}
+        self.register_modules(**modules, **optional)
+        self.register_to_config(num_inference_steps=num_inference_steps, label_texts=label_texts)
         self._check_components()
 
     @property
@@ -346,6 +357,19 @@ class DenoisingPipeline(ScRNAPipeline):
         if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
             known = f"choose from {self._callback_tensor_inputs}"
             raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}: {known}.")
+
+    def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
+        """
+        Codes `(prompts, num_label_keys)` of the labels whose text is nearest to each prompt, -1 where a label key is
+        left open. Raises a `ValueError` if the pipeline has no text encoder, or no labels.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            how = "train with --text_encoder ID, or load with `text_encoder=` and `tokenizer=`"
+            raise ValueError(f"`prompt` was given, but this pipeline has no text encoder: {how}.")
+        if not self.processor.label_keys:
+            raise ValueError("`prompt` was given, but this model is unconditional (it has no label keys).")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        return nearest_labels(prompts, self.processor, self.tokenizer, self.text_encoder, self.config.label_texts)
 
     def _end_step(
         self,

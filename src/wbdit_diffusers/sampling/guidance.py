@@ -30,12 +30,18 @@ class Conditions:
         condition_sizes: Sequence[int],
         device: torch.device,
         label_keys: Sequence[str] = (),
+        null_labels: torch.Tensor | None = None,
     ) -> "Conditions":
-        """From the codes of each cell `(cells, num_label_keys)` and the number of categories of each label key."""
+        """
+        From the codes of each cell `(cells, num_label_keys)` and the number of categories of each label key. Labels to
+        stay away from, `null_labels` `(1, num_label_keys)`, take the place of none; -1 is none.
+        """
         if not condition_sizes:
             return cls({}, torch.zeros(len(class_labels), dtype=torch.long, device=device), {})
         combinations, index = class_labels.to(device).unique(dim=0, return_inverse=True)
         null_label = torch.tensor([list(condition_sizes)], device=device)  # one past the last category
+        if null_labels is not None:
+            null_label = torch.where(null_labels.to(device) < 0, null_label, null_labels.to(device))
         return cls({"class_labels": combinations}, index, {"class_labels": null_label}, label_keys)
 
     def without(self, key: str | None) -> dict[str, torch.Tensor]:

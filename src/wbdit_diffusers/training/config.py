@@ -146,6 +146,10 @@ class DenoiserConfig:
     """Solver of the finished pipeline."""
     num_inference_steps: Annotated[int, Field(gt=0, le=1000)] = 12
     """Default number of denoising steps of the finished pipeline."""
+    text_encoder: Name | None = None
+    """Folder or Hub id of a transformers encoder, for requests in words. It is saved, not trained."""
+    label_texts: dict[str, str] = Field(default_factory=dict)
+    """Texts of labels for requests in words, such as STIM="stimulated with interferon"."""
 
 
 @dataclass(config=pydantic_config, kw_only=True)

@@ -38,7 +38,8 @@ class Start:
         pipe = ScRNAGenerationPipeline.from_pretrained(str(config.init_from))
         flag = f"--init_from {config.init_from}"
         old, renamed = pipe.processor, dict(config.init_labels)
-        if not (isinstance(pipe.codec, ProgramCodec) and old.is_counts and processor.is_counts):
+        is_program = config.codec == "program" and isinstance(pipe.codec, ProgramCodec)
+        if not (is_program and old.is_counts and processor.is_counts):
             raise ValueError(f"{flag}: both pipelines need gene programs (--codec program) and counts.")
         genes, labels = old.var_names.get_indexer(processor.var_names), {}
         if not (genes >= 0).any():
@@ -64,8 +65,14 @@ class Start:
         old, size, shared = self.pipe.codec, len(self.genes), np.flatnonzero(self.genes >= 0)
         new_bins, old_bins = np.append(shared, size), np.append(self.genes[shared], old.config.num_genes)
         read = np.arange(old.config.num_genes) if old.config.num_encoder_genes is None else old.encoder_genes.numpy()
-        places = pd.Index(self.genes).get_indexer(read)  # of the encoder's genes among the new ones
-        sizes = {"num_genes": size, "num_encoder_genes": (places >= 0).sum(), "condition_sizes": cells.condition_sizes}
+        places = np.full(old.config.num_genes, -1)
+        places[self.genes[shared]] = shared
+        places = places[read]  # of the encoder's genes among the new ones
+        sizes = {
+            "num_genes": size,
+            "num_encoder_genes": int((places >= 0).sum()),
+            "condition_sizes": cells.condition_sizes,
+        }
         codec = ProgramCodec(**old.config | sizes)
         codec.fit_statistics(cells.matrix, cells.library_size)
         codec.encoder_genes.copy_(torch.from_numpy(places[places >= 0]))

@@ -29,6 +29,7 @@ from ..hub.publish import publish
 from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
+from ..pipelines.prompts import load_text_encoder
 from ..processing.genes import check_variation
 from ..processing.processor import ScRNAProcessor
 from ..sampling.schedulers import make_scheduler
@@ -110,6 +111,7 @@ def train(
     with stop_signal.handled(), ExitStack() as stack:
         with sync_errors(accelerator):
             checkpoint, replaced = find_run(config)
+            text_parts = load_text_encoder(config.text_encoder)
             train_cells, test_cells, split = stack.enter_context(open_cells(source, config))
             processor, train_dataset = _fit_processor(train_cells, config)
             test_cells = test_cells[processor.knows_labels(test_cells)]
@@ -160,6 +162,8 @@ def train(
                 codec=codec,
                 gaussian_mixture=gaussian_mixture and gaussian_mixture.cpu(),
                 num_inference_steps=config.num_inference_steps,
+                label_texts=config.label_texts or None,
+                **text_parts,
             )
             if accelerator.is_main_process:
                 _save(pipeline, config, training, repo_id, len(split.test) or test_cells.n_obs)
