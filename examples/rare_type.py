@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from wbdit_diffusers.data import load_pbmc
-from wbdit_diffusers.pipelines.augment import augment
+from wbdit_diffusers.pipelines import augment
 from wbdit_diffusers.training import TrainingConfig, train
 
 

@@ -98,8 +98,7 @@ def augment(config: AugmentConfig) -> Result:
 
     from .data import read_cells
     from .data.write import check_output, write_cells
-    from .pipelines import ScRNAGenerationPipeline
-    from .pipelines.augment import augment
+    from .pipelines import ScRNAGenerationPipeline, augment
 
     output, generator = check_output(config.output), torch.Generator().manual_seed(config.seed)
     pipe = ScRNAGenerationPipeline.from_pretrained(config.model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wbdit_diffusers import ScRNAGenerationPipeline, cli
-from wbdit_diffusers.pipelines.augment import augment
+from wbdit_diffusers.pipelines import augment
 from wbdit_diffusers.pretrained import PBMC
 
 
