@@ -1,8 +1,8 @@
 """
 A pipeline of few cells that starts from another one.
 
-The pipeline in the package was trained on some of 700 PBMCs. Here, 100 of the others are the training cells, under other
-names, and the gene programs of the old pipeline describe the rest of the others:
+The pipeline in the package was trained on some of 700 PBMCs. Here, 100 of the others are the training cells, and one
+type has another name. The codec then describes cells that neither training has seen:
 
     python examples/start_from_pipeline.py
 """

@@ -49,12 +49,16 @@ def nearest_labels(
     Codes `(prompts, num_label_keys)` of the labels that each prompt asks for, -1 where it leaves a label key open.
 
     The candidates are all combinations of labels, complete or not, as texts such as "CD14 Mono, STIM". The nearest one
-    by cosine is chosen. `label_texts` are better texts of labels, such as `{"STIM": "stimulated with interferon"}`.
-    Warns of a prompt that is far from all candidates, and names the nearest.
+    by cosine is chosen. `label_texts` are better texts of labels, such as `{"NK": "NK cells|natural killer cells"}`,
+    with a bar between synonyms. Warns of a prompt that is far from all candidates, and names the nearest.
     """
-    texts = [[(label_texts or {}).get(label, label) for label in labels] for labels in processor.config.categories]
-    codes = list(itertools.product(*(range(-1, len(labels)) for labels in texts)))[1:]  # the first one leaves all open
-    candidates = [", ".join(labels[i] for labels, i in zip(texts, row) if i >= 0) for row in codes]
+    named = label_texts or {}
+    options = [
+        [(-1, "")] + [(i, text) for i, name in enumerate(names) for text in named.get(name, name).split("|")]
+        for names in processor.config.categories
+    ]
+    rows = list(itertools.product(*options))[1:]  # the first one leaves all label keys open
+    candidates = [", ".join(text for _, text in row if text) for row in rows]
     different = list(dict.fromkeys(prompts))
     known, asked = (embed_texts(some, tokenizer, text_encoder) for some in (candidates, different))
     similarity, places = (asked @ known.T).max(dim=1)
@@ -63,5 +67,5 @@ def nearest_labels(
             logger.warning(
                 f"{prompt!r} is far from all labels: {candidates[place]!r} is nearest (cosine {cosine:.2f})."
             )
-    chosen = torch.tensor(codes)[places.cpu()]
+    chosen = torch.tensor([[i for i, _ in row] for row in rows])[places.cpu()]
     return chosen[[different.index(prompt) for prompt in prompts]]

@@ -149,7 +149,7 @@ class DenoiserConfig:
     text_encoder: Name | None = None
     """Folder or Hub id of a transformers encoder, for requests in words. It is saved, not trained."""
     label_texts: dict[str, str] = Field(default_factory=dict)
-    """Texts of labels for requests in words, such as STIM="stimulated with interferon"."""
+    """Texts of labels for requests in words, such as NK="NK cells|natural killer cells". A bar separates synonyms."""
 
 
 @dataclass(config=pydantic_config, kw_only=True)
