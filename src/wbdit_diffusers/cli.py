@@ -299,8 +299,6 @@ def app(config: AppConfig) -> Result:
     return {}, "The page is closed."
 
 
-# ==================== From words to a result ====================
-
 POSITIONAL = ("model", "generators", "files", "name")  # required fields that are given without a flag
 CONFIG_HELP = (
     "YAML files of flags, or names of configs in this package: paper, or a dataset. Flags override files, and later"

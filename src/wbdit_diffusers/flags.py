@@ -83,7 +83,7 @@ def _describe(field: Any) -> dict[str, Any]:
         described["nargs"] = "+" if field.is_required() else "*"
         described |= {"action": _Pairs, "metavar": "KEY=NAME"} if dict in kinds else {}
     elif int in kinds:
-        described["type"] = _whole_number
+        described["type"] = lambda word: str(int(float(word))) if re.fullmatch(r"\d+e\d\d?", word) else word  # 1e6
     elif choices := [kind for kind in kinds if isinstance(kind, str)]:
         described["metavar"] = "{" + ",".join(choices) + "}"
     return described
@@ -93,11 +93,6 @@ def _kinds(annotation: Any) -> list[Any]:
     """The types and literals of an annotation, through unions and `Annotated`."""
     parts = () if get_origin(annotation) in (list, dict) else get_args(annotation)
     return [kind for part in parts for kind in _kinds(part)] if parts else [get_origin(annotation) or annotation]
-
-
-def _whole_number(text: str) -> str:
-    """Writes `1e6` as `1000000`. Leaves other texts to the dataclass."""
-    return str(int(float(text))) if re.fullmatch(r"\d+e\d\d?", text) else text
 
 
 class _Pairs(argparse.Action):

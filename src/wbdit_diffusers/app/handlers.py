@@ -4,6 +4,9 @@ import contextlib
 import functools
 import html
 import itertools
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,17 +16,18 @@ import anndata as ad
 import gradio as gr
 import pandas as pd
 import torch
+import yaml
 from matplotlib.figure import Figure
 
 from ..data.read import load_pbmc
 from ..evaluation.figure import GENERATED
 from ..files import one_line
 from ..hub.facts import read_warning
+from ..hub.publish import publish
 from ..pipelines.conditions import describe_unseen
 from ..pipelines.pipeline_scrna_generation import ScRNAGenerationPipeline
 from ..pretrained import locate
 from .compare import DPI, compare_quality, make_groups, map_figure, marker_figure, program_figure
-from .run import TrainingRun
 from .uploads import label_columns, read_upload
 
 
@@ -31,8 +35,8 @@ MAX_TRAINING_CELLS = 5000
 BATCH_SIZE = 256
 NOTHING, PBMC, FILE = "nothing", "PBMCs", "my file"  # to compare with
 MAX_LABEL_KEYS = 4  # dropdowns; labels of further keys are drawn
+WORKSPACE = tempfile.TemporaryDirectory(prefix="wbdit-app-")  # of trainings; is removed when the page ends
 
-running: dict[str, TrainingRun] = {}  # by browser session
 read = functools.lru_cache(maxsize=2)(read_upload)
 pbmc = functools.cache(load_pbmc)
 
@@ -84,8 +88,8 @@ def as_quote(warning: str) -> str:
 def choose_pipeline(model: str | None, source: str):
     """Describes the pipeline, and offers its labels."""
     line, dropdowns, num_steps, fitting, has_counts = describe((model or "").strip())
-    source, library_size = FILE if source == FILE else fitting, gr.update(value=None, visible=has_counts)
-    return line, num_steps, source, library_size, *(gr.update(value=[], **labels) for labels in dropdowns)
+    library_size, labels = gr.update(value=None, visible=has_counts), [gr.update(value=[], **one) for one in dropdowns]
+    return line, num_steps, FILE if source == FILE else fitting, library_size, *labels
 
 
 @errors_on_page()
@@ -155,11 +159,11 @@ def generate(
             callback_on_step_end=on_step_end,
             **call,
         ).cells
-        warning = read_warning(locate(model))
-        if unseen := cells.uns["wbdit"].get("unseen_combinations"):
+        warning, unseen = read_warning(locate(model)), cells.uns["wbdit"].get("unseen_combinations")
+        if unseen:
             warning = f"{warning} {describe_unseen(unseen)}".strip()
         if warning:
-            cells.uns["wbdit"]["warning"] = warning.strip()
+            cells.uns["wbdit"]["warning"] = warning
         path = Path(folder) / f"wbdit-cells-seed-{seed}.h5ad"
         cells.write_h5ad(path)
         summary = f"### {cells.n_obs:,} cells × {cells.n_vars:,} genes\n{time.monotonic() - start_time:.1f} seconds"
@@ -193,6 +197,46 @@ def balance(labels: dict[str, list[str]], num_cells: int) -> dict[str, list[str]
 # ==================== Training ====================
 
 
+class TrainingRun:
+    """`wbdit train` on a file, in a process of its own."""
+
+    def __init__(self, dataset: str, label_keys: list[str], minutes: float):
+        self.folder, self.start_time = Path(tempfile.mkdtemp(dir=WORKSPACE.name), "my-cells"), time.monotonic()
+        self.messages, config = self.folder.with_suffix(".txt"), self.folder.with_suffix(".yaml")
+        fields = {
+            "dataset": dataset,
+            "label_keys": label_keys,
+            "max_train_minutes": minutes,
+            "output_dir": str(self.folder),
+            "validation_steps": 25,  # a point of the curve every few seconds
+            "checkpointing_steps": 1_000_000,  # nobody resumes these runs
+        }
+        config.write_text(yaml.safe_dump(fields))
+        command = [sys.executable, "-m", "wbdit_diffusers.cli", "train", "--config", str(config)]
+        with self.messages.open("w") as file:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+
+    def seconds(self) -> str:
+        return f"{time.monotonic() - self.start_time:.0f} s"
+
+    def log(self) -> pd.DataFrame:
+        """The training log so far."""
+        path = self.folder / "training_log.csv"
+        return pd.read_csv(path) if path.is_file() else pd.DataFrame()
+
+    def archive(self) -> str:
+        """The files that `wbdit push` would upload, as a .zip file. Raises a `ValueError` if the training failed."""
+        if self.process.returncode != 0:
+            *_, message = ["The training failed.", *self.messages.read_text().splitlines()]
+            raise ValueError(message.removeprefix("wbdit train: "))
+        public, name = self.folder.parent / "public", self.folder.name
+        publish(ScRNAGenerationPipeline.from_pretrained(self.folder), self.folder, name, dry_run=public / name)
+        return shutil.make_archive(str(self.folder), "zip", public)
+
+
+running: dict[str, TrainingRun] = {}  # by browser session
+
+
 def train(path: str | None, label_keys: list[str], minutes: float, request: gr.Request):
     """Yields status, loss curve and archive. At the end, the pipeline and the file are chosen for comparison."""
     with errors_on_page():
@@ -205,30 +249,26 @@ def train(path: str | None, label_keys: list[str], minutes: float, request: gr.R
                 stage = f"step {log['step'].iloc[-1]:,}" if len(log) else "fitting the gene programs"
                 figure = loss_figure(log) if len(log) > num_points else skip
                 num_points = len(log)
-                yield f"**Training**, {run.seconds:.0f} s: {stage}", figure, skip, skip, skip, skip
+                yield f"**Training**, {run.seconds()}: {stage}", figure, skip, skip, skip, skip
                 time.sleep(1)
             if session not in running:
-                yield f"**Stopped** after {run.seconds:.0f} s.", skip, skip, skip, skip, skip
+                yield f"**Stopped** after {run.seconds()}.", skip, skip, skip, skip, skip
                 return
             archive = run.archive()
         finally:
             stop_training(request)
-        yield (
-            f"**Done** in {run.seconds:.0f} s. The pipeline is chosen on the first tab, with your cells to compare."
-            + as_quote(read_warning(run.folder)),
-            loss_figure(run.log()),
-            gr.update(value=str(archive), interactive=True),
-            gr.update(choices=[("my cells, trained here", str(run.folder))], value=str(run.folder)),
-            FILE,
-            path,
-        )
+        status = f"**Done** in {run.seconds()}. The pipeline is chosen on the first tab, with your cells to compare."
+        status, folder = status + as_quote(read_warning(run.folder)), str(run.folder)
+        pipeline = gr.update(choices=[("my cells, trained here", folder)], value=folder)
+        yield status, loss_figure(run.log()), gr.update(value=archive, interactive=True), pipeline, FILE, path
 
 
 def stop_training(request: gr.Request):
     """Stops the training of this browser session."""
     run = running.pop(str(request.session_hash), None)
     if run is not None:
-        run.stop()
+        run.process.kill()  # SIGTERM would save a checkpoint first
+        run.process.wait()
 
 
 def loss_figure(log: pd.DataFrame) -> Figure:

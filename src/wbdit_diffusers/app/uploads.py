@@ -1,5 +1,6 @@
 """Uploaded files, which are checked before they are read: on a Space they come from strangers."""
 
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def _check_contents(file: h5py.File):
     linked += [name for name, array in arrays.items() if array.external or array.is_virtual]
     if linked:
         raise ValueError(f"{linked[0]} is a link. Write the cells again with AnnData's `write_h5ad`.")
-    unpacked, texts = 0, []
+    sizes, texts = [], []
     for name, array in arrays.items():
         fields = {key: array.dtype[key] for key in array.dtype.names or ()} or {None: array.dtype}
         for key, dtype in fields.items():
@@ -59,16 +60,10 @@ def _check_contents(file: h5py.File):
                 raise ValueError(f"{name} holds neither numbers nor a list of names. Remove it.")
             if dtype.hasobject and array.size:
                 texts.append((array, array if key is None else array.fields(key)))
-            unpacked += (array.size or 0) * (dtype.itemsize + STRING_BYTES * is_text)
-    _check_size(unpacked)
+            sizes.append((array.size or 0) * (dtype.itemsize + STRING_BYTES * is_text))
     # Many strings of a file may be one. A string is at most as long as the file.
     step = max(1, READ_BYTES // file.id.get_filesize())
-    for array, text in texts:
-        for start in range(0, array.size, step):
-            unpacked += sum(map(len, text[start : start + step] if array.ndim else [text[()]]))
-            _check_size(unpacked)
-
-
-def _check_size(unpacked: int):
-    if unpacked > MAX_UNPACKED_BYTES:
+    parts = ((text, array.ndim, start) for array, text in texts for start in range(0, array.size, step))
+    lengths = (sum(map(len, text[start : start + step] if ndim else [text[()]])) for text, ndim, start in parts)
+    if any(unpacked > MAX_UNPACKED_BYTES for unpacked in accumulate(chain([sum(sizes)], lengths))):
         raise ValueError(f"it holds more than {MAX_UNPACKED_BYTES / 2**30:.0f} GB once unpacked. Upload fewer cells.")

@@ -31,10 +31,8 @@ class CellSource(Protocol):
     """Cells in groups that are read at once."""
 
     name: str  # in messages
+    var_names: pd.Index  # all genes, the columns of each group
     group_sizes: np.ndarray  # number of cells in each group: (groups,)
-
-    @property
-    def var_names(self) -> pd.Index: ...  # all genes, the columns of each group
 
     @property
     def obs(self) -> pd.DataFrame: ...  # labels of all cells, in the order of the groups and in memory

@@ -33,9 +33,6 @@ def is_prepared(path: str | Path) -> bool:
     return "://" in str(path) or (Path(path) / METADATA).is_file()
 
 
-# ==================== Writing ====================
-
-
 def make_features(cells: ad.AnnData, values: str):
     """The `datasets.Features` of cells with counts or log values: categorical columns of `obs` are labels."""
     from datasets import ClassLabel, Features, List, Value
@@ -115,9 +112,6 @@ def write_metadata(
     return metadata
 
 
-# ==================== Reading ====================
-
-
 class PreparedCells:
     """One split of a prepared folder, or of an address such as `hf://datasets/me/cells`, as a [`CellSource`]."""
 
@@ -132,15 +126,8 @@ class PreparedCells:
         self.groups = [(name, row) for name, sizes in files.items() for row in range(len(sizes))]
         self.group_sizes = np.concatenate(list(files.values()))
         self._open = lru_cache(32)(lambda name: pq.ParquetFile(f"{root}/{name}", filesystem=file_system))
-
-    @cached_property
-    def var(self) -> pd.DataFrame:
-        """The gene table, by name."""
-        return self._table(GENES).to_pandas().set_index("gene").rename_axis(None)
-
-    @cached_property
-    def var_names(self) -> pd.Index:
-        return self.var.index
+        self.var = self._table(GENES).to_pandas().set_index("gene").rename_axis(None)
+        self.var_names = self.var.index
 
     @cached_property
     def obs(self) -> pd.DataFrame:

@@ -53,8 +53,7 @@ class CellSplit:
         path = path / cls.FILE_NAME if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: give the --output_dir of a training.")
-        values = json.loads(path.read_text())
-        split = cls(list(values["train"]), list(values["test"]), values.get("seed"), values.get("prepared"))
+        split = cls(**json.loads(path.read_text()))
         if set(split.train) & set(split.test) or not (split.prepared or (split.train and split.test)):
             raise ValueError(f"{path} is no split.json of a training: a cell is on both sides, or a side is empty.")
         return split

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
@@ -54,7 +55,7 @@ def report_figure(
     points = np.split(embedding([x, *ys], "tsne"), np.cumsum([len(x), *map(len, ys)])[:-1])
     for axis, title, cells in zip(axes, samples, points[1:]):
         for group, colour, name in ((points[0], REAL, "held-out"), (cells, GENERATED, "generated")):
-            label, size = f"{name} ({len(group)})", _point_size(len(x) + len(cells))
+            label, size = f"{name} ({len(group)})", point_size(len(x) + len(cells))
             axis.scatter(*group.T, s=size, color=colour, label=label, linewidths=0, alpha=0.8)
         axis.set(title=title, xticks=[], yticks=[])
         axis.legend(markerscale=2, frameon=False)
@@ -110,7 +111,7 @@ def plot_types(axes: Sequence[Axes], points: Sequence[np.ndarray], types: Sequen
     """One panel for each group of cells `(cells, 2)`, coloured by type, over the first group in grey."""
     order = list(dict.fromkeys(name for group in types for name in pd.Series(group).value_counts().index))
     colours = type_colours(types)
-    size = _point_size(sum(map(len, points)))
+    size = point_size(sum(map(len, points)))
     for i, (axis, own, own_types) in enumerate(zip(axes, points, types)):
         if i > 0:
             axis.scatter(*points[0].T, s=size, color=BACKGROUND, linewidths=0)
@@ -145,6 +146,14 @@ def plot_markers(figure: Figure | SubFigure, panels: dict[str, tuple], cell_type
     figure.colorbar(dots, ax=axes, label="mean log1p(CP10k); size: fraction of cells", shrink=0.8)
 
 
+def plot_heatmap(axis: Axes, matrix, rows: Sequence, columns: Sequence, rotation: float = 60, **kwargs) -> AxesImage:
+    """A matrix as colours, with the names of its rows and columns."""
+    turned = {"rotation": rotation, "rotation_mode": "anchor", "ha": "right"} if rotation else {}
+    axis.set_xticks(range(len(columns)), columns, **turned)
+    axis.set_yticks(range(len(rows)), rows)
+    return axis.imshow(matrix, aspect="auto", **kwargs)
+
+
 def common_types(types: Sequence[np.ndarray]) -> list[str]:
     """Types with at least five cells in each group, sorted by their number in the first group."""
     names, numbers = np.unique(types[0], return_counts=True)
@@ -157,7 +166,7 @@ def subsample(cells: ad.AnnData, max_cells: int = MAX_CELLS) -> ad.AnnData:
     return cells[np.sort(np.random.default_rng(0).permutation(cells.n_obs)[:max_cells])]
 
 
-def _point_size(number: int) -> float:
+def point_size(number: int) -> float:
     """Area of a point, smaller for many cells."""
     return float(np.clip(12_000 / number, 2, 12))
 

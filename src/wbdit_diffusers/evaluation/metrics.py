@@ -197,13 +197,8 @@ def compare_labels(
     seed: int = 0,
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """
-    Metrics that need labels, over all `frequent` ones and of each. `pcs` are those of real and of generated cells.
-
-    - `purity`: accuracy on generated cells of a classifier fitted on training cells, divided by that on real cells.
-    - `f1`: macro-averaged score on real cells of a classifier fitted on generated cells.
-    - `lfc_slope`: slope of generated against real log fold changes of the first 50 markers of training cells.
-    - `de_recovery`: fraction of the first 50 markers of real cells that are among those of generated cells.
-    - `w2` (NaN for different numbers of cells), `mmd2` and `library_size_w1` are those of each label.
+    Metrics that need labels, over all `frequent` ones and of each: [`TITLES`] says what they are. `pcs` are those of
+    real and of generated cells. `w2` is NaN for different numbers of cells of a label.
     """
     if len(labels) < 2:
         return {}, {}

@@ -1,7 +1,6 @@
 """Generators judged on held-out cells, next to real cells and baselines that are judged in the same way."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -181,21 +180,15 @@ def _sparse(adata: ad.AnnData, layer: str | None, cells: CellArrays) -> CellArra
     return CellArrays(matrix, matrix, cells.library_size)
 
 
-@dataclass
 class _Evaluator:
     """Judges columns one after the other, with principal components that are fitted once on real cells."""
 
-    train: CellArrays
-    test: CellArrays
-    donors: list[np.ndarray] | None
-    parity: bool
-    seed: int
-
-    def __post_init__(self):
-        fitted, self.other_half = split_halves(self.train.labels, self.seed)
-        self.fitted = self.train[fitted]
-        self.pca = PCA(min(30, *self.fitted.expression.shape), random_state=self.seed).fit(self.fitted.expression)
-        self.train_pcs, self.test_pcs = (self.pca.transform(cells.expression) for cells in (self.train, self.test))
+    def __init__(self, train: CellArrays, test: CellArrays, donors: list | None, parity: bool, seed: int):
+        self.train, self.test, self.donors, self.parity, self.seed = train, test, donors, parity, seed
+        fitted, self.other_half = split_halves(train.labels, seed)
+        self.fitted = train[fitted]
+        self.pca = PCA(min(30, *self.fitted.expression.shape), random_state=seed).fit(self.fitted.expression)
+        self.train_pcs, self.test_pcs = (self.pca.transform(cells.expression) for cells in (train, test))
 
     def draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Training cells of a draw with the labels of the held-out ones: the real reference, and cells to find."""
@@ -208,12 +201,7 @@ class _Evaluator:
             unknown = [] if types is None else np.setdiff1d(types, np.append(self.train.types, self.test.types))
             if len(unknown):
                 raise ValueError(f"{name!r} has the unknown type {str(unknown[0])!r}: rename it as in the real cells.")
-        all_cells: dict[str, dict] = {}
-        per_type: dict[str, dict] = {}
-        if self.train.types is not None:  # rare types have a row, if only with their number of cells
-            for label in np.unique(np.append(self.train.types, self.test.types)):
-                numbers = (int(np.sum(real.types == label)) for real in (self.train, self.test))
-                per_type[str(label)] = {**dict(zip(("num_train", "num_test"), numbers)), "metrics": {}}
+        rows: dict[str, list] = {name: [] for name in [*columns, REFERENCE]}  # of each draw: metrics, and by type
         num_draws = max(map(len, columns.values()))
         total = num_draws + sum(map(len, columns.values()))
         with tqdm(**bar_options(total=total, desc="Judging", unit=" samples")) as progress_bar:
@@ -221,12 +209,16 @@ class _Evaluator:
                 reference, members = self.draw(i)
                 draws = {name: drawn[i] for name, drawn in columns.items() if i < len(drawn)}
                 for name, cells in (draws | {REFERENCE: self.train[reference]}).items():
-                    row, by_type = self.measure(cells, None if name == REFERENCE else members, self.seed + i)
-                    _append(all_cells.setdefault(name, {}), row)
-                    for label, row in by_type.items():
-                        _append(per_type[label]["metrics"].setdefault(name, {}), row)
+                    rows[name].append(self.measure(cells, None if name == REFERENCE else members, self.seed + i))
                     progress_bar.update()
-        return all_cells, per_type
+        per_type: dict[str, dict] = {}
+        if self.train.types is not None:  # rare types have a row, if only with their number of cells
+            for label in np.unique(np.append(self.train.types, self.test.types)).tolist():
+                num_train, num_test = (int((real.types == label).sum()) for real in (self.train, self.test))
+                of_label = {name: _lists([types.get(label, {}) for _, types in drawn]) for name, drawn in rows.items()}
+                of_label = {name: lists for name, lists in of_label.items() if lists}
+                per_type[label] = {"num_train": num_train, "num_test": num_test, "metrics": of_label}
+        return {name: _lists([row for row, _ in drawn]) for name, drawn in rows.items()}, per_type
 
     def measure(self, cells: CellArrays, members: np.ndarray | None, seed: int) -> tuple[dict, dict[str, dict]]:
         """All metrics, and those by type. `members` are training cells to find; the reference consists of some."""
@@ -257,7 +249,6 @@ class _Evaluator:
         return row | pooled, by_type
 
 
-def _append(lists: dict[str, list], row: dict[str, float]):
-    """Appends each value to the list of its name."""
-    for metric, value in row.items():
-        lists.setdefault(metric, []).append(value)
+def _lists(rows: list[dict[str, float]]) -> dict[str, list[float]]:
+    """The values of each metric in some rows, as far as they have it."""
+    return {metric: [row[metric] for row in rows if metric in row] for row in rows for metric in row}

@@ -46,13 +46,33 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
         raise ValueError(f"{', '.join(pipes)} have different labels or values: judge them one by one.")
     sources = [AnnDataSource(cells, layer, "The data of real cells", round_counts) for cells in (train, test)]
     train, test = (source.read() for source in sources)
+    for name, adata in (("The training data", train), ("The held-out data", test)):
+        combined_labels(adata, [*label_keys, *filter(None, [config.donor_key])], name)
     is_copy = _copies(train, test, layer)
-    samples, test = _samples(config, paths, pipes, train, test, label_keys, is_copy)
+    known, fresh = np.ones(test.n_obs, dtype=bool), np.flatnonzero(~is_copy)
+    for pipe in pipes.values():
+        known &= pipe.processor.knows_labels(test)
+    judged = fresh[cells_to_judge(known[fresh])]
+    samples = {}
+    for name in [name for name in paths if name not in pipes]:
+        drawn = [read_cells(path) for path in paths[name]]
+        for sample in drawn:
+            combined_labels(sample, label_keys, repr(name))
+        # Files have a cell for each held-out cell, including those that are not judged.
+        samples[name] = [sample[judged] if sample.n_obs == test.n_obs else sample for sample in drawn]
+    test = test[judged]
+    if samples:
+        common_genes(samples, train, test)
+    call = {"guidance_scale": config.guidance_scale, "num_inference_steps": config.num_inference_steps}
+    for name, pipe in pipes.items():
+        pipe.set_progress_bar_config(**bar_options(desc=f"Generating {name}", unit=" steps"))
+        samples[name], _ = draw_samples(pipe, test, config.num_samples, config.seed, **call)
+    samples = {name: samples[name] for name in paths}
     if len(samples) == 1:
         samples = {GENERATED: samples.popitem()[1]}
     baselines = None
     if config.baselines and len(pipes) == 1:
-        pipe = next(iter(pipes.values()))
+        (pipe,) = pipes.values()
         baselines = draw_baselines(pipe, train, test, config.num_samples, config.seed)
     report = evaluate_cells(
         samples, train, test, label_keys, layer, values, baselines, config.donor_key, config.parity, config.seed
@@ -114,36 +134,3 @@ def _copies(train: ad.AnnData, test: ad.AnnData, layer: str | None) -> np.ndarra
     if is_copy.any():
         logger.warning(f"{which} ({test.obs_names[is_copy][0]!r} first): they are left out.")
     return is_copy
-
-
-def _samples(
-    config: EvaluateConfig,
-    paths: dict[str, list[str]],
-    pipes: dict[str, ScRNAGenerationPipeline],
-    train: ad.AnnData,
-    test: ad.AnnData,
-    label_keys: list[str],
-    is_copy: np.ndarray,
-) -> tuple[dict[str, list[ad.AnnData]], ad.AnnData]:
-    """Samples of each generator, and the held-out cells that correspond to them."""
-    for name, adata in (("The training data", train), ("The held-out data", test)):
-        combined_labels(adata, [*label_keys, *filter(None, [config.donor_key])], name)
-    known = np.ones(test.n_obs, dtype=bool)
-    for pipe in pipes.values():
-        known &= pipe.processor.knows_labels(test)
-    fresh, samples = np.flatnonzero(~is_copy), {}
-    judged = fresh[cells_to_judge(known[fresh])]
-    for name in [name for name in paths if name not in pipes]:
-        drawn = [read_cells(path) for path in paths[name]]
-        # Files have a cell for each held-out cell, including those that are not judged.
-        samples[name] = [sample[judged] if sample.n_obs == test.n_obs else sample for sample in drawn]
-        for sample in drawn:
-            combined_labels(sample, label_keys, repr(name))
-    test = test[judged]
-    if samples:
-        common_genes(samples, train, test)
-    call = {"guidance_scale": config.guidance_scale, "num_inference_steps": config.num_inference_steps}
-    for name, pipe in pipes.items():
-        pipe.set_progress_bar_config(**bar_options(desc=f"Generating {name}", unit=" steps"))
-        samples[name], _ = draw_samples(pipe, test, config.num_samples, config.seed, **call)
-    return {name: samples[name] for name in paths}, test

@@ -86,11 +86,10 @@ def verdict(report: dict) -> str:
     words = next((words for limit, words in VERDICTS.items() if excess["mean"] <= limit), NOT_FIT)
     ours, real = (np.nanmean(report["metrics"][column][f"auc_{judge}"]) for column in (name, REFERENCE))
     values = {"words": words, "classifier": CLASSIFIERS[judge], "column": name, "ours": ours, "real": real}
-    values["excess"] = excess_and_sd(report, name)
     if MIXTURE in report["excess"]:
         values["mixture"] = excess_and_sd(report, MIXTURE)
         values["is_worse"] = excess["mean"] > report["excess"][MIXTURE]["mean"] + excess["sd"]
-    return " ".join(_render("verdict", report=report, **values).split())
+    return " ".join(_render("verdict", report=report, excess=excess_and_sd(report, name), **values).split())
 
 
 def describe_samples(report: dict) -> str:

@@ -1,6 +1,7 @@
 """How a condition acts: by programs or by the decoder, in which block, and at which noise."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import nn
@@ -96,41 +97,34 @@ def block_shares(
 ) -> list[float]:
     """The share of each block, and of the output layer at last, in the change from the second labels to the first."""
     modules = [*(block.modulation for block in denoiser.blocks), denoiser.modulation_out]
+    number, denoised = pipe.config.num_inference_steps, partial(_denoised, denoiser, pipe, labels, seed)
 
     def without(module: nn.Linear) -> torch.Tensor:
         # The two rows of the modulation are those of the two labels.
         with module.register_forward_hook(lambda _, args, output: output.flip(0)):
-            return _denoised(denoiser, pipe, labels, [0] * pipe.config.num_inference_steps, seed)
+            return denoised([0] * number)
 
-    return _lost(denoiser, pipe, labels, map(without, modules), seed)
+    return _lost(denoised, number, map(without, modules))
 
 
 def timestep_shares(
     denoiser: nn.Module, pipe: ScRNAGenerationPipeline, labels: torch.Tensor, seed: int
 ) -> list[float]:
     """The share of each quarter of the steps, from noise to cells, in the same change."""
-    number = pipe.config.num_inference_steps
+    number, denoised = pipe.config.num_inference_steps, partial(_denoised, denoiser, pipe, labels, seed)
     ranges = [range(i * number // NUM_RANGES, (i + 1) * number // NUM_RANGES) for i in range(NUM_RANGES)]
-    without = (_denoised(denoiser, pipe, labels, [int(step in own) for step in range(number)], seed) for own in ranges)
-    return _lost(denoiser, pipe, labels, without, seed)
+    return _lost(denoised, number, (denoised([int(step in own) for step in range(number)]) for own in ranges))
 
 
-def _lost(
-    denoiser: nn.Module,
-    pipe: ScRNAGenerationPipeline,
-    labels: torch.Tensor,
-    without: Iterable[torch.Tensor],
-    seed: int,
-) -> list[float]:
+def _lost(denoised: Callable[[list[int]], torch.Tensor], number: int, without: Iterable[torch.Tensor]) -> list[float]:
     """The part of the mean change of latents that is lost in each of some denoised cells."""
-    number = pipe.config.num_inference_steps
-    full, none = (_denoised(denoiser, pipe, labels, [row] * number, seed).mean(0) for row in (0, 1))
+    full, none = (denoised([row] * number).mean(0) for row in (0, 1))
     change = full - none
     return [(1 - (one.mean(0) - none) @ change / change.square().sum().clamp(min=1e-12)).item() for one in without]
 
 
 def _denoised(
-    denoiser: nn.Module, pipe: ScRNAGenerationPipeline, labels: torch.Tensor, rows: list[int], seed: int
+    denoiser: nn.Module, pipe: ScRNAGenerationPipeline, labels: torch.Tensor, seed: int, rows: list[int]
 ) -> torch.Tensor:
     """Latents from the same noise, where `rows` are the rows of the labels at each step."""
     noise = CellNoise(torch.Generator().manual_seed(seed)).batch(0, NUM_CELLS)

@@ -22,18 +22,6 @@ def add_noise(latents: torch.Tensor, timestep: int, scheduler: SchedulerMixin, s
     return a * latents + s * noise
 
 
-def clean_programs(
-    denoiser: nn.Module,
-    pipe: ScRNAGenerationPipeline,
-    noisy: torch.Tensor,
-    timestep: int,
-    class_labels: torch.Tensor | None,
-) -> torch.Tensor:
-    """The programs that a denoiser expects in clean cells, `(cells, programs)`."""
-    output = denoiser(noisy, timestep, class_labels, return_dict=False)[0]
-    return pipe.codec.activities(to_clean(output, noisy, timestep, pipe.scheduler))
-
-
 @torch.no_grad()
 def measure_explained_variance(
     denoisers: dict[str, nn.Module],
@@ -43,14 +31,20 @@ def measure_explained_variance(
     seed: int = 0,
 ) -> list[dict]:
     """The fraction of each program's variance that each denoiser predicts, by timestep. At pure noise it is 0."""
+
+    def guess(denoiser: nn.Module, noisy: torch.Tensor, timestep: int) -> torch.Tensor:
+        """The programs that a denoiser expects in clean cells, `(cells, programs)`."""
+        output = denoiser(noisy, timestep, class_labels, return_dict=False)[0]
+        return pipe.codec.activities(to_clean(output, noisy, timestep, pipe.scheduler))
+
     truth, last = pipe.codec.activities(latents), pipe.scheduler.config.num_train_timesteps - 1
-    prior = clean_programs(denoisers["closed_form"], pipe, torch.zeros_like(latents), last, class_labels)
+    prior = guess(denoisers["closed_form"], torch.zeros_like(latents), last)
     scale = (truth - prior).square().mean(0)  # (programs,)
     rows = []
     for timestep in TIMESTEPS:
         noisy = add_noise(latents, timestep, pipe.scheduler, seed)
-        guesses = {name: clean_programs(one, pipe, noisy, timestep, class_labels) for name, one in denoisers.items()}
-        explained = {name: 1 - (truth - guess).square().mean(0) / scale for name, guess in guesses.items()}
+        guesses = {name: guess(denoiser, noisy, timestep) for name, denoiser in denoisers.items()}
+        explained = {name: 1 - (truth - own).square().mean(0) / scale for name, own in guesses.items()}
         network, closed_form = guesses["network"], guesses["closed_form"]
         difference = (network - closed_form).square().sum() / (network - prior).square().sum()
         row = {"timestep": timestep, **{name: values.tolist() for name, values in explained.items()}}

@@ -73,7 +73,9 @@ def explain(
         "type_stability": lambda: measure_type_stability(
             denoisers, pipe, latents[:FEW_CELLS], train_latents, train_types, seed
         ),
-        "interventions": lambda: measure_interventions(denoisers, pipe, test, train, latents, train_latents, seed),
+        "interventions": lambda: measure_interventions(
+            denoisers, pipe, [(test, latents), (train, train_latents)], seed
+        ),
         "condition": lambda: measure_condition(
             pipe, gaussian_mixture, train_latents, pipe.processor.encode_labels(train), seed
         ),
@@ -101,12 +103,8 @@ def _cells(pipe: ScRNAGenerationPipeline, test: ad.AnnData, latents: torch.Tenso
     import scanpy as sc  # slow to import
 
     config, genes = pipe.processor.config, pipe.processor.var_names
-    expression = real_cells(test, genes, config.values, config.layer).expression
-    cells = ad.AnnData(
-        sparse.csr_matrix(expression),
-        obs=test.obs[list(pipe.processor.label_keys)].copy(),
-        var=test.var.loc[genes, []],
-    )
+    expression = sparse.csr_matrix(real_cells(test, genes, config.values, config.layer).expression)
+    cells = ad.AnnData(expression, obs=test.obs[list(config.label_keys)].copy(), var=test.var.loc[genes, []])
     add_programs(cells, pipe.codec, latents)
     cells.obsm["X_latents"] = latents.cpu().numpy()
     sc.pp.neighbors(cells, n_neighbors=min(15, cells.n_obs - 1), use_rep="X_latents", random_state=0)
@@ -135,39 +133,34 @@ def describe_programs(pipe: ScRNAGenerationPipeline, cells: ad.AnnData, types: n
         sign = 1 if aucs[best] >= 0.5 else -1
         markers = rank_markers(expression, types, name)[:NUM_MARKERS]
         top = np.argsort(-sign * weighted[:, best])[:NUM_MARKERS]
-        by_type.append(
-            {
-                "type": name,
-                "cells": int((types == name).sum()),
-                "program": f"program_{best}",
-                "sign": sign,
-                "auc": float(separation[best]),
-                "second_auc": float(separation[others[0]]) if others else None,
-                "markers": len(set(markers) & set(top)),
-            }
-        )
+        row = {
+            "type": name,
+            "cells": int((types == name).sum()),
+            "program": f"program_{best}",
+            "sign": sign,
+            "auc": float(separation[best]),
+            "second_auc": float(separation[others[0]]) if others else None,
+            "markers": len(set(markers) & set(top)),
+        }
+        by_type.append(row)
     return rows, by_type
 
 
 def measure_interventions(
-    denoisers: dict[str, nn.Module],
-    pipe: ScRNAGenerationPipeline,
-    test: ad.AnnData,
-    train: ad.AnnData,
-    latents: torch.Tensor,
-    train_latents: torch.Tensor,
-    seed: int = 0,
+    denoisers: dict[str, nn.Module], pipe: ScRNAGenerationPipeline, sides: list, seed: int = 0
 ) -> list[dict]:
     """
     Holds each of the first two programs at some activities. Compares the responses of the other programs with their
     regression on it among held-out cells of the same labels. The regression among training cells is the reference.
+    `sides` are held-out and training cells, each with its latents `(cells, num_features)`.
     """
     rows, codec, label_keys = [], pipe.codec, list(pipe.processor.label_keys)
     within, train_within = (
-        within_labels(codec.activities(own).cpu().numpy(), combined_labels(cells, label_keys))
-        for own, cells in ((latents, test), (train_latents, train))
+        within_labels(codec.activities(latents).cpu().numpy(), combined_labels(cells, label_keys))
+        for cells, latents in sides
     )
-    conditions = {key: test.obs[key].astype(str).tolist()[:FEW_CELLS] for key in label_keys}
+    test = sides[0][0][:FEW_CELLS]
+    conditions = {key: test.obs[key].astype(str).tolist() for key in label_keys}
     for program in range(min(2, codec.config.num_programs)):
         truth, of_training = (
             cells.T @ cells[:, program] / (cells[:, program] @ cells[:, program]) for cells in (within, train_within)
@@ -177,7 +170,7 @@ def measure_interventions(
             source, means, misses = with_denoiser(pipe, denoiser), [], []
             for activity in HELD_ACTIVITIES:
                 drawn = source(
-                    num_cells=min(FEW_CELLS, len(latents)),
+                    num_cells=test.n_obs,
                     conditions=conditions,
                     generator=torch.Generator().manual_seed(seed),
                     output_type="latent",

@@ -7,17 +7,17 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, select_autoescape
+from jinja2 import Template
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evaluation.figure import CONTROL, GENERATED, REAL, plot_types
+from ..evaluation.figure import CONTROL, GENERATED, REAL, plot_heatmap, plot_types, point_size
 from ..version import __version__
 
 
 NETWORK = GENERATED
-SOLID, DASHED = {"color": NETWORK}, {"color": CONTROL, "linestyle": "--"}
-CLOSED_FORM = "closed form of a Gaussian mixture"
+DENOISERS = {"network": "network", "closed_form": "closed form of a Gaussian mixture"}
 MAX_TYPES = 40
 SHOWN_PROGRAMS = 3  # on the UMAP
 
@@ -43,11 +43,10 @@ def write_report(folder: Path, report: dict, cells: ad.AnnData, title: str):
         figure.savefig(path, dpi=100)
         plt.close(figure)
         images[name] = base64.b64encode(path.read_bytes()).decode()
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape())
+    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"), autoescape=True)
     facts = summarize(report)
-    names = {"report": report, "images": images, "title": title, "version": __version__}
-    names |= {"facts": facts, "warnings": find_warnings(report, facts)}
-    (folder / "explain.html").write_text(environment.get_template("page.html").render(names))
+    names = {"facts": facts, "warnings": find_warnings(report, facts), "version": __version__}
+    (folder / "explain.html").write_text(template.render(names, report=report, images=images, title=title))
 
 
 def summarize(report: dict) -> dict[str, float]:
@@ -87,65 +86,70 @@ def find_warnings(report: dict, facts: dict[str, float]) -> list[str]:
     return warnings
 
 
+def _panels(number: int, width: float, height: float, **kwargs) -> tuple[Figure, np.ndarray]:
+    """A figure with panels side by side."""
+    figure, axes = plt.subplots(1, number, figsize=(width, height), layout="constrained", squeeze=False, **kwargs)
+    return figure, axes[0]
+
+
+def _plot_pair(axis: Axes, curves: pd.DataFrame, names: dict[str, str], **texts):
+    """The curve of the network and, dashed, that of its control, from the named columns."""
+    pair = curves[list(names)].rename(columns=names)
+    pair.plot(ax=axis, style=["o-", "o--"], color=[NETWORK, CONTROL], **texts)
+    axis.legend(frameon=False)
+
+
 def _programs_figure(report: dict, cells: ad.AnnData) -> Figure:
-    programs = report["programs"]
-    key = report["label_key"]
+    programs, key, points = report["programs"], report["label_key"], cells.obsm["X_umap"]
     number = len(programs)
-    shown = min(SHOWN_PROGRAMS, number)
     figure = plt.figure(figsize=(13, 4.2 + 0.26 * number), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[3.6, 0.6 + 0.26 * number])
-    axes = top.subplots(1, shown + (key is not None), squeeze=False)[0]
-    points = cells.obsm["X_umap"]
-    size = float(np.clip(9000 / len(points), 2, 14))
+    axes = top.subplots(1, min(SHOWN_PROGRAMS, number) + (key is not None), squeeze=False)[0]
     if key is not None:
         plot_types(axes[:1], [points], [cells.obs[key].astype(str).to_numpy()], [f"held-out cells by {key}"])
     for i, axis in enumerate(axes[key is not None :]):
         values = cells.obsm["X_programs"][:, i]
-        limit = np.quantile(np.abs(values), 0.98)
+        limit, size = np.quantile(np.abs(values), 0.98), point_size(len(points))
         dots = axis.scatter(*points.T, s=size, c=values, cmap="RdBu_r", vmin=-limit, vmax=limit, linewidths=0)
         axis.set_title(f"program_{i}:\n{programs[i]['name']}")
         top.colorbar(dots, ax=axis, shrink=0.7)
-    for axis in axes:
-        axis.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
+    plt.setp(axes, xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
     types = list(programs[0]["mean_activity"])[:MAX_TYPES]
-    matrix = np.array([[row["mean_activity"][name] for name in types] for row in programs])
+    matrix = [[row["mean_activity"][name] for name in types] for row in programs]
+    rows = [f"program_{i}: {row['name']}" for i, row in enumerate(programs)]
     axis = bottom.subplots()
-    image = axis.imshow(matrix, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
-    axis.set_xticks(range(len(types)), types, rotation=45, ha="right")
-    axis.set_yticks(range(number), [f"program_{i}: {row['name']}" for i, row in enumerate(programs)])
+    image = plot_heatmap(axis, matrix, rows, types, cmap="RdBu_r", vmin=-2, vmax=2)
     axis.set_title("mean activity of each program, in standard deviations of the training cells")
     bottom.colorbar(image, ax=axis)
     return figure
 
 
 def _layers_figure(report: dict) -> Figure:
-    layers = pd.DataFrame(report["layers"])
-    timesteps = sorted(layers["timestep"].unique())
-    figure, axes = plt.subplots(1, len(timesteps), figsize=(13, 3.4), layout="constrained", sharex=True, squeeze=False)
-    for axis, timestep in zip(axes[0], timesteps):
-        for name, style in (("trained", SOLID), ("untrained", DASHED)):
-            own = layers[(layers["timestep"] == timestep) & (layers["network"] == name)]
-            axis.plot(own["layer"], own["explained"], marker="o", label=name, **style)
-        axis.set(title=f"timestep {timestep}", xlabel="after block")
+    by_timestep = pd.DataFrame(report["layers"]).groupby("timestep")
+    figure, axes = _panels(len(by_timestep), 13, 3.4, sharex=True)
+    names, ylabel = ("trained", "untrained"), "fraction of the clean cell that\na linear map of the tokens explains"
+    for axis, (timestep, layers) in zip(axes, by_timestep):
+        curves = layers.pivot(index="layer", columns="network", values="explained")
+        texts = {"title": f"timestep {timestep}", "xlabel": "after block", "ylabel": ylabel}
+        _plot_pair(axis, curves, dict(zip(names, names)), **texts)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[0, 0].set_ylabel("fraction of the clean cell that\na linear map of the tokens explains")
-    axes[0, 0].legend(frameon=False)
+        axis.label_outer()
     return figure
 
 
 def _steps_figure(report: dict) -> Figure:
     layers = pd.DataFrame(report["layers"]).query("layer > 0").groupby(["network", "layer"]).mean()
     trained, untrained = layers.loc["trained"], layers.loc["untrained"]
-    panels = [
-        ("coding rate:\nchange by attention", [("own", "own subspaces"), ("random", "random subspaces")]),
-        ("attention's step and\nsteepest descent: cosine", [("cosine", "trained")]),
-        ("objective of sparse coding:\nchange by ISTA", [("objective", "trained")]),
-        ("size of a block's step\nrelative to its tokens", [("step", "trained")]),
-    ]
-    panels = [panel for panel in panels if panel[1][0][0] in layers]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.25 * len(panels), 3.6), layout="constrained", squeeze=False)
-    for axis, (title, curves) in zip(axes[0], panels):
-        for (key, label), colour, dark in zip(curves, (NETWORK, CONTROL), ("black", CONTROL)):
+    panels = {
+        "coding rate:\nchange by attention": {"own": "own subspaces", "random": "random subspaces"},
+        "attention's step and\nsteepest descent: cosine": {"cosine": "trained"},
+        "objective of sparse coding:\nchange by ISTA": {"objective": "trained"},
+        "size of a block's step\nrelative to its tokens": {"step": "trained"},
+    }
+    panels = {title: curves for title, curves in panels.items() if curves.keys() <= set(layers)}
+    figure, axes = _panels(len(panels), 3.25 * len(panels), 3.6)
+    for axis, (title, curves) in zip(axes, panels.items()):
+        for (key, label), colour, dark in zip(curves.items(), (NETWORK, CONTROL), ("black", CONTROL)):
             axis.plot(trained[key], "o-", color=colour, label=label)
             label = "untrained" if label == "trained" else f"{label}, untrained"
             axis.plot(untrained[key], "--", color=dark, linewidth=1, label=label)
@@ -158,52 +162,41 @@ def _steps_figure(report: dict) -> Figure:
 
 
 def _type_stability_figure(report: dict) -> Figure:
-    rows = pd.DataFrame(report["type_stability"])
+    rows = pd.DataFrame(report["type_stability"]).pivot(index="timestep", columns="denoiser")
     has_types = "changed" in rows
-    number = 1 + has_types
-    figure, axes = plt.subplots(1, number, figsize=(6.5 * number, 3.6), layout="constrained")
-    axes = np.atleast_1d(axes)
-    for name, label, style in (("network", "network", SOLID), ("closed_form", CLOSED_FORM, DASHED)):
-        own = rows[rows["denoiser"] == name].set_index("timestep")
-        axes[0].plot(own["correlation_mean"], marker="o", label=label, **style)
-        if name == "network":
-            axes[0].plot(own.index, own["correlation"].tolist(), color=NETWORK, linewidth=0.4, alpha=0.5)
-        if has_types:
-            axes[1].plot(own["changed"], marker="o", label=label, **style)
-    title = "programs before and after (thin lines: each program)"
-    axes[0].set(title=title, xlabel="noise up to timestep", ylabel="correlation")
+    figure, axes = _panels(1 + has_types, 6.5 * (1 + has_types), 3.6)
+    texts = {"title": "programs before and after (thin lines: each program)", "ylabel": "correlation"}
+    _plot_pair(axes[0], rows["correlation_mean"], DENOISERS, **texts, xlabel="noise up to timestep")
+    each = rows["correlation", "network"]
+    axes[0].plot(each.index, each.tolist(), color=NETWORK, linewidth=0.4, alpha=0.5)
     if has_types:
-        axes[1].axhline(rows["chance"][0], color="black", linestyle=":", label="shuffled cells")
-        axes[1].set(title="cells that change their type", xlabel="noise up to timestep", ylabel="fraction")
-    for axis in axes:
-        axis.legend(frameon=False)
+        axes[1].axhline(rows["chance"].iloc[0, 0], color="black", linestyle=":", label="shuffled cells")
+        texts = {"title": "cells that change their type", "ylabel": "fraction"}
+        _plot_pair(axes[1], rows["changed"], DENOISERS, **texts, xlabel="noise up to timestep")
     return figure
 
 
 def _explained_variance_figure(report: dict) -> Figure:
     rows = pd.DataFrame(report["explained_variance"]).set_index("timestep")
-    figure, axes = plt.subplots(1, 2, figsize=(13, 3.6), layout="constrained")
-    axes[0].plot(rows["network_mean"], marker="o", label="network", **SOLID)
-    axes[0].plot(rows["closed_form_mean"], marker="o", label="closed form", **DASHED)
-    axes[0].set(title="fraction of the programs' variance that is explained", xlabel="timestep")
-    axes[0].legend(frameon=False)
-    axes[1].plot(rows["agreement"], marker="o", **SOLID)
-    axes[1].set(title="agreement of the network with the closed form", xlabel="timestep", ylim=(0, 1.02))
+    figure, axes = _panels(2, 13, 3.6)
+    names = {"network_mean": "network", "closed_form_mean": "closed form"}
+    _plot_pair(axes[0], rows, names, title="fraction of the programs' variance that is explained")
+    title = "agreement of the network with the closed form"
+    rows["agreement"].plot(ax=axes[1], style="o-", color=NETWORK, title=title, ylim=(0, 1.02))
     return figure
 
 
 def _interventions_figure(report: dict) -> Figure:
-    rows = {(row["program"], row["source"]): row for row in report["interventions"]}
-    programs = sorted({program for program, _ in rows})
-    sources = (
-        ("training cells", REAL, "training cells", "x"),
-        ("closed_form", CONTROL, "closed form, held", "o"),
-        ("network", NETWORK, "network, held", "o"),
-    )
-    figure, axes = plt.subplots(1, len(programs), figsize=(6 * len(programs), 4), layout="constrained", squeeze=False)
-    for axis, program in zip(axes[0], programs):
-        for name, colour, label, marker in sources:
-            row = rows[program, name]
+    by_program = pd.DataFrame(report["interventions"]).groupby("program")
+    sources = {
+        "training cells": (REAL, "x", "training cells"),
+        "closed_form": (CONTROL, "o", "closed form, held"),
+        "network": (NETWORK, "o", "network, held"),
+    }
+    figure, axes = _panels(len(by_program), 6 * len(by_program), 4)
+    for axis, (program, rows) in zip(axes, by_program):
+        for source, (colour, marker, label) in sources.items():
+            row = rows.set_index("source").loc[source]
             held = int(program.removeprefix("program_"))
             points = (np.delete(row[key], held) for key in ("regression", "responses"))
             axis.scatter(*points, color=colour, marker=marker, s=22, label=f"{label}: slope {row['slope']:.2f}")
@@ -215,20 +208,18 @@ def _interventions_figure(report: dict) -> Figure:
 
 
 def _condition_figure(condition: dict) -> Figure:
-    rows = condition["types"]
-    types = [row["type"] for row in rows]
-    panels = [
-        ("blocks", "block of the network", [*range(1, len(rows[0]["blocks"])), "out"]),
-        ("untrained_blocks", "block, untrained matrices", [*range(1, len(rows[0]["blocks"])), "out"]),
-        ("timesteps", "quarter of the steps", [1, 2, 3, 4]),
-        ("closed_form_timesteps", "quarter, closed form", [1, 2, 3, 4]),
-    ]
-    height = 1.8 + 0.3 * len(rows)
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, height), layout="constrained", sharey=True)
-    for axis, (key, title, ticks) in zip(axes, panels):
-        image = axis.imshow([row[key] for row in rows], cmap="Blues", vmin=0, vmax=0.6, aspect="auto")
-        axis.set_xticks(range(len(ticks)), ticks)
-        axis.set_yticks(range(len(types)), types)
-        axis.set(title=title)
+    rows = pd.DataFrame(condition["types"])
+    blocks = [*range(1, len(rows["blocks"][0])), "out"]
+    panels = {
+        "blocks": ("block of the network", blocks),
+        "untrained_blocks": ("block, untrained matrices", blocks),
+        "timesteps": ("quarter of the steps", [1, 2, 3, 4]),
+        "closed_form_timesteps": ("quarter, closed form", [1, 2, 3, 4]),
+    }
+    figure, axes = _panels(len(panels), 13, 1.8 + 0.3 * len(rows), sharey=True)
+    for axis, (key, (title, ticks)) in zip(axes, panels.items()):
+        shares = rows[key].tolist()
+        image = plot_heatmap(axis, shares, rows["type"], ticks, rotation=0, cmap="Blues", vmin=0, vmax=0.6)
+        axis.set_title(title)
     figure.colorbar(image, ax=axes, label="share of the change that is\nlost without the condition")
     return figure

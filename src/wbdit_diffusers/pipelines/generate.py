@@ -66,7 +66,7 @@ def generate(config: GenerateConfig) -> tuple[int, int]:
         if config.num_processes > 1:
             _launch(config, parts)
         else:
-            with state.split_between_processes(list(parts)) as own, _progress(parts) as bar:
+            with state.split_between_processes(list(parts)) as own, _progress(config, parts) as bar:
                 for part in own:
                     if not part.exists():
                         write_cells(part, _stream(config, pipe, parts[part], noise))
@@ -76,7 +76,11 @@ def generate(config: GenerateConfig) -> tuple[int, int]:
                 write_cells(path, map(ad.read_h5ad, parts))
                 remove(folder)
     except BaseException as error:
-        kept = _keep(folder, parts)
+        done = f"{_count(parts):,} of {config.num_cells:,} cells"
+        kept = f"{done} are kept in {folder}: the same command continues from there."
+        if not _count(parts):
+            remove(folder)
+            kept = ""
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(kept) from error
         if isinstance(error, OSError) and kept not in str(error):  # where a launched process has said so
@@ -116,16 +120,6 @@ def _claim(folder: Path, config: GenerateConfig, pipe: ScRNAGenerationPipeline):
     write_whole(record, lambda partial: partial.write_text(json.dumps(facts)))
 
 
-def _keep(folder: Path, parts: dict[Path, range]) -> str:
-    """Says how many cells an interrupted run keeps. Removes the folder if there are none."""
-    done = _count(parts)
-    if not done:
-        remove(folder)
-        return ""
-    total = sum(map(len, parts.values()))
-    return f"{done:,} of {total:,} cells are kept in {folder}: the same command continues from there."
-
-
 def _launch(config: GenerateConfig, parts: dict[Path, range]):
     """Runs the same command in processes of `accelerate launch`. Raises the error of one that fails."""
     threads = max(1, torch.get_num_threads() // config.num_processes)
@@ -137,7 +131,7 @@ def _launch(config: GenerateConfig, parts: dict[Path, range]):
     command += ["--cell_types", *flags.pop("cell_types"), "--conditions", *conditions]
     command += [f"--{key}={flags[key]}" for key in flags if key not in ("model", "num_processes")]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", LAUNCHED: "true"}
-    with tempfile.TemporaryFile("w+") as output, _progress(parts) as bar:
+    with tempfile.TemporaryFile("w+") as output, _progress(config, parts) as bar:
         with subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=output, text=True
         ) as process:
@@ -159,10 +153,9 @@ def _count(parts: dict[Path, range]) -> int:
     return sum(len(cells) for part, cells in parts.items() if part.exists())
 
 
-def _progress(parts: dict[Path, range]) -> tqdm:
+def _progress(config: GenerateConfig, parts: dict[Path, range]) -> tqdm:
     """A bar of all cells."""
-    total = sum(map(len, parts.values()))
-    return tqdm(**bar_options(total=total, initial=_count(parts), desc="Generating", unit=" cells"))
+    return tqdm(**bar_options(total=config.num_cells, initial=_count(parts), desc="Generating", unit=" cells"))
 
 
 def choose_device(name: str | None = None, rank: int = 0) -> torch.device:

@@ -59,13 +59,14 @@ def find_log_scale(matrix: sparse.csr_matrix, max_cells: int = 400) -> LogScale 
     if np.mean(some_values == np.rint(some_values)) > MIN_SHARE:  # whole numbers are not logarithms
         return None
     decimals = _decimals(some_values)
+    values = np.split(matrix.data, matrix.indptr[1:-1])  # of each cell
     few = cells[:: max(1, len(cells) // 50)]
     found = {
-        name: np.mean([cell_counts(_row(matrix, cell), ln_base, decimals) is not None for cell in few])
-        for name, ln_base in LN_BASES.items()
+        ln_base: sum(cell_counts(values[cell], ln_base, decimals) is not None for cell in few)
+        for ln_base in LN_BASES.values()
     }
-    ln_base = LN_BASES[max(found, key=lambda name: found[name])]
-    results = [result for cell in cells if (result := cell_counts(_row(matrix, cell), ln_base, decimals))]
+    ln_base = max(found, key=lambda ln_base: found[ln_base])
+    results = [result for cell in cells if (result := cell_counts(values[cell], ln_base, decimals))]
     if len(results) < MIN_SHARE * len(cells):
         return None
     if np.mean([counts.min() > 1 for counts, _ in results]) > MAX_SHARE_OF_LARGER_SMALLEST:
@@ -75,8 +76,9 @@ def find_log_scale(matrix: sparse.csr_matrix, max_cells: int = 400) -> LogScale 
         return LogScale(ln_base, factor=float(factors.mean()), decimals=decimals)
     sums = factors * totals
     if np.ptp(sums) < 1e-3 * sums.mean():  # no gene is missing
-        common = [target for target in COMMON_TARGETS if abs(np.median(sums) / target - 1) < 1e-4]
-        return LogScale(ln_base, float(common[0] if common else np.median(sums)), None, True, decimals)
+        middle = float(np.median(sums))
+        target = next((target for target in COMMON_TARGETS if abs(middle / target - 1) < 1e-4), middle)
+        return LogScale(ln_base, target, None, True, decimals)
     for target in COMMON_TARGETS:  # genes are missing, but library sizes are whole numbers
         libraries = target / factors
         if (np.abs(libraries - np.rint(libraries)) < 0.02).all() and (libraries > totals - 0.5).all():
@@ -88,8 +90,8 @@ def recover_counts(matrix: sparse.csr_matrix, scale: LogScale) -> tuple[sparse.c
     """Returns counts (CSR, float32), library sizes `(cells,)`, and a mask `(cells,)` of cells with counts found."""
     counts, found = matrix.astype(np.float32), np.zeros(matrix.shape[0], dtype=bool)
     library_size = np.zeros(matrix.shape[0])
-    for cell in range(matrix.shape[0]):
-        result = cell_counts(_row(matrix, cell), scale.ln_base, scale.decimals)
+    for cell, values in enumerate(np.split(matrix.data, matrix.indptr[1:-1])):
+        result = cell_counts(values, scale.ln_base, scale.decimals)
         if result is not None:
             counts.data[matrix.indptr[cell] : matrix.indptr[cell + 1]], s = result
             target = scale.target_sum if scale.knows_library_size else None
@@ -150,15 +152,6 @@ def _try_smallest(
 def _decimals(values: np.ndarray) -> int | None:
     """The decimals to which values were rounded, if fewer than float32 holds."""
     coarsest = 4 * FLOAT32 * np.abs(values).max(initial=0)
-    for decimals in range(1, 7):
-        if (
-            0.5 * 10.0**-decimals > coarsest
-            and (np.abs(values - values.round(decimals)) <= 2 * FLOAT32 * np.abs(values) + 1e-12).all()
-        ):
-            return decimals
-    return None
-
-
-def _row(matrix: sparse.csr_matrix, row: int) -> np.ndarray:
-    """The non-zero values of a row."""
-    return matrix.data[matrix.indptr[row] : matrix.indptr[row + 1]]
+    tolerance = 2 * FLOAT32 * np.abs(values) + 1e-12
+    possible = (decimals for decimals in range(1, 7) if 0.5 * 10.0**-decimals > coarsest)
+    return next((n for n in possible if (np.abs(values - values.round(n)) <= tolerance).all()), None)
