@@ -6,9 +6,8 @@
 
 The old pipeline is trained on `--sources`, on the genes that they share, by `cell_type`. `--numbers` of the training
 cells are kept, with the shares of their types; types that are lost are not judged. The held-out cells are the same for
-all, and the reference is drawn from all training cells. The excess is that of `wbdit evaluate`, one draw. `mixture`
-is the closed form of the same pipeline in place of its network. Seconds are those of a training on one core.
-`--settings` is JSON of further fields of the training config.
+all, and the reference is drawn from all training cells. The excess is that of `wbdit evaluate`, one draw. Seconds are
+those of a training on one core. `--settings` is JSON of further fields of the training config.
 """
 
 import json
@@ -24,8 +23,8 @@ from sklearn.model_selection import train_test_split
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.data import read_cells
 from wbdit_diffusers.evaluation import evaluate_cells
+from wbdit_diffusers.evaluation.classifiers import JUDGES
 from wbdit_diffusers.evaluation.samples import draw_samples
-from wbdit_diffusers.interpretation.interventions import with_denoiser
 from wbdit_diffusers.training import TrainingConfig, train
 
 
@@ -73,15 +72,14 @@ def measure(args, done: set) -> Iterator[dict]:
                 seconds = time.process_time() - start
                 pipe = ScRNAGenerationPipeline.from_pretrained(folder)
                 pipe.set_progress_bar_config(disable=True)
-                columns = {"network": pipe, "mixture": with_denoiser(pipe, pipe.gaussian_mixture)}
-                samples = {name: draw_samples(one, cells[held[known]], 1)[0] for name, one in columns.items()}
-                report = evaluate_cells(samples, cells[rows], cells[held[known]], "cell_type")
-                excess = {name: report["excess"][name] for name in columns}
-                known_row = {"cells": number, "seed": seed, "way": way, "seconds": seconds}
-                yield known_row | {name: one["mean"] for name, one in excess.items()} | {
-                    "judge": excess["network"]["judge"], "programs": pipe.codec.config.num_programs,
+                samples, test = draw_samples(pipe, cells[held[known]], 1)
+                report = evaluate_cells(samples, cells[rows], test, "cell_type")
+                excess = report["excess"]["generated"]
+                yield {"cells": number, "seed": seed, "way": way, "seconds": seconds, "excess": excess["mean"]} | {
+                    "by_judge": excess["by_judge"],
+                    "programs": pipe.codec.config.num_programs,
                     "genes": pipe.codec.config.num_genes,
-                }  # fmt: skip
+                }
 
 
 def table(results: list[dict]) -> str:
@@ -91,9 +89,10 @@ def table(results: list[dict]) -> str:
         for way in WAYS:
             own = [row for row in results if row["cells"] == number and row["way"] == way]
             if own:
-                columns = [mean_sd([row[name] for row in own]) for name in ("network", "mixture")]
-                rows.append([str(number), way, *columns, mean_sd([row["seconds"] for row in own], 0)])
-    return markdown(["training cells", "start", "excess", "excess of the mixture", "CPU seconds"], rows)
+                judges = [mean_sd([row["by_judge"][name] for row in own]) for name in JUDGES]
+                columns = mean_sd([row["excess"] for row in own]), *judges, mean_sd([row["seconds"] for row in own], 0)
+                rows.append([str(number), way, *columns])
+    return markdown(["training cells", "start", "excess", *JUDGES, "CPU seconds"], rows)
 
 
 if __name__ == "__main__":

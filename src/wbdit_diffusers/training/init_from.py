@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 # Mean and precision of a Gaussian prior on parameters, by name
 Prior = dict[str, tuple[torch.Tensor | float, torch.Tensor | float]]
 
-GENE_PRECISION = 4.0  # of the baseline and the noise of a gene that the old pipeline knows
+GENE_PRECISION = 1.0  # of a gene's baseline and noise: another technology sees it more or less often
 
 
 @dataclass
