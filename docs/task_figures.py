@@ -1,0 +1,150 @@
+"""Draws the figures of the task pages from lab/results: `python docs/task_figures.py`."""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+ROOT = Path(__file__).parents[1]
+OURS, OTHERS = "#0072B2", ("#D55E00", "#E69F00", "#009E73", "#CC79A7", "#999999", "#56B4E9", "#000000")
+
+plt.switch_backend("Agg")
+plt.rcParams["font.size"] = 12
+
+
+def read(name: str) -> list | dict:
+    return json.loads((ROOT / "lab" / "results" / f"{name}.json").read_text())
+
+
+def save(figure: plt.Figure, name: str):
+    figure.savefig(ROOT / "docs" / f"{name}.png", dpi=80)
+    plt.close(figure)
+
+
+def mean_of(rows: list[dict], row: str, key: str, **known) -> float:
+    chosen = [r[key] for r in rows if r["row"] == row and all(r[name] == value for name, value in known.items())]
+    return float(np.mean(chosen)) if chosen else np.nan
+
+
+def panel():
+    """Correlation per gene by panel size, a plot for each dataset."""
+    rows, names = read("panel_cpu"), {
+        "network": "wbdit_diffusers",
+        "mean of the true type": "mean of the true type",
+        "nearest cells": "nearest cells",
+        "nearest cells in scVI trained on the panel": "nearest cells in scVI",
+        "scVI, zeros for other genes": "scVI, zeros",
+    }  # fmt: skip
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    sizes = sorted({row["panel"] for row in rows})
+    figure, axes = plt.subplots(
+        1, len(datasets), figsize=(2.6 * len(datasets), 3.4), sharex=True, layout="constrained"
+    )
+    for axis, dataset in zip(axes, datasets):
+        for (row, label), colour in zip(names.items(), (OURS, *OTHERS)):
+            values = [mean_of(rows, row, "gene", dataset=dataset, panel=size) for size in sizes]
+            axis.plot(range(len(sizes)), values, "o-", color=colour, label=label, linewidth=2 + (colour == OURS))
+        axis.set(title=dataset.split("_")[0], xlabel="genes in the panel")
+        axis.set_xticks(range(len(sizes)), sizes)
+    axes[0].set_ylabel("correlation per gene")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    save(figure, "panel")
+
+
+def rare_types():
+    """F1 of the rare type by number of its cells, mean over datasets."""
+    rows = read("augment_cpu")
+    names = ["generated cells", "nothing", "class weights", "duplicates", "SMOTE", "scVI, gaussian"]
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(datasets), figsize=(2.6 * len(datasets), 3.4), sharey=True, layout="constrained"
+    )
+    for axis, dataset in zip(axes, datasets):
+        own = [row | {"f1": (row["f1_logistic"] + row["f1_forest"]) / 2} for row in rows if row["dataset"] == dataset]
+        numbers = sorted({row["number"] for row in own})
+        for name, colour in zip(names, (OURS, *OTHERS)):
+            values = [mean_of(own, name, "f1", number=number) for number in numbers]
+            axis.plot(range(len(numbers)), values, "o-", color=colour, label=name, linewidth=2 + (colour == OURS))
+        axis.set(title=dataset.split("_")[0], xlabel="real cells of the type", ylim=(-0.03, 1.03))
+        axis.set_xticks(range(len(numbers)), numbers)
+    axes[0].set_ylabel("F1 of the type")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    save(figure, "rare_types")
+
+
+def few_cells():
+    """Excess by number of training cells."""
+    rows = read("few_cells_cpu")
+    figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    numbers = sorted({row["cells"] for row in rows})
+    for name, colour in zip(("from the other pipeline", "from nothing", "the same, codec frozen"), (OURS, *OTHERS)):
+        values = [
+            np.mean([r["excess"] for r in rows if r["way"] == name and r["cells"] == n] or [np.nan]) for n in numbers
+        ]
+        axis.plot(range(len(numbers)), values, "o-", color=colour, label=name, linewidth=2 + (colour == OURS))
+    axis.set_xticks(range(len(numbers)), numbers)
+    axis.set(xlabel="training cells of pbmc3k", ylabel="excess (0 is real)", ylim=(0, None))
+    axis.legend(frameon=False)
+    save(figure, "few_cells")
+
+
+def words():
+    """Prompts with the right label."""
+    fractions = {"bare labels": (0.64, 0.49), "written out": (0.74, 0.62), "with synonyms": (0.80, 0.71)}
+    figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
+    for i, (name, colour) in enumerate((("encoder", OURS), ("spelling", OTHERS[4]))):
+        axis.bar(np.arange(3) + 0.35 * i, [pair[i] for pair in fractions.values()], 0.35, color=colour, label=name)
+    axis.set_xticks(np.arange(3) + 0.175, fractions)
+    axis.set(ylabel="prompts with the right label", ylim=(0, 1))
+    axis.legend(frameon=False, ncols=2)
+    save(figure, "words")
+
+
+def ground_truth():
+    """Power and wrong calls by dose."""
+    rows = [row for row in read("ground_truth_cpu") if row["dose"] and row["cells"] == 200]
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2), layout="constrained")
+    for axis, key, title in zip(
+        axes, ("power", "wrong"), ("changed genes that are called", "called genes that are unchanged")
+    ):
+        for method, colour in (("t-test", OURS), ("wilcoxon", OTHERS[0])):
+            doses = sorted({row["dose"] for row in rows})
+            values = [np.mean([r[key] for r in rows if r["method"] == method and r["dose"] == d]) for d in doses]
+            axis.plot(doses, values, "o-", color=colour, label=method)
+        axis.set(title=title, xlabel="change of the program (sd)", ylim=(0, 0.7 if key == "power" else 0.1))
+    axes[1].axhline(0.05, color="black", linewidth=0.7, linestyle="--")
+    axes[0].legend(frameon=False)
+    save(figure, "ground_truth")
+
+
+def sharing():
+    """Membership AUC by dataset."""
+    reports = {
+        name: row["report"]
+        for file in ("quality_narrow_cpu", "quality_all_genes_cpu")
+        for name, row in read(file).items()
+    }
+    chosen = {"pbmc3k": "pbmc3k", "kang_ifnb_pbmc": "kang", "zheng_facs_pbmc": "zheng", "paul15": "paul15",
+              "pancreas_endocrinogenesis": "pancreas", "pollen_smartseq": "pollen"}  # fmt: skip
+    columns = {
+        "generated": ("generated cells", OURS),
+        "training latents resampled": ("latents of training cells", OTHERS[4]),
+    }
+    figure, axis = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
+    for i, (column, (label, colour)) in enumerate(columns.items()):
+        values = [np.mean(reports[name]["metrics"][column]["membership_auc"]) for name in chosen]
+        axis.bar(
+            np.arange(len(chosen)) + 0.35 * i, np.array(values) - 0.4, 0.35, bottom=0.4, color=colour, label=label
+        )
+    axis.axhline(0.5, color="black", linewidth=0.7)
+    axis.set_xticks(np.arange(len(chosen)) + 0.175, chosen.values())
+    axis.set(ylabel="membership AUC", ylim=(0.4, 0.7))
+    axis.legend(frameon=False, ncols=2)
+    save(figure, "sharing")
+
+
+if __name__ == "__main__":
+    for draw in (panel, rare_types, few_cells, words, ground_truth, sharing):
+        draw()
