@@ -40,8 +40,8 @@ from wbdit_diffusers.pipelines.observed_genes import ObservedGenes
 from wbdit_diffusers.training import TrainingConfig, train
 
 
-PANELS, CONTROL = (50, 200, 500), 200  # the controls are measured for one panel
-MAX_CELLS, NUM_DRAWS, NUM_MEANS, NUM_PROPOSALS = 200, 20, 5, 16
+PANELS, CONTROL = (50, 200, 500), 200  # the controls and scVI are measured for one panel
+MAX_CELLS, NUM_DRAWS, NUM_MEANS, NUM_PROPOSALS = 150, 20, 5, 16
 NEIGHBOURS = (10, 20, 50)
 COLUMNS = {"gene": "per gene", "cell": "per cell", "log_score": "log score", "coverage": "50 / 80 / 95%"}
 SCVI = """
@@ -183,7 +183,7 @@ def measure(folder: Path, dataset: Path, scvi: str | None, done: set) -> Iterato
             | {"row": "nearest cells"}
             | max((of_cells(rows[:, :k]) for k in NEIGHBOURS), key=lambda r: r["gene"])
         )
-        if scvi:
+        if scvi and number == CONTROL:
             with tempfile.TemporaryDirectory() as where:
                 ad.AnnData(train_counts.astype(np.float32)).write_h5ad(f"{where}/train.h5ad")
                 ad.AnnData((counts * mask).astype(np.float32)).write_h5ad(f"{where}/padded.h5ad")

@@ -42,8 +42,7 @@ PATIENCE, MIN_STEPS, MIN_IMPROVEMENT = 1000, 100, 0.001
 VALIDATION_FRACTION, MAX_VALIDATION_CELLS = 0.1, 2000  # of the training cells
 TIME_FRACTION = 1 / 3  # of max_train_minutes
 REFIT_FRACTION = 0.3  # of the time of stage one, for the second fit of the decoder
-MEAN_TOLERANCE, STANDARD_ERRORS = 0.08, 3  # of a gene's mean: that of few counts is noise
-NUM_CORRECTIONS = 4  # more of one gene is less of the others
+MEAN_TOLERANCE, NUM_CORRECTIONS = 0.08, 4  # of a gene's mean; more of one gene is less of the others
 MEAN_FACTORS = (1e-3, 1e3)  # of one correction: a gene may have no counts
 SKEWED = 0.75  # skewness of the activities above which a program belongs to a few cells
 
@@ -249,9 +248,8 @@ def refit_decoder(
 @torch.no_grad()
 def match_means(cells: CellDataset, codec: ProgramCodec, programs: torch.Tensor):
     """
-    Corrects the mean of each gene that is off in the decoded training cells, by more than the tolerance and what few
-    counts explain, unless these genes have most counts. A fit by likelihood loses most counts of a gene that fills a
-    few cells, as haemoglobin does.
+    Corrects the mean of each gene that is off by more than `MEAN_TOLERANCE` in the decoded training cells, unless they
+    have most counts. A fit by likelihood loses most counts of a gene that fills a few cells, as haemoglobin does.
     """
     observed = np.asarray(cells.matrix.sum(axis=0), dtype=np.float64).ravel()
     others = max(cells.library_size.sum(dtype=np.float64) - observed.sum(), 0)
@@ -266,7 +264,7 @@ def match_means(cells: CellDataset, codec: ProgramCodec, programs: torch.Tensor)
             decoded: Any = codec.decode_programs(programs[batch].to(codec.device), library_size, class_labels)
             expected += decoded.bin_means().double().sum(0).cpu()
         factor = (observed / expected).clamp(*MEAN_FACTORS)
-        is_off |= factor.log().abs() > MEAN_TOLERANCE + STANDARD_ERRORS / observed.clamp(min=1).sqrt()
+        is_off |= factor.log().abs() > MEAN_TOLERANCE
         if observed[:-1][is_off[:-1]].sum() > observed[:-1].sum() / 2:  # as for reads of full-length protocols
             return  # the likelihood does not fit the counts, and cells with the right means would be less real
         factor = torch.where(is_off, factor, 1.0).to(codec.heads["log_rates"].bias)
