@@ -4,11 +4,7 @@ They take log-normalised expression `(cells, genes)` or, for distances, its prin
 of held-out cells (`real`) and of generated cells. No metric is meaningful alone: compare it with the real reference.
 """
 
-from typing import Any
-
 import numpy as np
-import pandas as pd
-from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist, pdist
 from scipy.special import softmax
@@ -28,7 +24,6 @@ MARKERS_PER_TYPE = 50
 MIN_TRAIN_CELLS = 30  # of a label
 NUM_NEIGHBORS = 5
 SPECIFIC = 0.2  # of the cells of a label, beyond those of others, express a gene that names it
-WRONG_MEAN, STANDARD_ERRORS = 0.1, 3  # relative and statistical limit of a gene's mean
 
 
 def wasserstein2(real: np.ndarray, generated: np.ndarray) -> float:
@@ -68,32 +63,6 @@ def gene_statistics(real: np.ndarray, generated: np.ndarray) -> dict[str, float]
         "zero_fraction_error": float(np.abs((real == 0).mean(axis=0) - (generated == 0).mean(axis=0)).mean()),
         "gene_correlation": float(np.corrcoef(*correlations)[0, 1]),
     }
-
-
-def wrong_means(real: CellArrays, samples: list[CellArrays], genes: pd.Index) -> list[dict[str, Any]]:
-    """Genes whose mean in all samples differs from real cells by over 10% and 3 standard errors, the worst first."""
-
-    # A mean is a gene's share of all counts, so that depth alone makes no mean wrong. Of log values, it is their mean.
-    def shares(cells: list[CellArrays]) -> tuple[np.ndarray, np.ndarray, float]:
-        """Each gene's share of all counts and sum of squared residuals, `(genes,)`, and the number of counts."""
-        sizes = [np.ones(len(x)) if x.library_size is None else x.library_size for x in cells]
-        matrices = [sparse.csr_matrix(x.matrix, dtype=np.float64) for x in cells]
-        total = max(sum(size.sum() for size in sizes), 1)
-        share = sum(np.asarray(matrix.sum(axis=0)).ravel() for matrix in matrices) / total
-        squares = share**2 * sum(size @ size for size in sizes)
-        for matrix, size in zip(matrices, sizes):
-            squares += np.asarray(matrix.power(2).sum(axis=0)).ravel() - 2 * share * (matrix.T @ size)
-        return share, squares, total
-
-    (expected, squares, total), (share, others, other_total) = shares([real]), shares(samples)
-    # A side without a count of a rare gene has no variance of its own: that of both sides together is a lower bound.
-    pooled = (squares + others) / (total + other_total) * (1 / total + 1 / other_total)
-    standard_error = np.sqrt(np.maximum(squares / total**2 + others / other_total**2, pooled))
-    error = np.abs(share - expected)
-    wrong = np.flatnonzero((error > WRONG_MEAN * expected) & (error > STANDARD_ERRORS * standard_error))
-    wrong = wrong[np.argsort(-error[wrong] / (share + expected)[wrong], kind="stable")]  # twice is as wrong as half
-    means = (np.array([expected, share]) * total / len(real))[:, wrong].tolist()
-    return [{"gene": gene, "held_out": mean, "generated": own} for gene, mean, own in zip(genes[wrong], *means)]
 
 
 def manifold_metrics(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:

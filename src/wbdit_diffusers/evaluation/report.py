@@ -88,7 +88,7 @@ def evaluate_cells(
     Returns:
         `dict`: the settings and numbers of cells; `generators`, their names (`"generated"` for a list); `excess` of
         each column; `metrics`, each metric of each column as a list over samples; `per_type`, the same for each cell
-        type; `wrong_means`, genes by generator, and for one real reference.
+        type.
 
     Raises a `ValueError` if columns have other cells or genes, or a type does not occur in the real cells.
     """
@@ -108,12 +108,6 @@ def evaluate_cells(
         arrays[name] = [generated_cells(x[:, common], values, label_keys, within_genes, genes) for x in drawn]
     evaluator = _Evaluator(real_train, real_test, donors, parity, seed)
     rows, per_type = evaluator.measure_all(arrays)
-    compared = {
-        name: [_sparse(x[:, common], None, y) for x, y in zip(columns[name], arrays[name])] for name in generators
-    }
-    reference = evaluator.draw(0)[0]
-    compared[REFERENCE] = [_sparse(train[reference, common], layer, real_train[reference])]
-    held_out = _sparse(test[:, common], layer, real_test)
     return {
         "num_train": train.n_obs,
         "num_test": test.n_obs,
@@ -127,7 +121,6 @@ def evaluate_cells(
         "excess": {name: excess(row, rows[REFERENCE]) for name, row in rows.items() if name != REFERENCE},
         "metrics": rows,
         "per_type": per_type,
-        "wrong_means": {name: metrics.wrong_means(held_out, drawn, common) for name, drawn in compared.items()},
     }
 
 
@@ -172,12 +165,6 @@ def judged_genes(train: ad.AnnData, test: ad.AnnData, values: str, layer: str | 
     matrix = sparse.vstack(matrices, format="csr")
     expression = to_expression(matrix, total_counts(matrix, values), values)
     return train.var_names[most_variable(sparse.csr_matrix(expression, dtype=np.float32), MAX_JUDGED_GENES)]
-
-
-def _sparse(adata: ad.AnnData, layer: str | None, cells: CellArrays) -> CellArrays:
-    """All common genes of judged cells, for their means."""
-    matrix = sparse.csr_matrix(find_matrix(adata.X, adata.layers, layer, "The data"))
-    return CellArrays(matrix, matrix, cells.library_size)
 
 
 class _Evaluator:

@@ -60,7 +60,7 @@ def to_markdown(report: dict) -> str:
     """A report of [`evaluate_cells`] as Markdown: the [`summary`], and all numbers, folded."""
     types = report["per_type"] if GENERATED in report["generators"] else {}
     shown = dict.fromkeys(metric for entry in types.values() for metric in entry["metrics"].get(GENERATED, {}))
-    names = {"types": types, "shown": shown, "titles": TITLES, "columns": [*by_excess(report), REFERENCE]}
+    names = {"types": types, "shown": shown, "titles": TITLES}
     names |= {"summary": summary(report), "samples": describe_samples(report), "table": metric_table(report)}
     return _render("report", report=report, mean_and_sd=mean_and_sd, **names) + "\n"
 
