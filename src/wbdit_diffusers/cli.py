@@ -90,7 +90,7 @@ class AugmentConfig:
 def augment(config: AugmentConfig) -> Result:
     """Add generated cells of rare types to real cells.
 
-    obs["generated"] tells them apart.
+    obs["generated"] distinguishes them.
 
         wbdit augment wbdit-cells --dataset train.h5ad --cell_types pDC Mk --output augmented.h5ad
     """

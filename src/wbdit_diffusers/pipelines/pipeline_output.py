@@ -1,4 +1,4 @@
-"""What [`ScRNAGenerationPipeline`] returns."""
+"""The output of all pipelines."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from diffusers.utils import BaseOutput
 @dataclass
 class ScRNAPipelineOutput(BaseOutput):
     """
-    Output of [`ScRNAGenerationPipeline`]. With `output_type="anndata"`, cells are integer counts (CSR) if the training
+    Output of a pipeline. With `output_type="anndata"`, cells are integer counts (CSR) if the training
     data were counts, else expression, with gene names, conditions and `library_size`.
     """
 

@@ -54,11 +54,6 @@ class Start:
             raise ValueError(f"--init_labels {next(iter(renamed))}: no training cell has this label.")
         return cls(pipe, genes, labels, ~old.var_names.isin(var_names))
 
-    def label_rows(self, key: str) -> tuple[int, np.ndarray, np.ndarray]:
-        """The old position of a label key, and the new and old codes of labels that both know."""
-        shared = np.flatnonzero(self.labels[key] >= 0)
-        return self.pipe.processor.label_keys.index(key), shared, self.labels[key][shared]
-
     @torch.no_grad()
     def start_codec(self, config: CodecConfig, cells: CellDataset) -> tuple[ProgramCodec, Prior]:
         """A codec of the new genes that starts at the old one, and the prior that keeps it near."""
@@ -68,24 +63,19 @@ class Start:
         places = np.full(old.config.num_genes, -1)
         places[self.genes[shared]] = shared
         places = places[read]  # of the encoder's genes among the new ones
-        sizes = {
-            "num_genes": size,
-            "num_encoder_genes": int((places >= 0).sum()),
-            "condition_sizes": cells.condition_sizes,
-        }
-        codec = ProgramCodec(**old.config | sizes)
+        sizes = {"num_genes": size, "num_encoder_genes": int((places >= 0).sum())}
+        codec = ProgramCodec(**old.config | sizes | {"condition_sizes": cells.condition_sizes})
         codec.fit_statistics(cells.matrix, cells.library_size)
         codec.encoder_genes.copy_(torch.from_numpy(places[places >= 0]))
-        for name in ("to_mean", "to_log_variance"):
-            getattr(codec, name).load_state_dict(getattr(old, name).state_dict())
-        for name in ("latents_mean", "latents_std", "program_axes"):
-            getattr(codec, name).copy_(getattr(old, name))
+        before, prior = old.state_dict(), {}
+        for name, values in codec.state_dict().items():
+            if name.startswith(("to_", "latents_", "program_axes")):
+                values.copy_(before[name])
         weight, linear = old.encoder[0].weight, codec.encoder[0]
         linear.weight.copy_(weight[:, np.append(places >= 0, True)])
         # Genes that the new file lacks have their average in the old cells, not zero.
         average = old.decode(torch.zeros(1, old.num_features)).expression()[0, read]
         linear.bias.copy_(old.encoder[0].bias + weight[:, :-1] @ (average * torch.from_numpy(self.is_missing[read])))
-        before, prior = dict(old.named_parameters()), {}
         for name, values in codec.named_parameters():
             if name.startswith(("heads.", "gene_parameters.")):
                 mean, precision = values.clone(), torch.zeros_like(values)
@@ -96,12 +86,12 @@ class Start:
                 prior[name] = mean, config.program_prior_precision if values.ndim == 2 else precision
             elif name.startswith("label_effects."):
                 mean, first = torch.zeros_like(values), 0
-                for key in self.labels:
-                    if old.label_effects and (self.labels[key] >= 0).any():
-                        i, new_codes, old_codes = self.label_rows(key)
-                        of_labels = before[name][sum(old.config.condition_sizes[:i]) + old_codes][:, old_bins]
-                        mean[(first + new_codes)[:, None], new_bins] = of_labels
-                    first += len(self.labels[key])
+                for key, known in self.labels.items():
+                    if old.label_effects and (known >= 0).any():
+                        start = sum(old.config.condition_sizes[: self.pipe.processor.label_keys.index(key)])
+                        new_rows = first + np.flatnonzero(known >= 0)
+                        mean[new_rows[:, None], new_bins] = before[name][start + known[known >= 0]][:, old_bins]
+                    first += len(known)
                 prior[name] = mean, config.label_prior_precision
         for name, (mean, _) in prior.items():
             if name != "heads.log_rates.bias":  # the new cells know it best
@@ -115,12 +105,9 @@ class Start:
         for name, values in after.items():
             if not name.startswith("condition_embedders") and name in before and before[name].shape == values.shape:
                 values.copy_(before[name])
-        for position, key in enumerate(self.labels):
-            if (self.labels[key] >= 0).any():
-                i, new_codes, old_codes = self.label_rows(key)
-                old, new = (
-                    before.get(f"condition_embedders.{i}.weight"),
-                    after.get(f"condition_embedders.{position}.weight"),
-                )
-                if old is not None and new is not None and old.shape[1] == new.shape[1]:
-                    new[new_codes], new[-1] = old[old_codes], old[-1]  # the last one is the null label
+        for position, (key, known) in enumerate(self.labels.items()):
+            new = after.get(f"condition_embedders.{position}.weight")
+            if new is not None and (known >= 0).any():
+                old = before[f"condition_embedders.{self.pipe.processor.label_keys.index(key)}.weight"]
+                if old.shape[1] == new.shape[1]:
+                    new[np.flatnonzero(known >= 0)], new[-1] = old[known[known >= 0]], old[-1]  # and the null label
