@@ -32,7 +32,7 @@ def augment(
         generator (`torch.Generator`, *optional*): Makes the generated cells reproducible.
 
     Returns an `AnnData` of the genes that the pipeline models: the real cells, and then the generated ones.
-    `obs["generated"]` distinguishes them. Raises a `ValueError` if the pipeline has no labels, or does not know a type.
+    `obs["generated"]` distinguishes them. Raises a `ValueError` if the pipeline has no labels or lacks a type.
     """
     processor = pipe.processor
     if not processor.label_keys:
