@@ -2,8 +2,8 @@
 
 Nothing is fused or rearranged: three matrix products in ISTA, an explicit softmax, one modulation per cell. It is what
 `WhiteBoxDiTModel` must equal (tests/models/test_transformer_white_box_dit.py), and what benchmarks/speed.py times it
-against. Parameters have the names of the authors' checkpoints, so that `WhiteBoxDiTModel.from_original_checkpoint`
-reads its `state_dict()`.
+against. Parameters have the names of the authors' checkpoints, so that `convert_original.py` reads its
+`state_dict()`.
 """
 
 import math

@@ -69,7 +69,6 @@ MISTAKES = [
     (f"{GENERATE} --scheduler ddpmm", "--scheduler ddpmm: .* Did you mean ddpm\\?"),
     (f"{GENERATE} --conditions phase", "--conditions phase: .*KEY=NAME"),
     (f"{EXPLAIN} FILES/pbmc.h5ad --max_cells 3", "--max_cells 3: Input should be greater than or equal to 20"),
-    ("push MODEL --repo_id me/x --variant fp8", "--variant fp8: Input should be 'bf16'"),
     (f"{TRAIN} FILES/pbmc.h5ad --max_train_steps 0", "--max_train_steps 0: Input should be greater than 0"),
     (f"{TRAIN} FILES/pbmc.h5ad --config absent.yaml", "--config absent.yaml: no such file"),
     # Labels and columns

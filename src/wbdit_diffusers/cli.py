@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -185,8 +185,6 @@ class PushConfig:
     """Repository on the Hub, such as me/wbdit-pbmc."""
     private: bool = False
     """Make a private repository."""
-    variant: Literal["bf16"] | None = None
-    """Add a copy of the denoiser in bfloat16."""
     dry_run: Path | None = None
     """New folder to write instead of uploading."""
     data_name: str | None = None
@@ -225,8 +223,6 @@ def prepare(config: PrepareConfig) -> Result:
 
         wbdit prepare atlas/*.h5ad --label_keys cell_type --file_key sample --output_dir atlas-prepared
     """
-    from huggingface_hub import create_repo, upload_folder
-
     from .data.prepare import prepare
 
     metadata, folder = prepare(config), config.output_dir
@@ -234,11 +230,6 @@ def prepare(config: PrepareConfig) -> Result:
     result = {"output_dir": str(folder), "num_genes": metadata["num_genes"], "num_cells": sizes}
     text = ", ".join(f"{number} {split}" for split, number in sizes.items())
     text = f"{sum(sizes.values())} cells ({text}) × {metadata['num_genes']} genes in {folder}."
-    if config.push_to_hub:
-        repo_id = create_repo(config.repo_id or folder.name, repo_type="dataset", exist_ok=True).repo_id
-        upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message="wbdit prepare")
-        result["address"] = f"hf://datasets/{repo_id}"
-        text += f"\nUploaded: {result['address']}"
     return result, text
 
 

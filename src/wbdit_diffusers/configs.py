@@ -94,10 +94,6 @@ class PrepareConfig:
     """.h5ad or .zarr files."""
     output_dir: Path
     """New folder to write."""
-    push_to_hub: bool = False
-    """Upload the folder to the Hugging Face Hub as a dataset."""
-    repo_id: str | None = None
-    """Dataset to upload to. Default: the name of --output_dir in your namespace."""
     layer: str | None = None
     """Layer that holds the matrix. raw is also adata.raw, with its own genes. Default: X."""
     values: Literal["counts", "log"] = "counts"

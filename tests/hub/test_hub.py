@@ -33,7 +33,7 @@ PUSH = """
     upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="me/own-card")
     pipe.push_to_hub("me/own-card")
 
-    publish(pipe, sys.argv[1], "me/published", variant="bf16")
+    publish(pipe, sys.argv[1], "me/published")
 """
 
 PULL = """
@@ -59,31 +59,16 @@ PULL = """
 PULL_BY_DIFFUSERS = """
     import json, sys
     import torch
+    import wbdit_diffusers
     from diffusers import AutoModel, DiffusionPipeline
 
-    said, load = {}, DiffusionPipeline.from_pretrained
-    try:
-        load("me/published")
-    except ValueError as error:
-        said["untrusted"] = str(error)
-    sys.modules["wbdit_diffusers"] = None  # as if it were not installed
-    try:
-        load("me/published", trust_remote_code=True)
-    except ImportError as error:
-        said["absent"] = str(error)
-    del sys.modules["wbdit_diffusers"]
-    pipe = load("me/published", trust_remote_code=True)
-    said["type"] = type(pipe).__module__.split(".")[0]
-    pipe(num_cells=70, generator=torch.Generator().manual_seed(5)).cells.write_h5ad(sys.argv[1])
-    half = load("me/published", trust_remote_code=True, variant="bf16", dtype={"denoiser": torch.bfloat16})
-    said["half"] = str(half.denoiser.dtype)
-    from wbdit_diffusers import ScRNAGenerationPipeline
-    ScRNAGenerationPipeline.from_pretrained("me/published")  # needs no trust: the class is there
+    said = {}
     for repo_id in ("me/wbdit-test", "me/published"):
-        trusted = {"trust_remote_code": True}
-        parts = [AutoModel.from_pretrained(repo_id, subfolder=part, **trusted) for part in ("denoiser", "codec")]
+        parts = [AutoModel.from_pretrained(repo_id, subfolder=part) for part in ("denoiser", "codec")]
         said[repo_id] = [type(part).__name__ for part in parts]
-        assert type(load(repo_id, trust_remote_code=True)).__name__ == "ScRNAGenerationPipeline"
+        assert type(DiffusionPipeline.from_pretrained(repo_id)).__name__ == "ScRNAGenerationPipeline"
+    pipe = DiffusionPipeline.from_pretrained("me/published")
+    pipe(num_cells=70, generator=torch.Generator().manual_seed(5)).cells.write_h5ad(sys.argv[1])
     print(json.dumps(said))
 """
 
@@ -116,9 +101,7 @@ def check_cells(path: Path, folder: Path):
 def test_pushed_files(pushed, hub):
     weights = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("codec", "denoiser", "processor")]
     configs = ["codec/config.json", "denoiser/config.json", "processor/config.json", "scheduler/scheduler_config.json"]
-    code = ["pipeline.py", "codec/wbdit.py", "denoiser/wbdit.py", "processor/wbdit.py"]
-    assert set(hub.repos["me/wbdit-test"]) == {"README.md", "model_index.json", *weights, *configs, *code}
-    assert not list(pushed.rglob("*.py"))  # they are for the Hub: a folder needs no trust
+    assert set(hub.repos["me/wbdit-test"]) == {"README.md", "model_index.json", *weights, *configs}  # and no code
 
 
 def test_round_trip_keeps_weights_and_cells(pushed, hub_environment, tmp_path):
@@ -137,9 +120,6 @@ def test_round_trip_keeps_weights_and_cells(pushed, hub_environment, tmp_path):
 
 def test_diffusers_loads_what_was_pushed(pushed, hub_environment, tmp_path):
     said = json.loads(run_python(PULL_BY_DIFFUSERS, hub_environment, tmp_path / "cells.h5ad").splitlines()[-1])
-    assert "trust_remote_code=True" in said["untrusted"]
-    assert "wbdit_diffusers" in said["absent"]
-    assert said["type"] == "wbdit_diffusers" and said["half"] == "torch.bfloat16"
     assert said["me/wbdit-test"] == said["me/published"] == ["WhiteBoxDiTModel", "ProgramCodec"]
     check_cells(tmp_path / "cells.h5ad", pushed)
 
@@ -151,4 +131,4 @@ def test_a_model_card_is_rendered_unless_there_is_one(pushed, hub):
     assert "765 genes" in card and "CD19+ B" in card and "automatically generated" not in card
     assert b"My own words." in hub.repos["me/own-card"]["README.md"]
     assert "codec/config.json" in hub.repos["me/own-card"]
-    assert b"trust_remote_code=True" in hub.repos["me/published"]["README.md"]
+    assert b"after `import wbdit_diffusers`" in hub.repos["me/published"]["README.md"]

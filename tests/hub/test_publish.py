@@ -3,11 +3,9 @@
 import json
 
 import pytest
-import torch
 from conftest import make_pipeline
 from huggingface_hub import ModelCard
 from reports import small_report
-from safetensors.torch import load_file
 
 from wbdit_diffusers import ScRNAGenerationPipeline
 from wbdit_diffusers.cli import main
@@ -23,7 +21,6 @@ PIPELINE = {
     *("processor/config.json", "processor/diffusion_pytorch_model.safetensors"),
     *("model_index.json", "scheduler/scheduler_config.json"),
 }
-CODE = {"pipeline.py", "codec/wbdit.py", "denoiser/wbdit.py", "processor/wbdit.py"}
 
 
 def files_in(folder) -> set[str]:
@@ -54,7 +51,7 @@ def test_dry_run_writes_the_pipeline_its_card_and_report_only(folder, pbmc, tmp_
     arguments = ["push", str(folder), "--repo_id", "me/wbdit-pbmc", "--dry_run", str(target)]
     main([*arguments, "--data_license", "CC BY 4.0", "--data_source", "GSE0"])
     assert "nothing was uploaded" in capsys.readouterr().out
-    assert files_in(target) == PIPELINE | CODE | {"training.json", "report.json", "report.png"}
+    assert files_in(target) == PIPELINE | {"training.json", "report.json", "report.png"}
     card = ModelCard.load(target / "README.md")
     assert "| name | PBMC 68k |\n| license | CC BY 4.0 |\n| accession or source | GSE0 |" in card.text
     assert "wbdit train --seed 3" in card.text and "| steps | 8 |" in card.text
@@ -66,20 +63,6 @@ def test_dry_run_writes_the_pipeline_its_card_and_report_only(folder, pbmc, tmp_
     everything = b"".join(path.read_bytes() for path in target.rglob("*") if path.is_file())
     assert str(folder.parent).encode() not in everything and split.test[0].encode() not in everything
     ScRNAGenerationPipeline.from_pretrained(target)
-
-
-def test_a_half_precision_variant_is_added(folder, tmp_path):
-    pipe = ScRNAGenerationPipeline.from_pretrained(folder)
-    publish(pipe, folder, "me/x", variant="bf16", dry_run=tmp_path / "x")
-    half = load_file(tmp_path / "x" / "denoiser" / "diffusion_pytorch_model.bf16.safetensors")
-    whole = load_file(tmp_path / "x" / "denoiser" / "diffusion_pytorch_model.safetensors")
-    assert half.keys() == whole.keys() and {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
-    assert {tensor.dtype for tensor in whole.values()} == {torch.float32} == {pipe.denoiser.dtype}
-    dtype = {"denoiser": torch.bfloat16}
-    loaded = ScRNAGenerationPipeline.from_pretrained(tmp_path / "x", variant="bf16", dtype=dtype)
-    assert loaded.denoiser.dtype == torch.bfloat16 and loaded.codec.dtype == torch.float32
-    assert all(torch.equal(tensor, half[name]) for name, tensor in loaded.denoiser.state_dict().items())
-    assert 'variant="bf16"' in (tmp_path / "x" / "README.md").read_text()
 
 
 def test_a_report_elsewhere_is_taken(folder, tmp_path):
@@ -134,13 +117,13 @@ def test_an_upload_replaces_files_of_an_earlier_one(folder, hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     pipe = ScRNAGenerationPipeline.from_pretrained(folder)
-    address = publish(pipe, folder, "twice", variant="bf16", token="hf_test")
+    address = publish(pipe, folder, "twice", token="hf_test")
     assert address.endswith("/me/twice")
-    half = "denoiser/diffusion_pytorch_model.bf16.safetensors"
-    assert set(hub.repos["me/twice"]) == PIPELINE | CODE | {half, "training.json", "report.json", "report.png"}
+    files = PIPELINE | {"training.json", "report.json", "report.png"}
+    assert set(hub.repos["me/twice"]) == files
     assert b'from_pretrained("me/twice")' in hub.repos["me/twice"]["README.md"]
     hub.repos["me/twice"]["notes.md"] = b"someone's own"
+    hub.repos["me/twice"]["gaussian_mixture/diffusion_pytorch_model.safetensors"] = b"of another training"
     publish(pipe, folder, "twice", token="hf_test")
-    files = PIPELINE | CODE | {"training.json", "report.json", "report.png", "notes.md"}
-    assert set(hub.repos["me/twice"]) == files  # no weights of the first upload
+    assert set(hub.repos["me/twice"]) == files | {"notes.md"}  # no weights of the first upload
     ModelCard(hub.repos["me/twice"]["README.md"].decode()).validate()

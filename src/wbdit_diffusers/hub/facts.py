@@ -24,7 +24,6 @@ class CardFacts:
     training: dict[str, Any] | None = None  # rows of the table of the training
     report: dict[str, Any] | None = None  # of `wbdit evaluate`
     figure: str | None = None  # name of the report's file
-    variant: str | None = None  # of additional weights, such as "bf16"
 
 
 def read_facts(folder: Path, num_genes: int, report: Path | None = None, **given) -> CardFacts:

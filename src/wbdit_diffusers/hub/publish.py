@@ -1,25 +1,21 @@
 """`publish`: uploads a trained pipeline to the Hub, one repository per dataset."""
 
-import copy
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import create_repo, upload_folder
 from huggingface_hub.utils import validate_repo_id
 
 from ..files import one_line
-from . import remote_code
 from .facts import FIGURE_NAME, REPORT_NAME, TRAINING_NAME, CardFacts, read_facts, report_path
 from .model_card import render_model_card
 
 
-VARIANTS = {"bf16": torch.bfloat16}
 # Removed from the repository if an earlier upload left them there: weights of another training must not stay.
-OURS = ["*.safetensors", *remote_code.FILES, TRAINING_NAME, REPORT_NAME, FIGURE_NAME]
+OURS = ["*.safetensors", TRAINING_NAME, REPORT_NAME, FIGURE_NAME]
 
 
 def publish(
@@ -42,8 +38,7 @@ def publish(
         private (`bool`, defaults to `False`): Whether a new repository is private. Otherwise your Hub settings decide.
         dry_run (`str` or `Path`, *optional*): New folder to write instead of uploading.
         report (`str` or `Path`, *optional*): Report of `wbdit evaluate`, if it is not in `folder`.
-        facts: `data_name`, `data_license` and `data_source` of the training data. `variant="bf16"` adds the denoiser
-            in bfloat16.
+        facts: `data_name`, `data_license` and `data_source` of the training data.
 
     Returns the address of the repository, or the folder of a dry run. Raises a `ValueError` or an `OSError` if an
     argument or a file is invalid, or the upload fails.
@@ -74,10 +69,6 @@ def publish(
 def _write(pipeline: DiffusionPipeline, target: Path, repo_id: str, facts: CardFacts, files: dict[Path, str]):
     """Writes the files of the repository into a new folder."""
     pipeline.save_pretrained(target)
-    if facts.variant is not None:
-        half = copy.deepcopy(pipeline.denoiser).to(VARIANTS[facts.variant])
-        half.save_pretrained(target / "denoiser", variant=facts.variant)
-    remote_code.write_remote_code(pipeline, target)
     for source, name in files.items():
         if source.is_file():
             shutil.copyfile(source, target / name)

@@ -8,7 +8,6 @@ trained steps may leave the objective. The steps of `DescentBlock` can only lowe
 
 import math
 from collections import OrderedDict
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,6 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_sin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from .convert_original import convert_original_checkpoint
 from .loading import SafetensorsModel
 
 
@@ -438,11 +436,3 @@ class WhiteBoxDiTModel(SafetensorsModel, AttentionMixin, ConfigMixin):
         sample = hidden_states.flatten(1)[:, :sample_size]  # (batch, sample_size)
 
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    @classmethod
-    def from_original_checkpoint(cls, path: str | Path, num_attention_heads: int = 8) -> "WhiteBoxDiTModel":
-        """Converts a checkpoint of the authors' code, a `state_dict` of any depth and width: White-Box or DiT."""
-        config, state_dict = convert_original_checkpoint(path, num_attention_heads)
-        model = cls(**config)
-        model.load_state_dict(state_dict)
-        return model.eval()

@@ -1,7 +1,5 @@
 """`ScRNAPipeline`: what all pipelines share. Components, saving and loading, cells to latents and back."""
 
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from .._registration import add_components
 from ..data.latents import CellDataset, encode_cells
 from ..files import one_line, partial_path, remove, write_whole
 from ..hub.model_card import push_model_card
-from ..hub.remote_code import without_remote_code, write_remote_code
 from ..models.codec_expression import ExpressionCodec
 from ..models.codec_programs import ProgramCodec
 from ..models.gaussian_mixture import GaussianMixtureDenoiser
@@ -86,15 +83,10 @@ class ScRNAPipeline(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path, **kwargs) -> dict[str, Any]:
-        """A configuration in which this package takes the place of the repository's own modules."""
-        index = without_remote_code(super()._dict_from_json_file(json_file, **kwargs))
+        """A configuration, whose classes Diffusers then knows."""
+        index = super()._dict_from_json_file(json_file, **kwargs)
         add_components(index)
         return index
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple:
-        """Leaves out the `auto_map` of a repository, which is for [`AutoModel`]."""
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs):
         """
@@ -131,13 +123,6 @@ class ScRNAPipeline(DiffusionPipeline):
         """Uploads the pipeline as [`DiffusionPipeline.push_to_hub`], with a card unless the repository has one."""
         push_model_card(self, repo_id, private=kwargs.get("private"), token=kwargs.get("token"))
         return super().push_to_hub(repo_id, **kwargs)
-
-    def _upload_folder(self, working_dir: str | Path, *args, **kwargs) -> Any:
-        """Uploads a saved pipeline together with the modules for `trust_remote_code=True`."""
-        with tempfile.TemporaryDirectory() as temporary:
-            staged = shutil.copytree(working_dir, Path(temporary, "repository"))
-            write_remote_code(self, staged)
-            return super()._upload_folder(staged, *args, **kwargs)
 
     def _check_components(self):
         """Raises a `ValueError` if `denoiser`, `codec` and `processor` come from different models."""

@@ -1,8 +1,14 @@
-"""Checkpoints of the authors' code (arXiv 2411.06785), renamed to the parameters of this package."""
+"""Converts a checkpoint of the authors' code (arXiv 2411.06785), of any depth and width: White-Box or DiT.
 
+python benchmarks/convert_original.py checkpoint.pth denoiser
+"""
+
+import sys
 from pathlib import Path
 
 import torch
+
+from wbdit_diffusers import WhiteBoxDiTModel
 
 
 # Parts of the authors' names and of ours, replaced in this order
@@ -20,8 +26,8 @@ NAMES = {
 }
 
 
-def convert_original_checkpoint(path: str | Path, num_attention_heads: int) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Arguments and `state_dict` of a [`WhiteBoxDiTModel`]; see [`WhiteBoxDiTModel.from_original_checkpoint`]."""
+def convert(path: str | Path, num_attention_heads: int = 8) -> WhiteBoxDiTModel:
+    """The network in a file that holds a `state_dict`."""
     original = torch.load(path, map_location="cpu", weights_only=True)
     dim, _, patch_size, _ = original["x_embedder.proj.weight"].shape
     num_patches = original["pos_embed"].shape[1]
@@ -33,12 +39,17 @@ def convert_original_checkpoint(path: str | Path, num_attention_heads: int) -> t
             name = name.replace(theirs, ours)
         state_dict[name] = tensor.float()
     state_dict["proj_in.weight"] = state_dict["proj_in.weight"].flatten(1)  # a convolution (hidden, 1, patch, 1)
-    config = {
-        "sample_size": num_patches * patch_size,
-        "patch_size": patch_size,
-        "num_layers": num_layers,
-        "num_attention_heads": num_attention_heads,
-        "attention_head_dim": dim // num_attention_heads,
-        "block_type": "dit" if is_dit else "white_box",
-    }
-    return config, state_dict
+    model = WhiteBoxDiTModel(
+        sample_size=num_patches * patch_size,
+        patch_size=patch_size,
+        num_layers=num_layers,
+        num_attention_heads=num_attention_heads,
+        attention_head_dim=dim // num_attention_heads,
+        block_type="dit" if is_dit else "white_box",
+    )
+    model.load_state_dict(state_dict)
+    return model.eval()
+
+
+if __name__ == "__main__":
+    convert(sys.argv[1]).save_pretrained(sys.argv[2])

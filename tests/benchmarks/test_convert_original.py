@@ -1,7 +1,8 @@
-"""Checkpoints of the authors' code, made by the paper's definition written out (benchmarks/reference.py)."""
+"""Converted checkpoints of the authors' layout, made by the written-out definition (benchmarks/reference.py)."""
 
 import pytest
 import torch
+from convert_original import convert
 from reference import ReferenceDiT
 
 from wbdit_diffusers import WhiteBoxDiTModel
@@ -24,7 +25,7 @@ def make_reference(block_type: str, depth: int, dim: int, num_patches: int) -> R
 def test_converted_checkpoint_equals_the_definition(block_type, depth, tmp_path):
     reference = make_reference(block_type, depth, dim=96, num_patches=20)
     torch.save(reference.state_dict(), tmp_path / "model.pth")
-    model = WhiteBoxDiTModel.from_original_checkpoint(tmp_path / "model.pth")
+    model = convert(tmp_path / "model.pth")
     assert model.config.block_type == block_type
     assert model.config.num_layers == depth
 
@@ -39,7 +40,7 @@ def test_converted_checkpoint_equals_the_definition(block_type, depth, tmp_path)
 def test_converted_checkpoint_at_the_published_shape(tmp_path):
     reference = make_reference("white_box", depth=3, dim=768, num_patches=200)
     torch.save(reference.state_dict(), tmp_path / "model.pth")
-    model = WhiteBoxDiTModel.from_original_checkpoint(tmp_path / "model.pth")
+    model = convert(tmp_path / "model.pth")
     # The file's position table is the one that the model makes itself.
     own_table = WhiteBoxDiTModel(2000, patch_size=10, num_layers=1, attention_head_dim=192).pos_embed
     torch.testing.assert_close(model.pos_embed, own_table, atol=1e-4, rtol=0)
@@ -59,4 +60,4 @@ def test_original_checkpoint_refuses_pickles_and_foreign_files(tmp_path):
     for content, message in files:
         torch.save(content, path)
         with pytest.raises(Exception, match=message):
-            WhiteBoxDiTModel.from_original_checkpoint(path)
+            convert(path)
