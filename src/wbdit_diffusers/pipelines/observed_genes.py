@@ -49,7 +49,7 @@ class ObservedGenes(GaussianGuide):
         if library_size is not None:
             known[-1, -1] = KNOWN
             known_shift[:, -1] = KNOWN * (library_size.log() - codec.latents_mean[-1]) / codec.latents_std[-1]
-        latents, last, rate = mean.expand(len(counts), -1), -torch.inf, torch.ones(len(counts), 1)
+        latents, last, rate = mean.expand(len(counts), -1), -torch.inf, torch.ones(len(counts), 1).to(prior)
         for _ in range(NUM_STEPS):
             with torch.enable_grad():
                 leaf = latents.float().requires_grad_()

@@ -95,9 +95,14 @@ class ScRNAInpaintPipeline(DenoisingPipeline):
         if num_samples < 1:
             raise ValueError(f"`num_samples` is {num_samples}: ask for at least one.")
         dataset, codec = CellDataset(cells, self.processor, with_labels=False), self.codec
-        gene_mask = torch.from_numpy(self.processor.var_names.isin(self.processor.source(cells).var_names))
+        is_measured = self.processor.var_names.isin(self.processor.source(cells).var_names)
+        gene_mask = torch.from_numpy(is_measured).to(codec.device)  # (genes,)
         known_labels = self._known_labels(cells)  # (cells, num_label_keys), -1 is unknown
-        sizes = None if library_size is None else torch.as_tensor(library_size, dtype=torch.float32).expand(len(cells))
+        sizes = (
+            None
+            if library_size is None
+            else torch.as_tensor(library_size, dtype=torch.float32).expand(len(cells)).to(codec.device)
+        )
         log_factors = self._detection(dataset, gene_mask, known_labels, match_detection)
         noise, device = CellNoise(generator), self._execution_device
         request = {"num_samples": num_samples, "library_size": library_size, "match_detection": match_detection}
@@ -136,7 +141,7 @@ class ScRNAInpaintPipeline(DenoisingPipeline):
                 denoised = denoise(predict_batch, self.scheduler, batch_noise, initial, timesteps, on_step_end)
 
                 # 4. Decode
-                measured = None if match_detection else (values.cpu(), gene_mask)
+                measured = None if match_detection else (values.cpu(), gene_mask.cpu())
                 drawn = labels, totals, batch_noise, uniform[:, 1], measured
                 outputs.append(self._decode(output_type, denoised, *drawn))
 
@@ -169,7 +174,7 @@ class ScRNAInpaintPipeline(DenoisingPipeline):
             return None
         rows = np.random.default_rng(0).permutation(len(dataset))[:CELLS_TO_COMPARE]
         values, labels = dataset.cells(rows)[0].to(codec.device), labels[rows]
-        counts, log_factors = values.sum(0), torch.zeros(len(gene_mask))
+        counts, log_factors = values.sum(0), torch.zeros(len(gene_mask), device=codec.device)
         for _ in range(NUM_ROUNDS if estimate else 1):
             mixture = self.gaussian_mixture
             guide = ObservedGenes(
