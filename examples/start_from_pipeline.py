@@ -24,7 +24,7 @@ for name, start in {
     "nothing": {},
     "the other pipeline": {"init_from": PBMC, "init_labels": {"B cell": "CD19+ B"}},
 }.items():
-    processor, codec = fit_codec(few, CodecConfig(label_keys=["cell_type"], **start))
+    processor, codec = fit_codec(few, CodecConfig(label_keys=["cell_type"], decoder_steps=200, **start))
     matrix, library_size = processor.select(others)
     values, library_size = torch.from_numpy(matrix.toarray()), torch.from_numpy(library_size).float()
     with torch.no_grad():

@@ -7,6 +7,7 @@ import torch
 from scipy import sparse
 
 from wbdit_diffusers import ScRNAProcessor
+from wbdit_diffusers.processing.genes import align_genes
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +122,10 @@ def test_few_common_genes_are_refused(processor, pbmc):
         processor.select(few)
     panel = pbmc[:, ~pbmc.var_names.isin(processor.var_names[:150])].copy()
     assert (processor.select(panel)[0][:, :150] != 0).nnz == 0
+
+
+def test_a_panel_of_few_genes_is_not_taken_for_another_kind_of_name():
+    modelled = pd.Index([f"gene_{i}" for i in range(20_000)])
+    assert (align_genes(modelled[:50], modelled) == np.arange(50)).all()
+    with pytest.raises(ValueError, match="set it to the same kind of gene name"):
+        align_genes(pd.Index([*modelled[:10], *(f"ENSG{i}" for i in range(300))]), modelled)

@@ -74,8 +74,8 @@ class ScRNAInpaintPipeline(DenoisingPipeline):
             match_detection (`bool`, defaults to `False`):
                 Whether to estimate a factor for each measured gene, for a panel of another technology. The result then
                 has draws of all genes, as the training cells' technology would see them.
-            guidance_scale, num_inference_steps, batch_size, generator, output_type, return_dict, callback_on_step_end,
-            callback_on_step_end_tensor_inputs: See [`ScRNAGenerationPipeline.__call__`].
+            guidance_scale, num_inference_steps, batch_size, generator, output_type, return_dict, callback_on_step_end:
+                As in [`ScRNAGenerationPipeline.__call__`].
 
         Examples:
 

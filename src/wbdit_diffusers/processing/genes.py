@@ -12,7 +12,8 @@ from ..data.cells import CellSource, check_unique
 
 logger = logging.get_logger(__name__)
 
-MIN_COMMON_GENES = 0.01  # of the modelled genes: with fewer, names are of another kind or species
+# A fraction and a number of modelled genes. Below both, names are of another kind or species; a panel has few genes.
+MIN_COMMON_FRACTION, MIN_COMMON_GENES = 0.01, 10
 
 
 def check_names(source: CellSource):
@@ -60,7 +61,7 @@ def check_variation(matrix: sparse.csr_matrix):
 def align_genes(var_names: pd.Index, modelled: pd.Index) -> np.ndarray:
     """Positions of the cells' genes among the modelled ones, -1 for others. Missing ones are named in a warning."""
     missing = modelled[~modelled.isin(var_names)]
-    if len(modelled) - len(missing) <= MIN_COMMON_GENES * len(modelled):
+    if len(modelled) - len(missing) <= min(MIN_COMMON_FRACTION * len(modelled), MIN_COMMON_GENES):
         raise ValueError(
             f"{len(missing)} of the {len(modelled)} genes of this model ({', '.join(missing[:3])}, …) are not in"
             f" `adata.var_names` ({', '.join(var_names[:3])}, …): set it to the same kind of gene name."
