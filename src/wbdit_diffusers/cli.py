@@ -382,8 +382,8 @@ def _overview() -> str:
 
 
 def _print(text: str, file: Any):
-    """Prints, in the first of several processes only. `wbdit generate` reads all lines of those that it starts."""
-    if os.environ.get("RANK", "0") == "0" or "WBDIT_LAUNCHED" in os.environ:
+    """Prints, in the first of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
         print(text, file=file)
 
 
