@@ -36,7 +36,7 @@ import torch
 from common import drop_empty_cells, read_results, write_results
 from diffusers import DDPMScheduler
 from diffusers.utils.logging import disable_progress_bar
-from quality import machine
+from quality import CONFIGS, machine
 from reproduce_report import DEFAULT, DIT, FIGURE_STEPS, LARGE, WHITE_BOX, figures, tables
 from safetensors.torch import load_file
 from scipy import sparse
@@ -111,7 +111,7 @@ class Dataset:
 
     def __init__(self, name: str, args: argparse.Namespace):
         self.name, self.args = name, args
-        self.values = read_config(name).get("values", "counts")
+        self.values = CONFIGS[name].get("values", "counts")
         self.path = args.data_dir / f"{name}.h5ad"
         self.folder = args.work_dir / name
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -131,11 +131,11 @@ class Dataset:
 
     def settings(self, model: str, seed: int, minutes: float) -> dict:
         """Fields of the training's config."""
-        settings = read_config(self.name)
+        settings = CONFIGS[self.name]
         validation_steps, checkpointing_steps = 200, 10**9
         if model != DEFAULT:
             network = SHAPES[self.args.shape] | networks(self.args.shape)[model]["model"]
-            settings |= read_config("paper") | network | {"values": self.values}
+            settings = read_config("paper") | network | {"values": self.values}
             path = self.folder / f"{model}, seed {seed}.steps"  # a resumed run keeps its intervals
             if not path.exists():
                 denoiser = WhiteBoxDiTModel(sample_size=NUM_GENES, **network)
@@ -302,7 +302,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", nargs="+", default=["all"], choices=["all", *DATASETS, "hnscc"], metavar="NAME")
     data_dir = ROOT.parent / "shared" / "data"
-    parser.add_argument("--data_dir", type=Path, default=data_dir, help="Folder of NAME.h5ad, see `wbdit fetch`.")
+    parser.add_argument("--data_dir", type=Path, default=data_dir, help="Folder of NAME.h5ad.")
     parser.add_argument("--budget_minutes", type=float, default=65, help="Minutes for everything. 45%% is training.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="Shape of the networks. Default: small on a CPU.")

@@ -89,7 +89,6 @@ MISTAKES = [
     (f"{TRAIN} FILES/halves.h5ad", "integer"),
     (f"{TRAIN} FILES/nan.h5ad", "NaN"),
     ("prepare FILES/absent.h5ad --output_dir OUT/prepared", "absent.h5ad"),
-    ("fetch nothing --folder OUT/published", "no recipe for 'nothing'"),
     # Models
     ("generate FILES/modle --output OUT/a.h5ad", "no folder or file .*modle. Did you mean .*model"),
     ("generate wbdit-pbmc --output OUT/a.h5ad", "no folder or file wbdit-pbmc. A Hub id has the form user/name"),

@@ -234,37 +234,6 @@ def prepare(config: PrepareConfig) -> Result:
 
 
 @dataclass(config=pydantic_config, kw_only=True)
-class FetchConfig:
-    name: str
-    """Name of the dataset. `wbdit fetch list` prints the names."""
-    output: Path | None = None
-    """The .h5ad file to write. Default: NAME.h5ad."""
-    folder: Path = Path("published")
-    """Folder of the downloaded files."""
-
-
-def fetch(config: FetchConfig) -> Result:
-    """Download a public dataset that the reproduction of the paper uses.
-
-    Downloaded files are checked and kept, so that they are downloaded only once.
-
-        wbdit fetch list
-        wbdit fetch pbmc3k --output pbmc3k.h5ad
-    """
-    from .data.public import RECIPES, fetch
-    from .data.write import check_output, write_cells
-
-    if config.name == "list":
-        sources = {name: recipe.source for name, recipe in RECIPES.items()}
-        return sources, "\n".join(f"{name}: {source}" for name, source in sources.items())
-    output = check_output(config.output or Path(f"{config.name}.h5ad"))
-    cells = fetch(config.name, config.folder / config.name)
-    write_cells(output, [cells])
-    result = {"output": str(output), "num_cells": cells.n_obs, "num_genes": cells.n_vars}
-    return result, f"{cells.n_obs} cells × {cells.n_vars} genes in {output}: {RECIPES[config.name].source}."
-
-
-@dataclass(config=pydantic_config, kw_only=True)
 class AppConfig:
     model: Model | None = None
     """Pipeline to start with: a folder, a Hub id, or the pipeline in this package (the default)."""
@@ -290,10 +259,10 @@ def app(config: AppConfig) -> Result:
     return {}, "The page is closed."
 
 
-POSITIONAL = ("model", "generators", "files", "name")  # required fields that are given without a flag
+POSITIONAL = ("model", "generators", "files")  # required fields that are given without a flag
 CONFIG_HELP = (
-    "YAML files of flags, or names of configs in this package: paper, or a dataset. Flags override files, and later"
-    " files override earlier ones."
+    "YAML files of flags, or names of configs in this package: paper. Flags override files, and later files override"
+    " earlier ones."
 )
 COMMON = ("dataset", "label_keys", "output_dir", "max_train_steps", "max_train_minutes")  # first in the help
 COMMANDS: dict[str, tuple[Callable[..., Result], Any]] = {
@@ -306,7 +275,6 @@ COMMANDS: dict[str, tuple[Callable[..., Result], Any]] = {
     "explain": (explain, ExplainConfig),
     "push": (push, PushConfig),
     "prepare": (prepare, PrepareConfig),
-    "fetch": (fetch, FetchConfig),
     "app": (app, AppConfig),
 }
 
@@ -373,8 +341,8 @@ def _overview() -> str:
 
 
 def _print(text: str, file: Any):
-    """Prints, in the first of several processes only. `wbdit generate` reads all lines of those that it starts."""
-    if os.environ.get("RANK", "0") == "0" or "WBDIT_LAUNCHED" in os.environ:
+    """Prints, in the first of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
         print(text, file=file)
 
 

@@ -24,8 +24,6 @@ class GenerateConfig:
     """The .h5ad file, .zarr folder, or folder for parquet files to write. An interrupted command continues."""
     num_cells: PositiveInt = 1000
     """Number of cells."""
-    num_processes: PositiveInt = 1
-    """Number of processes that share the work."""
     cell_types: list[str] = Field(default_factory=list)
     """Types of the cells, in turn: equally many of each. Default: the frequencies of the training cells."""
     conditions: dict[str, str] = Field(default_factory=dict)

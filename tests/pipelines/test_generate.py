@@ -1,9 +1,13 @@
 """`wbdit generate`: parts over processes, interrupted and killed, give the cells of one call."""
 
 import multiprocessing
-import resource
+import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -68,16 +72,22 @@ def test_several_types_take_turns(config, tmp_path):
     assert cells.obs["cell_type"].tolist() == types * 40
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
-def test_an_interrupted_run_keeps_its_parts_and_continues(model, config, tmp_path, monkeypatch, error):
-    write, folder = module.write_cells, tmp_path / "a.h5ad.parts"
+def interrupt(monkeypatch, part: str, error: BaseException | None = None):
+    """Lets the writing of a part fail."""
+    write = module.write_cells
 
     def interrupted(path, batches):
-        if path.name.startswith("000000000200"):
-            raise error
+        if path.name.startswith(part):
+            raise error or KeyboardInterrupt
         return write(path, batches)
 
     monkeypatch.setattr(module, "write_cells", interrupted)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
+def test_an_interrupted_run_keeps_its_parts_and_continues(model, config, tmp_path, monkeypatch, error):
+    write, folder = module.write_cells, tmp_path / "a.h5ad.parts"
+    interrupt(monkeypatch, "000000000200", error)
     with pytest.raises(type(error), match=f"{error} ?200 of 250 cells are kept in {folder}: the same command"):
         generate(config(seed=3))
     with pytest.raises(OSError, match="holds cells of an unfinished command with another seed: run that command"):
@@ -102,57 +112,93 @@ def test_a_request_that_fails_at_once_leaves_nothing(config, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def start(command: list[str]):
-    """`wbdit` in a process that is forked from one that has imported it."""
+def run(command: list[str], rank: int, num_processes: int, port: int):
+    """One process of `wbdit`, started as a launcher would start it."""
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    main(command)
+
+
+def start(command: list[str], num_processes: int) -> list:
+    """Processes that are forked from one that has imported `wbdit`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["wbdit_diffusers.cli", "wbdit_diffusers.pipelines.generate"])
-    process = context.Process(target=main, args=(command,))
-    process.start()
-    return process
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    ranks = range(num_processes)
+    processes = [context.Process(target=run, args=(command, rank, num_processes, port)) for rank in ranks]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def launch(*command: str | Path) -> subprocess.CompletedProcess:
+    """Runs two processes on the CPU, as docs/scaling.md does."""
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*words, *map(str, command)], env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow  # it starts ten processes
 def test_killed_five_times(model, tmp_path, monkeypatch):
-    """SIGKILL meets the command alone: the processes that it started end by themselves."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the number of threads can change the last digit of a product
     command = ["generate", str(model), "--output", str(tmp_path / "a.h5ad"), "--device", "cpu", "--seed", "3"]
     command += ["--num_cells", "12000", "--batch_size", "2300", "--num_inference_steps", "2"]  # six parts
     for number, num_processes in enumerate([1, 2, 1, 1, 2]):
-        process = start([*command, "--num_processes", str(num_processes)])
-        while process.is_alive() and len(list(tmp_path.glob("a.h5ad.parts/*.h5ad"))) <= number:
+        processes = start(command, num_processes)
+        while processes[0].is_alive() and len(list(tmp_path.glob("a.h5ad.parts/*.h5ad"))) <= number:
             time.sleep(0.005)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-    process = start([*command, "--num_processes", "2"])
-    process.join()
-    assert process.exitcode == 0
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+    result = launch("-m", "wbdit_diffusers.cli", *command)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("12000 cells × 20 genes in") == 1
     expected = cells_of_a_call(model, num_cells=12_000, batch_size=2300, num_inference_steps=2)
     assert_equal(tmp_path / "a.h5ad", expected)
 
 
+FAILING = """
+    import os
+    import sys
+
+    from wbdit_diffusers.cli import main
+    from wbdit_diffusers.pipelines import generate
+
+    write = generate.write_cells
+
+
+    def write_or_fail(path, batches):
+        if os.environ["RANK"] == "1":
+            raise OSError("No space left on device")
+        return write(path, batches)
+
+
+    generate.write_cells = write_or_fail
+    main(["generate", *sys.argv[1:]])
+"""
+
+
 @pytest.mark.slow
-def test_the_error_of_one_process_is_that_of_the_command(config, tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # like a full disk
-    try:
-        with pytest.raises(OSError, match=r"^.*00\.h5ad.* \(`accelerate launch` ended with code 1\)$"):
-            generate(config(num_cells=9200, batch_size=4600, num_inference_steps=1, num_processes=2))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(tmp_path.iterdir()) == []
+def test_the_error_of_any_process_is_shown_once(model, tmp_path):
+    """The other processes make their share first."""
+    script, output = tmp_path / "failing.py", tmp_path / "a.h5ad"
+    script.write_text(textwrap.dedent(FAILING))
+    flags = "--num_cells 9200 --batch_size 4600 --num_inference_steps 1 --device cpu".split()
+    result = launch(script, model, "--output", output, *flags)
+    assert result.returncode == 1
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("wbdit "))
+    assert line.startswith("wbdit generate: No space left on device 4,600 of 9,200 cells are kept in")
+    assert [path.name for path in (tmp_path / "a.h5ad.parts").glob("*.h5ad")] == ["000000000000.h5ad"]
 
 
 def test_a_run_is_continued_by_the_same_pipeline_alone(model, config, tmp_path, monkeypatch):
     """Its scheduler, its networks and its configuration."""
-    write = module.write_cells
-
-    def interrupted(path, batches):
-        if path.name.startswith("000000000200"):
-            raise KeyboardInterrupt
-        return write(path, batches)
-
-    monkeypatch.setattr(module, "write_cells", interrupted)
+    interrupt(monkeypatch, "000000000200")
     own = shutil.copytree(model, tmp_path / "own")
     with pytest.raises(KeyboardInterrupt):
         generate(config(model=str(own)))

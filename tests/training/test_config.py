@@ -78,8 +78,9 @@ def test_shipped_configs_load_by_name_and_by_path(name):
     assert from_flags("--config", name) == TrainingConfig(output_dir="out", **values)
 
 
-def test_the_setting_of_the_paper():
-    config = from_flags("--config", "pbmc3k", "paper", "--values", "counts")
+def test_the_setting_of_the_paper(tmp_path):
+    first = write_yaml(tmp_path / "first.yaml", {"dataset": "pbmc3k.h5ad", "label_keys": ["cell_type"]})
+    config = from_flags("--config", first, "paper", "--values", "counts")
     assert config.dataset == Path("pbmc3k.h5ad")  # from the first file
     assert config.label_keys == [] and config.codec == "expression"  # from the second file
     assert config.values == "counts"  # from the command line

@@ -1,4 +1,4 @@
-"""Cells from files, split, and as arrays for training; public datasets."""
+"""Cells from files, split, and as arrays for training."""
 
 from ..configs import PrepareConfig
 from .cells import AnnDataSource, BackedSource, CellSource

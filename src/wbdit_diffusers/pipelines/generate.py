@@ -4,21 +4,15 @@ The cells are made in parts, which are files in `<output>.parts/`. They are join
 """
 
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-import threading
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 import anndata as ad
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..configs import GenerateConfig
@@ -32,7 +26,6 @@ from .pipeline_scrna_generation import ScRNAGenerationPipeline
 
 
 CELLS_PER_PART = 4096  # at least, in whole batches: a killed process loses at most one part
-LAUNCHED = "WBDIT_LAUNCHED"  # set in processes that `--num_processes` starts
 
 
 def generate(config: GenerateConfig) -> tuple[int, int]:
@@ -44,8 +37,6 @@ def generate(config: GenerateConfig) -> tuple[int, int]:
     processes. The same call continues a run that was interrupted or killed. Every process of an `accelerate launch`
     makes its share of the parts, and the first one joins them.
     """
-    if os.environ.get(LAUNCHED):  # this process ends when the one that launched it has gone
-        threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     path = check_output(config.output)
     pipe = ScRNAGenerationPipeline.from_pretrained(config.model)
     pipe.set_progress_bar_config(**bar_options(desc="Steps", leave=False))
@@ -63,18 +54,23 @@ def generate(config: GenerateConfig) -> tuple[int, int]:
     with state.main_process_first():
         _claim(folder, config, pipe)
     try:
-        if config.num_processes > 1:
-            _launch(config, parts)
-        else:
-            with state.split_between_processes(list(parts)) as own, _progress(config, parts) as bar:
+        options = bar_options(total=config.num_cells, initial=_count(parts), desc="Generating", unit=" cells")
+        failure = None
+        with state.split_between_processes(list(parts)) as own, tqdm(**options) as bar:
+            try:
                 for part in own:
                     if not part.exists():
                         write_cells(part, _stream(config, pipe, parts[part], noise))
                         bar.update(_count(parts) - bar.n)
-            state.wait_for_everyone()
-            if state.is_main_process:
-                write_cells(path, map(ad.read_h5ad, parts))
-                remove(folder)
+            except Exception as error:
+                failure = error
+        # The others make their share, and the first process, which alone prints its error, has that of any of them.
+        reasons = [reason for reason in gather_object([failure and one_line(failure)]) if reason]
+        if reasons:
+            raise failure or OSError(reasons[0])
+        if state.is_main_process:
+            write_cells(path, map(ad.read_h5ad, parts))
+            remove(folder)
     except BaseException as error:
         done = f"{_count(parts):,} of {config.num_cells:,} cells"
         kept = f"{done} are kept in {folder}: the same command continues from there."
@@ -83,8 +79,8 @@ def generate(config: GenerateConfig) -> tuple[int, int]:
             kept = ""
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(kept) from error
-        if isinstance(error, OSError) and kept not in str(error):  # where a launched process has said so
-            raise OSError(f"{one_line(error)} {kept}") from error
+        if isinstance(error, OSError):
+            raise OSError(f"{one_line(error)} {kept}".strip()) from error
         raise
     return config.num_cells, len(pipe.processor.var_names)
 
@@ -102,7 +98,7 @@ def _stream(
 
 def _claim(folder: Path, config: GenerateConfig, pipe: ScRNAGenerationPipeline):
     """Makes the folder of the parts. Raises an `OSError` if it holds parts of another request."""
-    record, facts = folder / "request.json", asdict(replace(config, num_processes=1)) | {"version": __version__}
+    record, facts = folder / "request.json", asdict(config) | {"version": __version__}
     for name, part in pipe.components.items():
         weights = part.state_dict().values() if isinstance(part, torch.nn.Module) else []
         total = sum(tensor.double().nan_to_num(posinf=0).abs().sum().item() for tensor in weights)
@@ -120,42 +116,9 @@ def _claim(folder: Path, config: GenerateConfig, pipe: ScRNAGenerationPipeline):
     write_whole(record, lambda partial: partial.write_text(json.dumps(facts)))
 
 
-def _launch(config: GenerateConfig, parts: dict[Path, range]):
-    """Runs the same command in processes of `accelerate launch`. Raises the error of one that fails."""
-    threads = max(1, torch.get_num_threads() // config.num_processes)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1"]
-    command += [f"--num_processes={config.num_processes}", f"--num_cpu_threads_per_process={threads}"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", "-m", "wbdit_diffusers.cli", "generate", config.model]
-    flags = {key: value for key, value in asdict(config).items() if value is not None}
-    conditions = [f"{key}={value}" for key, value in flags.pop("conditions").items()]
-    command += ["--cell_types", *flags.pop("cell_types"), "--conditions", *conditions]
-    command += [f"--{key}={flags[key]}" for key in flags if key not in ("model", "num_processes")]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", LAUNCHED: "true"}
-    with tempfile.TemporaryFile("w+") as output, _progress(config, parts) as bar:
-        with subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=output, text=True
-        ) as process:
-            try:
-                while process.poll() is None:
-                    time.sleep(0.2)
-                    bar.update(_count(parts) - bar.n)
-            finally:
-                process.terminate()
-        output.seek(0)
-        text = output.read()
-    if process.returncode:
-        reasons = re.findall(r"^wbdit generate: (.*)$", text, re.MULTILINE) or text.splitlines()[-1:]
-        raise OSError(f"{reasons[0]} (`accelerate launch` ended with code {process.returncode})")
-
-
 def _count(parts: dict[Path, range]) -> int:
     """Number of cells in the parts that are there."""
     return sum(len(cells) for part, cells in parts.items() if part.exists())
-
-
-def _progress(config: GenerateConfig, parts: dict[Path, range]) -> tqdm:
-    """A bar of all cells."""
-    return tqdm(**bar_options(total=config.num_cells, initial=_count(parts), desc="Generating", unit=" cells"))
 
 
 def choose_device(name: str | None = None, rank: int = 0) -> torch.device:

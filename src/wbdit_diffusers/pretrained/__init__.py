@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 FOLDER = Path(__file__).parent
-# 700 PBMCs that come with Scanpy; made by training/make_pretrained.py
+# 700 PBMCs that come with Scanpy; made by benchmarks/make_pretrained.py
 PBMC = "pbmc68k_reduced"
 
 

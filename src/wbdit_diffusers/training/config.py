@@ -266,15 +266,11 @@ def command_of(config: TrainingConfig) -> str:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML file of fields, or a config in this package: `"paper"`, or the name of a public dataset."""
-    from ..data.public import RECIPES
-
-    if str(path) in RECIPES:
-        return {"dataset": f"{path}.h5ad", **RECIPES[str(path)].config}
+    """Reads a YAML file of fields, or a config in this package: `"paper"`."""
     shipped = {Path(str(file)).stem: file for file in SHIPPED_CONFIGS.iterdir()}
     file = shipped.get(str(path), Path(path))
     if not file.is_file():
-        names = ", ".join([*sorted(shipped), *RECIPES])
+        names = ", ".join(sorted(shipped))
         raise FileNotFoundError(f"--config {path}: no such file. Configs in this package: {names}.")
     try:
         values = dict(yaml.safe_load(file.read_text()) or {})

@@ -1,4 +1,4 @@
-"""Recipes on small files of the published layouts; the files themselves can't be fetched here."""
+"""examples/public_data.py on small files of the published layouts; the files themselves can't be fetched here."""
 
 import gzip
 import io
@@ -9,12 +9,9 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from forms import write_mtx
+from public_data import RECIPES, ZHENG_POPULATIONS, fetch, main
 from scipy import sparse
 from scipy.io import mmwrite
-
-from wbdit_diffusers.cli import main
-from wbdit_diffusers.data.public import RECIPES, ZHENG_POPULATIONS, fetch
 
 
 HNSCC = """\
@@ -84,7 +81,10 @@ def test_kang_with_cells_in_another_order(kang_folder):
 def write_10x(path, matrix: np.ndarray, barcodes: list[str]):
     """An archive as of Cell Ranger 1: two columns of genes."""
     folder = path.with_suffix(".unpacked")
-    write_mtx(folder, matrix, {"genes.tsv": ["ENSG1\tMS4A1", "ENSG2\tLYZ"], "barcodes.tsv": barcodes})
+    folder.mkdir()
+    mmwrite(folder / "matrix.mtx", sparse.coo_matrix(matrix.T))
+    for name, lines in {"genes.tsv": ["ENSG1\tMS4A1", "ENSG2\tLYZ"], "barcodes.tsv": barcodes}.items():
+        (folder / name).write_text("\n".join(lines) + "\n")
     with tarfile.open(path, "w:gz") as archive:
         archive.add(folder, "filtered_matrices_mex/hg19")
 
@@ -102,13 +102,14 @@ def test_zheng(tmp_path):
 
 def test_pbmc3k_through_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["public_data.py", "pbmc3k"])
     folder = tmp_path / "published" / "pbmc3k"
     folder.mkdir(parents=True)
     write_10x(folder / "pbmc3k_filtered_gene_bc_matrices.tar.gz", np.array([[1, 0], [0, 2]]), ["AAA-1", "CCC-1"])
     processed = ad.AnnData(np.zeros((1, 1)), obs=pd.DataFrame({"louvain": ["B cells"]}, index=["CCC-1"]))
     processed.write_h5ad(folder / "pbmc3k_processed.h5ad")
-    main(["fetch", "pbmc3k"])
-    assert "2 cells × 2 genes" in capsys.readouterr().out
+    main()
+    assert "2 cells × 2 genes in pbmc3k.h5ad: 10x Genomics" in capsys.readouterr().out
     cells = ad.read_h5ad(tmp_path / "pbmc3k.h5ad")
     assert cells.obs["cell_type"].tolist() == ["unlabelled", "B cells"]
     assert cells.var_names.tolist() == ["MS4A1", "LYZ"]
@@ -137,6 +138,12 @@ def test_paul15(tmp_path):
     assert cells[:, "Prss34"].X.toarray().ravel().tolist() == [1, 0, 2]
 
 
-def test_a_dataset_without_a_recipe(tmp_path):
-    with pytest.raises(ValueError, match="no recipe for 'pbmc4k'; there are hnscc"):
-        fetch("pbmc4k", tmp_path)
+def test_the_list_and_a_dataset_without_a_recipe(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["public_data.py", "list"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == list(RECIPES) and "GSE103322" in lines[0]
+    monkeypatch.setattr("sys.argv", ["public_data.py", "pbmc4k"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "invalid choice: 'pbmc4k'" in capsys.readouterr().err

@@ -1,50 +1,47 @@
-"""Public datasets, from the files that their authors published to an AnnData: `wbdit fetch`."""
+"""Public datasets of the paper's reproduction, from the files that their authors published to an .h5ad file.
 
+    pip install pooch
+    python examples/public_data.py list
+    python examples/public_data.py pbmc3k --output pbmc3k.h5ad
+    wbdit train --dataset pbmc3k.h5ad --label_keys cell_type --output_dir wbdit-pbmc3k
+
+Downloaded files stay in --folder. `hnscc` holds log values (`wbdit train --values log`), and `kang_ifnb_pbmc` has a
+second label key, `condition`.
+"""
+
+import argparse
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pooch
+import scanpy as sc
 from anndata.utils import make_index_unique
 from scipy import sparse
 from scipy.io import mmread
 
-from .read import read_cells
+from wbdit_diffusers.data import read_cells
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """A public dataset, and how its AnnData is made from the published files."""
 
     source: str  # publication and accession
     files: list[str]  # addresses
     read: Callable[[Path], ad.AnnData]  # from the folder of these files
-    config: dict[str, Any] = field(default_factory=lambda: {"label_keys": ["cell_type"]})  # for `wbdit train`
 
 
-def fetch(name: str, folder: str | Path) -> ad.AnnData:
+def fetch(name: str, folder: Path) -> ad.AnnData:
     """Downloads and reads one of the [`RECIPES`], whose published files stay in the folder."""
-    if name not in RECIPES:
-        raise ValueError(f"There is no recipe for {name!r}; there are {', '.join(RECIPES)}.")
-    try:
-        import pooch
-    except ModuleNotFoundError as error:
-        raise ValueError('Downloading data needs `pip install "wbdit_diffusers[data]"`.') from error
-    import scanpy as sc
-
-    folder = Path(folder)
     for address in RECIPES[name].files:
         file = address.rsplit("/", 1)[1]
         pooch.retrieve(address, known_hash=SHA256.get(file), fname=file, path=folder, progressbar=True)
-    datasetdir, sc.settings.datasetdir = sc.settings.datasetdir, folder  # of the files that Scanpy downloads
-    try:
-        return RECIPES[name].read(folder)
-    finally:
-        sc.settings.datasetdir = datasetdir
+    sc.settings.datasetdir = folder  # of the files that Scanpy downloads
+    return RECIPES[name].read(folder)
 
 
 def read_hnscc(folder: Path) -> ad.AnnData:
@@ -53,20 +50,16 @@ def read_hnscc(folder: Path) -> ad.AnnData:
     path, type_row = folder / "GSE103322_HNSCC_all_data.txt.gz", "non-cancer cell type"
     table = pd.read_csv(path, sep="\t", index_col=0, nrows=20, dtype=str)
     table.index = table.index.astype(str).str.split().str.join(" ").str.lower()
-    names = {"Fibroblast": "fibroblast"}
-    names |= dict.fromkeys(["T cell", "B cell", "Macrophage", "Dendritic", "Mast"], "immune")
+    names = dict.fromkeys(["T cell", "B cell", "Macrophage", "Dendritic", "Mast"], "immune")
+    names["Fibroblast"] = "fibroblast"
     cell_type = table.loc[type_row].astype(str).str.strip(" -").map(names)  # "-Fibroblast" occurs
     cell_type = cell_type.mask(table.loc["classified as cancer cell"].astype(float) == 1, "malignant")
     # Numbers are read without the annotation: 140 million values as text would take 10 GB.
-    annotation = range(1, table.index.get_loc(type_row) + 2)
-    types = dict.fromkeys(table.columns, np.float32)
-    genes = pd.read_csv(path, sep="\t", index_col=0, skiprows=annotation, dtype=types)
-    cells = ad.AnnData(
-        sparse.csr_matrix(genes.to_numpy().T),
-        obs=pd.DataFrame({"cell_type": cell_type.astype("category")}),
-        var=pd.DataFrame(index=make_index_unique(genes.index.astype(str).str.strip("'\"").rename(None))),
-    )
-    return cells[cell_type.notna()].copy()
+    skipped, dtype = range(1, table.index.get_loc(type_row) + 2), dict.fromkeys(table.columns, np.float32)
+    genes = pd.read_csv(path, sep="\t", index_col=0, skiprows=skipped, dtype=dtype)
+    var = pd.DataFrame(index=make_index_unique(genes.index.astype(str).str.strip("'\"").rename(None)))
+    obs = pd.DataFrame({"cell_type": cell_type.astype("category")})
+    return ad.AnnData(sparse.csr_matrix(genes.to_numpy().T), obs, var)[cell_type.notna()].copy()
 
 
 def read_kang(folder: Path) -> ad.AnnData:
@@ -91,12 +84,45 @@ def read_kang(folder: Path) -> ad.AnnData:
 
 def read_pbmc3k(folder: Path) -> ad.AnnData:
     """3k PBMCs with the types of Scanpy's tutorial. Cells that it filters out are "unlabelled"."""
-    import scanpy as sc
-
-    cells = _read_10x(folder / "pbmc3k_filtered_gene_bc_matrices.tar.gz")
+    cells = _read_10x(folder / f"pbmc3k{ARCHIVE}")
     labels = sc.datasets.pbmc3k_processed().obs["louvain"].astype(str)
     cells.obs["cell_type"] = labels.reindex(cells.obs_names).fillna("unlabelled").astype("category")
     return cells
+
+
+def read_zheng(folder: Path) -> ad.AnnData:
+    """Ten populations of PBMCs, sorted by FACS: about 94,000 cells."""
+    parts = {name: _read_10x(folder / f"{name}{ARCHIVE}") for name in ZHENG_POPULATIONS}
+    cells = ad.concat(parts, merge="same", label="population", index_unique="-")
+    cells.obs["cell_type"] = cells.obs["population"].map(ZHENG_POPULATIONS).astype("category")
+    return cells
+
+
+def read_pancreas(folder: Path) -> ad.AnnData:
+    """Endocrine cells of the mouse pancreas at E15.5: spliced counts."""
+    return _with_types(ad.read_h5ad(folder / "endocrinogenesis_day15.h5ad"), "clusters", "spliced")
+
+
+def read_paul15(folder: Path) -> ad.AnnData:
+    """Mouse myeloid progenitors, MARS-seq, in the 19 clusters of the publication, by Scanpy's recipe."""
+    return _with_types(sc.datasets.paul15(), "paul15_clusters")
+
+
+def _with_types(source: ad.AnnData, column: str, layer: str | None = None) -> ad.AnnData:
+    """The counts and the types of another AnnData, and nothing else."""
+    obs, counts = source.obs[[column]].set_axis(["cell_type"], axis=1), source.layers[layer] if layer else source.X
+    return ad.AnnData(sparse.csr_matrix(counts), obs=obs, var=source.var[[]])
+
+
+def _read_10x(path: Path) -> ad.AnnData:
+    """A Cell Ranger archive of matrix.mtx, genes.tsv and barcodes.tsv, in any folder."""
+    folder = path.with_name(path.name.removesuffix(".tar.gz"))
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(path) as archive:  # by name alone: nothing in an archive becomes a path
+        for name in ("matrix.mtx", "genes.tsv", "barcodes.tsv"):
+            (member,) = (one for one in archive.getmembers() if one.isfile() and Path(one.name).name == name)
+            (folder / name).write_bytes(archive.extractfile(member).read())
+    return read_cells(folder)
 
 
 ZHENG_POPULATIONS = {
@@ -111,47 +137,8 @@ ZHENG_POPULATIONS = {
     "naive_t": "CD4+/CD45RA+/CD25- Naive T",
     "regulatory_t": "CD4+/CD25 T Reg",
 }
-
-
-def read_zheng(folder: Path) -> ad.AnnData:
-    """Ten populations of PBMCs, sorted by FACS: about 94,000 cells."""
-    parts = {name: _read_10x(folder / f"{name}_filtered_gene_bc_matrices.tar.gz") for name in ZHENG_POPULATIONS}
-    cells = ad.concat(parts, merge="same", label="population", index_unique="-")
-    cells.obs["cell_type"] = cells.obs["population"].map(ZHENG_POPULATIONS).astype("category")
-    return cells
-
-
-def read_pancreas(folder: Path) -> ad.AnnData:
-    """Endocrine cells of the mouse pancreas at E15.5: spliced counts."""
-    source = ad.read_h5ad(folder / "endocrinogenesis_day15.h5ad")
-    obs = source.obs[["clusters"]].rename(columns={"clusters": "cell_type"})
-    return ad.AnnData(sparse.csr_matrix(source.layers["spliced"]), obs=obs, var=source.var[[]])
-
-
-def read_paul15(folder: Path) -> ad.AnnData:
-    """Mouse myeloid progenitors, MARS-seq, in the 19 clusters of the publication, by Scanpy's recipe."""
-    import scanpy as sc
-
-    source = sc.datasets.paul15()
-    obs = source.obs[["paul15_clusters"]].rename(columns={"paul15_clusters": "cell_type"})
-    return ad.AnnData(sparse.csr_matrix(source.X), obs=obs, var=source.var[[]])
-
-
-def _read_10x(path: Path) -> ad.AnnData:
-    """A Cell Ranger archive of matrix.mtx, genes.tsv and barcodes.tsv, in any folder."""
-    folder = path.with_name(path.name.removesuffix(".tar.gz"))
-    folder.mkdir(exist_ok=True)
-    with tarfile.open(path) as archive:  # by name alone: nothing in an archive becomes a path
-        for name in ("matrix.mtx", "genes.tsv", "barcodes.tsv"):
-            (member,) = (one for one in archive.getmembers() if one.isfile() and Path(one.name).name == name)
-            content = archive.extractfile(member)
-            assert content is not None  # it is a file
-            (folder / name).write_bytes(content.read())
-    return read_cells(folder)
-
-
 GEO = "https://ftp.ncbi.nlm.nih.gov/geo"
-TENX = "https://cf.10xgenomics.com/samples/cell-exp/1.1.0"
+TENX, ARCHIVE = "https://cf.10xgenomics.com/samples/cell-exp/1.1.0", "_filtered_gene_bc_matrices.tar.gz"
 KANG_SAMPLES = ["GSM2560248_2.1.mtx", "GSM2560248_barcodes.tsv", "GSM2560249_2.2.mtx", "GSM2560249_barcodes.tsv"]
 
 SHA256 = {
@@ -164,14 +151,12 @@ RECIPES = {
         "Puram et al. 2017, Cell 171:1611; GEO GSE103322",
         [f"{GEO}/series/GSE103nnn/GSE103322/suppl/GSE103322_HNSCC_all_data.txt.gz"],
         read_hnscc,
-        {"values": "log", "label_keys": ["cell_type"]},
     ),
     "kang_ifnb_pbmc": Recipe(
         "Kang et al. 2018, Nat Biotechnol 36:89; GEO GSE96583",
         [f"{GEO}/series/GSE96nnn/GSE96583/suppl/{file}" for file in SHA256]
         + [f"{GEO}/samples/GSM2560nnn/{file.split('_')[0]}/suppl/{file}.gz" for file in KANG_SAMPLES],
         read_kang,
-        {"label_keys": ["cell_type", "condition"]},
     ),
     "pancreas_endocrinogenesis": Recipe(
         "Bastidas-Ponce et al. 2019, Development 146:dev173849; GEO GSE132188",
@@ -179,12 +164,27 @@ RECIPES = {
         read_pancreas,
     ),
     "paul15": Recipe("Paul et al. 2015, Cell 163:1663; GEO GSE72857", [], read_paul15),
-    "pbmc3k": Recipe(
-        "10x Genomics, 3k PBMCs", [f"{TENX}/pbmc3k/pbmc3k_filtered_gene_bc_matrices.tar.gz"], read_pbmc3k
-    ),
+    "pbmc3k": Recipe("10x Genomics, 3k PBMCs", [f"{TENX}/pbmc3k/pbmc3k{ARCHIVE}"], read_pbmc3k),
     "zheng_facs_pbmc": Recipe(
         "Zheng et al. 2017, Nat Commun 8:14049; SRA SRP073767",
-        [f"{TENX}/{name}/{name}_filtered_gene_bc_matrices.tar.gz" for name in ZHENG_POPULATIONS],
+        [f"{TENX}/{name}/{name}{ARCHIVE}" for name in ZHENG_POPULATIONS],
         read_zheng,
     ),
 }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=["list", *RECIPES])
+    parser.add_argument("--output", type=Path, help="The .h5ad file to write. Default: NAME.h5ad.")
+    parser.add_argument("--folder", type=Path, default=Path("published"), help="Folder of the downloaded files.")
+    args = parser.parse_args()
+    if args.name == "list":
+        return print("\n".join(f"{name}: {recipe.source}" for name, recipe in RECIPES.items()))
+    output, cells = args.output or Path(f"{args.name}.h5ad"), fetch(args.name, args.folder / args.name)
+    cells.write_h5ad(output)
+    print(f"{cells.n_obs} cells × {cells.n_vars} genes in {output}: {RECIPES[args.name].source}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Makes the pipeline that comes with the package, from 700 PBMCs that come with Scanpy; in 15 minutes on two cores.
 
-    python training/make_pretrained.py
+    python benchmarks/make_pretrained.py
 
 It is trained, judged and written as `wbdit train`, `wbdit evaluate` and `wbdit push --dry_run` do.
 """
