@@ -72,8 +72,6 @@ class EvaluateConfig:
     """Number of samples of a model. Next to files, a model draws the number of samples in the files."""
     baselines: bool = True
     """Whether to judge baselines from the model's codec without its denoiser, if there is one model."""
-    parity: bool = False
-    """Whether to add the metrics of the paper, which reward collapse."""
     guidance_scale: float = 1.0
     """Strength of classifier-free guidance; 1 is none."""
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None

@@ -1,11 +1,20 @@
 """The tables of benchmarks/reproduce.py. The command itself takes an hour."""
 
 import json
+from types import SimpleNamespace
 
+import anndata as ad
+import numpy as np
 import pytest
+import reproduce
 import reproduce_report as report
 from conftest import ROOT
 from reproduce_report import DEFAULT, DIT, LARGE, WHITE_BOX
+from scipy import sparse
+
+from wbdit_diffusers.data import CellSplit
+from wbdit_diffusers.evaluation import classifiers
+from wbdit_diffusers.processing.normalize import log_normalize
 
 
 def run(losses: list[float], seconds_per_epoch: float) -> dict:
@@ -87,3 +96,30 @@ def test_tables_of_the_committed_results():
     )
     assert "| pbmc3k | real: halves of the held-out |  | " in quality
     assert epochs.startswith("| dataset | model | epochs | seconds | held-out loss | RF-AUC | W2 | MMD² |")
+
+
+def test_the_paper_s_metrics_reward_collapse(pbmc):
+    """A block of genes that few cells express has no bandwidth."""
+    expression = log_normalize(pbmc.X, np.asarray(pbmc.X.sum(axis=1)).ravel()).toarray()[:, :100]
+    real, generated = expression[:150], expression[150:300]
+    assert all(abs(value) < 0.02 for value in reproduce.paper_metrics(real, real).values())
+    of_mean_cell = reproduce.paper_metrics(real, np.tile(real.mean(axis=0), (len(real), 1)))
+    assert of_mean_cell["paper_kl"] < reproduce.paper_metrics(real, generated)["paper_kl"]
+    first = real[:, np.argsort(-(real > 0).mean(axis=0))[:20]]
+    rare = np.hstack([first, np.eye(150, 20)])
+    assert reproduce.paper_metrics(rare, rare)["paper_mmd"] == reproduce.paper_metrics(first, first)["paper_mmd"]
+
+
+def test_real_cells_are_judged_by_the_paper_s_metrics_too(pbmc, monkeypatch):
+    monkeypatch.setattr(classifiers, "NUM_TREES", 20)
+    adata = ad.AnnData(log_normalize(pbmc.X, np.asarray(pbmc.X.sum(axis=1)).ravel()), pbmc.obs, pbmc.var)
+    train, test = CellSplit.draw(adata, label_key="cell_type").apply(adata)
+    data = SimpleNamespace(train=train, test=test)
+    genes = train.var_names[:60]
+    mean_cells = sparse.csr_matrix(np.tile(train[:, genes].X.mean(axis=0), (test.n_obs, 1)))
+    sample = ad.AnnData(mean_cells, test.obs[[]], train[:, genes].var)
+    metrics = reproduce.Dataset.judge(data, [sample])
+    assert set(report.METRICS) - {"rf_auc"} <= set(metrics["generated"])
+    real = metrics["real reference"]
+    assert 0 < metrics["generated"]["paper_kl"][0] < real["paper_kl"][0]  # of the mean cell, which no cell is
+    assert real["paper_wasserstein"][0] < metrics["generated"]["paper_wasserstein"][0]

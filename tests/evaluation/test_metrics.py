@@ -163,13 +163,3 @@ def test_markers_that_a_figure_names_are_specific():
     x = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4)
     assert set(metrics.name_markers(x, train.types, "a")[:20]) == set(range(20))
     assert metrics.log_fold_changes(x, train.types, "a")[60:70].min() > 0.3
-
-
-def test_parity_metrics_reward_collapse(samples):
-    """They are no headline for this reason. A block of genes that few cells express has no bandwidth."""
-    real = samples["real"]
-    assert all(abs(value) < 0.02 for value in metrics.paper_parity(real, real).values())
-    of_mean_cell = metrics.paper_parity(real, np.tile(real.mean(axis=0), (len(real), 1)))
-    assert of_mean_cell["paper_kl"] < metrics.paper_parity(real, samples["generated"])["paper_kl"]
-    rare, first = np.hstack([real[:, :20], np.eye(150, 20)]), real[:, :20]
-    assert metrics.paper_parity(rare, rare)["paper_mmd"] == metrics.paper_parity(first, first)["paper_mmd"]

@@ -49,7 +49,7 @@ def split(pbmc):
 @pytest.fixture(scope="module")
 def report(split):
     pipe = make_pipeline(split[0], codec="program", label_keys=["cell_type"], num_genes=NUM_GENES)
-    return evaluate(pipe, *split, num_samples=2, donor_key="donor", parity=True, num_inference_steps=2)
+    return evaluate(pipe, *split, num_samples=2, donor_key="donor", num_inference_steps=2)
 
 
 def real_sample(split) -> ad.AnnData:

@@ -133,12 +133,3 @@ def test_numbers_are_labels(pbmc):
     assert codes == [[1, 2], [0, 0]]
     with pytest.raises(ValueError, match="'5' is not a cell_type of this model"):
         processor.encode_conditions({"cell_type": 5}, 1)
-
-
-def test_labels_that_nearly_agree_are_named(pbmc, monkeypatch):
-    messages = []
-    monkeypatch.setattr("wbdit_diffusers.processing.processor.logger.warning", messages.append)
-    adata = pbmc.copy()
-    adata.obs["cell_type"] = np.where(np.arange(700) % 2, "B cell", "b cell ")
-    ScRNAProcessor(label_keys=["cell_type"], num_genes=50).fit(adata)
-    assert messages == ["The labels 'B cell' and 'b cell ' of cell_type differ in case or spaces alone."]

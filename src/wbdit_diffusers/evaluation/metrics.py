@@ -6,9 +6,8 @@ of held-out cells (`real`) and of generated cells. No metric is meaningful alone
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist, pdist
-from scipy.special import softmax
-from scipy.stats import entropy, spearmanr, ttest_ind, wasserstein_distance
+from scipy.spatial.distance import cdist
+from scipy.stats import spearmanr, ttest_ind, wasserstein_distance
 from sklearn.base import ClassifierMixin
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -142,18 +141,6 @@ def name_markers(x: np.ndarray, labels: np.ndarray, label: str) -> np.ndarray:
     score = np.maximum(log_fold_changes(x, labels, label), 0) * fraction
     # Genes that hardly more cells of the label than others express, such as ribosomal ones, come last.
     return np.lexsort((-score, fraction - others < SPECIFIC))
-
-
-def paper_parity(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
-    """The metrics of arXiv 2411.06785. They pair unrelated cells or mix all values, which rewards collapse."""
-    blocks = [slice(start, start + 20) for start in range(0, real.shape[1], 20)]
-    # The bandwidth, a median distance, is 0 if over half of the cells express none of the 20 genes.
-    blocks = [block for block in blocks if np.median(pdist(real[:, block])) > 0]
-    return {
-        "paper_kl": float(entropy(softmax(real, axis=1), softmax(generated, axis=1), axis=1).mean()),
-        "paper_wasserstein": float(wasserstein_distance(real.ravel(), generated.ravel())),
-        "paper_mmd": float(np.mean([mmd2(real[:, block], generated[:, block]) for block in blocks] or [np.nan])),
-    }
 
 
 def compare_labels(

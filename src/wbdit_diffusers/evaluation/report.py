@@ -33,7 +33,6 @@ def evaluate(
     seed: int = 0,
     baselines: bool = True,
     donor_key: str | None = None,
-    parity: bool = False,
     **call_kwargs,
 ) -> dict:
     """
@@ -46,9 +45,7 @@ def evaluate(
     samples, test = draw_samples(pipe, test, num_samples, seed, **call_kwargs)
     drawn = draw_baselines(pipe, train, test, num_samples, seed) if baselines else None
     own = pipe.processor.config
-    return evaluate_cells(
-        samples, train, test, list(own.label_keys), own.layer, own.values, drawn, donor_key, parity, seed
-    )
+    return evaluate_cells(samples, train, test, list(own.label_keys), own.layer, own.values, drawn, donor_key, seed)
 
 
 def evaluate_cells(
@@ -60,7 +57,6 @@ def evaluate_cells(
     values: str = "counts",
     baselines: dict[str, list[ad.AnnData]] | None = None,
     donor_key: str | None = None,
-    parity: bool = False,
     seed: int = 0,
 ) -> dict:
     """
@@ -83,7 +79,6 @@ def evaluate_cells(
         values (`str`, defaults to `"counts"`): Content of the matrices: `"counts"`, or `"log"` (used unchanged).
         baselines (`dict[str, list[AnnData]]`, *optional*): Further columns of the report.
         donor_key (`str`, *optional*): Column of `obs` of `train` and `test` with the donor.
-        parity (`bool`, defaults to `False`): Whether to add the metrics of arXiv 2411.06785, which reward collapse.
 
     Returns:
         `dict`: the settings and numbers of cells; `generators`, their names (`"generated"` for a list); `excess` of
@@ -106,7 +101,7 @@ def evaluate_cells(
     arrays: dict[str, list[CellArrays]] = {}
     for name, drawn in columns.items():
         arrays[name] = [generated_cells(x[:, common], values, label_keys, within_genes, genes) for x in drawn]
-    evaluator = _Evaluator(real_train, real_test, donors, parity, seed)
+    evaluator = _Evaluator(real_train, real_test, donors, seed)
     rows, per_type = evaluator.measure_all(arrays)
     return {
         "num_train": train.n_obs,
@@ -170,8 +165,8 @@ def judged_genes(train: ad.AnnData, test: ad.AnnData, values: str, layer: str | 
 class _Evaluator:
     """Judges columns one after the other, with principal components that are fitted once on real cells."""
 
-    def __init__(self, train: CellArrays, test: CellArrays, donors: list | None, parity: bool, seed: int):
-        self.train, self.test, self.donors, self.parity, self.seed = train, test, donors, parity, seed
+    def __init__(self, train: CellArrays, test: CellArrays, donors: list | None, seed: int):
+        self.train, self.test, self.donors, self.seed = train, test, donors, seed
         fitted, self.other_half = split_halves(train.labels, seed)
         self.fitted = train[fitted]
         self.pca = PCA(min(30, *self.fitted.expression.shape), random_state=seed).fit(self.fitted.expression)
@@ -224,8 +219,6 @@ class _Evaluator:
             if self.donors is not None:
                 donors = self.donors[0][members], self.donors[1]
                 row["membership_auc_donor"] = metrics.membership_auc(*map(metrics.mean_by_donor, near, donors))
-        if self.parity:
-            row |= metrics.paper_parity(test.expression, cells.expression)
         if cells.types is None:
             return row, {}
         labels = metrics.judged_labels(self.fitted, test, cells)

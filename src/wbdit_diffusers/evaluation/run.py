@@ -74,9 +74,7 @@ def run(config: EvaluateConfig) -> tuple[dict, str]:
     if config.baselines and len(pipes) == 1:
         (pipe,) = pipes.values()
         baselines = draw_baselines(pipe, train, test, config.num_samples, config.seed)
-    report = evaluate_cells(
-        samples, train, test, label_keys, layer, values, baselines, config.donor_key, config.parity, config.seed
-    )
+    report = evaluate_cells(samples, train, test, label_keys, layer, values, baselines, config.donor_key, config.seed)
     report["num_copies"] = int(is_copy.sum())
     first = {f"{name}: excess {excess_and_sd(report, name)}": samples[name][0] for name in by_excess(report)}
     figure = report_figure(test, first, report["label_key"], values, layer)

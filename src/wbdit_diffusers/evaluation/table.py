@@ -39,9 +39,6 @@ TITLES = {
     "f1": "F1 on held-out cells of a type classifier trained on these cells",
     "lfc_slope": "marker log fold changes, slope (1 = as strong as real)",
     "de_recovery": "marker genes recovered, fraction",
-    "paper_kl": "paper parity: KL of paired rows",
-    "paper_wasserstein": "paper parity: flattened Wasserstein-1",
-    "paper_mmd": "paper parity: MMD² by blocks of 20 genes",
 }
 
 SUMMARY = ("coverage", "purity", "lfc_slope", "gene_correlation", "variance_ratio", "membership_auc")

@@ -8,7 +8,6 @@ the denoiser sees: one column for each label key, -1 where no label is asked for
 
 import difflib
 import reprlib
-import unicodedata
 
 import numpy as np
 import pandas as pd
@@ -49,13 +48,3 @@ def encode(labels: str | list[str] | np.ndarray, label_key: str, categories: lis
             f" {', '.join(names[:NUM_NAMED])}{more}.{hint}"
         )
     return codes.astype(np.int64)
-
-
-def nearly_equal(names: list[str]) -> tuple[str, str] | None:
-    """Two labels that differ in case, in spaces around them or in the encoding of a letter alone, if there are any."""
-    seen: dict[str, str] = {}
-    for name in names:
-        other = seen.setdefault(unicodedata.normalize("NFC", name).strip().casefold(), name)
-        if other != name:
-            return other, name
-    return None

@@ -105,9 +105,6 @@ class ScRNAProcessor(ConfigMixin):
         check_names(source)
         num_cells, num_genes = len(source.obs), len(source.var_names)
         categories = [labels.read_labels(source.obs, key)[0] for key in self.label_keys]
-        for key, names in zip(self.label_keys, categories):
-            if alike := labels.nearly_equal(names):
-                logger.warning(f"The labels {alike[0]!r} and {alike[1]!r} of {key} differ in case or spaces alone.")
         is_choice = config.num_genes is not None and config.num_genes < num_genes
         sample = choose_groups(source.group_sizes, data_cells.MAX_CELLS_IN_MEMORY, seed=0) if is_choice else []
         totals, cells_per_gene, expression = [], np.zeros(num_genes, dtype=np.int64), []
