@@ -231,11 +231,13 @@ def table(results: list[dict]) -> str:
     for panel in PANELS:
         for name in dict.fromkeys(row["row"] for row in results):
             own = {r["dataset"]: r for r in results if r["row"] == name and r["panel"] == panel}
+            if not own:
+                continue
             cells = [
                 f"{own[d]['gene']:.3f}, {own[d]['cell']:.3f}, {own[d]['log_score']:.0f}" if d in own else "–"
                 for d in names
             ]
-            coverage = np.mean([r["coverage"] for r in own.values()], axis=0) if own else np.zeros(3)
+            coverage = np.mean([r["coverage"] for r in own.values()], axis=0)
             rows.append([str(panel), name, *cells, " / ".join(f"{100 * value:.0f}" for value in coverage)])
     return markdown(["panel", "per gene, per cell, log score", *names, "coverage of 50 / 80 / 95%"], rows)
 

@@ -28,64 +28,65 @@ def mean_of(rows: list[dict], row: str, key: str, **known) -> float:
     return float(np.mean(chosen)) if chosen else np.nan
 
 
+def bars(axis: plt.Axes, groups: list[str], columns: dict[str, list[float]]):
+    """Grouped bars: ours first, in blue."""
+    width = 0.8 / len(columns)
+    for i, ((label, values), colour) in enumerate(zip(columns.items(), (OURS, *OTHERS))):
+        axis.bar(np.arange(len(groups)) + width * i, values, width, color=colour, label=label)
+    axis.set_xticks(np.arange(len(groups)) + width * (len(columns) - 1) / 2, groups)
+
+
 def panel():
-    """Correlation per gene by panel size, a plot for each dataset."""
-    rows, names = read("panel_cpu"), {
-        "network": "wbdit_diffusers",
-        "mean of the true type": "mean of the true type",
-        "nearest cells": "nearest cells",
-        "nearest cells in scVI trained on the panel": "nearest cells in scVI",
-        "scVI, zeros for other genes": "scVI, zeros",
-    }  # fmt: skip
-    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
-    sizes = sorted({row["panel"] for row in rows})
-    figure, axes = plt.subplots(
-        1, len(datasets), figsize=(2.6 * len(datasets), 3.4), sharex=True, layout="constrained"
+    """Correlation per gene with 200 genes in the panel."""
+    rows, names = (
+        read("panel_cpu"),
+        {
+            "network": "wbdit_diffusers",
+            "mean of the true type": "mean of the true type",
+            "nearest cells": "nearest cells",
+            "nearest cells in scVI trained on the panel": "nearest cells in scVI",
+            "scVI, zeros for other genes": "scVI, zeros",
+        },
     )
-    for axis, dataset in zip(axes, datasets):
-        for (row, label), colour in zip(names.items(), (OURS, *OTHERS)):
-            values = [mean_of(rows, row, "gene", dataset=dataset, panel=size) for size in sizes]
-            axis.plot(range(len(sizes)), values, "o-", color=colour, label=label, linewidth=2 + (colour == OURS))
-        axis.set(title=dataset.split("_")[0], xlabel="genes in the panel")
-        axis.set_xticks(range(len(sizes)), sizes)
-    axes[0].set_ylabel("correlation per gene")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    figure, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
+    columns = {
+        label: [mean_of(rows, row, "gene", dataset=dataset, panel=200) for dataset in datasets]
+        for row, label in names.items()
+    }
+    bars(axis, [dataset.split("_")[0] for dataset in datasets], columns)
+    axis.set_ylabel("correlation per gene")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     save(figure, "panel")
 
 
 def rare_types():
-    """F1 of the rare type by number of its cells, mean over datasets."""
-    rows = read("augment_cpu")
-    names = ["generated cells", "nothing", "class weights", "duplicates", "SMOTE", "scVI, gaussian"]
+    """F1 of the rare type with ten real cells."""
+    rows = [row | {"f1": (row["f1_logistic"] + row["f1_forest"]) / 2} for row in read("augment_cpu")]
+    names = ["generated cells, closed form", "nothing", "class weights", "duplicates", "SMOTE", "scVI, gaussian"]
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(datasets), figsize=(2.6 * len(datasets), 3.4), sharey=True, layout="constrained"
-    )
-    for axis, dataset in zip(axes, datasets):
-        own = [row | {"f1": (row["f1_logistic"] + row["f1_forest"]) / 2} for row in rows if row["dataset"] == dataset]
-        numbers = sorted({row["number"] for row in own})
-        for name, colour in zip(names, (OURS, *OTHERS)):
-            values = [mean_of(own, name, "f1", number=number) for number in numbers]
-            axis.plot(range(len(numbers)), values, "o-", color=colour, label=name, linewidth=2 + (colour == OURS))
-        axis.set(title=dataset.split("_")[0], xlabel="real cells of the type", ylim=(-0.03, 1.03))
-        axis.set_xticks(range(len(numbers)), numbers)
-    axes[0].set_ylabel("F1 of the type")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
+    columns = {name: [mean_of(rows, name, "f1", dataset=one, number=10) for one in datasets] for name in names}
+    bars(axis, [dataset.split("_")[0] for dataset in datasets], columns)
+    axis.set_ylabel("F1 of the type, 10 cells")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     save(figure, "rare_types")
 
 
 def few_cells():
-    """Excess by number of training cells."""
+    """Excess by judge, with 300 training cells."""
     rows = read("few_cells_cpu")
-    figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
-    numbers = sorted({row["cells"] for row in rows})
-    for name, colour in zip(("from the other pipeline", "from nothing", "the same, codec frozen"), (OURS, *OTHERS)):
-        values = [
-            np.mean([r["excess"] for r in rows if r["way"] == name and r["cells"] == n] or [np.nan]) for n in numbers
+    figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
+    judges = ["forest", "boosting", "regression"]
+    columns = {
+        name: [
+            np.mean([row["by_judge"][judge] for row in rows if row["way"] == name and row["cells"] == 300])
+            for judge in judges
         ]
-        axis.plot(range(len(numbers)), values, "o-", color=colour, label=name, linewidth=2 + (colour == OURS))
-    axis.set_xticks(range(len(numbers)), numbers)
-    axis.set(xlabel="training cells of pbmc3k", ylabel="excess (0 is real)", ylim=(0, None))
+        for name in ("from the other pipeline", "from nothing")
+    }
+    bars(axis, judges, columns)
+    axis.set(ylabel="excess (0 is real)")
     axis.legend(frameon=False)
     save(figure, "few_cells")
 
@@ -94,9 +95,7 @@ def words():
     """Prompts with the right label."""
     fractions = {"bare labels": (0.64, 0.49), "written out": (0.74, 0.62), "with synonyms": (0.80, 0.71)}
     figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
-    for i, (name, colour) in enumerate((("encoder", OURS), ("spelling", OTHERS[4]))):
-        axis.bar(np.arange(3) + 0.35 * i, [pair[i] for pair in fractions.values()], 0.35, color=colour, label=name)
-    axis.set_xticks(np.arange(3) + 0.175, fractions)
+    bars(axis, list(fractions), dict(zip(("encoder", "spelling"), map(list, zip(*fractions.values())))))
     axis.set(ylabel="prompts with the right label", ylim=(0, 1))
     axis.legend(frameon=False, ncols=2)
     save(figure, "words")
