@@ -56,7 +56,7 @@ def panel():
     }
     bars(axis, [dataset.split("_")[0] for dataset in datasets], columns)
     axis.set_ylabel("correlation per gene")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(figure, "panel")
 
 
@@ -69,7 +69,7 @@ def rare_types():
     columns = {name: [mean_of(rows, name, "f1", dataset=one, number=10) for one in datasets] for name in names}
     bars(axis, [dataset.split("_")[0] for dataset in datasets], columns)
     axis.set_ylabel("F1 of the type, 10 cells")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(figure, "rare_types")
 
 
