@@ -391,6 +391,8 @@ def test_signature_is_the_frozen_one():
         "callback_on_step_end_tensor_inputs",
         "guides",
         "first_cell",
+        "prompt",
+        "negative_prompt",
     ]
 
 
