@@ -24,9 +24,7 @@ for name, start in {
     "nothing": {},
     "the other pipeline": {"init_from": PBMC, "init_labels": {"B cell": "CD19+ B"}},
 }.items():
-    processor, codec = fit_codec(
-        few, CodecConfig(label_keys=["cell_type"], codec_max_steps=200, decoder_steps=100, **start)
-    )
+    processor, codec = fit_codec(few, CodecConfig(label_keys=["cell_type"], num_genes=300, decoder_steps=100, **start))
     matrix, library_size = processor.select(others)
     values, library_size = torch.from_numpy(matrix.toarray()), torch.from_numpy(library_size).float()
     with torch.no_grad():
