@@ -136,3 +136,11 @@ def test_a_sentence_encoder_knows_synonyms(pbmc):
     names = np.array(pipe.processor.config.categories[0])
     prompts = {"NK cells": "CD56+ NK", "monocytes": "CD14+ Monocyte", "dendritic cell": "Dendritic"}
     assert list(names[pipe.encode_prompt(list(prompts)).numpy()[:, 0]]) == list(prompts.values())
+
+
+def test_a_stream_reads_the_prompt_once(pipe, caplog):
+    with caplog.at_level(logging.WARNING):
+        parts = list(pipe.stream(num_cells=6, prompt="zebra zebra", batch_size=2, generator=seeded()))
+    assert len(parts) == 3 and caplog.text.count("is far from all labels") == 1
+    whole = pipe(num_cells=6, prompt="zebra zebra", generator=seeded()).cells
+    assert [name for part in parts for name in part.obs["cell_type"]] == list(whole.obs["cell_type"])

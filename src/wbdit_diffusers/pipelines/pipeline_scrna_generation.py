@@ -68,7 +68,7 @@ class ScRNAGenerationPipeline(DenoisingPipeline):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         guides: Sequence[Guide] = (),
         first_cell: int = 0,
-        prompt: str | list[str] | None = None,
+        prompt: str | list[str] | torch.Tensor | None = None,
         negative_prompt: str | None = None,
     ) -> ScRNAPipelineOutput | tuple:
         r"""
@@ -106,9 +106,9 @@ class ScRNAGenerationPipeline(DenoisingPipeline):
             first_cell (`int`, defaults to 0):
                 Number of the first cell. A cell's random numbers depend on the seed and its number, so
                 `num_cells=1, first_cell=k` makes cell `k` alone again.
-            prompt (`str` or `list[str]`, *optional*):
+            prompt (`str`, `list[str]` or `torch.Tensor`, *optional*):
                 The labels in words, for all cells or one per cell, instead of `cell_types` and `conditions`. The label
-                whose text is nearest is taken. Requires a `text_encoder`.
+                whose text is nearest is taken. Requires a `text_encoder`. Codes are those of `encode_prompt`.
             negative_prompt (`str`, *optional*):
                 Labels to stay away from, in words. With `guidance_scale`, they take the place of no labels.
 
@@ -196,6 +196,8 @@ class ScRNAGenerationPipeline(DenoisingPipeline):
         names = ("cell_types", "conditions", "library_size", "latents", "prompt")
         per_cell = {name: call_kwargs.pop(name, None) for name in names}
         num_cells, labels, _ = encode_request(self.processor, num_cells, **per_cell, generator=generator)
+        if per_cell["prompt"] is not None:  # encoded once, not in each batch
+            per_cell["prompt"] = labels = self.encode_prompt(per_cell["prompt"]).expand(num_cells, -1)
         is_new = not isinstance(generator, CellNoise)
         unseen = find_unseen(self.processor, self.gaussian_mixture, labels, warn=is_new)
         noise = generator if isinstance(generator, list | CellNoise) else CellNoise(generator)

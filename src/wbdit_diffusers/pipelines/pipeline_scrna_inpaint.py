@@ -15,6 +15,7 @@ from ..models.codec_programs import ProgramCodec
 from ..sampling.denoise import denoise
 from ..sampling.guidance import Conditions, predict
 from ..sampling.noise import CellNoise
+from .conditions import encode_request
 from .observed_genes import ObservedGenes
 from .pipeline_output import ScRNAPipelineOutput
 from .pipeline_utils import DenoisingPipeline
@@ -88,7 +89,8 @@ class ScRNAInpaintPipeline(DenoisingPipeline):
             ValueError: If the model has no Gaussian mixture, or hardly a gene is in common.
         """
         # 1. Check the request, and read the measured genes
-        num_inference_steps = num_inference_steps or self.config.num_inference_steps
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
         self.check_inputs(num_inference_steps, batch_size, None, output_type, callback_on_step_end_tensor_inputs)
         if self.gaussian_mixture is None or not isinstance(self.codec, ProgramCodec):
             raise ValueError("This pipeline has no Gaussian mixture of gene programs: train it with `wbdit train`.")
@@ -98,11 +100,7 @@ class ScRNAInpaintPipeline(DenoisingPipeline):
         is_measured = self.processor.var_names.isin(self.processor.source(cells).var_names)
         gene_mask = torch.from_numpy(is_measured).to(codec.device)  # (genes,)
         known_labels = self._known_labels(cells)  # (cells, num_label_keys), -1 is unknown
-        sizes = (
-            None
-            if library_size is None
-            else torch.as_tensor(library_size, dtype=torch.float32).expand(len(cells)).to(codec.device)
-        )
+        sizes = encode_request(self.processor, cells.n_obs, None, None, library_size)[2]  # (cells,), if given
         log_factors = self._detection(dataset, gene_mask, known_labels, match_detection)
         noise, device = CellNoise(generator), self._execution_device
         request = {"num_samples": num_samples, "library_size": library_size, "match_detection": match_detection}
@@ -123,7 +121,10 @@ class ScRNAInpaintPipeline(DenoisingPipeline):
                 rows = all_rows[start : start + batch_size]
                 batch_noise = noise.batch(start, start + len(rows))
                 uniform = batch_noise.uniform(2).cpu()  # (batch, 2): for labels and library sizes
-                values, totals = dataset.cells(rows)[0].to(codec.device), None if sizes is None else sizes[rows]
+                values, totals = (
+                    dataset.cells(rows)[0].to(codec.device),
+                    None if sizes is None else sizes[rows].to(codec.device),
+                )
 
                 # 2. The likelihood of the measured genes, and labels from their posterior
                 observe = partial(ObservedGenes, codec, values, gene_mask, totals, log_factors=log_factors)

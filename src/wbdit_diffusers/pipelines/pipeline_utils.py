@@ -343,11 +343,13 @@ class DenoisingPipeline(ScRNAPipeline):
             known = f"choose from {self._callback_tensor_inputs}"
             raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}: {known}.")
 
-    def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
+    def encode_prompt(self, prompt: str | Sequence[str] | torch.Tensor) -> torch.Tensor:
         """
         Codes `(prompts, num_label_keys)` of the labels whose text is nearest to each prompt, -1 where a label key is
-        left open. Raises a `ValueError` if the pipeline has no text encoder, or no labels.
+        left open. Codes stay as they are. Raises a `ValueError` if the pipeline has no text encoder, or no labels.
         """
+        if isinstance(prompt, torch.Tensor):
+            return prompt
         if self.text_encoder is None or self.tokenizer is None:
             how = "train with --text_encoder ID, or load with `text_encoder=` and `tokenizer=`"
             raise ValueError(f"`prompt` was given, but this pipeline has no text encoder: {how}.")
