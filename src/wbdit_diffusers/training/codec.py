@@ -114,13 +114,17 @@ def fit_from(
     few cells are noise.
     """
     codec, prior = start.start_codec(config, cells)
+    codec.to(device)
+    prior = {
+        name: (mean.to(device), torch.as_tensor(precision, device=device)) for name, (mean, precision) in prior.items()
+    }
     if config.freeze_codec:
-        known = torch.from_numpy(np.append(start.genes >= 0, True))[:, None]
+        known = torch.from_numpy(np.append(start.genes >= 0, True)).to(device)[:, None]
         for head in codec.heads.values():  # loadings of the old genes stay
-            head.weight.register_hook(lambda gradient: gradient.masked_fill(known.to(gradient.device), 0.0))
+            head.weight.register_hook(lambda gradient: gradient.masked_fill(known, 0.0))
     else:
         codec, _ = fit_programs(config, cells, codec.config.num_programs, device, deadline, (codec, prior))
-    latents = encode_cells(cells, codec.to(device))  # programs are standardised as those of the old cells
+    latents = encode_cells(cells, codec)  # programs are standardised as those of the old cells
     programs = (latents * codec.latents_std.cpu() + codec.latents_mean.cpu())[:, :-1]
     refit_decoder(config, cells, codec, programs, deadline, prior)
     log_library_size = torch.from_numpy(np.log(cells.library_size)).float()
@@ -142,6 +146,7 @@ def fit_programs(
     num_validation = min(max(1, int(len(cells) * VALIDATION_FRACTION)), MAX_VALIDATION_CELLS)
     validation_cells, train_cells = shuffled[:num_validation], shuffled[num_validation:]
     torch.manual_seed(config.seed)
+    zero_point = 0.0
     if init is None:
         codec = ProgramCodec(
             num_genes=cells.matrix.shape[1],
@@ -151,15 +156,14 @@ def fit_programs(
             condition_sizes=cells.condition_sizes,
         )
         codec.fit_statistics(cells.matrix, cells.library_size)
-    else:
-        codec = init[0]
-    codec.to(device)
-    optimizer = _optimizer(codec, codec.parameters(), config.codec_learning_rate)
-    zero_point = 0.0 if cells.is_counts else _validation_loss(config, cells, codec, validation_cells)
-    if init is None:
+        codec.to(device)
+        if not cells.is_counts:
+            zero_point = _validation_loss(config, cells, codec, validation_cells)
         train_data = cells.matrix[train_cells], cells.library_size[train_cells]
         codec.start_programs(*train_data, config.program_prior_precision)
-    prior = make_prior(config, codec) if init is None else init[1]
+        init = codec, make_prior(config, codec)
+    codec, prior = init
+    optimizer = _optimizer(codec, codec.parameters(), config.codec_learning_rate)
     best_loss, improved_loss, improved_step = math.inf, math.inf, 0
     steps_between_validations = min(100, max(10, len(train_cells) // 10))  # a fit to few cells overfits soon
     progress_bar = tqdm(**bar_options(desc=f"Gene programs ({num_programs})", unit=" steps", mininterval=1))
