@@ -102,8 +102,8 @@ def _plot_pair(axis: Axes, curves: pd.DataFrame, names: dict[str, str], **texts)
 def _programs_figure(report: dict, cells: ad.AnnData) -> Figure:
     programs, key, points = report["programs"], report["label_key"], cells.obsm["X_umap"]
     number = len(programs)
-    figure = plt.figure(figsize=(13, 4.2 + 0.26 * number), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[3.6, 0.6 + 0.26 * number])
+    figure = plt.figure(figsize=(13, 5.2 + 0.26 * number), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[3.6, 1.6 + 0.26 * number])
     axes = top.subplots(1, min(SHOWN_PROGRAMS, number) + (key is not None), squeeze=False)[0]
     if key is not None:
         plot_types(axes[:1], [points], [cells.obs[key].astype(str).to_numpy()], [f"held-out cells by {key}"])
@@ -118,7 +118,7 @@ def _programs_figure(report: dict, cells: ad.AnnData) -> Figure:
     matrix = [[row["mean_activity"][name] for name in types] for row in programs]
     rows = [f"program_{i}: {row['name']}" for i, row in enumerate(programs)]
     axis = bottom.subplots()
-    image = plot_heatmap(axis, matrix, rows, types, cmap="RdBu_r", vmin=-2, vmax=2)
+    image = plot_heatmap(axis, matrix, rows, types, rotation=30, cmap="RdBu_r", vmin=-2, vmax=2)
     axis.set_title("mean activity of each program, in standard deviations of the training cells")
     bottom.colorbar(image, ax=axis)
     return figure
@@ -130,10 +130,9 @@ def _layers_figure(report: dict) -> Figure:
     names, ylabel = ("trained", "untrained"), "fraction of the clean cell that\na linear map of the tokens explains"
     for axis, (timestep, layers) in zip(axes, by_timestep):
         curves = layers.pivot(index="layer", columns="network", values="explained")
-        texts = {"title": f"timestep {timestep}", "xlabel": "after block", "ylabel": ylabel}
-        _plot_pair(axis, curves, dict(zip(names, names)), **texts)
+        _plot_pair(axis, curves, dict(zip(names, names)), title=f"timestep {timestep}", xlabel="after block")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.label_outer()
+    axes[0].set_ylabel(ylabel)
     return figure
 
 
