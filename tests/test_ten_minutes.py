@@ -20,7 +20,7 @@ import shlex, sys
 from wbdit_diffusers.cli import main
 import wbdit_diffusers.evaluation.classifiers as classifiers
 
-classifiers.NUM_TREES = 20
+classifiers.NUM_TREES, classifiers.NUM_ROUNDS = 20, 20
 for line in sys.stdin.read().splitlines():
     main(shlex.split(line)[1:])
 """

@@ -112,6 +112,7 @@ def test_the_paper_s_metrics_reward_collapse(pbmc):
 
 def test_real_cells_are_judged_by_the_paper_s_metrics_too(pbmc, monkeypatch):
     monkeypatch.setattr(classifiers, "NUM_TREES", 20)
+    monkeypatch.setattr(classifiers, "NUM_ROUNDS", 20)
     adata = ad.AnnData(log_normalize(pbmc.X, np.asarray(pbmc.X.sum(axis=1)).ravel()), pbmc.obs, pbmc.var)
     train, test = CellSplit.draw(adata, label_key="cell_type").apply(adata)
     data = SimpleNamespace(train=train, test=test)

@@ -47,9 +47,9 @@ def mean_auc(setting: str, size: int, repeats: int) -> float:
 
 
 @pytest.mark.parametrize("setting", ["matched", "iid", "unlabelled"])
-@pytest.mark.parametrize("size, repeats", [(60, 300), (150, 150), (500, 60), (2000, 20)])
+@pytest.mark.parametrize("size, repeats", [(60, 150), (150, 80), (500, 40), (2000, 20)])
 def test_two_samples_of_one_distribution_are_not_separated(setting, size, repeats):
-    """With a classifier of types alone; the standard error of these means is at most 0.005."""
+    """With a classifier of types alone; the standard error of these means is at most 0.007."""
     assert mean_auc(setting, size, repeats) == pytest.approx(0.5, abs=0.02)
 
 

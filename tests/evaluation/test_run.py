@@ -21,6 +21,7 @@ QUICK = {"num_inference_steps": 2, "num_samples": 1, "baselines": False, "device
 def few_trees():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("wbdit_diffusers.evaluation.classifiers.NUM_TREES", 20)
+        monkeypatch.setattr("wbdit_diffusers.evaluation.classifiers.NUM_ROUNDS", 20)
         yield
 
 

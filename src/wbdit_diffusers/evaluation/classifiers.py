@@ -21,6 +21,7 @@ from .cells import CellArrays
 
 NUM_FOLDS = 5
 NUM_TREES = 500
+NUM_ROUNDS = 100  # of boosting
 NUM_BOOSTED_GENES = 300
 NUM_COUNT_FEATURES = 3  # columns of `count_view` after those of genes
 
@@ -78,9 +79,9 @@ def forest(shape: tuple[int, int], seed: int) -> ClassifierMixin:
 def boosting(shape: tuple[int, int], seed: int) -> ClassifierMixin:
     """Gradient boosting, which adds up many weak signals and uses sequencing depth and counts (lab/ruler.md)."""
     leaf = max(5, min(20, shape[0] // 20))
-    classifier = HistGradientBoostingClassifier(
-        max_leaf_nodes=8, max_bins=16, max_features=0.1, min_samples_leaf=leaf, early_stopping=False, random_state=seed
-    )
+    settings = {"max_iter": NUM_ROUNDS, "max_leaf_nodes": 8, "max_bins": 16, "max_features": 0.1}
+    settings |= {"min_samples_leaf": leaf, "early_stopping": False}
+    classifier = HistGradientBoostingClassifier(**settings, random_state=seed)
     return make_pipeline(MostVariableGenes(), classifier)
 
 

@@ -46,6 +46,14 @@ def mmd2(real: np.ndarray, generated: np.ndarray) -> float:
     return float(within - 2 * kernel(cdist(real, generated, "sqeuclidean")).mean())
 
 
+def distances(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
+    """[`wasserstein2`] and [`mmd2`]; none for fewer than two points, and no `w2` for different numbers."""
+    if min(len(real), len(generated)) < 2:
+        return {}
+    w2 = {"w2": wasserstein2(real, generated)} if len(real) == len(generated) else {}
+    return w2 | {"mmd2": mmd2(real, generated)}
+
+
 def gene_statistics(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
     """Agreement of gene means, variances, zeros and, of the 200 most variable real genes, correlation matrices."""
     variance = real.var(axis=0)
@@ -147,14 +155,12 @@ def compare_labels(
     train: CellArrays,
     real: CellArrays,
     generated: CellArrays,
-    pcs: tuple,
     labels: list[str],
     frequent: list[str],
     seed: int = 0,
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """
-    Metrics that need labels, over all `frequent` ones and of each: [`TITLES`] says what they are. `pcs` are those of
-    real and of generated cells. `w2` is NaN for different numbers of cells of a label.
+    Metrics that need labels, over all `frequent` ones and of each: [`TITLES`] says what they are.
     """
     if len(labels) < 2:
         return {}, {}
@@ -176,17 +182,13 @@ def compare_labels(
             rank_markers(cells.expression, cells.types, label)[:MARKERS_PER_TYPE] for cells in (train, real, generated)
         )
         changes[label] = [log_fold_changes(c.expression, c.types, label)[markers] for c in (real, generated)]
-        masks = real.types == label, generated.types == label
-        of_real, of_generated = (points[mask] for points, mask in zip(pcs, masks))
         per_label[label] = {
             "purity": purity([label]),
             "lfc_slope": slope(*changes[label]),
             "de_recovery": len(np.intersect1d(first, second)) / len(first),
-            "w2": wasserstein2(of_real, of_generated) if len(of_real) == len(of_generated) else float("nan"),
-            "mmd2": mmd2(of_real, of_generated),
         }
         if generated.library_size is not None:
-            sizes = (cells[mask].library_size for cells, mask in zip((real, generated), masks))
+            sizes = (cells.library_size[cells.types == label] for cells in (real, generated))
             per_label[label]["library_size_w1"] = library_size_w1(*sizes)
     if not frequent:
         return {}, per_label

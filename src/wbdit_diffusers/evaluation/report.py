@@ -62,9 +62,10 @@ def evaluate_cells(
     """
     Judges the cells of one or several generators on held-out cells, over the genes that all of them make.
 
-    They are compared with the real reference: training cells with the label counts of the held-out cells. Principal
-    components and the cell type classifier are fitted on one half of the training cells. The reference is drawn from
-    the other half, anew for each sample. Of more than 2,000 genes, the most variable ones are judged.
+    They are compared with the real reference: training cells with the label counts of the held-out cells. The cell
+    type classifier is fitted on one half of the training cells. The reference is drawn from the other half, anew for
+    each sample. Principal components are fitted on one half of the held-out cells, and the distances in them are those
+    to the other half. Of more than 2,000 genes, the most variable ones are judged.
 
     The library size of a real cell is the sum of its row, and that of a generated cell is `obs["library_size"]`. If a
     sample has no such column, or all genes of the real cells, all cells are normalised within the common genes.
@@ -163,19 +164,27 @@ def judged_genes(train: ad.AnnData, test: ad.AnnData, values: str, layer: str | 
 
 
 class _Evaluator:
-    """Judges columns one after the other, with principal components that are fitted once on real cells."""
+    """
+    Judges columns one after the other, with principal components of one half of the held-out cells. Components of
+    training cells would hold against a generator what it shares with these cells (lab/ruler.md).
+    """
 
     def __init__(self, train: CellArrays, test: CellArrays, donors: list | None, seed: int):
         self.train, self.test, self.donors, self.seed = train, test, donors, seed
         fitted, self.other_half = split_halves(train.labels, seed)
         self.fitted = train[fitted]
-        self.pca = PCA(min(30, *self.fitted.expression.shape), random_state=seed).fit(self.fitted.expression)
-        self.train_pcs, self.test_pcs = (self.pca.transform(cells.expression) for cells in (train, test))
+        neutral, self.judged_half = split_halves(test.labels, seed)
+        basis = test.expression[neutral]
+        self.pca = PCA(min(30, *basis.shape), random_state=seed).fit(basis)
+        self.train_pcs = self.pca.transform(train.expression)
+        self.test_pcs = self.pca.transform(test.expression[self.judged_half])
 
     def draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Training cells of a draw with the labels of the held-out ones: the real reference, and cells to find."""
-        labels, rng = (self.train.labels, self.test.labels), np.random.default_rng([self.seed, number])
-        return draw_matching(*labels, rng, self.other_half), draw_matching(*labels, rng, self.other_half)
+        """Training cells of a draw: with the labels of the held-out ones (the reference), and of the judged half."""
+        known, labels, rng = self.train.labels, self.test.labels, np.random.default_rng([self.seed, number])
+        return tuple(
+            draw_matching(known, wanted, rng, self.other_half) for wanted in (labels, labels[self.judged_half])
+        )
 
     def measure_all(self, columns: dict[str, list[CellArrays]]) -> tuple[dict[str, dict], dict[str, dict]]:
         """All metrics of each column and of a new reference for each draw, as lists over draws; also by type."""
@@ -205,10 +214,11 @@ class _Evaluator:
     def measure(self, cells: CellArrays, members: np.ndarray | None, seed: int) -> tuple[dict, dict[str, dict]]:
         """All metrics, and those by type. `members` are training cells to find; the reference consists of some."""
         pcs, test = self.pca.transform(cells.expression), self.test
+        half = split_halves(cells.labels, self.seed)[1]  # has the labels of the judged half if labels are the same
         row = {f"auc_{name}": value for name, value in judge(test, cells, seed).items()}
-        row |= {"w2": metrics.wasserstein2(self.test_pcs, pcs), "mmd2": metrics.mmd2(self.test_pcs, pcs)}
+        row |= metrics.distances(self.test_pcs, pcs[half])
         row |= metrics.gene_statistics(test.expression, cells.expression)
-        row |= metrics.manifold_metrics(self.test_pcs, pcs)
+        row |= metrics.manifold_metrics(self.test_pcs, pcs[half])
         if cells.library_size is not None:
             row["library_size_w1"] = metrics.library_size_w1(test.library_size, cells.library_size)
             row |= metrics.other_genes_error(test.other_genes_share(), cells.other_genes_share())
@@ -217,15 +227,16 @@ class _Evaluator:
             near = [metrics.nearest_distances(real, pcs) for real in (self.train_pcs[members], self.test_pcs)]
             row["membership_auc"] = metrics.membership_auc(*near)
             if self.donors is not None:
-                donors = self.donors[0][members], self.donors[1]
+                donors = self.donors[0][members], self.donors[1][self.judged_half]
                 row["membership_auc_donor"] = metrics.membership_auc(*map(metrics.mean_by_donor, near, donors))
         if cells.types is None:
             return row, {}
         labels = metrics.judged_labels(self.fitted, test, cells)
         frequent = metrics.judged_labels(self.train, test, cells, metrics.MIN_TRAIN_CELLS)
-        pooled, by_type = metrics.compare_labels(
-            self.fitted, test, cells, (self.test_pcs, pcs), labels, frequent, seed
-        )
+        pooled, by_type = metrics.compare_labels(self.fitted, test, cells, labels, frequent, seed)
+        for label, of_label in by_type.items():
+            of_real = self.test_pcs[test.types[self.judged_half] == label]
+            of_label |= metrics.distances(of_real, pcs[half][cells.types[half] == label])
         return row | pooled, by_type
 
 
