@@ -14,7 +14,8 @@ from wbdit_diffusers.training import CodecConfig, fit_codec
 
 num_epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 100
 cells = load_pbmc()
-processor, codec = fit_codec(cells, CodecConfig(label_keys=["cell_type"], num_programs=16, decoder_steps=200))
+config = CodecConfig(label_keys=["cell_type"], num_programs=16, codec_max_steps=400, decoder_steps=200)
+processor, codec = fit_codec(cells, config)
 dataset = CellDataset(cells, processor)
 latents = TensorDataset(encode_cells(dataset, codec), dataset.class_labels)
 
