@@ -5,7 +5,7 @@ VENV := .venv
 export GOMP_SPINCOUNT ?= 5000
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs clean
+.PHONY: demo test docs numbers clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py --output_dir demo
@@ -19,6 +19,11 @@ test: $(VENV)/.installed-dev
 # The tutorial is run anew where its cells have changed.
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
+
+# Every number of README and docs, made again at this state: `make numbers WORK=folder`, and again to continue.
+WORK ?= outputs/numbers
+numbers: $(VENV)/.installed
+	$(BIN)/python benchmarks/make_numbers.py --work_dir $(WORK)
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."'

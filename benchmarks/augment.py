@@ -17,7 +17,6 @@ mean F1 of all types, and the fraction of the 50 marker genes of all training ce
 """
 
 import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import anndata as ad
 import numpy as np
 import scanpy as sc
 import torch
-from common import add_rows, drop_empty_cells, make_parser, markdown, parse, read_results
+from common import add_rows, drop_empty_cells, environment, make_parser, markdown, parse, read_results
 from scipy.spatial.distance import cdist
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
@@ -106,11 +105,7 @@ def smote(own: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
 
 def scvi_cells(args: Any, cut: ad.AnnData, genes: Any, cell_type: str, number: int, seed: int, folder: Path) -> dict:
     """Cells that scVI draws, on the log scale, by row."""
-    output, cells, python = folder.with_suffix(".npz"), folder.with_suffix(".h5ad"), args.scvi / "bin" / "python"
-    if not (args.scvi / "made").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", args.scvi], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
-        (args.scvi / "made").touch()
+    output, cells, python = folder.with_suffix(".npz"), folder.with_suffix(".h5ad"), environment(PACKAGES, args.scvi)
     if not output.exists():
         cut[:, genes].copy().write_h5ad(cells)
         subprocess.run([python, "-c", SCVI, cells, cell_type, str(number), str(seed), output], check=True)

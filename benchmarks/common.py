@@ -2,7 +2,9 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,19 @@ def load_run(folder: Path, dataset: Path) -> tuple[ScRNAGenerationPipeline, ad.A
     pipe.set_progress_bar_config(disable=True)
     train_cells, test_cells = CellSplit.load(folder).apply(drop_empty_cells(read_cells(dataset)))
     return pipe, train_cells, test_cells[pipe.processor.knows_labels(test_cells)]
+
+
+def environment(packages: list[str], folder: Path, without_dependencies: Sequence[str] = ()) -> Path:
+    """Python of an environment with these packages, which is made if it is not there."""
+    python = folder.absolute() / "bin" / "python"
+    if not (folder / "made").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        install = [python, "-m", "pip", "install", "--quiet"]
+        subprocess.run([*install, *packages], check=True)
+        if without_dependencies:
+            subprocess.run([*install, "--no-deps", *without_dependencies], check=True)
+        (folder / "made").touch()
+    return python
 
 
 def train_from_json(settings: str):

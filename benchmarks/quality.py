@@ -1,14 +1,13 @@
 """Trains generators on datasets and judges their cells: one split, one evaluator, cells held out from all training.
 
-    python benchmarks/quality.py --dataset ../shared/data/pbmc3k.h5ad --models program scvi-by-type \
+    python benchmarks/quality.py --dataset ../shared/data/pbmc3k.h5ad --models program \
         --output lab/results/quality_cpu.json
     python benchmarks/quality.py --table lab/results/quality_cpu.json
 
 Our models are `program` (the defaults), `program-white-box` (the published block), `program-dit` (the plain DiT block)
 and `expression` (the paper's space). They are trained for the same number of steps, so the speed of the machine does
-not matter. The first one comes with its baselines: cells that its codec makes without the denoiser. `scvi` and
-`scvi-by-type` need `pip install -e ".[benchmark]"`. They are scVI with its own defaults, early-stopped, on the same
-genes. Its cells come from its prior, with library sizes of training cells (of the same type).
+not matter. The first one comes with its baselines: cells that its codec makes without the denoiser. Other people's
+generators are in race.py.
 
 `--development` splits the training cells once more and judges on those, for choices. `--scale log1p` trains on
 log1p(CP10k) of a file of counts. `--scale tpm` also divides by made-up gene lengths and rounds to 0.01 per million,
@@ -147,48 +146,6 @@ def draw_variants(
     return variants
 
 
-def sample_scvi(
-    train: ad.AnnData, genes: np.ndarray, test: ad.AnnData, label_key: str | None, num_samples: int, seed: int
-) -> list[ad.AnnData]:
-    """
-    Samples from the prior of an scVI that is trained on `genes` of `train`, with the number of test cells and, if
-    conditional, their labels. Each cell takes its depth and its counts of other genes from a training cell (of its
-    type).
-    """
-    import scvi
-
-    totals = np.asarray(train.X.sum(axis=1)).ravel()
-    modelled = train[:, genes].copy()
-    in_genes = np.asarray(modelled.X.sum(axis=1)).ravel()
-    scvi.settings.seed = seed
-    scvi.settings.verbosity = 30
-    scvi.model.SCVI.setup_anndata(modelled, batch_key=label_key)
-    model = scvi.model.SCVI(modelled)
-    model.train(accelerator="cpu", max_epochs=10_000, early_stopping=True, enable_progress_bar=False)
-    module = model.module.eval()
-    samples = []
-    for sample in range(num_samples):
-        rng = np.random.default_rng((seed, sample))
-        torch.manual_seed(1000 * seed + sample)
-        codes, pools = np.zeros(test.n_obs, dtype=int), [np.arange(train.n_obs)]
-        if label_key is not None:
-            names = list(model.adata_manager.get_state_registry("batch")["categorical_mapping"])
-            codes = np.array([names.index(name) for name in test.obs[label_key].astype(str)])
-            pools = [np.flatnonzero(train.obs[label_key].astype(str) == name) for name in names]
-        like = np.array([rng.choice(pools[code]) for code in codes])  # the training cell that gives the depth
-        with torch.no_grad():
-            generated = module.generative(
-                z=torch.randn(test.n_obs, module.n_latent),
-                library=torch.tensor(np.log(np.maximum(in_genes[like], 1)), dtype=torch.float32)[:, None],
-                batch_index=torch.tensor(codes)[:, None],
-            )
-            counts = generated["px"].sample().numpy()
-        cells = ad.AnnData(sparse.csr_matrix(counts), var=modelled.var[[]], obs=test.obs.copy())
-        cells.obs["library_size"] = counts.sum(axis=1) + (totals - in_genes)[like]
-        samples.append(cells)
-    return samples
-
-
 def machine() -> dict[str, str | int]:
     return {
         "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -215,19 +172,12 @@ def judge_dataset(path: Path, label_keys: list[str], seed: int, name: str, args:
         folder = Path(args.work_dir or temporary, name)
         for model in args.models:
             start = time.process_time()
-            if model in OURS:
-                trained = train_ours(adata, folder / model, model, values, label_keys, seed, args.train_flags)
-                seconds[model] = time.process_time() - start
-                train_cells, test = CellSplit.load(folder / model).apply(adata)
-                test = test[trained.processor.knows_labels(test)]
-                columns |= draw_variants(trained, model, test, seed, args)
-                if pipe is None:
-                    pipe = trained
-            else:
-                key = label_key if model == "scvi-by-type" else None
-                genes = pipe.processor.var_names  # with --train_flags num_genes=2000, those of the programs
-                columns[model] = sample_scvi(train_cells, genes, test, key, args.num_samples, seed)
-                seconds[model] = time.process_time() - start
+            trained = train_ours(adata, folder / model, model, values, label_keys, seed, args.train_flags)
+            seconds[model] = time.process_time() - start
+            train_cells, test = CellSplit.load(folder / model).apply(adata)
+            test = test[trained.processor.knows_labels(test)]
+            columns |= draw_variants(trained, model, test, seed, args)
+            pipe = pipe or trained
     first, *others = columns
     baselines = {name: columns[name] for name in others}
     baselines |= draw_baselines(pipe, train_cells, test, args.num_samples, seed)
@@ -296,7 +246,7 @@ def tables(results: dict) -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=[*OURS, "scvi", "scvi-by-type"], default=["program"])
+    parser.add_argument("--models", nargs="+", choices=list(OURS), default=["program"])
     parser.add_argument("--num_samples", type=int, default=3, help="Number of samples to judge.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Seeds of split, training and sampling.")
     parser.add_argument("--guidance_scales", nargs="+", type=float, default=[1.0])

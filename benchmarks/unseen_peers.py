@@ -152,19 +152,6 @@ def predict(args: argparse.Namespace):
     print(f"{args.peer}: {predicted.n_obs} cells, {epochs} epochs or iterations, {seconds:.0f} CPU seconds")
 
 
-def environment(peer: str, folder: Path) -> Path:
-    """Python of the peer's environment, which is made if it is not there."""
-    python = folder / "bin" / "python"
-    if not (folder / "made").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        install = [python, "-m", "pip", "install", "--quiet"]
-        subprocess.run([*install, *COMMON, *PACKAGES[peer]], check=True)
-        if peer in WITHOUT_DEPENDENCIES:
-            subprocess.run([*install, "--no-deps", *WITHOUT_DEPENDENCIES[peer]], check=True)
-        (folder / "made").touch()
-    return python
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", required=True, choices=[*PEERS, *NOT_RUN])
@@ -181,7 +168,10 @@ def main():
         parser.error(f"{args.peer} is not run: {NOT_RUN[args.peer]}.")
     if os.environ.get("UNSEEN_PEER") == args.peer:
         return predict(args)
-    python = environment(args.peer, args.work_dir / "envs" / args.peer)
+    from common import environment  # not to be had in a peer's environment
+
+    packages = COMMON + PACKAGES[args.peer], WITHOUT_DEPENDENCIES.get(args.peer, [])
+    python = environment(packages[0], args.work_dir / "envs" / args.peer, packages[1])
     subprocess.run([python, *sys.argv], env={**os.environ, "UNSEEN_PEER": args.peer}, check=True)
 
 
