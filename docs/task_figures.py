@@ -141,6 +141,37 @@ def sharing():
     save(figure, "sharing")
 
 
+def paper():
+    """The published network and the DiT in the paper's setting: time per epoch, loss, and distance to real cells."""
+    colours = {"White-Box": OURS, "DiT": OTHERS[0]}
+    datasets = read("reproduction_cpu")["datasets"]
+    long = read("reproduction_long_cpu")["datasets"]["kang_ifnb_pbmc"]
+    figure, (times, losses, distances) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    seconds = {
+        name: [
+            np.mean([run["seconds_per_epoch"] for run in entry["models"][name]["runs"].values()])
+            for entry in datasets.values()
+        ]
+        for name in colours
+    }
+    ratios = np.divide(seconds["DiT"], seconds["White-Box"])
+    times.bar([name.split("_")[0] for name in datasets], ratios, color=OURS)
+    times.axhline(1, color="black", linewidth=0.7)
+    times.tick_params(axis="x", rotation=45)
+    times.set_title("DiT: times as long per epoch")
+    for name, colour in colours.items():
+        run, epochs = long["models"][name]["runs"]["0"], long["models"][name]["epochs"]
+        log, minutes = run["log"], np.array([int(epoch) for epoch in epochs]) * run["seconds_per_epoch"] / 60
+        losses.plot(np.array(log["seconds"]) / 60, log["validation_loss"], color=colour, label=name)
+        distances.plot(minutes, [np.mean(entry["w2"]) for entry in epochs.values()], "o-", color=colour)
+    distances.axhline(np.mean(long["floors"]["real reference"]["w2"]), color="grey", label="real cells")
+    losses.set(title="held-out loss, kang", xlabel="minutes", yscale="log")
+    distances.set(title="W2 to held-out cells, kang", xlabel="minutes", ylim=(0, None))
+    losses.legend(frameon=False)
+    distances.legend(frameon=False)
+    save(figure, "paper")
+
+
 if __name__ == "__main__":
-    for draw in (panel, rare_types, few_cells, words, ground_truth, sharing):
+    for draw in (paper, panel, rare_types, few_cells, words, ground_truth, sharing):
         draw()
