@@ -6,8 +6,9 @@
 
 Each generator runs in a process of its own on one core, and is ended after `--minutes` of CPU time. A peer has an
 environment of its own in WORK/envs, which its first run makes. All get the counts of the 2,000 genes that vary most in
-training and held-out cells together, with the labels of the training cells, and write WORK/DATASET/seed-N/NAME.h5ad.
-What is there is not made again. `wbdit evaluate NAME=FILE … --train train.h5ad --test test.h5ad` reads these files.
+training and held-out cells together, as far as three training cells express them, with the labels of the training
+cells, and write WORK/DATASET/seed-N/NAME.h5ad. What is there is not made again. `wbdit evaluate NAME=FILE … --train
+train.h5ad --test test.h5ad` reads these files.
 
 The classifiers of `wbdit evaluate` judge one sample of each. `AUC` is the highest of the three, next to that of real
 cells by the same classifier in `excess`.
@@ -22,6 +23,7 @@ cells by the same classifier in `excess`.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -51,7 +53,7 @@ NOT_RUN = {
     "cfgen": "the package of this name on PyPI is another one",
     "scdiffusion": "the package of this name on PyPI is another one",
 }
-NUM_GENES = 2000
+MIN_CELLS = 3  # of the training cells express a gene, or it is left out, as `sc.pp.filter_genes` does
 LABEL = "label"  # the obs column of all label keys, combined
 # A sampler takes the label of each cell and gives their counts, (cells, genes).
 Sampler = Callable[[np.ndarray], np.ndarray]
@@ -89,9 +91,8 @@ def _scvi(train: ad.AnnData, seed: int, name: str = "SCVI", labelled: bool = Tru
     scvi.settings.seed = seed
     model_class, rng = getattr(scvi.model, name), np.random.default_rng(seed)
     model_class.setup_anndata(train, batch_key=LABEL if labelled else None)
-    # The linear decoder's library also makes a negative binomial of its own; both keep their defaults.
     model = model_class(train)
-    model.train(max_epochs=1000, accelerator="cpu", early_stopping=True, enable_progress_bar=False)
+    model.train(max_epochs=400, accelerator="cpu", early_stopping=True, enable_progress_bar=False)
     module, known = model.module.eval(), train.obs[LABEL].to_numpy()
     names = list(model.adata_manager.get_state_registry("batch")["categorical_mapping"]) if labelled else []
     means, variances = model.get_latent_representation(return_dist=True)
@@ -142,28 +143,27 @@ def scdesigner(train: ad.AnnData, seed: int) -> dict[str, Sampler]:
     simulator.fit(cells)
 
     def sample(labels: np.ndarray) -> np.ndarray:
-        order = np.argsort(labels, kind="stable")  # it returns cells by label
-        drawn = np.empty((len(labels), train.n_vars))
-        drawn[order] = np.asarray(simulator.sample(obs=renamed(labels[order])).X)
-        return drawn
+        # It codes the labels of a table by those that occur, so a cell of each follows, which is left out.
+        return np.asarray(simulator.sample(obs=renamed([*labels, *names])).X)[: len(labels)]
 
     return {"": sample}
 
 
 def squidiff(train: ad.AnnData, seed: int) -> dict[str, Sampler]:
     import torch
-    from Squidiff import dist_util, script_util
+    from Squidiff import dist_util, logger, script_util
     from Squidiff.resample import create_named_schedule_sampler
     from Squidiff.scrna_datasets import AnnDataDataset
     from Squidiff.train_util import TrainLoop
 
+    logger.configure(dir="squidiff_log")
     torch.manual_seed(seed)
-    rng, known, size = np.random.default_rng(seed), train.obs[LABEL].to_numpy(), np.asarray(train.X.sum(1))
+    rng, known = np.random.default_rng(seed), train.obs[LABEL].to_numpy()
+    size = np.asarray(train.X.sum(1)).reshape(-1, 1)
     cells = ad.AnnData(np.log1p(train.X.toarray() / size * 1e4).astype(np.float32), obs=train.obs.copy())
     cells.obs["Group"] = 0
     flags = script_util.model_and_diffusion_defaults()
-    flags |= {"gene_size": NUM_GENES, "output_dim": NUM_GENES, "num_layers": 3, "use_encoder": True}
-    flags["gene_size"] = flags["output_dim"] = train.n_vars
+    flags |= {"gene_size": train.n_vars, "output_dim": train.n_vars, "num_layers": 3, "use_encoder": True}
     model, diffusion = script_util.create_model_and_diffusion(**flags)
     model.to(dist_util.dev())
     # Its loop has no world of processes to ask on a CPU
@@ -252,13 +252,6 @@ def _train(seed: int, **fields):
     return pipe, marks[0], split["combinations"]
 
 
-def on_genes(cells: ad.AnnData, train: ad.AnnData) -> np.ndarray:
-    """Counts of the genes of the training cells. A gene that too few of them express is not modelled, and 0."""
-    counts = np.zeros((cells.n_obs, train.n_vars))
-    counts[:, train.var_names.get_indexer(cells.var_names)] = cells.X.toarray()
-    return counts
-
-
 def _sampler(pipe, combinations: dict, seed: int, **call) -> Sampler:
     import torch
 
@@ -267,7 +260,7 @@ def _sampler(pipe, combinations: dict, seed: int, **call) -> Sampler:
         conditions = {key: [value[i] for value in values] for i, key in enumerate(pipe.processor.label_keys)}
         generator = torch.Generator().manual_seed(seed)
         cells = pipe(num_cells=len(labels), conditions=conditions, generator=generator, **call).cells
-        return on_genes(cells, ad.read_h5ad("train.h5ad", backed="r"))
+        return cells[:, ad.read_h5ad("train.h5ad", backed="r").var_names].X.toarray()
 
     return sample
 
@@ -280,10 +273,12 @@ def ours(train: ad.AnnData, seed: int) -> dict[str, Sampler]:
     def mixture(labels: np.ndarray) -> np.ndarray:
         cells, test = ad.read_h5ad("train.h5ad"), ad.read_h5ad("test.h5ad")
         drawn = draw_baselines(pipe, cells, test, 1, seed)["Gaussian mixture per label"][0]
-        return on_genes(drawn, train)
+        return drawn[:, train.var_names].X.toarray()
 
     mixture.train_seconds = stage_one
-    return {"10 steps": _sampler(pipe, combinations, seed, num_inference_steps=10), "mixture": mixture}
+    steps = {"": None, "10 steps": 10}
+    samplers = {name: _sampler(pipe, combinations, seed, num_inference_steps=n) for name, n in steps.items()}
+    return samplers | {"mixture": mixture}
 
 
 def paper(train: ad.AnnData, seed: int) -> dict[str, Sampler]:
@@ -298,6 +293,7 @@ def paper(train: ad.AnnData, seed: int) -> dict[str, Sampler]:
 
 GENERATORS = (ours, scvi, scvi_unlabelled, linear_scvi, scdesigner, squidiff, paper, copula, copies)
 NAMES = {
+    "ours": "wbdit_diffusers",
     "ours 10 steps": "wbdit_diffusers, 10 steps",
     "ours mixture": "Gaussian mixture, same codec",
     "scvi Gaussian": "scVI by label, Gaussian",
@@ -351,7 +347,9 @@ def prepare(dataset: Path, folder: Path, seed: int):
     adata, keys = drop_empty_cells(read_cells(dataset)), CONFIGS.get(dataset.stem, {}).get("label_keys", [])
     adata.X = sparse.csr_matrix(adata.X, dtype=np.float32)
     train, test = CellSplit.draw(adata, label_key=keys[0] if keys else None, seed=seed).apply(adata)
-    adata = drop_empty_cells(adata[:, judged_genes(train, test, "counts", None)])
+    genes = judged_genes(train, test, "counts", None)
+    enough = np.asarray((train[:, genes].X > 0).sum(0)).ravel() >= MIN_CELLS
+    adata = drop_empty_cells(adata[:, genes[enough]])
     values = [tuple(row) for row in adata.obs[keys].astype(str).to_numpy()]
     adata.obs[LABEL] = [" | ".join(row) for row in values]
     train, test = (adata[adata.obs_names.isin(side.obs_names)].copy() for side in (train, test))
@@ -402,57 +400,67 @@ def race(dataset: Path, seed: int, args: argparse.Namespace) -> dict:
     }
 
 
-def number(value: float, digits: int = 3) -> str:
-    return "–" if np.isnan(value) else f"{value:.{digits}f}"
+def mean_of(rows: list[dict], name: str, value: Callable[[dict, str], float]) -> float:
+    """The mean of a value over trainings, NaN if no training has it."""
+    values = []
+    for row in rows:
+        with contextlib.suppress(KeyError):
+            values.append(value(row, name))
+    return float(np.mean(values or [np.nan]))
 
 
-def mean(own: list[dict], name: str, metric: str, function: Callable[[float], float] = float) -> float:
-    """The mean of a metric over trainings, NaN without one."""
-    columns = [row["report"]["metrics"].get(name, {}) for row in own]
-    return np.mean([function(column[metric][0]) for column in columns if metric in column] or [np.nan])
+def metric(key: str) -> Callable[[dict, str], float]:
+    return lambda row, name: row["report"]["metrics"][name][key][0]
 
 
-def dataset_table(own: list[dict]) -> str:
-    """All generators of a dataset, means over its trainings."""
-    from common import markdown
-
-    header = ["cells", "AUC", "excess", "membership", "marker slope", "zeros", "variance error"]
-    header += ["CPU s to train", "CPU s per 1,000 cells", "peak GiB"]
-    lines = []
-    for name in ["real reference", *own[0]["costs"]]:
-        values = (
-            max(mean(own, name, f"auc_{judge}") for judge in ("forest", "boosting", "regression")),
-            excess(own, name),
-        )
-        values += mean(own, name, "membership_auc"), mean(own, name, "lfc_slope")
-        values += (mean(own, name, "zero_fraction_error"),)
-        values += (mean(own, name, "variance_ratio", lambda ratio: abs(ratio - 1)),)
-        costs = [row["costs"].get(name, {}) for row in own]
-        for cost, digits in (("train_seconds", 0), ("seconds_per_1000", 1), ("peak_gib", 1)):
-            costs_of = [one[cost] for one in costs if cost in one]
-            values += (number(np.mean(costs_of or [np.nan]), digits),)
-        lines.append([name, *(value if isinstance(value, str) else number(value) for value in values)])
-    title = f"{own[0]['dataset']}, {own[0]['report']['num_test']} held-out cells, {len(own)} training(s)"
-    title += "".join(f"; {name}: {why}" for row in own for name, why in row["not_finished"].items())
-    return f"{title}\n\n{markdown(header, lines)}"
+def auc(row: dict, name: str) -> float:
+    return max(metric(f"auc_{judge}")(row, name) for judge in ("forest", "boosting", "regression"))
 
 
-def excess(own: list[dict], name: str) -> float:
-    return np.mean(
-        [row["report"]["excess"][name]["mean"] for row in own if name in row["report"]["excess"]] or [np.nan]
-    )
+def excess(row: dict, name: str) -> float:
+    return row["report"]["excess"][name]["mean"]
+
+
+def cost(key: str) -> Callable[[dict, str], float]:
+    return lambda row, name: row["costs"][name][key]
+
+
+# Of the table of a dataset: each column, its digits and its value
+COLUMNS: dict[str, tuple[int, Callable[[dict, str], float]]] = {
+    "AUC": (3, auc),
+    "excess": (3, excess),
+    "membership": (3, metric("membership_auc")),
+    "marker slope": (3, metric("lfc_slope")),
+    "zeros": (3, metric("zero_fraction_error")),
+    "variance error": (3, lambda row, name: abs(metric("variance_ratio")(row, name) - 1)),
+    "CPU s to train": (0, cost("train_seconds")),
+    "CPU s per 1,000 cells": (1, cost("seconds_per_1000")),
+    "peak GiB": (1, cost("peak_gib")),
+}
 
 
 def table(rows: list[dict]) -> str:
-    """The excess of all datasets, and a table for each of them."""
+    """AUC and excess of all datasets, and a table for each of them."""
     from common import markdown
+
+    def text(own: list[dict], name: str, column: str) -> str:
+        digits, value = COLUMNS[column]
+        mean = mean_of(own, name, value)
+        return "–" if np.isnan(mean) else f"{mean:.{digits}f}"
 
     by_dataset: dict[str, list[dict]] = {}
     for row in rows:
         by_dataset.setdefault(row["dataset"], []).append(row)
-    names = dict.fromkeys(name for row in rows for name in row["costs"])
-    lines = [[name, *(number(excess(own, name)) for own in by_dataset.values())] for name in names]
-    parts = [f"Excess\n\n{markdown(['cells', *by_dataset], lines)}", *map(dataset_table, by_dataset.values())]
+    names, parts = ["real reference", *dict.fromkeys(name for row in rows for name in row["costs"])], []
+    for column in ("AUC", "excess"):
+        lines = [[name, *(text(own, name, column) for own in by_dataset.values())] for name in names]
+        parts.append(f"{column}\n\n{markdown(['cells', *by_dataset], lines)}")
+    for dataset, own in by_dataset.items():
+        title = f"{dataset}, {own[0]['report']['num_test']} held-out cells, {len(own)} training(s)"
+        title += "".join(f"; {name}: {why}" for row in own for name, why in row["not_finished"].items())
+        present = ["real reference", *own[0]["costs"]]
+        lines = [[name, *(text(own, name, column) for column in COLUMNS)] for name in present]
+        parts.append(f"{title}\n\n{markdown(['cells', *COLUMNS], lines)}")
     return "\n\n".join(parts)
 
 
