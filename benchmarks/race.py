@@ -17,9 +17,12 @@ cells by the same classifier in `excess`.
   training cells ("Gaussian"). Depth is that of a training cell of the label.
 - Squidiff draws its semantic latents from a Gaussian for each label, and 50 steps of DDIM follow. Its log values
   become counts with the depth of a training cell. Its networks see as many batches as the time allows.
-- "paper" is the published recipe, `wbdit train --config paper`, with a width for CPU cores and a time limit.
+- "paper" denoises log expression with the published block, as the paper does, with labels and a width for CPU cores.
 - "copula" is the idea of scDesign2: for each label, negative binomial genes joined by a Gaussian copula.
 - "copies" draws training cells with replacement: what memorisation must catch.
+
+Not run: scdiffusionx needs pytorch-lightning < 1.9, scvi-tools <= 1.0.0, and pairs of RNA and ATAC. On PyPI, scldm is
+empty, and scdiffusion and cfgen are other packages.
 """
 
 import argparse
@@ -46,12 +49,6 @@ PACKAGES = {
     "linear_scvi": [TORCH, SCVI],
     "scdesigner": [TORCH, "scdesigner==0.0.25"],
     "squidiff": [TORCH, "squidiff==1.0.8", "rdkit==2026.3.3", "scanpy==1.11.5", "matplotlib==3.10.8"],
-}
-NOT_RUN = {
-    "scdiffusionx": "needs pytorch-lightning < 1.9 and scvi-tools <= 1.0.0, and pairs of RNA and ATAC",
-    "scldm": "an empty package on PyPI",
-    "cfgen": "the package of this name on PyPI is another one",
-    "scdiffusion": "the package of this name on PyPI is another one",
 }
 MIN_CELLS = 3  # of the training cells express a gene, or it is left out, as `sc.pp.filter_genes` does
 LABEL = "label"  # the obs column of all label keys, combined
@@ -302,7 +299,7 @@ NAMES = {
     "linear_scvi Gaussian": "LinearSCVI by label, Gaussian",
     "scdesigner": "scDesigner, copula by label",
     "squidiff": "Squidiff",
-    "paper": "the paper's recipe",
+    "paper": "log expression, published block",
     "copula": "Gaussian copula by label",
     "copies": "training cells, drawn again",
 }
@@ -377,7 +374,7 @@ def race(dataset: Path, seed: int, args: argparse.Namespace) -> dict:
             python = sys.executable
             if generator in PACKAGES:
                 packages = ["anndata==0.12.19", *PACKAGES[generator]]
-                python = environment(packages, args.work_dir / "envs" / packages[-1].partition("=")[0])
+                python = environment(packages, args.work_dir / "envs" / packages[2].partition("=")[0])
             command = [python, Path(__file__).resolve(), "--run", generator, "--seeds", str(seed)]
             limits = {"RACE_MINUTES": str(args.minutes), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
             code = subprocess.run(command, cwd=folder, env=os.environ | limits).returncode
