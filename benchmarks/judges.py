@@ -17,7 +17,6 @@ labels: the ceiling.
 
 import contextlib
 import io
-import itertools
 import json
 import os
 import subprocess
@@ -143,8 +142,8 @@ def table(rows: list[dict]) -> str:
 
     shown = [*DE_LINES, *DISTANCES, "ilisi", "prdc_density", "our_density", "prdc_coverage", "our_coverage"]
     parts = []
-    for dataset, group in itertools.groupby(rows, key=lambda row: row["dataset"]):
-        own = list(group)
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        own = [row for row in rows if row["dataset"] == dataset]
         real = next(row for row in own if row["name"] == CEILING)
         lines = []
         for row in own:

@@ -14,7 +14,8 @@ The classifiers of `wbdit evaluate` judge one sample of each. `AUC` is the highe
 cells by the same classifier in `excess`.
 
 - scVI and LinearSCVI draw latents from their prior ("prior"), or from a Gaussian for each label on the latents of its
-  training cells ("Gaussian"). Depth is that of a training cell of the label.
+  training cells ("Gaussian"). Depth is that of a training cell of the label. The likelihood is "nb". With its default,
+  "zinb", counts do not add up to the depth that is given.
 - Squidiff draws its semantic latents from a Gaussian for each label, and 50 steps of DDIM follow. Its log values
   become counts with the depth of a training cell. Its networks see as many batches as the time allows.
 - "paper" denoises log expression with the published block, as the paper does, with labels and a width for CPU cores.
@@ -45,6 +46,7 @@ from scipy import sparse, stats
 TORCH, SCVI = "torch==2.13.0", "scvi-tools==1.4.2"
 PACKAGES = {
     "scvi": [TORCH, SCVI],
+    "scvi_zinb": [TORCH, SCVI],
     "scvi_unlabelled": [TORCH, SCVI],
     "linear_scvi": [TORCH, SCVI],
     "scdesigner": [TORCH, "scdesigner==0.0.25"],
@@ -81,14 +83,16 @@ def counts_of(log_values: np.ndarray, library_size: np.ndarray) -> np.ndarray:
     return np.rint(rates / np.maximum(rates.sum(1, keepdims=True), 1e-9) * library_size[:, None])
 
 
-def _scvi(train: ad.AnnData, seed: int, name: str = "SCVI", labelled: bool = True) -> dict[str, Sampler]:
+def _scvi(
+    train: ad.AnnData, seed: int, name: str = "SCVI", labelled: bool = True, likelihood: str = "nb"
+) -> dict[str, Sampler]:
     import scvi
     import torch
 
     scvi.settings.seed = seed
     model_class, rng = getattr(scvi.model, name), np.random.default_rng(seed)
     model_class.setup_anndata(train, batch_key=LABEL if labelled else None)
-    model = model_class(train)
+    model = model_class(train, gene_likelihood=likelihood)
     model.train(max_epochs=400, accelerator="cpu", early_stopping=True, enable_progress_bar=False)
     module, known = model.module.eval(), train.obs[LABEL].to_numpy()
     names = list(model.adata_manager.get_state_registry("batch")["categorical_mapping"]) if labelled else []
@@ -109,6 +113,10 @@ def _scvi(train: ad.AnnData, seed: int, name: str = "SCVI", labelled: bool = Tru
 
 def scvi(train: ad.AnnData, seed: int) -> dict[str, Sampler]:
     return _scvi(train, seed)
+
+
+def scvi_zinb(train: ad.AnnData, seed: int) -> dict[str, Sampler]:
+    return _scvi(train, seed, likelihood="zinb")
 
 
 def scvi_unlabelled(train: ad.AnnData, seed: int) -> dict[str, Sampler]:
@@ -288,13 +296,15 @@ def paper(train: ad.AnnData, seed: int) -> dict[str, Sampler]:
     return {"": _sampler(pipe, combinations, seed, num_inference_steps=100)}
 
 
-GENERATORS = (ours, scvi, scvi_unlabelled, linear_scvi, scdesigner, squidiff, paper, copula, copies)
+GENERATORS = (ours, scvi, scvi_zinb, scvi_unlabelled, linear_scvi, scdesigner, squidiff, paper, copula, copies)
 NAMES = {
     "ours": "wbdit_diffusers",
     "ours 10 steps": "wbdit_diffusers, 10 steps",
     "ours mixture": "Gaussian mixture, same codec",
     "scvi Gaussian": "scVI by label, Gaussian",
     "scvi prior": "scVI by label, prior",
+    "scvi_zinb Gaussian": "scVI, its default likelihood, Gaussian",
+    "scvi_zinb prior": "scVI, its default likelihood, prior",
     "scvi_unlabelled Gaussian": "scVI without labels, Gaussian",
     "linear_scvi Gaussian": "LinearSCVI by label, Gaussian",
     "scdesigner": "scDesigner, copula by label",
