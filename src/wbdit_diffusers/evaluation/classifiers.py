@@ -78,11 +78,9 @@ def forest(shape: tuple[int, int], seed: int) -> ClassifierMixin:
 
 def boosting(shape: tuple[int, int], seed: int) -> ClassifierMixin:
     """Gradient boosting, which adds up many weak signals and uses sequencing depth and counts (lab/ruler.md)."""
-    leaf = max(5, min(20, shape[0] // 20))
-    settings = {"max_iter": NUM_ROUNDS, "max_leaf_nodes": 8, "max_bins": 16, "max_features": 0.1}
-    settings |= {"min_samples_leaf": leaf, "early_stopping": False}
-    classifier = HistGradientBoostingClassifier(**settings, random_state=seed)
-    return make_pipeline(MostVariableGenes(), classifier)
+    settings = {"max_iter": NUM_ROUNDS, "max_leaf_nodes": 8, "max_bins": 16, "max_features": 0.1, "random_state": seed}
+    settings |= {"min_samples_leaf": max(5, min(20, shape[0] // 20)), "early_stopping": False}
+    return make_pipeline(MostVariableGenes(), HistGradientBoostingClassifier(**settings))
 
 
 def regression(shape: tuple[int, int], seed: int) -> ClassifierMixin:

@@ -159,9 +159,7 @@ def compare_labels(
     frequent: list[str],
     seed: int = 0,
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """
-    Metrics that need labels, over all `frequent` ones and of each: [`TITLES`] says what they are.
-    """
+    """Metrics that need labels, over all `frequent` ones and of each: [`TITLES`] says what they are."""
     if len(labels) < 2:
         return {}, {}
     classifier = cell_type_classifier(train.expression, train.types, seed)

@@ -164,10 +164,7 @@ def judged_genes(train: ad.AnnData, test: ad.AnnData, values: str, layer: str | 
 
 
 class _Evaluator:
-    """
-    Judges columns one after the other, with principal components of one half of the held-out cells. Components of
-    training cells would hold against a generator what it shares with these cells (lab/ruler.md).
-    """
+    """Judges columns one after the other. Components of training cells would count against cells like them."""
 
     def __init__(self, train: CellArrays, test: CellArrays, donors: list | None, seed: int):
         self.train, self.test, self.donors, self.seed = train, test, donors, seed
