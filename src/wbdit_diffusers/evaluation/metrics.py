@@ -186,7 +186,7 @@ def compare_labels(
             "de_recovery": len(np.intersect1d(first, second)) / len(first),
         }
         if generated.library_size is not None:
-            sizes = (cells.library_size[cells.types == label] for cells in (real, generated))
+            sizes = (cells[cells.types == label].library_size for cells in (real, generated))
             per_label[label]["library_size_w1"] = library_size_w1(*sizes)
     if not frequent:
         return {}, per_label

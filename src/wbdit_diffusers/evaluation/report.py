@@ -178,10 +178,9 @@ class _Evaluator:
 
     def draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Training cells of a draw: with the labels of the held-out ones (the reference), and of the judged half."""
-        known, labels, rng = self.train.labels, self.test.labels, np.random.default_rng([self.seed, number])
-        return tuple(
-            draw_matching(known, wanted, rng, self.other_half) for wanted in (labels, labels[self.judged_half])
-        )
+        rng, labels = np.random.default_rng([self.seed, number]), np.asarray(self.test.labels)
+        halves = labels, labels[self.judged_half]
+        return tuple(draw_matching(self.train.labels, wanted, rng, self.other_half) for wanted in halves)
 
     def measure_all(self, columns: dict[str, list[CellArrays]]) -> tuple[dict[str, dict], dict[str, dict]]:
         """All metrics of each column and of a new reference for each draw, as lists over draws; also by type."""
@@ -232,8 +231,8 @@ class _Evaluator:
         frequent = metrics.judged_labels(self.train, test, cells, metrics.MIN_TRAIN_CELLS)
         pooled, by_type = metrics.compare_labels(self.fitted, test, cells, labels, frequent, seed)
         for label, of_label in by_type.items():
-            of_real = self.test_pcs[test.types[self.judged_half] == label]
-            of_label |= metrics.distances(of_real, pcs[half][cells.types[half] == label])
+            of_real = self.test_pcs[test[self.judged_half].types == label]
+            of_label |= metrics.distances(of_real, pcs[half][cells[half].types == label])
         return row | pooled, by_type
 
 
