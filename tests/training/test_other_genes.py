@@ -88,7 +88,7 @@ def test_a_regression_finds_slopes_and_dispersion():
 def test_scanpy_on_generated_pbmcs(shared_data, tmp_path):
     """By default, textbook markers are there, and the standard workflow gives their real means as it stands."""
     real = read_cells(shared_data("pbmc3k"))
-    steps = {"codec_max_steps": 200, "decoder_steps": 100, "max_train_steps": 100, "num_programs": 16}
+    steps = {"codec_max_steps": 400, "decoder_steps": 200, "max_train_steps": 300, "num_programs": 16}
     pipe = train(real, TrainingConfig(output_dir=tmp_path, label_keys=["cell_type"], **steps))
     pipe.set_progress_bar_config(disable=True)
     labels = real.obs["cell_type"].astype(str).tolist()
