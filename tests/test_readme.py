@@ -90,7 +90,7 @@ def test_links_of_other_pages_lead_to_files():
 
 def test_the_table_has_the_numbers_of_the_race():
     """Each cell is the highest AUC of three classifiers, as a mean over trainings, and bold is the best of a row."""
-    columns = ["real reference", "wbdit_diffusers", "Gaussian mixture, same codec", "scVI by label, Gaussian"]
+    columns = ["real reference", "wbdit_diffusers", "Gaussian mixture, same codec", "scVI"]  # at its best
     columns += ["scDesigner, copula by label", "Gaussian copula by label"]
     trainings = json.loads((ROOT / "lab" / "results" / "race_cpu.json").read_text())
     rows = re.findall(r"^\| (\w+) \(([\d,]+)\) \| (.*) \|$", README, re.MULTILINE)
@@ -98,7 +98,8 @@ def test_the_table_has_the_numbers_of_the_race():
     for name, num_cells, numbers in rows:
         own = [training for training in trainings if training["dataset"] == name]
         assert own[0]["report"]["num_test"] == int(num_cells.replace(",", ""))
-        means = [race.mean_of(own, column, race.auc) for column in columns]
+        ways = {column: [name for name in own[0]["costs"] if name.startswith("scVI")] for column in columns[3:4]}
+        means = [min(race.mean_of(own, name, race.auc) for name in ways.get(one, [one])) for one in columns]
         expected = ["–" if np.isnan(mean) else f"{mean:.3f}" for mean in means]
         best = min(expected[1:])  # "–" sorts after numbers
         assert numbers.split(" | ") == [expected[0], *(f"**{x}**" if x == best else x for x in expected[1:])]
