@@ -104,6 +104,9 @@ def test_copies_of_training_cells_score_as_the_reference(split):
         scale = max(abs(np.mean(real[metric])), 0.2)
         assert abs(np.mean(ours[metric]) - np.mean(real[metric])) < 0.15 * scale, metric
     assert np.mean(ours["density"]) > 0.8 and np.mean(ours["membership_auc"]) > 0.55
+    frequent = [entry["metrics"]["generated"] for entry in report["per_type"].values() if entry["num_test"] >= 20]
+    assert len(frequent) >= 2 and all(np.mean(of_type["w2"]) > 0 for of_type in frequent)
+    assert all(abs(np.mean(of_type["mmd2"])) < 0.05 for of_type in frequent)
 
 
 def test_a_report_begins_with_a_verdict(report):

@@ -230,9 +230,9 @@ class _Evaluator:
         labels = metrics.judged_labels(self.fitted, test, cells)
         frequent = metrics.judged_labels(self.train, test, cells, metrics.MIN_TRAIN_CELLS)
         pooled, by_type = metrics.compare_labels(self.fitted, test, cells, labels, frequent, seed)
+        types, real_types = np.asarray(cells.types)[half], np.asarray(test.types)[self.judged_half]
         for label, of_label in by_type.items():
-            of_real = self.test_pcs[test[self.judged_half].types == label]
-            of_label |= metrics.distances(of_real, pcs[half][cells[half].types == label])
+            of_label |= metrics.distances(self.test_pcs[real_types == label], pcs[half][types == label])
         return row | pooled, by_type
 
 
